@@ -1,0 +1,96 @@
+"""Backends, one file each, found by the backend's name in a Target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from toolkit.bundle import Bundle, ComponentRecord
+from toolkit.errors import UnsupportedError
+from toolkit.ops import Array
+from toolkit.target import Target
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """How a component is opened: cache length in tokens, threads (0 = all), layer timing."""
+
+    context: int
+    threads: int = 0
+    profile: bool = False
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One node's share of a component's time, over all calls since it was opened."""
+
+    name: str
+    op: str
+    total_ms: float
+    calls: int
+
+
+class Runner(Protocol):
+    """An opened component. States (the KV cache) live inside; `run` updates them in place."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by port name; arrays stay valid until the next call."""
+        ...
+
+    def layers(self) -> list[LayerTime]:
+        """Time per node, slowest first; ends the timing. Needs RunnerOptions.profile."""
+        ...
+
+    def close(self) -> None:
+        """Release the component's memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What building one component gave: files in the engine folder, and notes on it.
+
+    precision: the number format it computes in, which decides how close the goldens must be.
+    """
+
+    record: ComponentRecord
+    files: tuple[str, ...]
+    precision: str = "fp32"
+    notes: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """What a backend file offers."""
+
+    def here(self) -> Target:
+        """The target that this backend is on this machine."""
+        ...
+
+    def compile(
+        self, bundle: Bundle, record: ComponentRecord, folder: Path, target: Target
+    ) -> Compiled:
+        """Put one component's engine files into `folder`."""
+        ...
+
+    def open(
+        self, folder: Path, record: ComponentRecord, model: Mapping[str, object],
+        options: RunnerOptions,
+    ) -> Runner:  # fmt: skip
+        """Load one component."""
+        ...
+
+
+def backend(target: Target) -> Backend:
+    """The backend of a target. Raises UnsupportedError where none has been written yet."""
+    try:
+        return cast(Backend, import_module(f"engines.backends.{target.backend}"))
+    except ModuleNotFoundError as missing:
+        if not (missing.name or "").startswith("engines.backends"):
+            raise
+        raise UnsupportedError(
+            f"this version cannot build or run {target.backend} engines",
+            hint="build for this machine's processor: --target cpu",
+        ) from None

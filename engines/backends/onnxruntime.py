@@ -1,0 +1,223 @@
+"""ONNX Runtime: graphs are lowered at build; buffers, KV cache included, are bound once.
+
+A call with shapes seen before (every decode step) copies its few inputs into bound buffers and
+runs; nothing else moves. The cache is one zeroed array per state, bound as input and as output.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engines.backends import Compiled, LayerTime, RunnerOptions
+from engines.backends.files import link
+from toolkit.bundle import Bundle, ComponentRecord
+from toolkit.errors import BuildError, MissingExtra
+from toolkit.ops import Array
+from toolkit.safetensors_io import Planned, write_safetensors
+from toolkit.target import Target, this_cpu, threads_here
+
+if TYPE_CHECKING:
+    import onnx
+
+_TYPES = {"float": np.float32, "int64": np.int64}
+_KEPT_BINDINGS = 4
+
+
+def here() -> Target:
+    """ONNX Runtime on this machine's processor."""
+    return this_cpu()
+
+
+def _load_package() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtra("onnxruntime", "cpu", purpose="running on this processor") from None
+    return onnxruntime
+
+
+# -- build -----------------------------------------------------------------------------------
+
+
+def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Target) -> Compiled:
+    """Lower one component; weights are linked where they stay as they are, else widened."""
+    try:
+        import onnx
+    except ImportError:
+        raise MissingExtra("onnx", "export", purpose="building an engine") from None
+    from engines import lower
+
+    model = onnx.load(str(bundle.path / record.graph), load_external_data=False)
+    lower.decide(record.name, model, target)
+    lower.lower(model, target)
+    notes = []
+    if lower.widen(model):
+        notes.append(f"{bundle.manifest.dtype} widened to fp32: this processor has no half kernels")
+        _widen_weights(bundle, record, folder, model)
+    else:
+        link(bundle.path / record.weights, folder / record.weights)
+    lower.check_allowed(record.name, model, target)
+    (folder / record.graph).write_bytes(model.SerializeToString())
+    return Compiled(record, (record.graph, record.weights), notes=tuple(notes))
+
+
+def _widen_weights(
+    bundle: Bundle, record: ComponentRecord, folder: Path, model: onnx.ModelProto
+) -> None:
+    """Write the weights again as float32 and point the graph's tensors at them."""
+    tensors = bundle.tensors(record.name)
+    plan = [Planned(name, "fp32", tensors.shape(name)) for name in tensors]
+    written = write_safetensors(folder / record.weights, plan, lambda t: tensors[t.name])
+    for tensor in model.graph.initializer:
+        if tensor.name not in written.entries:
+            continue
+        entry = written.entries[tensor.name]
+        span = {"location": record.weights, "offset": entry.offset, "length": entry.nbytes}
+        del tensor.external_data[:]
+        for key, value in span.items():
+            tensor.external_data.add(key=key, value=str(value))
+
+
+# -- run -------------------------------------------------------------------------------------
+
+_pool_threads: list[int] = []  # ONNX Runtime's shared pool is set once per process
+
+
+def _session_options(options: RunnerOptions) -> Any:
+    ort = _load_package()
+    if not _pool_threads:
+        _pool_threads.append(options.threads or threads_here())
+        ort.set_global_thread_pool_sizes(_pool_threads[0], 1)
+    settings = ort.SessionOptions()
+    settings.use_per_session_threads = False  # encoders and LM must not spin against each other
+    settings.log_severity_level = 3
+    if options.profile:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
+    return settings
+
+
+def open(
+    folder: Path, record: ComponentRecord, model: Mapping[str, object], options: RunnerOptions
+) -> OnnxRuntimeRunner:
+    """Load one component. Raises BuildError with ONNX Runtime's reason."""
+    ort = _load_package()
+    settings = _session_options(options)
+    try:
+        session = ort.InferenceSession(
+            str(folder / record.graph), settings, providers=["CPUExecutionProvider"]
+        )
+    except Exception as refused:  # ONNX Runtime raises many types of its own
+        raise BuildError(f"ONNX Runtime cannot load {record.graph}: {refused}") from None
+    return OnnxRuntimeRunner(session, record, options)
+
+
+class _Bound:
+    """Buffers of one combination of shapes, bound to the session.
+
+    An output whose size does not follow from the inputs' axes is left to ONNX Runtime.
+    """
+
+    def __init__(
+        self, session: Any, inputs: dict[str, Array], outputs: dict[str, Array | None]
+    ) -> None:
+        self.inputs = inputs
+        self._session, self._outputs = session, outputs
+        self._binding = session.io_binding()
+        for name, array in inputs.items():
+            self._binding.bind_input(name, *_place(array))
+        for name, array in outputs.items():
+            if array is None:
+                self._binding.bind_output(name, "cpu")
+            else:
+                self._binding.bind_output(name, *_place(array))
+
+    def run(self) -> dict[str, Array]:
+        """Run on what the input buffers hold."""
+        self._session.run_with_iobinding(self._binding)
+        known = {name: array for name, array in self._outputs.items() if array is not None}
+        if len(known) == len(self._outputs):
+            return known
+        values = dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
+        return {name: known[name] if name in known else value.numpy() for name, value in values.items()}
+
+
+def _place(array: Array) -> tuple[Any, ...]:
+    return "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
+
+
+class OnnxRuntimeRunner:
+    """An opened session with its buffers."""
+
+    def __init__(self, session: Any, record: ComponentRecord, options: RunnerOptions) -> None:
+        self._session = session
+        self._record = record
+        self._bound: dict[tuple[tuple[int, ...], ...], _Bound] = {}
+        self._profile = options.profile
+        names = {port.updates for port in record.outputs if port.updates}
+        self._plain = [port for port in record.inputs if port.name not in names]
+        axes = {"batch": 1, "context": options.context}
+        self._states = {
+            port.name: np.zeros([axes[n] if isinstance(n, str) else n for n in port.shape],
+                                np.float32)
+            for port in record.inputs if port.name in names
+        }  # fmt: skip
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        key = tuple(inputs[port.name].shape for port in self._plain)
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self._bind(inputs)
+            if len(self._bound) == _KEPT_BINDINGS:
+                self._bound.pop(next(iter(self._bound)))
+            self._bound[key] = bound
+        for port in self._plain:
+            np.copyto(bound.inputs[port.name], inputs[port.name])
+        outputs = bound.run()
+        return {p.name: outputs[p.name] for p in self._record.outputs if not p.updates}
+
+    def _bind(self, inputs: Mapping[str, Array]) -> _Bound:
+        own = {p.name: np.empty(inputs[p.name].shape, _TYPES[p.dtype]) for p in self._plain}
+        axes: dict[str, int] = {}
+        for port in self._plain:
+            named = zip(port.shape, own[port.name].shape, strict=True)
+            axes |= {dim: size for dim, size in named if isinstance(dim, str)}
+        outputs: dict[str, Array | None] = {}
+        for port in self._record.outputs:
+            shape = [axes.get(n, 0) if isinstance(n, str) else n for n in port.shape]
+            if port.updates:
+                outputs[port.name] = self._states[port.updates]
+            else:
+                outputs[port.name] = np.empty(shape, np.float32) if all(shape) else None
+        return _Bound(self._session, own | self._states, outputs)
+
+    def layers(self) -> list[LayerTime]:
+        if not self._profile:
+            return []
+        file = Path(self._session.end_profiling())
+        events = json.loads(file.read_text())
+        file.unlink()
+        file.parent.rmdir()
+        return _layer_times(events)
+
+    def close(self) -> None:
+        self._bound.clear()
+        self._states.clear()
+        self._session = None
+
+
+def _layer_times(events: list[dict[str, Any]]) -> list[LayerTime]:
+    total: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            name = event["name"].removesuffix("_kernel_time")
+            total[name, event["args"]["op_name"]].append(event["dur"] / 1000)
+    times = [LayerTime(name, op, sum(ms), len(ms)) for (name, op), ms in total.items()]
+    return sorted(times, key=lambda t: -t.total_ms)

@@ -1,0 +1,67 @@
+"""The reference backend: the oracle itself behind the interface of an engine. Slow and exact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from engines.backends import Compiled, LayerTime, RunnerOptions
+from engines.backends.files import link
+from toolkit import config as model_config
+from toolkit.bundle import Bundle, ComponentRecord, Tensors
+from toolkit.models import vlm
+from toolkit.ops import Array, Weights
+from toolkit.reference import NumpyOps
+from toolkit.target import Target, machine
+
+
+def here() -> Target:
+    """NumPy on this machine."""
+    return Target("reference", (), machine())
+
+
+def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Target) -> Compiled:
+    """Nothing to compile: the weights are all it needs."""
+    link(bundle.path / record.weights, folder / record.weights)
+    return Compiled(record, (record.weights,))
+
+
+def open(
+    folder: Path, record: ComponentRecord, model: Mapping[str, object], options: RunnerOptions
+) -> ReferenceRunner:
+    """The component's function over NumPy."""
+    parts = vlm.components(model_config.from_json(dict(model), "engine.json: model"))
+    part = next(p for p in parts if p.name == record.name)
+    return ReferenceRunner(part, dict(Tensors(folder / record.weights)), options)
+
+
+class ReferenceRunner:
+    """A component run by NumpyOps, weights in memory as float32."""
+
+    def __init__(
+        self, part: vlm.Component, tensors: dict[str, Array], options: RunnerOptions
+    ) -> None:
+        self._part = part
+        self._weights = Weights(tensors)
+        names = {port.updates for port in part.outputs if port.updates}
+        axes = {"batch": 1, "context": options.context}
+        self._states = {
+            p.name: np.zeros([axes[n] if isinstance(n, str) else n for n in p.shape], np.float32)
+            for p in part.inputs
+            if p.name in names
+        }
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        outputs = self._part.forward(NumpyOps(), self._weights, {**inputs, **self._states})
+        for port in self._part.outputs:
+            if port.updates:
+                self._states[port.updates] = outputs.pop(port.name)
+        return outputs
+
+    def layers(self) -> list[LayerTime]:
+        return []
+
+    def close(self) -> None:
+        self._states.clear()

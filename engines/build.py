@@ -1,0 +1,212 @@
+"""From a bundle to an engine for one target: lower, compile, replay the goldens, or refuse."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engines import backends, engine
+from engines.backends import Backend, Compiled, RunnerOptions
+from engines.engine import Built, Decided, Engine
+from toolkit import goldens
+from toolkit.artifact import refuse_existing, require_space, writing
+from toolkit.bundle import GOLDENS, TOKENIZER, Bundle, FileRecord, record_file
+from toolkit.errors import AccuracyError, ConfigError, MissingExtra, TargetMismatch
+from toolkit.goldens import AXES, Golden
+from toolkit.ops import Array
+from toolkit.strict import to_plain
+from toolkit.target import Target, check_runs_here
+
+Progress = Callable[[str], None]
+# The largest relative difference to the oracle that a build accepts, by the precision in which
+# the engine computes. The oracle runs the bundle's (possibly rounded) weights in float32.
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be built."""
+
+    target: Target
+    context: int | None
+    force: bool
+    made_by: str
+
+
+def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[Engine, bool]:
+    """Build the bundle `path` into the engine `out`; returns it and whether work was needed.
+
+    An engine of the same bundle, target and context that already stands at `out` is kept.
+    Raises UnsupportedError, BuildError, AccuracyError, TargetMismatch, BundleError, OutputError.
+    """
+    started = time.perf_counter()
+    bundle = Bundle.open(path)
+    context = _context(bundle, request.context)
+    backend = _backend_here(request.target, path, out)
+    found = existing(bundle, out, request.target, context)
+    if found is not None and not request.force:
+        return found, False
+    refuse_existing(out, force=request.force)
+    progress("checking the bundle's files")
+    bundle.verify()
+    require_space(out, _new_bytes(bundle, request.target))
+    with writing(out, force=request.force) as folder:
+        compiled, files = _compile(bundle, backend, folder, request.target, progress)
+        differences = replay(bundle, compiled, backend, folder, progress)
+        made = Engine(
+            engine.FORMAT,
+            request.made_by,
+            str(request.target),
+            str(path.resolve()),
+            bundle.sha256,
+            context,
+            bundle.manifest.dtype,
+            bundle.manifest.model,
+            tuple(c.record for c in compiled),
+            bundle.manifest.edges,
+            files,
+            tuple(lowering(bundle, request.target)),
+            Built(time.perf_counter() - started, peak_rss_mb(), differences),
+        )
+        engine.write(folder, made)
+    return made, True
+
+
+def existing(bundle: Bundle, out: Path, target: Target, context: int) -> Engine | None:
+    """The engine at `out` if it is the one that building would give again."""
+    if not (out / engine.DESCRIPTION).exists():
+        return None
+    try:
+        found = engine.read(out)
+        engine.check(out, found)
+    except Exception:  # a damaged or foreign engine is not the one that is asked for
+        return None
+    wanted = (bundle.sha256, str(target), context)
+    return found if (found.bundle_sha256, found.target, found.context) == wanted else None
+
+
+def lowering(bundle: Bundle, target: Target) -> list[Decided]:
+    """The lowering table of every component, for --explain. Needs no device."""
+    if target.backend == "reference":
+        return []
+    try:
+        import onnx
+    except ImportError:
+        raise MissingExtra("onnx", "export", purpose="reading a bundle's graphs") from None
+    from engines.lower import decide
+
+    found: list[Decided] = []
+    for record in bundle.manifest.components:
+        model = onnx.load(str(bundle.path / record.graph), load_external_data=False)
+        found += [Decided(**to_plain(d)) for d in decide(record.name, model, target)]
+    return found
+
+
+def _context(bundle: Bundle, asked: int | None) -> int:
+    limit: int = bundle.model.lm.config.context
+    if asked is None:
+        return limit
+    if not 1 <= asked <= limit:
+        raise ConfigError(
+            f"--max-context {asked} does not fit: the bundle's tables have {limit} positions",
+            hint=f"choose 1 to {limit}, or export again with a larger --max-context",
+        )
+    return asked
+
+
+def _backend_here(target: Target, path: Path, out: Path) -> Backend:
+    backend = backends.backend(target)
+    here = backend.here()
+    try:
+        check_runs_here(target, here, f"edgevlm build {path} {out} --target {here}")
+    except TargetMismatch as mismatch:
+        raise TargetMismatch(
+            f"an engine for {target} cannot be built on this machine ({here})",
+            hint=mismatch.hint,
+        ) from None
+    return backend
+
+
+def _new_bytes(bundle: Bundle, target: Target) -> int:
+    """Disk that the engine takes beyond what links share with the bundle."""
+    widened = bundle.manifest.dtype != "fp32" and target.backend == "onnxruntime"
+    weights = sum(c.params for c in bundle.manifest.components) * 4 if widened else 0
+    return weights + 64_000_000
+
+
+def _compile(
+    bundle: Bundle, backend: Backend, folder: Path, target: Target, progress: Progress
+) -> tuple[list[Compiled], dict[str, FileRecord]]:
+    parts, files = [], {}
+    for record in bundle.manifest.components:
+        progress(f"{record.name}: lowering for {target}")
+        compiled = backend.compile(bundle, record, folder, target)
+        for note in compiled.notes:
+            progress(f"{record.name}: {note}")
+        parts.append(compiled)
+        for name in compiled.files:
+            known = bundle.manifest.files.get(name)
+            same = known is not None and (folder / name).samefile(bundle.path / name)
+            files[name] = known if known and same else record_file(folder / name)
+    (folder / TOKENIZER).write_bytes((bundle.path / TOKENIZER).read_bytes())
+    files[TOKENIZER] = bundle.manifest.files[TOKENIZER]
+    return parts, files
+
+
+def replay(
+    bundle: Bundle,
+    compiled: list[Compiled],
+    backend: Backend,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, float]:
+    """Run the goldens on the compiled components; the largest relative difference of each.
+
+    Raises AccuracyError naming the first component beyond its tolerance.
+    """
+    calls = goldens.load(bundle.path / GOLDENS)
+    found: dict[str, float] = {}
+    for part in compiled:
+        record, limit = part.record, TOLERANCE[part.precision]
+        progress(f"{record.name}: comparing with the oracle")
+        own = [golden for golden in calls if golden.component == record.name]
+        options = RunnerOptions(context=AXES["context"])
+        runner = backend.open(folder, record, bundle.manifest.model, options)
+        try:
+            worst = max(max(_differences(g, runner.run(g.inputs))) for g in own)
+        finally:
+            runner.close()
+        if not worst <= limit:
+            raise AccuracyError(
+                f"{record.name} differs from the oracle by {worst:.3g} (relative), allowed {limit}",
+                hint="nothing was written; please report this with the output of edgevlm doctor",
+            )
+        found[record.name] = worst
+    return found
+
+
+def _differences(golden: Golden, outputs: dict[str, Array]) -> list[float]:
+    result = []
+    for name, expected in golden.outputs.items():
+        actual = outputs[name].reshape(-1)[goldens.sample(outputs[name].size)]
+        result.append(relative_difference(actual, expected))
+    return result
+
+
+def relative_difference(actual: Array, expected: Array) -> float:
+    """Largest absolute difference over the largest expected value; infinite for NaN."""
+    if actual.shape != expected.shape or not np.isfinite(actual).all():
+        return float("inf")
+    return float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-12))
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has held, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1024)

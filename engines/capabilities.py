@@ -1,0 +1,84 @@
+"""What each target does with each op: kept as it is, swapped for the target's own, spelled out.
+
+A table, read by engines/lower.py. An op without a row is not supported there, and the build says
+so by name instead of finding out on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from engines import swaps
+from toolkit.target import Target, Version
+
+if TYPE_CHECKING:
+    import onnx
+
+    from engines.graph import Rewriter
+
+Action = Literal["keep", "swap", "spell out"]
+Swap = Callable[["onnx.NodeProto", "Rewriter"], "list[onnx.NodeProto]"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op on one target. `since`: the first backend version for which the row holds."""
+
+    action: Action
+    why: str
+    swap: Swap | None = None
+    into: str = ""
+    since: Version = ()
+
+
+_STANDARD = (
+    "Add Cast CastLike Concat Constant Conv DequantizeLinear Div Expand Gather GatherND Gelu "
+    "Greater GreaterOrEqual LayerNormalization LessOrEqual MatMul Max Mul QuantizeLinear Range "
+    "Reshape RMSNormalization Shape Sigmoid Slice Softmax Sqrt Squeeze Sub Tanh Transpose "
+    "Unsqueeze Where And Attention Identity"
+).split()
+
+
+def _swap(swap: Swap, into: str, why: str) -> Row:
+    return Row("swap", why, swap, into)
+
+
+_KEEP = {op: Row("keep", "a standard op with a kernel") for op in _STANDARD}
+
+ONNXRUNTIME_CPU: Mapping[str, Row] = {
+    **_KEEP,
+    "edgevlm.AddRMSNorm": _swap(
+        swaps.add_rms_norm, "com.microsoft.SkipSimplifiedLayerNormalization", "one pass over memory"
+    ),
+    "edgevlm.AddLayerNorm": _swap(
+        swaps.add_layer_norm, "com.microsoft.SkipLayerNormalization", "one pass over memory"
+    ),
+    "edgevlm.QuickGelu": _swap(
+        swaps.quick_gelu, "com.microsoft.QuickGelu", "one pass over memory"
+    ),
+    "edgevlm.SwiGLU": _swap(
+        swaps.swiglu, "com.microsoft.QuickGelu", "silu is QuickGelu with alpha 1"
+    ),
+    "edgevlm.Unembed": _swap(
+        swaps.unembed, "com.microsoft.FusedMatMul", "reads the embedding table without turning it"
+    ),
+    "edgevlm.CachedAttention": _swap(
+        swaps.group_query_attention,
+        "com.microsoft.GroupQueryAttention",
+        "writes the cache in place; no mask, no copy per token",
+    ),
+}
+
+_TENSORRT_SINCE: dict[str, Version] = {
+    "Attention": (10, 14),
+    "RMSNormalization": (10, 15),
+}
+
+TABLES: dict[str, Mapping[str, Row]] = {"onnxruntime": ONNXRUNTIME_CPU}
+
+
+def rows(target: Target) -> Mapping[str, Row]:
+    """The table of a target; empty where no lowering has been written for its backend."""
+    return TABLES.get(target.backend, {})

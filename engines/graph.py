@@ -1,0 +1,108 @@
+"""A graph being lowered: nodes in, nodes out, with the few edits that lowering needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+CONTRIB = "com.microsoft"
+
+
+def op_name(node: onnx.NodeProto) -> str:
+    """The op with its domain in front, unless it is a standard one."""
+    return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
+
+
+def attribute(node: onnx.NodeProto, name: str) -> Any:
+    """The value of an attribute that must be there."""
+    return helper.get_attribute_value(next(a for a in node.attribute if a.name == name))
+
+
+class Rewriter:
+    """New nodes for one graph. Helpers that several nodes share are made once, in front."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.shared: dict[str, onnx.NodeProto] = {}
+        self._constants: dict[str, onnx.TensorProto] = {}
+
+    def node(
+        self,
+        op: str,
+        inputs: Iterable[str],
+        outputs: Iterable[str],
+        name: str = "",
+        **attrs: Any,
+    ) -> onnx.NodeProto:
+        """A node; `op` may carry a domain in front."""
+        domain, _, kind = op.rpartition(".")
+        return helper.make_node(kind, list(inputs), list(outputs), name, domain=domain, **attrs)
+
+    def once(self, op: str, inputs: Iterable[str], output: str, **attrs: Any) -> str:
+        """A node whose output every user shares; returns the tensor's name."""
+        self.shared.setdefault(output, self.node(op, inputs, [output], output, **attrs))
+        return output
+
+    def constant(self, name: str, value: np.ndarray[Any, Any]) -> str:
+        """A small constant; returns the tensor's name."""
+        self._constants.setdefault(name, numpy_helper.from_array(value, name))
+        return name
+
+    def finish(self, nodes: list[onnx.NodeProto]) -> None:
+        """Put the new nodes into the model, drop what nobody uses, and order the rest."""
+        graph = self.model.graph
+        graph.initializer.extend(self._constants.values())
+        outputs = {value.name for value in graph.output}
+        kept = _used([*self.shared.values(), *nodes], outputs)
+        del graph.node[:]
+        graph.node.extend(_ordered(kept, self._known()))
+        named = {name for node in kept for name in node.input}
+        spare = [t for t in graph.initializer if t.name not in named]
+        for tensor in spare:
+            graph.initializer.remove(tensor)
+        called = {(node.domain, node.op_type) for node in kept}
+        functions = [f for f in self.model.functions if (f.domain, f.name) in called]
+        del self.model.functions[:]
+        self.model.functions.extend(functions)
+        self._declare_domains(kept)
+
+    def _known(self) -> set[str]:
+        graph = self.model.graph
+        return {v.name for v in graph.input} | {t.name for t in graph.initializer} | {""}
+
+    def _declare_domains(self, nodes: list[onnx.NodeProto]) -> None:
+        domains = {node.domain for node in nodes} - {o.domain for o in self.model.opset_import}
+        self.model.opset_import.extend(helper.make_opsetid(d, 1) for d in sorted(domains))
+
+
+def _used(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
+    """Nodes that contribute to `wanted`. Nodes may come in any order."""
+    maker = {output: node for node in nodes for output in node.output if output}
+    queue, kept = [n for n in wanted if n in maker], dict[int, onnx.NodeProto]()
+    while queue:
+        node = maker[queue.pop()]
+        if id(node) not in kept:
+            kept[id(node)] = node
+            queue += [name for name in node.input if name in maker]
+    return [node for node in nodes if id(node) in kept]
+
+
+def _ordered(nodes: list[onnx.NodeProto], known: set[str]) -> list[onnx.NodeProto]:
+    """Topological order that otherwise keeps the given one."""
+    ready, waiting, result = set(known), list(nodes), list[onnx.NodeProto]()
+    while waiting:
+        later = []
+        for node in waiting:
+            if all(name in ready for name in node.input):
+                result.append(node)
+                ready.update(node.output)
+            else:
+                later.append(node)
+        if len(later) == len(waiting):
+            raise AssertionError(f"the graph has a cycle or a hole at {later[0].name}")
+        waiting = later
+    return result

@@ -1,0 +1,105 @@
+"""Lowering: a portable graph becomes a target's graph by reading its table of rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import onnx
+from onnx import TensorProto
+
+from engines.capabilities import Action, Row, rows
+from engines.graph import CONTRIB, Rewriter, op_name
+from toolkit.errors import UnsupportedError
+from toolkit.target import Target
+
+_NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happened to one kind of op in one component."""
+
+    component: str
+    op: str
+    count: int
+    action: Action
+    into: str
+    why: str
+
+
+def decide(component: str, model: onnx.ModelProto, target: Target) -> list[Decision]:
+    """One decision per kind of op, most frequent first.
+
+    Raises UnsupportedError naming every op for which the target has no row.
+    """
+    table = rows(target)
+    counts = Counter(op_name(node) for node in model.graph.node)
+    missing = sorted(op for op in counts if not _holds(table.get(op), target))
+    if missing:
+        raise UnsupportedError(
+            f"{component} uses ops that {target} has no lowering for: {', '.join(missing)}",
+            hint="build for another target (edgevlm doctor lists those of this machine)",
+        )
+    return [
+        Decision(component, op, n, table[op].action, table[op].into, table[op].why)
+        for op, n in counts.most_common()
+    ]
+
+
+def _holds(row: Row | None, target: Target) -> bool:
+    return row is not None and (not row.since or target.version >= row.since)
+
+
+def lower(model: onnx.ModelProto, target: Target) -> None:
+    """Rewrite `model` in place for `target`. Call `decide` first: it refuses what has no row."""
+    table, rewriter = rows(target), Rewriter(model)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        row = table[op_name(node)]
+        nodes += row.swap(node, rewriter) if row.swap else [node]
+    rewriter.finish(nodes)
+
+
+def widen(model: onnx.ModelProto) -> bool:
+    """Make a half-precision graph float32, for processors without half kernels.
+
+    Returns whether anything changed; then the weights files must be widened too, and the caller
+    must set the external tensors' offsets anew.
+    """
+    graph = model.graph
+    found = False
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        if value.type.tensor_type.elem_type in _NARROW:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+            found = True
+    for tensor in graph.initializer:
+        found |= _widen_tensor(tensor)
+    for node in graph.node:
+        for attr in node.attribute:
+            if node.op_type == "Cast" and attr.name == "to" and attr.i in _NARROW:
+                attr.i = TensorProto.FLOAT
+    return found
+
+
+def _widen_tensor(tensor: onnx.TensorProto) -> bool:
+    if tensor.data_type not in _NARROW:
+        return False
+    if tensor.data_location != TensorProto.EXTERNAL:
+        values = onnx.numpy_helper.to_array(tensor).astype("float32")
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    tensor.data_type = TensorProto.FLOAT
+    return True
+
+
+def check_allowed(component: str, model: onnx.ModelProto, target: Target) -> None:
+    """Raise UnsupportedError if a lowered graph still holds an op that the target lacks."""
+    table = rows(target)
+    allowed = {op for op, row in table.items() if row.action == "keep"}
+    allowed |= {row.into for row in table.values() if row.into}
+    left = sorted({op_name(n) for n in model.graph.node} - allowed - {"ReduceMax"})
+    if left:
+        raise UnsupportedError(f"{component}: {', '.join(left)} remained after lowering")
+
+
+__all__ = ["CONTRIB", "Decision", "check_allowed", "decide", "lower", "widen"]

@@ -1,0 +1,322 @@
+"""The runtime: an engine opened once, asked many times. No model-specific code, no torch.
+
+A question goes: decode pictures, tokenize, preprocess, encoders, merger, prefill, then one token
+per decode step. `Reply` streams it; `Answer` is what was said and where each millisecond went.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from engines import backends, engine
+from engines.backends import LayerTime, Runner, RunnerOptions
+from engines.build import peak_rss_mb
+from engines.engine import Engine
+from engines.sampling import Sampling, sampler
+from toolkit import images, prompts
+from toolkit.bundle import TOKENIZER
+from toolkit.errors import InputError
+from toolkit.images import Picture
+from toolkit.ops import Array
+from toolkit.prompts import Layout
+from toolkit.tokenizer import TextStream, Tokenizer
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request. images: file paths or encoded bytes; template as in prompts.render."""
+
+    prompt: str
+    images: Sequence[str | Path | bytes] = ()
+    max_tokens: int = 512
+    sampling: Sampling = field(default_factory=Sampling)
+    template: str = "auto"
+    stop: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token: the text that became certain with it, and when (ms after asking)."""
+
+    id: int
+    text: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished reply. timings_ms: stages by name; notes: what was done to the pictures."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    image_tokens: int
+    finish_reason: Finish
+    timings_ms: dict[str, float]
+    output_token_throughput: float
+    output_token_throughput_per_user: float
+    peak_rss_mb: float
+    notes: tuple[str, ...] = ()
+
+
+class Session:
+    """An engine with its components loaded."""
+
+    def __init__(self, folder: Path, made: Engine, runners: dict[str, Runner], load_ms: float):
+        self.folder = folder
+        self.engine = made
+        self.model = made.parsed_model()
+        self.load_ms = load_ms
+        self._runners = runners
+        rules = self.model.prompts
+        self.tokenizer = Tokenizer.open(folder / TOKENIZER, doubled_blank=rules.doubled_blank)
+
+    @classmethod
+    def open(cls, folder: Path, *, threads: int = 0, profile: bool = False) -> Session:
+        """Load an engine. Raises BundleError, TargetMismatch, MissingExtra or BuildError."""
+        started = time.perf_counter()
+        made = engine.read(folder)
+        engine.check(folder, made)
+        backend = backends.backend(made.parsed_target())
+        options = RunnerOptions(made.context, threads, profile)
+        runners = {r.name: backend.open(folder, r, made.model, options) for r in made.components}
+        return cls(folder, made, runners, 1000 * (time.perf_counter() - started))
+
+    def ask(self, question: Question) -> Reply:
+        """Start a reply; iterate over it for tokens, then read its `answer`."""
+        return Reply(self, question)
+
+    def answer(self, question: Question) -> Answer:
+        """The whole reply at once."""
+        reply = self.ask(question)
+        for _ in reply:
+            pass
+        return reply.answer
+
+    # -- the three stages ------------------------------------------------------------------
+
+    def encode(self, pictures: Sequence[Picture], clock: Clock) -> tuple[Array, list[Array]]:
+        """Feature rows of all pictures [F, width], and which of them belong to each picture."""
+        width: int = self.model.lm.config.width
+        if not pictures:
+            return np.zeros((1, width), np.float32), []
+        parts = [self._encode_one(picture, clock) for picture in pictures]
+        ends = np.cumsum([len(part) for part in parts])
+        rows = [np.arange(end - len(p), end) for end, p in zip(ends, parts, strict=True)]
+        return np.concatenate(parts), rows
+
+    def _encode_one(self, picture: Picture, clock: Clock) -> Array:
+        values: dict[str, Array] = {}
+        for name, rule in self.model.images.encoders.items():
+            with clock.time("preprocess"):
+                values[f"images.{name}"] = images.preprocess(picture.rgb, rule)[None]
+        for record in self.engine.components:
+            if record.name == self.model.lm.name:
+                continue
+            wires = {e.target: e.source for e in self.engine.edges}
+            inputs = {p.name: values[wires[f"{record.name}:{p.name}"]] for p in record.inputs}
+            with clock.time(record.name):
+                outputs = self._runners[record.name].run(inputs)
+            values |= {f"{record.name}:{name}": array for name, array in outputs.items()}
+        features = next(e for e in self.engine.edges if e.target == f"{self.model.lm.name}:features")
+        return values[features.source].copy()
+
+    def prefill(self, layout: Layout, features: Array) -> Array:
+        """Logits [vocab] after the whole prompt; the cache then holds it."""
+        last = np.asarray([[layout.length - 1]], np.int64)
+        inputs = {
+            "ids": layout.ids,
+            "rows": layout.rows,
+            "features": features,
+            "start": np.zeros(1, np.int64),
+            "score": last,
+        }
+        return self._runners[self.model.lm.name].run(inputs)["logits"][0, 0]
+
+    def decode(self, token: int, position: int, features: Array) -> Array:
+        """Logits [vocab] after one more token at `position`."""
+        inputs = {
+            "ids": np.asarray([[token]], np.int64),
+            "rows": np.asarray([[-1]], np.int64),
+            "features": features,
+            "start": np.asarray([position], np.int64),
+            "score": np.zeros((1, 1), np.int64),
+        }
+        return self._runners[self.model.lm.name].run(inputs)["logits"][0, 0]
+
+    def layers(self) -> dict[str, list[LayerTime]]:
+        """Time per node of every component; for a session opened with profile=True."""
+        return {name: runner.layers() for name, runner in self._runners.items()}
+
+    def close(self) -> None:
+        """Release all components."""
+        for runner in self._runners.values():
+            runner.close()
+
+
+class Clock:
+    """Milliseconds per stage, summed over calls."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.stages: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Add the block's duration to `stage`."""
+        begin = time.perf_counter()
+        yield
+        self.stages[stage] = self.stages.get(stage, 0.0) + 1000 * (time.perf_counter() - begin)
+
+    def now_ms(self) -> float:
+        """Milliseconds since the question was asked."""
+        return 1000 * (time.perf_counter() - self.started)
+
+
+class Reply:
+    """A reply in the making: an iterator of tokens that knows its timings."""
+
+    def __init__(self, session: Session, question: Question) -> None:
+        self._session = session
+        self._question = question
+        self._clock = Clock()
+        self._sample = sampler(question.sampling)
+        self._ids: list[int] = []
+        self._times_ms: list[float] = []
+        self._text = StoppingText(session.tokenizer, question.stop)
+        self._finish: Finish = "length"
+        self._notes: tuple[str, ...] = ()
+        if question.max_tokens < 1:
+            raise InputError(f"--max-tokens {question.max_tokens} is less than 1")
+
+    def __iter__(self) -> Iterator[Token]:
+        layout, features = self._read()
+        self._layout = layout
+        with self._clock.time("prefill"):
+            logits = self._session.prefill(layout, features)
+        nothing = np.zeros((1, features.shape[1]), np.float32)
+        room = self._session.engine.context - layout.length
+        for step in range(min(self._question.max_tokens, room + 1)):
+            if step:
+                logits = self._session.decode(self._ids[-1], layout.length + step - 1, nothing)
+            token = self._sample(logits)
+            self._ids.append(token)
+            self._times_ms.append(self._clock.now_ms())
+            ended = token in self._session.model.prompts.eos
+            text = self._text.finish() if ended else self._text.push(token)
+            yield Token(token, text, self._times_ms[-1])
+            if ended or self._text.stopped:
+                self._finish = "stop"
+                break
+        rest = self._text.finish()
+        if rest:
+            yield Token(-1, rest, self._clock.now_ms())
+
+    def _read(self) -> tuple[Layout, Array]:
+        """Everything before the language model."""
+        session, question, clock = self._session, self._question, self._clock
+        with clock.time("image_decode"):
+            pictures = [images.load(source) for source in question.images]
+        self._notes = tuple(
+            f"image {number}: {note}"
+            for number, picture in enumerate(pictures, 1)
+            for note in picture.notes
+        )
+        rules = session.model.prompts
+        text, stop = prompts.render(rules, question.prompt, len(pictures), question.template)
+        if stop is not None:
+            self._text.add_stop(stop)
+        with clock.time("tokenize"):
+            prompt = prompts.tokenize(rules, session.tokenizer, text)
+        prompts.check_places(prompt, len(pictures))
+        features, rows = session.encode(pictures, clock)
+        layout = prompts.lay_out(prompt, rows)
+        self._check_length(layout)
+        return layout, features
+
+    def _check_length(self, layout: Layout) -> None:
+        context = self._session.engine.context
+        if layout.length == 0:
+            raise InputError("the prompt is empty")
+        if layout.length > context:
+            raise InputError(
+                f"the prompt has {layout.length} tokens ({layout.image_tokens} of images), "
+                f"the engine's context is {context}",
+                hint="shorten the prompt, or build with a larger --max-context",
+            )
+
+    @property
+    def answer(self) -> Answer:
+        """The finished reply; iterate first."""
+        stages = dict(self._clock.stages)
+        first, last = self._times_ms[0], self._times_ms[-1]
+        gaps = len(self._times_ms) - 1
+        latency = (last - first) / gaps if gaps else 0.0
+        stages |= {
+            "time_to_first_token": first,
+            "inter_token_latency": latency,
+            "total": last,
+        }
+        return Answer(
+            self._text.said,
+            tuple(self._ids),
+            self._layout.length,
+            self._layout.image_tokens,
+            self._finish,
+            {name: round(ms, 3) for name, ms in stages.items()},
+            round(1000 * len(self._ids) / last, 3),
+            round(1000 / latency, 3) if latency else 0.0,
+            round(peak_rss_mb(), 1),
+            self._notes,
+        )
+
+
+class StoppingText:
+    """Streams text and ends it before a stop string; holds back what may become one."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._stream = TextStream(tokenizer)
+        self._stops = [s for s in stop if s]
+        self._held = ""
+        self.said = ""
+        self.stopped = False
+
+    def add_stop(self, stop: str) -> None:
+        """One more stop string (the template's)."""
+        self._stops.append(stop)
+
+    def push(self, token: int) -> str:
+        """The text that is certain to belong to the answer after this token."""
+        return self._release(self._stream.push(token), final=False)
+
+    def finish(self) -> str:
+        """What was held back; nothing after a stop string."""
+        return self._release(self._stream.finish(), final=True)
+
+    def _release(self, new: str, *, final: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        found = [at for at in (text.find(s) for s in self._stops) if at >= 0]
+        if found:
+            self.stopped, self._held, out = True, "", text[: min(found)]
+        else:
+            keep = 0 if final else max((_overlap(text, s) for s in self._stops), default=0)
+            self._held, out = text[len(text) - keep :], text[: len(text) - keep]
+        self.said += out
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    most = min(len(text), len(stop) - 1)
+    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,83 @@
+"""How one of our functions becomes a target's own op: one small function each.
+
+A swap takes the call and returns the nodes that stand in its place; engines/capabilities.py says
+which targets use it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from engines.graph import CONTRIB, Rewriter, attribute
+
+
+def add_rms_norm(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """SkipSimplifiedLayerNormalization also returns the sum."""
+    normed, total = node.output
+    return [r.node(f"{CONTRIB}.SkipSimplifiedLayerNormalization", node.input,
+                   [normed, "", "", total], node.name,
+                   epsilon=attribute(node, "epsilon"))]  # fmt: skip
+
+
+def add_layer_norm(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """SkipLayerNormalization also returns the sum."""
+    normed, total = node.output
+    return [r.node(f"{CONTRIB}.SkipLayerNormalization", node.input, [normed, "", "", total],
+                   node.name, epsilon=attribute(node, "epsilon"))]  # fmt: skip
+
+
+def quick_gelu(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """The contrib op of the same name."""
+    alpha = attribute(node, "alpha")
+    return [r.node(f"{CONTRIB}.QuickGelu", node.input, node.output, node.name, alpha=alpha)]
+
+
+def swiglu(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """silu is QuickGelu with alpha 1: one pass instead of Sigmoid and Mul."""
+    gate, up = node.input
+    active = f"{node.name}/silu"
+    return [
+        r.node(f"{CONTRIB}.QuickGelu", [gate], [active], active, alpha=1.0),
+        r.node("Mul", [active, up], node.output, node.name),
+    ]
+
+
+def unembed(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """A product that reads the table as it lies."""
+    return [r.node(f"{CONTRIB}.FusedMatMul", node.input, node.output, node.name, alpha=1.0,
+                   transA=0, transB=1, transBatchA=0, transBatchB=0)]  # fmt: skip
+
+
+def group_query_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """GroupQueryAttention rotates, writes the cache in place and masks by length by itself.
+
+    It takes the number of cached tokens after this call, less one, per row, and the largest
+    total; both follow from the positions and are made once per graph.
+    """
+    q, k, v, key, value, cos, sin, positions, _ = node.input
+    last = r.constant("gqa.last", np.asarray([-1], np.int64))
+    end = r.constant("gqa.end", np.asarray([np.iinfo(np.int64).max], np.int64))
+    axis = r.constant("gqa.axis", np.asarray([1], np.int64))
+    column = r.once("Slice", [positions, last, end, axis], "gqa.column")
+    flat = r.once("Squeeze", [column, axis], "gqa.length64")
+    lengths = r.once("Cast", [flat], "gqa.lengths", to=onnx.TensorProto.INT32)
+    one = r.constant("gqa.one", np.asarray(1, np.int32))
+    largest = r.once("ReduceMax", [lengths], "gqa.largest", keepdims=0)
+    total = r.once("Add", [largest, one], "gqa.total")
+    return [
+        r.node(
+            f"{CONTRIB}.GroupQueryAttention",
+            [q, k, v, key, value, lengths, total, cos, sin],
+            node.output,
+            node.name,
+            num_heads=attribute(node, "head_split")[2],
+            kv_num_heads=attribute(node, "kv_split")[2],
+            scale=attribute(node, "scale"),
+            do_rotary=1,
+            rotary_interleaved=0,
+            local_window_size=-1,
+        )
+    ]
+
+

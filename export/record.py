@@ -1,0 +1,262 @@
+"""OnnxOps: the interpreter that writes the model down. Values are tensor names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from export.functions import DOMAIN
+from toolkit.ops import Array, Norm, Step, Weights
+
+ELEMENT = {
+    "fp32": onnx.TensorProto.FLOAT,
+    "fp16": onnx.TensorProto.FLOAT16,
+    "bf16": onnx.TensorProto.BFLOAT16,
+    "int64": onnx.TensorProto.INT64,
+    "bool": onnx.TensorProto.BOOL,
+}
+
+
+class Parameters(Mapping[str, str]):
+    """Tensor keys as graph names; remembers which were used."""
+
+    def __init__(self, keys: Mapping[str, tuple[int, ...]]) -> None:
+        self._keys = keys
+        self.used: dict[str, None] = {}
+
+    def __getitem__(self, key: str) -> str:
+        if key not in self._keys:
+            raise KeyError(key)
+        self.used[key] = None
+        return key
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class OnnxOps:
+    """Collects nodes; `constants` are tables that belong into the weights file, `small` inline."""
+
+    def __init__(self, component: str, dtype: str) -> None:
+        self.dtype = dtype
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, Array] = {}
+        self.small: dict[str, onnx.TensorProto] = {}
+        self.functions: set[str] = set()
+        self._component = component
+        self._scope = component
+        self._taken: set[str] = set()
+
+    # -- recording -------------------------------------------------------------------------
+
+    def _emit(
+        self, kind: str, inputs: Sequence[str], name: str = "", outputs: int = 1, **attrs: Any
+    ) -> list[str]:
+        """One node named after its place; a kind "edgevlm.X" calls our function X."""
+        domain, _, plain = kind.rpartition(".")
+        if domain == DOMAIN:
+            self.functions.add(plain)
+        label = self._unique(name or f"{self._scope}/{plain}")
+        names = [label] if outputs == 1 else [f"{label}/{i}" for i in range(outputs)]
+        node = helper.make_node(plain, list(inputs), names, name=label, domain=domain, **attrs)
+        self.nodes.append(node)
+        return names
+
+    def _one(self, kind: str, inputs: Sequence[str], name: str = "", **attrs: Any) -> str:
+        return self._emit(kind, inputs, name, **attrs)[0]
+
+    def _unique(self, label: str) -> str:
+        number, found = 1, label
+        while found in self._taken:
+            number += 1
+            found = f"{label}.{number}"
+        self._taken.add(found)
+        return found
+
+    def _at(self, w: Weights[str]) -> str:
+        """The node name of a place with parameters; later nodes are named beside it."""
+        self._scope = "/".join((self._component, *w.path[:-1]))
+        return "/".join((self._component, *w.path))
+
+    def _ints(self, *values: int) -> str:
+        """A small int64 vector, shared between its users."""
+        name = "ints." + "_".join(str(v) for v in values)
+        return self._inline(name, np.asarray(values, np.int64))
+
+    def _int(self, value: int) -> str:
+        return self._inline(f"int.{value}", np.asarray(value, np.int64))
+
+    def _inline(self, name: str, value: Array) -> str:
+        self.small.setdefault(name, numpy_helper.from_array(value, name))
+        return name
+
+    # -- with parameters -------------------------------------------------------------------
+
+    def linear(self, x: str, w: Weights[str]) -> str:
+        place, bias = self._at(w), w.get("bias")
+        y = self._one("MatMul", [x, w["weight"]], place)
+        return y if bias is None else self._one("Add", [y, bias], f"{place}/bias")
+
+    def unembed(self, x: str, w: Weights[str]) -> str:
+        self._scope = self._component
+        return self._one("edgevlm.Unembed", [x, w["weight"]], f"{self._component}/unembed")
+
+    def embed(self, ids: str, w: Weights[str]) -> str:
+        return self._one("Gather", [w["weight"], ids], self._at(w), axis=0)
+
+    def conv(
+        self, x: str, w: Weights[str], *, stride: int, padding: int = 0, groups: int = 1
+    ) -> str:
+        bias = w.get("bias")
+        inputs = [x, w["weight"], *([] if bias is None else [bias])]
+        return self._one("Conv", inputs, self._at(w), strides=[stride] * 2, pads=[padding] * 4,
+                         dilations=[1, 1], group=groups)  # fmt: skip
+
+    def layer_norm(self, x: str, w: Weights[str], eps: float) -> str:
+        return self._one("LayerNormalization", [x, w["weight"], w["bias"]], self._at(w), axis=-1,
+                         epsilon=eps, stash_type=1)  # fmt: skip
+
+    def rms_norm(self, x: str, w: Weights[str], eps: float) -> str:
+        return self._one("RMSNormalization", [x, w["weight"]], self._at(w), axis=-1, epsilon=eps,
+                         stash_type=1)  # fmt: skip
+
+    def add_norm(
+        self, x: str, residual: str, w: Weights[str], eps: float, kind: Norm
+    ) -> tuple[str, str]:
+        if kind == "rms":
+            function, inputs = "edgevlm.AddRMSNorm", [x, residual, w["weight"]]
+        else:
+            function, inputs = "edgevlm.AddLayerNorm", [x, residual, w["weight"], w["bias"]]
+        normed, total = self._emit(function, inputs, self._at(w), 2, epsilon=eps)
+        return normed, total
+
+    # -- elementwise -----------------------------------------------------------------------
+
+    def add(self, a: str, b: str) -> str:
+        return self._one("Add", [a, b])
+
+    def mul(self, a: str, b: str) -> str:
+        return self._one("Mul", [a, b])
+
+    def gelu(self, x: str, *, tanh: bool = False) -> str:
+        return self._one("Gelu", [x], approximate="tanh" if tanh else "none")
+
+    def quick_gelu(self, x: str) -> str:
+        return self._one("edgevlm.QuickGelu", [x], alpha=1.702)
+
+    def swiglu(self, gate: str, up: str) -> str:
+        return self._one("edgevlm.SwiGLU", [gate, up])
+
+    # -- attention -------------------------------------------------------------------------
+
+    def attention(self, q: str, k: str, v: str, *, heads: int, kv_heads: int) -> str:
+        return self._one("Attention", [q, k, v], q_num_heads=heads, kv_num_heads=kv_heads,
+                         is_causal=0, softcap=0.0, qk_matmul_output_mode=0)  # fmt: skip
+
+    def attention_cached(
+        self,
+        q: str,
+        k: str,
+        v: str,
+        past: tuple[str, str],
+        step: Step[str],
+        *,
+        heads: int,
+        kv_heads: int,
+    ) -> tuple[str, str, str]:
+        width = 2 * self.constants[step.cos.removeprefix(f"{self._component}/")].shape[1]
+        inputs = [q, k, v, *past, step.cos, step.sin, step.positions, step.mask]
+        y, key, value = self._emit(
+            "edgevlm.CachedAttention",
+            inputs,
+            f"{self._scope}/attend",
+            3,
+            head_split=[0, 0, heads, -1],
+            kv_split=[0, 0, kv_heads, -1],
+            scale=1 / math.sqrt(width),
+        )
+        return y, key, value
+
+    def positions(self, ids: str, start: str) -> str:
+        length = self._one("Squeeze", [self._one("Shape", [ids], start=1, end=2)])
+        steps = self._one("Range", [self._int(0), length, self._int(1)])
+        return self._one("Add", [self._one("Unsqueeze", [start, self._ints(1)]), steps])
+
+    def causal_mask(self, positions: str, cache: str, window: int | None) -> str:
+        length = self._one("Squeeze", [self._one("Shape", [cache], start=2, end=3)])
+        rows = self._one("Range", [self._int(0), length, self._int(1)])
+        column = self._one("Unsqueeze", [positions, self._ints(-1)])
+        seen = self._one("LessOrEqual", [rows, column])
+        if window is not None:
+            oldest = self._one("Sub", [column, self._int(window)])
+            seen = self._one("And", [seen, self._one("Greater", [rows, oldest])])
+        return self._one("Unsqueeze", [seen, self._ints(1)])
+
+    # -- tokens ----------------------------------------------------------------------------
+
+    def place_tokens(self, x: str, features: str, rows: str) -> str:
+        chosen = self._one("Gather", [features, self._one("Max", [rows, self._int(0)])], axis=0)
+        image = self._one("GreaterOrEqual", [rows, self._int(0)])
+        return self._one("Where", [self._one("Unsqueeze", [image, self._ints(-1)]), chosen, x])
+
+    def take(self, x: str, at: str) -> str:
+        column = self._one("Unsqueeze", [at, self._ints(-1)])
+        return self._one("GatherND", [x, column], batch_dims=1)
+
+    def prepend(self, x: str, token: str) -> str:
+        batch = self._one("Shape", [x], start=0, end=1)
+        width = self._one("Shape", [token], start=0, end=1)
+        shape = self._one("Concat", [batch, self._ints(1), width], axis=0)
+        return self._one("Concat", [self._one("Expand", [token, shape]), x], axis=1)
+
+    # -- shape -----------------------------------------------------------------------------
+
+    def concat(self, xs: Sequence[str], axis: int) -> str:
+        return self._one("Concat", list(xs), axis=axis)
+
+    def slice(self, x: str, axis: int, start: int, stop: int | None) -> str:
+        if start == 0 and stop is None:
+            return x
+        end = np.iinfo(np.int64).max if stop is None else stop
+        bounds = [self._ints(start), self._ints(end), self._ints(axis), self._ints(1)]
+        return self._one("Slice", [x, *bounds])
+
+    def reshape(self, x: str, shape: tuple[int, ...]) -> str:
+        return self._one("Reshape", [x, self._ints(*shape)], allowzero=0)
+
+    def transpose(self, x: str, axes: tuple[int, ...]) -> str:
+        return self._one("Transpose", [x], perm=list(axes))
+
+    def constant(self, name: str, value: Array) -> str:
+        """Tables stay float32 on disk; the graph casts them where the model is narrower."""
+        self.constants[name] = value
+        if self.dtype == "fp32":
+            return name
+        return self._one("Cast", [name], f"{self._component}/{name}", to=ELEMENT[self.dtype])
+
+    # -- precision -------------------------------------------------------------------------
+
+    def fake_quant(self, x: str, scale: Array, *, axis: int | None, bits: int, site: str) -> str:
+        place = f"{self._component}/{site}"
+        kind = {8: onnx.TensorProto.INT8, 4: onnx.TensorProto.INT4}[bits]
+        steps = helper.make_tensor(
+            f"{place}/scale", ELEMENT[self.dtype], scale.shape, scale.reshape(-1).tolist()
+        )
+        self.small.setdefault(steps.name, steps)
+        zeros = helper.make_tensor(f"{place}/zero", kind, scale.shape, [0] * scale.size)
+        self.small.setdefault(zeros.name, zeros)
+        along = {} if axis is None else {"axis": axis}
+        inputs = [steps.name, zeros.name]
+        stored = self._one("QuantizeLinear", [x, *inputs], f"{place}/quantize", **along)
+        return self._one("DequantizeLinear", [stored, *inputs], f"{place}/dequantize", **along)

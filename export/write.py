@@ -1,0 +1,197 @@
+"""From a model and its weights to a bundle on disk, holding one tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from export.functions import DOMAIN, FUNCTIONS, IR_VERSION, OPSET, VERSION
+from export.record import ELEMENT, OnnxOps, Parameters
+from toolkit import bundle as bundles
+from toolkit import config as model_config
+from toolkit import goldens
+from toolkit.artifact import require_space, writing
+from toolkit.bundle import ComponentRecord, FileRecord, Manifest, Tensors
+from toolkit.layouts.source import Source
+from toolkit.models import vlm
+from toolkit.models.vlm import Component, Port
+from toolkit.ops import Array, Weights
+from toolkit.safetensors_io import STORAGE, Planned, Written, write_safetensors
+from toolkit.shapes import ShapeOps, Spec, Specs
+from toolkit.wrap import Count
+
+Progress = Callable[[str], None]
+
+
+def write_bundle(
+    source: Source, out: Path, *, dtype: str, made_by: str, force: bool, progress: Progress
+) -> None:
+    """Write the bundle `out` in one step: whole or not at all. `dtype`: fp32, fp16 or bf16."""
+    parts = vlm.components(source.model)
+    require_space(out, sum(_nbytes(part, dtype) for part in parts))
+    files: dict[str, FileRecord] = {}
+    with writing(out, force=force) as folder:
+        records, functions = [], set[str]()
+        for part in parts:
+            progress(f"{part.name}: recording and writing weights")
+            record, used = _write_component(folder, part, source, dtype, files)
+            records.append(record)
+            functions |= used
+        _write_rest(folder, parts, source, files, progress)
+        manifest = Manifest(
+            bundles.FORMAT,
+            made_by,
+            source.origin,
+            model_config.to_json(source.model),
+            dtype,
+            OPSET,
+            tuple(records),
+            vlm.edges(source.model),
+            dict.fromkeys(sorted(functions), VERSION),
+            files,
+        )
+        bundles.write_manifest(folder, manifest)
+
+
+def _nbytes(part: Component, dtype: str) -> int:
+    return sum(math.prod(shape) for shape in part.shapes.values()) * STORAGE[dtype].itemsize
+
+
+def _write_component(
+    folder: Path,
+    part: Component,
+    source: Source,
+    dtype: str,
+    files: dict[str, FileRecord],
+) -> tuple[ComponentRecord, set[str]]:
+    recorded = record(part, dtype)
+    weights = f"{part.name}.safetensors"
+    written = _write_weights(folder / weights, recorded, source.weights[part.name], dtype)
+    files[weights] = FileRecord(written.nbytes, written.sha256)
+    graph = folder / f"{part.name}.onnx"
+    graph.write_bytes(recorded.model(weights, written).SerializeToString())
+    onnx.checker.check_model(str(graph), full_check=True)
+    files[graph.name] = bundles.record_file(graph)
+    return describe(part, graph.name, weights), recorded.ops.functions
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A component written down: nodes and tables, and which of its parameters they use."""
+
+    part: Component
+    ops: OnnxOps
+    outputs: dict[str, str]
+    dtype: str
+
+    def planned(self) -> list[Planned]:
+        """Every tensor of the weights file."""
+        used = [Planned(n, self.dtype, shape) for n, shape in self.part.shapes.items()]
+        return used + [Planned(n, "fp32", x.shape) for n, x in self.ops.constants.items()]
+
+    def model(self, location: str, written: Written) -> onnx.ModelProto:
+        """The ONNX model whose weights stand in the file `location`."""
+        initializers = list(self.ops.small.values())
+        for name, entry in written.entries.items():
+            tensor = onnx.TensorProto(name=name, dims=entry.shape, data_type=ELEMENT[entry.dtype])
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            span = {"location": location, "offset": entry.offset, "length": entry.nbytes}
+            for key, value in span.items():
+                tensor.external_data.add(key=key, value=str(value))
+            initializers.append(tensor)
+        self._name_outputs()
+        graph = helper.make_graph(
+            self.ops.nodes,
+            self.part.name,
+            [_value(port, self.dtype) for port in self.part.inputs],
+            [_value(port, self.dtype) for port in self.part.outputs],
+            initializers,
+        )
+        functions = [FUNCTIONS[name] for name in sorted(self.ops.functions)]
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+        return helper.make_model(
+            graph,
+            functions=functions,
+            opset_imports=opsets if functions else opsets[:1],
+            ir_version=IR_VERSION,
+            producer_name="edgevlm",
+        )
+
+    def _name_outputs(self) -> None:
+        """Give the tensors that leave the graph the names of their ports."""
+        renamed = {tensor: port for port, tensor in self.outputs.items()}
+        for node in self.ops.nodes:
+            node.input[:] = [renamed.get(name, name) for name in node.input]
+            node.output[:] = [renamed.get(name, name) for name in node.output]
+
+
+def record(part: Component, dtype: str) -> Recorded:
+    """Run the component's function over the recorder."""
+    ops, parameters = OnnxOps(part.name, dtype), Parameters(part.shapes)
+    inputs = {port.name: port.name for port in part.inputs}
+    outputs = part.forward(ops, Weights(parameters), inputs)
+    idle = set(part.shapes) - set(parameters.used)
+    if idle:
+        raise AssertionError(f"{part.name} declares tensors it never uses: {sorted(idle)[:3]}")
+    return Recorded(part, ops, outputs, dtype)
+
+
+def _value(port: Port, dtype: str) -> onnx.ValueInfoProto:
+    kind = ELEMENT[dtype if port.dtype == "float" else port.dtype]
+    return helper.make_tensor_value_info(port.name, kind, list(port.shape))
+
+
+def _write_weights(
+    path: Path, recorded: Recorded, weights: Mapping[str, Array], dtype: str
+) -> Written:
+    tables = recorded.ops.constants
+
+    def produce(tensor: Planned) -> Array:
+        return tables[tensor.name] if tensor.name in tables else weights[tensor.name]
+
+    return write_safetensors(path, recorded.planned(), produce)
+
+
+def describe(part: Component, graph: str, weights: str) -> ComponentRecord:
+    """The manifest's record of a component; flops for one picture or one token."""
+    at = {**goldens.AXES, "sequence": 1, "rows": 1, "context": 1}
+    params = sum(math.prod(shape) for shape in part.shapes.values())
+    return ComponentRecord(
+        part.name, graph, weights, part.inputs, part.outputs, params, count(part, at).flops, at
+    )
+
+
+def count(part: Component, axes: Mapping[str, int]) -> Count:
+    """The cost of one call with these axes, op by op."""
+    counter = Count(ShapeOps(), part.name)
+    inputs = {
+        p.name: Spec(tuple(axes[n] if isinstance(n, str) else n for n in p.shape))
+        for p in part.inputs
+    }
+    part.forward(counter, Weights(Specs(part.shapes)), inputs)
+    return counter
+
+
+def _write_rest(
+    folder: Path,
+    parts: tuple[Component, ...],
+    source: Source,
+    files: dict[str, FileRecord],
+    progress: Progress,
+) -> None:
+    (folder / bundles.TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
+    kept = []
+    with np.errstate(over="ignore"):
+        for part in parts:
+            progress(f"{part.name}: running the oracle for its goldens")
+            tensors = Tensors(folder / f"{part.name}.safetensors")
+            kept += list(goldens.make_goldens(part, tensors))
+    goldens.save(folder / bundles.GOLDENS, kept)
+    for name in (bundles.TOKENIZER, bundles.GOLDENS):
+        files[name] = bundles.record_file(folder / name)

@@ -1,0 +1,187 @@
+"""The bundle: a folder any ONNX runtime can read, and the manifest that says how it connects.
+
+manifest.json   model configuration, components, edges, files with size and sha256
+NAME.onnx       one standard-opset graph per component; its weights stay outside
+NAME.safetensors  the component's weights, named as in the graph
+tokenizer.json  golden.npz (small inputs and the oracle's outputs, see toolkit/goldens.py)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toolkit import config as model_config
+from toolkit.artifact import sha256_of
+from toolkit.config import ModelConfig
+from toolkit.errors import BundleError, ConfigError
+from toolkit.models.vlm import Edge, Port
+from toolkit.ops import Array
+from toolkit.precision import PrecisionPlan
+from toolkit.safetensors_io import SafetensorsFile
+from toolkit.strict import from_plain, read_json, to_plain
+from toolkit.tokenizer import Tokenizer
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+GOLDENS = "golden.npz"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file's size and content."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ComponentRecord:
+    """One recorded component: its graph and weights files, ports, and what it costs.
+
+    flops: for `at`, the concrete value of every axis that changes from call to call.
+    """
+
+    name: str
+    graph: str
+    weights: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    params: int
+    flops: int
+    at: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json holds. `source` says where the weights came from."""
+
+    format: int
+    made_by: str
+    source: Mapping[str, Any]
+    model: Mapping[str, Any]
+    dtype: str
+    opset: int
+    components: tuple[ComponentRecord, ...]
+    edges: tuple[Edge, ...]
+    functions: Mapping[str, int]
+    files: Mapping[str, FileRecord]
+    plan: PrecisionPlan = field(default_factory=PrecisionPlan)
+
+    def component(self, name: str) -> ComponentRecord:
+        """The component called `name`."""
+        return next(c for c in self.components if c.name == name)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json."""
+    text = json.dumps(to_plain(manifest), indent=1, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def record_file(path: Path) -> FileRecord:
+    """Size and hash of a finished file."""
+    return FileRecord(path.stat().st_size, sha256_of(path))
+
+
+class Tensors(Mapping[str, Array]):
+    """A component's weights as float arrays, read when asked for: what NumpyOps runs on."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = SafetensorsFile(path)
+
+    def __getitem__(self, key: str) -> Array:
+        if key not in self._file.entries:
+            raise KeyError(key)
+        array = self._file.read(key)
+        return array.astype(np.float32) if array.dtype == np.float16 else array
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        return self._file.shape(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._file.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.entries)
+
+    def __len__(self) -> int:
+        return len(self._file.entries)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle."""
+
+    path: Path
+    manifest: Manifest
+    model: ModelConfig
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """Read and check the manifest. Raises BundleError if this is not a bundle of ours."""
+        file = path / MANIFEST
+        if not file.exists():
+            raise BundleError(
+                f"{path} is not a bundle: it has no {MANIFEST}",
+                hint=f"make one: edgevlm export CHECKPOINT {path}",
+            )
+        manifest = read_manifest(file)
+        return cls(path, manifest, model_config.from_json(dict(manifest.model), f"{file}: model"))
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the whole bundle: the manifest holds the hash of every other file."""
+        return sha256_of(self.path / MANIFEST)
+
+    def check_sizes(self) -> None:
+        """Raise BundleError if a file is missing or has another size; reads no content."""
+        for name, record in self.manifest.files.items():
+            file = self.path / name
+            if not file.exists():
+                raise BundleError(f"{self.path} lacks {name}", hint="export it again")
+            if file.stat().st_size != record.nbytes:
+                raise BundleError(
+                    f"{file} has {file.stat().st_size} bytes, the manifest says {record.nbytes}",
+                    hint="the file was changed or cut short; export it again",
+                )
+
+    def verify(self) -> None:
+        """Raise BundleError if any file differs from what was exported (reads everything)."""
+        self.check_sizes()
+        for name, record in self.manifest.files.items():
+            if sha256_of(self.path / name) != record.sha256:
+                raise BundleError(
+                    f"{self.path / name} was changed after the export (its checksum differs)",
+                    hint="export it again",
+                )
+
+    def tensors(self, component: str) -> Tensors:
+        """The weights of one component."""
+        return Tensors(self.path / self.manifest.component(component).weights)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that travels with the bundle."""
+        rules = self.model.prompts
+        return Tokenizer.open(self.path / TOKENIZER, doubled_blank=rules.doubled_blank)
+
+
+def read_manifest(file: Path) -> Manifest:
+    """A manifest. Raises BundleError if it is damaged or of another format."""
+    try:
+        data = read_json(file)
+        if data.get("format") != FORMAT:
+            raise BundleError(
+                f"{file} has format {data.get('format')!r}, this version reads {FORMAT}",
+                hint="export the model again with this version",
+            )
+        return from_plain(Manifest, data, str(file))
+    except ConfigError as odd:
+        raise BundleError(odd.message, hint="the manifest was changed; export it again") from None

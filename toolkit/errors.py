@@ -1,0 +1,81 @@
+"""Every error a user can meet, as one tree.
+
+ToolkitError                 message + hint (the next step)
+├── ConfigError              a config file or option we refuse to guess about
+├── CheckpointError          weights on disk: missing, left over, mis-shaped, truncated
+├── BundleError              a bundle or engine folder that is not what its manifest says
+├── InputError               an image, prompt or request that cannot be used
+├── UnsupportedError         this op, model or precision does not exist on that target
+├── MissingExtra             an optional package is needed; the hint is the install command
+├── CalibrationError         the samples cannot give a precision plan
+├── BuildError               a backend refused to compile a component
+├── TargetMismatch           the engine was built for another machine; the hint rebuilds it
+├── OutOfMemory              needed, had, and what lowers it
+├── OutputError              the artifact could not be written (exists, disk full, no permission)
+└── AccuracyError            a built component diverges from the goldens
+"""
+
+from __future__ import annotations
+
+
+class ToolkitError(Exception):
+    """An error with the offending value in `message` and the next step in `hint`."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(ToolkitError):
+    """A configuration value is unknown, missing, of the wrong type or not implemented."""
+
+
+class CheckpointError(ToolkitError):
+    """A checkpoint's tensors are missing, left over, mis-shaped or unreadable."""
+
+
+class BundleError(ToolkitError):
+    """A bundle or engine folder is damaged or of another format."""
+
+
+class InputError(ToolkitError):
+    """An image, a prompt or a request file cannot be used."""
+
+
+class UnsupportedError(ToolkitError):
+    """The combination of model, op, precision and target is not implemented."""
+
+
+class MissingExtra(ToolkitError):
+    """A package that only this verb needs is not installed."""
+
+    def __init__(self, package: str, extra: str, *, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed",
+            hint=f"pip install 'edgevlm[{extra}]'",
+        )
+
+
+class CalibrationError(ToolkitError):
+    """The calibration samples or ranges cannot give a precision plan."""
+
+
+class BuildError(ToolkitError):
+    """A backend could not compile or load a component."""
+
+
+class TargetMismatch(ToolkitError):
+    """An engine meets a machine, backend or version other than the one it was built for."""
+
+
+class OutOfMemory(ToolkitError):
+    """The work needs more memory than there is."""
+
+
+class OutputError(ToolkitError):
+    """An artifact could not be written."""
+
+
+class AccuracyError(ToolkitError):
+    """A built component's output differs from the oracle's by more than its tolerance."""

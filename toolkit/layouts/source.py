@@ -1,0 +1,162 @@
+"""What reading a checkpoint gives, and the pieces that both layouts need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from toolkit import models
+from toolkit.config import ModelConfig, Part
+from toolkit.errors import CheckpointError, ConfigError
+from toolkit.models.vlm import components
+from toolkit.ops import Array
+from toolkit.strict import Reader, read_json
+from toolkit.tokenizer import Tokenizer, from_sentencepiece
+from toolkit.weights import (
+    Checkpoint,
+    RandomWeights,
+    Recipe,
+    Recipes,
+    TorchReader,
+    check_tables,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to read a checkpoint: what the command line may decide about it."""
+
+    system: str | None = None
+    vision_tower: Path | None = None
+    ignore_keys: tuple[str, ...] = ()
+    max_context: int | None = None
+    torch_reader: TorchReader | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model ready to be written or run: weights are read when asked for."""
+
+    model: ModelConfig
+    weights: Mapping[str, Mapping[str, Array]]
+    tokenizer: str
+    origin: Mapping[str, Any]
+
+
+def random_source(model: ModelConfig, seed: int, tokenizer: str, preset: str) -> Source:
+    """A preset's source: published shapes, weights from `seed`."""
+    weights = {p.name: RandomWeights(p.shapes, seed, p.name) for p in components(model)}
+    return Source(model, weights, tokenizer, {"preset": preset, "random_weights": True,
+                                              "seed": seed})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of one component inside one checkpoint."""
+
+    table: Mapping[str, Recipe]
+    shapes: Mapping[str, tuple[int, ...]]
+    checkpoint: Checkpoint
+
+    def weights(self) -> Recipes:
+        """The component's tensors, made when asked for."""
+        return Recipes(self.table, self.checkpoint)
+
+
+def check(parts: Iterable[Stored], unused: Iterable[str]) -> None:
+    """Check all components that share one checkpoint against it, both ways."""
+    stored = list(parts)
+    free = tuple(unused)
+    for checkpoint in {id(p.checkpoint): p.checkpoint for p in stored}.values():
+        tables = [(p.table, p.shapes) for p in stored if p.checkpoint is checkpoint]
+        check_tables(tables, checkpoint, free)
+
+
+def below(table: Mapping[str, Recipe], prefix: str) -> dict[str, Recipe]:
+    """A table whose sources stand below `prefix`."""
+    return {name: recipe.below(prefix) for name, recipe in table.items()}
+
+
+def find_prefix(table: Mapping[str, Recipe], checkpoint: Checkpoint, *prefixes: str) -> str:
+    """The first of `prefixes` under which the checkpoint has one of the table's tensors."""
+    sources = [source for recipe in table.values() for source in recipe.sources]
+    for prefix in prefixes:
+        if any(prefix + source in checkpoint for source in sources):
+            return prefix
+    raise CheckpointError(
+        f"{checkpoint.where} has no tensor called {prefixes[0]}{sources[0]}",
+        hint="check that config and weights belong together",
+    )
+
+
+def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tuple[str, Reader]:
+    """The encoder file for a tower's configuration, and a reader over its own part of it."""
+    kind, nested = config.get("model_type"), "vision_config" in config
+    for name in models.kinds("encoders"):
+        if kind in getattr(models.encoder(name), "MODEL_TYPES", ()):
+            reader = Reader(config, where, options.ignore_keys)
+            return name, reader.sub("vision_config") if nested else reader
+    known = [t for n in models.kinds("encoders") for t in models.encoder(n).MODEL_TYPES]
+    raise ConfigError(
+        f"{where}: model_type = {kind!r} is not an encoder we implement",
+        hint=f"implemented: {', '.join(sorted(known))}",
+    )
+
+
+def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, bool]:
+    """The text of a tokenizer.json, and whether it stands for a sentencepiece tokenizer.
+
+    slow: the system uses sentencepiece's own tokenizer where its model file is there; fast
+    conversions by older versions of transformers tokenize differently after special tokens.
+    """
+    path, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    settings = folder / "tokenizer_config.json"
+    config = read_json(settings) if settings.exists() else {}
+    if model.exists() and (slow or not path.exists()):
+        return from_sentencepiece(model, config), True
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)",
+            hint="copy the tokenizer files of the language model into the folder",
+        )
+    return path.read_text(encoding="utf-8"), False
+
+
+def check_tokenizer(text: str, vocab: int, where: str) -> int:
+    """Ids the tokenizer knows. Raises CheckpointError if the model has fewer rows."""
+    import tokenizers
+
+    try:
+        size = Tokenizer(tokenizers.Tokenizer.from_str(text)).size
+    except Exception as broken:  # the package raises bare Exception
+        raise ConfigError(f"{where}: the tokenizer cannot be read: {broken}") from None
+    if size > vocab:
+        raise CheckpointError(
+            f"{where}: the tokenizer knows ids up to {size - 1}, the model has {vocab} rows",
+            hint="the tokenizer belongs to another model",
+        )
+    return size
+
+
+def read_eos(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """End-of-answer ids: generation_config.json, else config.json."""
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.exists() else {}
+    found = generation.get("eos_token_id", config.get("eos_token_id"))
+    if found is None:
+        raise ConfigError(f"{folder} names no eos_token_id")
+    return tuple(found) if isinstance(found, list) else (int(found),)
+
+
+def with_context(lm: Part, limit: int | None) -> Part:
+    """The language model with rotary tables for at most `limit` positions."""
+    if limit is None:
+        return lm
+    if limit > lm.config.context:
+        raise ConfigError(
+            f"--max-context {limit} is more than the {lm.config.context} positions of the model"
+        )
+    return replace(lm, config=replace(lm.config, context=limit))

@@ -1,0 +1,90 @@
+"""Architectures, one file each, found by file name: encoders/clip.py is the encoder "clip".
+
+Every file offers `Config` (with `read`), `forward`, `shapes`, `names`, `unused` and `tiny`.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+from toolkit.errors import ConfigError
+from toolkit.ops import Ops, T, Weights
+from toolkit.weights import Recipe
+
+Room = Literal["encoders", "mergers", "lms"]
+
+
+class Architecture(Protocol):
+    """What every architecture file offers, whatever its room."""
+
+    Config: Any
+
+    def shapes(self, c: Any) -> dict[str, tuple[int, ...]]: ...
+
+    def names(self, c: Any) -> Mapping[str, Recipe]: ...
+
+    def unused(self, c: Any) -> tuple[str, ...]: ...
+
+    def tiny(self) -> Any: ...
+
+
+class EncoderFile(Architecture, Protocol):
+    """An encoder: its Config has `pixels`, `tokens` and `widths`.
+
+    MODEL_TYPES are the model_type values of the tower configurations that it reads.
+    """
+
+    MODEL_TYPES: tuple[str, ...]
+
+    def forward(self, op: Ops[T], c: Any, w: Weights[T], pixels: T) -> tuple[T, ...]: ...
+
+
+class MergerFile(Architecture, Protocol):
+    """A merger: its Config has `outputs`."""
+
+    def forward(self, op: Ops[T], c: Any, w: Weights[T], features: Sequence[T]) -> T: ...
+
+
+class LMFile(Architecture, Protocol):
+    """A language model: its Config has the fields of lms/llama.py."""
+
+    def forward(
+        self,
+        op: Ops[T],
+        c: Any,
+        w: Weights[T],
+        inputs: Mapping[str, T],
+        past: Sequence[tuple[T, T]],
+    ) -> tuple[T, list[tuple[T, T]]]: ...
+
+
+def kinds(room: Room) -> list[str]:
+    """Names of the architecture files in a room."""
+    folder = Path(__file__).parent / room
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]))
+
+
+def _find(room: Room, kind: str) -> Any:
+    if kind not in kinds(room):
+        known = ", ".join(kinds(room))
+        raise ConfigError(f"there is no {room[:-1]} called {kind!r}", hint=f"known: {known}")
+    return import_module(f"toolkit.models.{room}.{kind}")
+
+
+def encoder(kind: str) -> EncoderFile:
+    """The encoder file called `kind`. Raises ConfigError naming the known ones."""
+    return cast(EncoderFile, _find("encoders", kind))
+
+
+def merger(kind: str) -> MergerFile:
+    """The merger file called `kind`."""
+    return cast(MergerFile, _find("mergers", kind))
+
+
+def lm(kind: str) -> LMFile:
+    """The language-model file called `kind`."""
+    return cast(LMFile, _find("lms", kind))

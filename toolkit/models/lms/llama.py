@@ -1,0 +1,252 @@
+"""Llama (Touvron et al., arXiv 2302.13971): RMSNorm, rotary attention, SwiGLU.
+
+Vicuna is this. Qwen2 and Mistral are this with other switches; their files say which.
+Tensor names on disk are those of Hugging Face's LlamaForCausalLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from toolkit.errors import ConfigError
+from toolkit.ops import Array, Ops, Step, T, Weights
+from toolkit.strict import Reader
+from toolkit.weights import Recipe, flip, keep
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context.
+
+    linear divides every angle by `factor`; llama3 only the slow ones (Llama 3.1 release).
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    trained_context: int = 8192
+
+
+@dataclass(frozen=True)
+class Config:
+    """`context` is the longest sequence, the length of the rotary tables."""
+
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    context: int
+    eps: float = 1e-5
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = False
+    window: int | None = None
+
+    @classmethod
+    def read(cls, r: Reader) -> Config:
+        """From a LlamaConfig."""
+        bias = r.take("attention_bias", bool, False)
+        return read(r, qkv_bias=bias, out_bias=bias, mlp_bias=r.take("mlp_bias", bool, False))
+
+
+def read(
+    r: Reader, *, qkv_bias: bool, out_bias: bool, mlp_bias: bool, window: int | None = None
+) -> Config:
+    """The fields that Llama, Qwen2 and Mistral configurations share."""
+    r.choice("hidden_act", ["silu"], "silu")
+    r.choice("pretraining_tp", [1], 1)
+    heads, width = r.take("num_attention_heads", int, 32), r.take("hidden_size", int, 4096)
+    theta, scaling = _read_rope(r)
+    return Config(
+        width=width,
+        depth=r.take("num_hidden_layers", int, 32),
+        heads=heads,
+        kv_heads=r.take("num_key_value_heads", int, heads),
+        head_dim=r.take("head_dim", int, width // heads),
+        mlp=r.take("intermediate_size", int, 11008),
+        vocab=r.take("vocab_size", int, 32000),
+        context=r.take("max_position_embeddings", int, 2048),
+        eps=r.take("rms_norm_eps", float, 1e-6),
+        theta=theta,
+        scaling=scaling,
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
+        mlp_bias=mlp_bias,
+        tied=r.take("tie_word_embeddings", bool, False),
+        window=window,
+    )
+
+
+def _read_rope(r: Reader) -> tuple[float, RopeScaling | None]:
+    """rope_theta and rope_scaling (transformers 4), or rope_parameters holding both (5)."""
+    theta = r.optional("rope_theta", float)
+    old, new = r.raw("rope_scaling"), r.raw("rope_parameters")
+    if not (new or old):
+        return theta or 10000.0, None
+    s = Reader(new or old, f"{r.where}: rope_parameters" if new else f"{r.where}: rope_scaling")
+    theta = s.optional("rope_theta", float) or theta or 10000.0
+    key = "rope_type" if s.has("rope_type") else "type"
+    kind = s.choice(key, ["default", "linear", "llama3"], "default")
+    s.skip("type", "rope_type")
+    scaling = None
+    if kind == "linear":
+        scaling = RopeScaling("linear", s.take("factor", float))
+    elif kind == "llama3":
+        scaling = RopeScaling(
+            "llama3",
+            s.take("factor", float),
+            s.take("low_freq_factor", float),
+            s.take("high_freq_factor", float),
+            s.take("original_max_position_embeddings", int),
+        )
+    s.done()
+    return theta, scaling
+
+
+def forward(
+    op: Ops[T],
+    c: Config,
+    w: Weights[T],
+    inputs: Mapping[str, T],
+    past: Sequence[tuple[T, T]],
+) -> tuple[T, list[tuple[T, T]]]:
+    """One call of the decoder: a prompt, a piece of one, or a single token.
+
+    inputs: ids [B, S]; rows [B, S] and features [F, width] as in Ops.place_tokens; start [B],
+    tokens already in the cache; score [B, P], the places whose logits are wanted.
+    Returns logits [B, P, vocab] and the updated cache.
+    """
+    x = op.place_tokens(op.embed(inputs["ids"], w / "embed"), inputs["features"], inputs["rows"])
+    positions = op.positions(inputs["ids"], inputs["start"])
+    cos, sin = rotary_tables(c)
+    step = Step(
+        positions,
+        op.causal_mask(positions, past[0][0], c.window),
+        op.constant("rotary.cos", cos),
+        op.constant("rotary.sin", sin),
+    )
+    n, present = op.rms_norm(x, w / "layers.0" / "norm1", c.eps), []
+    for i in range(c.depth):
+        layer = w / f"layers.{i}"
+        update, cache = _attention(op, c, layer / "attention", n, past[i], step)
+        n, x = op.add_norm(update, x, layer / "norm2", c.eps, "rms")
+        following = w / f"layers.{i + 1}" / "norm1" if i + 1 < c.depth else w / "norm"
+        n, x = op.add_norm(_mlp(op, layer / "mlp", n), x, following, c.eps, "rms")
+        present.append(cache)
+    chosen = op.take(n, inputs["score"])
+    return op.unembed(chosen, w / "embed") if c.tied else op.linear(chosen, w / "head"), present
+
+
+def _attention(
+    op: Ops[T], c: Config, w: Weights[T], x: T, past: tuple[T, T], step: Step[T]
+) -> tuple[T, tuple[T, T]]:
+    q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
+    mixed, *cache = op.attention_cached(
+        q, k, v, past, step, heads=c.heads, kv_heads=c.kv_heads
+    )
+    return op.linear(mixed, w / "out"), (cache[0], cache[1])
+
+
+def _mlp(op: Ops[T], w: Weights[T], x: T) -> T:
+    return op.linear(op.swiglu(op.linear(x, w / "gate"), op.linear(x, w / "up")), w / "down")
+
+
+def rotary_tables(c: Config) -> tuple[Array, Array]:
+    """cos and sin of position * frequency, both [context, head_dim / 2] float32.
+
+    frequency_k = theta^(-2k / head_dim) (Su et al., arXiv 2104.09864), stretched by `scaling`.
+    """
+    exponents = np.arange(0, c.head_dim, 2, dtype=np.float32) / np.float32(c.head_dim)
+    frequencies = _stretch(1.0 / np.float32(c.theta) ** exponents, c.scaling)
+    angles = np.outer(np.arange(c.context, dtype=np.float32), frequencies).astype(np.float32)
+    return np.cos(angles), np.sin(angles)
+
+
+def _stretch(frequencies: Array, scaling: RopeScaling | None) -> Array:
+    if scaling is None:
+        return frequencies
+    slow = frequencies / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return slow
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.trained_context / wavelengths
+    blend = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    return np.asarray((1 - blend) * slow + blend * frequencies, np.float32)
+
+
+def shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Our tensors."""
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    found: dict[str, tuple[int, ...]] = {"embed.weight": (c.vocab, c.width)}
+    for i in range(c.depth):
+        linears = {
+            "attention.q": (c.width, q, c.qkv_bias),
+            "attention.k": (c.width, kv, c.qkv_bias),
+            "attention.v": (c.width, kv, c.qkv_bias),
+            "attention.out": (q, c.width, c.out_bias),
+            "mlp.gate": (c.width, c.mlp, c.mlp_bias),
+            "mlp.up": (c.width, c.mlp, c.mlp_bias),
+            "mlp.down": (c.mlp, c.width, c.mlp_bias),
+        }
+        found |= {f"layers.{i}.norm1.weight": (c.width,), f"layers.{i}.norm2.weight": (c.width,)}
+        for name, (inputs, outputs, bias) in linears.items():
+            found[f"layers.{i}.{name}.weight"] = (inputs, outputs)
+            if bias:
+                found[f"layers.{i}.{name}.bias"] = (outputs,)
+    found["norm.weight"] = (c.width,)
+    if not c.tied:
+        found["head.weight"] = (c.width, c.vocab)
+    return found
+
+
+_LAYER = {
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+
+
+def names(c: Config) -> Mapping[str, Recipe]:
+    """Where each of our tensors stands in a LlamaForCausalLM file."""
+    table = {}
+    fixed = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+    for key in shapes(c):
+        stem, leaf = key.rsplit(".", 1)
+        if stem in fixed:
+            source = fixed[stem]
+        else:
+            _, layer, part = stem.split(".", 2)
+            source = f"model.layers.{layer}.{_LAYER[part]}"
+        plain = leaf == "bias" or "norm" in stem or stem == "embed"
+        table[key] = (keep if plain else flip)(f"{source}.{leaf}")
+    return table
+
+
+def unused(c: Config) -> tuple[str, ...]:
+    """Globs of tensors that old files carry and nobody reads; a tied head is a copy."""
+    return ("model.layers.*.self_attn.rotary_emb.inv_freq", *(("lm_head.weight",) * c.tied))
+
+
+def tiny() -> Config:
+    """A small instance for tests: grouped heads, a head size other than width / heads."""
+    return Config(
+        width=48, depth=2, heads=4, kv_heads=2, head_dim=16, mlp=80, vocab=96, context=32
+    )

@@ -1,0 +1,35 @@
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v, and often one table for both ends.
+
+Source: Hugging Face's Qwen2ForCausalLM; tensor names as there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from toolkit.errors import ConfigError
+from toolkit.models.lms import llama
+from toolkit.models.lms.llama import forward, names, shapes, unused
+from toolkit.strict import Reader
+
+__all__ = ["Config", "forward", "names", "shapes", "tiny", "unused"]
+
+
+@dataclass(frozen=True)
+class Config(llama.Config):
+    """Llama's fields; only `read` and `tiny` differ."""
+
+    @classmethod
+    def read(cls, r: Reader) -> Config:
+        """From a Qwen2Config."""
+        if r.take("use_sliding_window", bool, False):
+            raise ConfigError(f"{r.where}: use_sliding_window = true is not implemented")
+        r.skip("sliding_window", "max_window_layers", "layer_types", "use_mrope")
+        base = llama.read(r, qkv_bias=True, out_bias=False, mlp_bias=False)
+        return cls(**vars(base))
+
+
+def tiny() -> Config:
+    """A small instance for tests: biased, tied."""
+    base = replace(llama.tiny(), qkv_bias=True, tied=True, theta=1e6)
+    return Config(**vars(base))

@@ -1,0 +1,39 @@
+"""Taps: which hidden states of a transformer tower are its outputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from toolkit.errors import ConfigError
+
+
+class Tapped(Protocol):
+    """A tower's configuration with `depth` blocks and resolved `taps`."""
+
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def taps(self) -> tuple[int, ...]: ...
+
+
+C = TypeVar("C", bound=Tapped)
+
+
+def resolve_taps(config: C, taps: tuple[int, ...], where: str) -> C:
+    """`config` with taps counted from 0 (before the first block) to depth (after the last)."""
+    states = config.depth + 1
+    for tap in taps:
+        if not -states <= tap < states:
+            raise ConfigError(
+                f"{where}: select layer {tap} does not exist in a tower of {config.depth} blocks"
+            )
+    found = tuple(tap % states for tap in taps)
+    changed: Any = replace(config, taps=found)  # type: ignore[type-var]
+    return changed  # type: ignore[no-any-return]
+
+
+def depth_needed(taps: tuple[int, ...]) -> int:
+    """Blocks that must run for these taps; later ones are never recorded or stored."""
+    return max(taps)

@@ -1,0 +1,142 @@
+"""A vision-language model as components and edges: encoders -> merger -> language model.
+
+A component is the unit that is recorded, built, timed and replaced. Axes that change from call
+to call are strings: tiles (pictures or cuts of them), rows (image tokens of a prompt), batch,
+sequence, scored, context (length of the KV cache).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit import models
+from toolkit.config import ModelConfig, Part
+from toolkit.ops import Ops, T, Weights
+from toolkit.weights import Recipe
+
+Dim = int | str
+Forward = Callable[[Ops[Any], Weights[Any], Mapping[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output. dtype "float" is the model's own precision.
+
+    `updates` on an output names the input that it replaces in the next call: a state (KV cache)
+    that a runner keeps in one buffer.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+    updates: str | None = None
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the model that is recorded and built on its own."""
+
+    name: str
+    forward: Forward
+    shapes: Mapping[str, tuple[int, ...]]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The output of one component is the input of another: "encoder.clip:features.0"."""
+
+    source: str
+    target: str
+
+
+def components(c: ModelConfig) -> tuple[Component, ...]:
+    """All components of a model, in the order in which they run."""
+    return (*(_encoder(part) for part in c.encoders), _merger(c), _lm(c.lm))
+
+
+def edges(c: ModelConfig) -> tuple[Edge, ...]:
+    """How they connect; sources called "images.NAME" are pixels of that encoder."""
+    found = [Edge(f"images.{p.name}", f"encoder.{p.name}:pixels") for p in c.encoders]
+    for part in c.encoders:
+        for i in range(len(part.config.widths)):
+            port = f"{part.name}.{i}"
+            found.append(Edge(f"encoder.{part.name}:features.{i}", f"merger:{port}"))
+    return (*found, Edge("merger:features", "lm:features"))
+
+
+def tables(c: ModelConfig) -> dict[str, Mapping[str, Recipe]]:
+    """For each component, where its tensors stand in the published format of its architecture."""
+    found = {f"encoder.{p.name}": models.encoder(p.kind).names(p.config) for p in c.encoders}
+    merger = models.merger(c.merger.kind).names(c.merger.config)
+    return {**found, "merger": merger, "lm": models.lm(c.lm.kind).names(c.lm.config)}
+
+
+def _encoder(part: Part) -> Component:
+    file, c = models.encoder(part.kind), part.config
+
+    def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
+        outputs = file.forward(op, c, w, inputs["pixels"])
+        return {f"features.{i}": x for i, x in enumerate(outputs)}
+
+    return Component(
+        f"encoder.{part.name}",
+        forward,
+        file.shapes(c),
+        (Port("pixels", "float", ("tiles", 3, *c.pixels)),),
+        tuple(
+            Port(f"features.{i}", "float", ("tiles", c.tokens, width))
+            for i, width in enumerate(c.widths)
+        ),
+    )
+
+
+def _merger(model: ModelConfig) -> Component:
+    file, c = models.merger(model.merger.kind), model.merger.config
+    ports = tuple(
+        Port(f"{part.name}.{i}", "float", ("tiles", part.config.tokens, width))
+        for part in model.encoders
+        for i, width in enumerate(part.config.widths)
+    )
+
+    def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
+        merged = file.forward(op, c, w, [inputs[port.name] for port in ports])
+        return {"features": op.reshape(merged, (-1, c.outputs))}
+
+    outputs = (Port("features", "float", ("rows", c.outputs)),)
+    return Component("merger", forward, file.shapes(c), ports, outputs)
+
+
+def _lm(part: Part) -> Component:
+    file, c = models.lm(part.kind), part.config
+    cache = ("batch", c.kv_heads, "context", c.head_dim)
+    names = [f"{i}.{kind}" for i in range(c.depth) for kind in ("key", "value")]
+
+    def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
+        past = [(inputs[f"past.{i}.key"], inputs[f"past.{i}.value"]) for i in range(c.depth)]
+        logits, present = file.forward(op, c, w, inputs, past)
+        flat = [tensor for pair in present for tensor in pair]
+        return {"logits": logits} | {
+            f"present.{name}": tensor for name, tensor in zip(names, flat, strict=True)
+        }
+
+    return Component(
+        part.name,
+        forward,
+        file.shapes(c),
+        (
+            Port("ids", "int64", ("batch", "sequence")),
+            Port("rows", "int64", ("batch", "sequence")),
+            Port("features", "float", ("rows", c.width)),
+            Port("start", "int64", ("batch",)),
+            Port("score", "int64", ("batch", "scored")),
+            *(Port(f"past.{name}", "float", cache) for name in names),
+        ),
+        (
+            Port("logits", "float", ("batch", "scored", c.vocab)),
+            *(Port(f"present.{n}", "float", cache, updates=f"past.{n}") for n in names),
+        ),
+    )

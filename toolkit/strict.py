@@ -1,0 +1,200 @@
+"""Strict reading of configuration: a key we do not implement is refused, never ignored.
+
+Two readers live here. `Reader` takes a published config.json apart key by key and refuses
+whatever is left. `from_plain`/`to_plain` move our own frozen dataclasses to JSON and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from toolkit.errors import ConfigError
+
+V = TypeVar("V")
+_REQUIRED: Any = object()
+
+# Written by transformers into every config.json; none of them changes what a model computes
+# in a single forward pass (generation defaults, bookkeeping, training switches).
+BOOKKEEPING = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention
+    architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    id2label initializer_factor initializer_range is_decoder is_encoder_decoder label2id
+    length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version typical_p use_bfloat16 use_cache
+    """.split()
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises ConfigError naming file and position."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as broken:
+        raise ConfigError(f"{path} is not valid JSON: {broken}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+class Reader:
+    """One JSON object, read key by key; `done()` refuses every key that nobody asked for."""
+
+    def __init__(self, data: Mapping[str, Any], where: str, allow: Iterable[str] = ()) -> None:
+        self._data = dict(data)
+        self._open = set(data) - BOOKKEEPING
+        self._allow = set(allow)
+        self.where = where
+
+    def take(self, key: str, kind: type[V], default: V = _REQUIRED) -> V:
+        """The value of `key`; null counts as absent. An int is accepted where a float is due."""
+        self._open.discard(key)
+        value = self._data.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise ConfigError(f"{self.where} lacks the key {key!r}")
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ConfigError(f"{self.where}: {key} = {value!r}, expected {kind.__name__}")
+        return value
+
+    def optional(self, key: str, kind: type[V]) -> V | None:
+        """The value of `key`, or None when it is absent or null."""
+        return self.take(key, kind) if self._data.get(key) is not None else self._absent(key)
+
+    def _absent(self, key: str) -> None:
+        self._open.discard(key)
+
+    def choice(self, key: str, allowed: Iterable[V], default: V = _REQUIRED) -> V:
+        """The value of `key`, which must be one of `allowed`."""
+        self._open.discard(key)
+        value = self._data.get(key)
+        if value is None:
+            value = default
+        known = list(allowed)
+        if value is _REQUIRED:
+            raise ConfigError(f"{self.where} lacks the key {key!r}")
+        if value not in known:
+            names = ", ".join(repr(name) for name in known)
+            raise ConfigError(
+                f"{self.where}: {key} = {value!r} is not implemented",
+                hint=f"implemented: {names}",
+            )
+        return typing.cast(V, value)
+
+    def sub(self, key: str) -> Reader:
+        """A reader over the object stored under `key`."""
+        value = self.take(key, dict)
+        return Reader(value, f"{self.where}: {key}", self._allow)
+
+    def raw(self, key: str) -> Any:
+        """The value of `key` as it stands, None when absent."""
+        self._open.discard(key)
+        return self._data.get(key)
+
+    def has(self, key: str) -> bool:
+        """Whether `key` is present and not null."""
+        return self._data.get(key) is not None
+
+    def skip(self, *keys: str) -> None:
+        """Mark keys that are known and do not change what the model computes."""
+        self._open.difference_update(keys)
+
+    def done(self) -> None:
+        """Refuse every key that was neither taken nor skipped."""
+        unknown = sorted(self._open - self._allow)
+        if unknown:
+            flags = " ".join(f"--ignore-key {key}" for key in unknown)
+            raise ConfigError(
+                f"{self.where} has keys we do not know: {', '.join(unknown)}",
+                hint=f"if none of them changes what the model computes, add {flags}",
+            )
+
+
+def to_plain(value: Any) -> Any:
+    """A dataclass as nested dicts, lists and scalars that json.dumps accepts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def from_plain(kind: type[V], data: Any, where: str) -> V:
+    """The inverse of to_plain for type `kind`. Raises ConfigError at the first odd value."""
+    return typing.cast(V, _decode(kind, data, where))
+
+
+def _decode(kind: Any, data: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if data is None and type(None) in args:
+            return None
+        plain = [a for a in args if a in (int, str) and type(data) is a]
+        return _decode((plain or [a for a in args if a is not type(None)])[0], data, where)
+    if origin is typing.Literal:
+        if data not in args:
+            raise ConfigError(f"{where} = {data!r}, expected one of {args}")
+        return data
+    if origin is tuple:
+        return _decode_tuple(args, data, where)
+    if origin in (dict, Mapping, typing.get_origin(Mapping[str, int])):
+        _expect(isinstance(data, dict), where, data, "an object")
+        return {key: _decode(args[1], item, f"{where}.{key}") for key, item in data.items()}
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, data, where)
+    if kind is Any:
+        return data
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    exact = isinstance(data, kind) and not (kind is int and isinstance(data, bool))
+    _expect(exact, where, data, kind.__name__)
+    return data
+
+
+def _decode_tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
+    _expect(isinstance(data, (list, tuple)), where, data, "a list")
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    _expect(len(data) == len(args), where, data, f"{len(args)} values")
+    pairs = zip(args, data, strict=True)
+    return tuple(_decode(arg, item, f"{where}[{i}]") for i, (arg, item) in enumerate(pairs))
+
+
+def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
+    _expect(isinstance(data, dict), where, data, "an object")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise ConfigError(f"{where} has keys we do not know: {', '.join(unknown)}")
+    optional = (dataclasses.MISSING, dataclasses.MISSING)
+    required = {n for n, f in fields.items() if (f.default, f.default_factory) == optional}
+    missing = sorted(required - set(data))
+    if missing:
+        raise ConfigError(f"{where} lacks: {', '.join(missing)}")
+    return kind(**{key: _decode(hints[key], data[key], f"{where}.{key}") for key in data})
+
+
+def _expect(fine: bool, where: str, data: Any, wanted: str) -> None:
+    if not fine:
+        raise ConfigError(f"{where} = {data!r}, expected {wanted}")

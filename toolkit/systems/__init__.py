@@ -1,0 +1,83 @@
+"""Published systems, one file each, found by file name; a checkpoint says which one it is."""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from toolkit.config import ModelConfig
+from toolkit.errors import CheckpointError, ConfigError
+from toolkit.layouts.source import Options, Source, random_source, with_context
+from toolkit.strict import read_json
+
+
+class System(Protocol):
+    """What every system file offers."""
+
+    PRESETS: Mapping[str, Callable[[], ModelConfig]]
+
+    def claims(self, config: Mapping[str, Any]) -> bool: ...
+
+    def load(self, folder: Path, config: Mapping[str, Any], options: Options) -> Source: ...
+
+    def preset_tokenizer(self, model: ModelConfig) -> str: ...
+
+
+def names() -> list[str]:
+    """All systems."""
+    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]))
+
+
+def find(name: str) -> System:
+    """The system file called `name`. Raises ConfigError naming the known ones."""
+    if name not in names():
+        raise ConfigError(f"there is no system {name!r}", hint=f"known: {', '.join(names())}")
+    return cast(System, import_module(f"toolkit.systems.{name}"))
+
+
+def load(folder: Path, options: Options) -> Source:
+    """Read a checkpoint of any published system. Raises ConfigError or CheckpointError."""
+    if not (folder / "config.json").exists():
+        kind = "has no config.json" if folder.is_dir() else "does not exist"
+        raise CheckpointError(f"{folder} {kind}; a checkpoint is a folder with one")
+    config = read_json(folder / "config.json")
+    name = options.system or _detect(folder, config)
+    return find(name).load(folder, config, options)
+
+
+def _detect(folder: Path, config: Mapping[str, Any]) -> str:
+    claiming = [name for name in names() if find(name).claims(config)]
+    if len(claiming) == 1:
+        return claiming[0]
+    kind = config.get("model_type")
+    if not claiming:
+        raise CheckpointError(
+            f"{folder} (model_type {kind!r}) is not a system we know",
+            hint=f"known: {', '.join(names())}; choose one with --system if it is one of them",
+        )
+    raise CheckpointError(
+        f"{folder} (model_type {kind!r}) could be any of: {', '.join(claiming)}",
+        hint=f"say which: --system {claiming[0]}",
+    )
+
+
+def presets() -> dict[str, str]:
+    """Every preset and the system that it belongs to."""
+    return {preset: name for name in names() for preset in find(name).PRESETS}
+
+
+def preset(name: str, seed: int, max_context: int | None) -> Source:
+    """A published shape with random weights. Raises ConfigError naming the nearest known ones."""
+    known = presets()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 3) or sorted(known)
+        raise ConfigError(f"there is no preset {name!r}", hint=f"known: {', '.join(close)}")
+    system = find(known[name])
+    model = system.PRESETS[name]()
+    model = replace(model, lm=with_context(model.lm, max_context))
+    return random_source(model, seed, system.preset_tokenizer(model), name)

@@ -1,0 +1,148 @@
+"""A target is a value: backend, its version, the machine's architecture. `tensorrt@10.16/sm_87`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+
+from toolkit.errors import ConfigError, TargetMismatch
+
+Version = tuple[int, ...]
+BACKENDS = ("onnxruntime", "tensorrt", "reference")
+
+
+@dataclass(frozen=True)
+class Target:
+    """backend: who executes; version: its release, () for any; arch: x86_64, aarch64, sm_87 …"""
+
+    backend: str
+    version: Version
+    arch: str
+
+    def __str__(self) -> str:
+        at = "@" + ".".join(map(str, self.version)) if self.version else ""
+        return f"{self.backend}{at}/{self.arch}"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A known machine: its target, and the figures that predictions use.
+
+    memory_gb: what the model may use; bandwidth_gb_s and peak tera-operations per second by
+    precision, as the vendor states them.
+    """
+
+    target: Target
+    memory_gb: float
+    bandwidth_gb_s: float
+    peak_tops: Mapping[str, float]
+
+
+def _gpu(version: Version, sm: int, memory: float, bandwidth: float, **peak: float) -> Device:
+    return Device(Target("tensorrt", version, f"sm_{sm}"), memory, bandwidth, peak)
+
+
+# Vendor figures, dense; Jetson TensorRT versions are those of the current JetPack for the module.
+DEVICES: dict[str, Device] = {
+    "jetson-orin-nano": _gpu((10, 3), 87, 8, 102, fp16=17, int8=33),
+    "jetson-agx-orin": _gpu((10, 16), 87, 64, 204.8, fp16=85, int8=170),
+    "jetson-thor": _gpu((10, 16), 110, 128, 273, fp16=259, int8=517, fp8=517),
+    "l4": _gpu((11, 1), 89, 24, 300, fp16=121, int8=242, fp8=242),
+    "a100": _gpu((11, 1), 80, 80, 2039, fp16=312, int8=624),
+    "h100": _gpu((11, 1), 90, 80, 3350, fp16=989, int8=1979, fp8=1979),
+    "h200": _gpu((11, 1), 90, 141, 4800, fp16=989, int8=1979, fp8=1979),
+    "b200": _gpu((11, 1), 100, 180, 8000, fp16=2250, int8=4500, fp8=4500),
+}
+
+
+def parse(text: str) -> Target:
+    """A target from its text form, a device's name, "cpu", or "reference".
+
+    Raises ConfigError with the nearest known names.
+    """
+    if text in ("cpu", "onnxruntime"):
+        return this_cpu()
+    if text == "reference":
+        return Target("reference", (), machine())
+    if text in DEVICES:
+        return DEVICES[text].target
+    backend, _, arch = text.partition("/")
+    backend, _, version = backend.partition("@")
+    if backend in BACKENDS and arch:
+        try:
+            return Target(backend, tuple(int(n) for n in version.split(".") if n), arch)
+        except ValueError:
+            raise ConfigError(f"{version!r} in the target {text!r} is not a version") from None
+    known = ["cpu", "reference", *DEVICES]
+    close = difflib.get_close_matches(text, known, 3) or known
+    raise ConfigError(
+        f"there is no target {text!r}",
+        hint=f"known: {', '.join(close)}; or BACKEND@VERSION/ARCH such as tensorrt@10.16/sm_87",
+    )
+
+
+def machine() -> str:
+    """This machine's processor architecture under one spelling."""
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+def this_cpu() -> Target:
+    """ONNX Runtime on this machine's processor; the version is () when it is not installed."""
+    return Target("onnxruntime", installed("onnxruntime"), machine())
+
+
+def installed(package: str) -> Version:
+    """A package's version without importing it; () when it is absent."""
+    for name in (package, f"{package}-gpu"):
+        try:
+            return release(metadata.version(name))
+        except metadata.PackageNotFoundError:
+            continue
+    return ()
+
+
+def release(text: str) -> Version:
+    """The leading numbers of a version: "1.31.1+cu13" -> (1, 31, 1)."""
+    numbers = []
+    for part in text.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def check_runs_here(built: Target, here: Target, rebuild: str) -> None:
+    """Raise TargetMismatch unless an engine built for `built` can run on `here`.
+
+    ONNX Runtime runs graphs made for its own or an older release; TensorRT its own release only.
+    `rebuild` is the command that makes an engine for this machine.
+    """
+    reasons = []
+    if built.backend != here.backend:
+        reasons.append(f"backend {built.backend}, here {here.backend}")
+    if built.arch != here.arch:
+        reasons.append(f"architecture {built.arch}, here {here.arch}")
+    if built.backend == "onnxruntime" and built.version[:2] > here.version[:2] and here.version:
+        reasons.append(f"release {_text(built.version)}, here the older {_text(here.version)}")
+    if built.backend == "tensorrt" and built.version != here.version:
+        reasons.append(f"release {_text(built.version)}, here {_text(here.version) or 'none'}")
+    if reasons:
+        raise TargetMismatch(
+            f"the engine was built for {built}; this machine is {here} ({'; '.join(reasons)})",
+            hint=f"build it here: {rebuild}",
+        )
+
+
+def _text(version: Version) -> str:
+    return ".".join(map(str, version))
+
+
+def threads_here() -> int:
+    """Processors this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else (os.cpu_count() or 1)

@@ -1,0 +1,193 @@
+"""Ops around ops: Observe calibrates, Quantize applies a precision plan, Count adds up costs.
+
+A wrapper changes what it is about and passes everything else to the ops inside it, so the same
+model function calibrates, trains with fake quantization, records Q/DQ and estimates its cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from toolkit.errors import CalibrationError
+from toolkit.ops import Array, Ops, Weights
+from toolkit.precision import PrecisionPlan
+from toolkit.shapes import Spec
+
+T = TypeVar("T")
+
+
+class Wrapper(Generic[T]):
+    """Passes every op to `inner`; a subclass replaces the ops it cares about."""
+
+    def __init__(self, inner: Ops[T], component: str) -> None:
+        self.inner = inner
+        self.component = component
+
+    def __getattr__(self, op: str) -> Any:
+        return getattr(self.inner, op)
+
+    def place(self, w: Weights[Any]) -> str:
+        """The site with its component in front: lm/layers.3/attention/q."""
+        return f"{self.component}/{w.site}"
+
+
+class Observe(Wrapper[Array]):
+    """Runs the model and keeps the largest |x| that entered each linear and conv."""
+
+    def __init__(self, inner: Ops[Array], component: str) -> None:
+        super().__init__(inner, component)
+        self.largest: dict[str, float] = {}
+
+    def linear(self, x: Array, w: Weights[Array]) -> Array:
+        self._see(x, w)
+        return self.inner.linear(x, w)
+
+    def conv(self, x: Array, w: Weights[Array], **sizes: int) -> Array:
+        self._see(x, w)
+        return self.inner.conv(x, w, **sizes)  # type: ignore[arg-type]
+
+    def _see(self, x: Array, w: Weights[Array]) -> None:
+        place = self.place(w)
+        self.largest[place] = max(self.largest.get(place, 0.0), float(np.abs(x).max()))
+
+
+class Quantize(Wrapper[T]):
+    """Applies a plan: INT8 places get their input and weight through `fake_quant`.
+
+    Activations: one symmetric scale per tensor, from the plan's ranges. Weights: one symmetric
+    scale per output channel, from `weights` (the arrays themselves; the inner ops may hold names
+    or parameters). Run, that is fake quantization; recorded, QuantizeLinear and DequantizeLinear.
+    """
+
+    def __init__(
+        self,
+        inner: Ops[T],
+        component: str,
+        plan: PrecisionPlan,
+        weights: Callable[[str], Array],
+    ) -> None:
+        super().__init__(inner, component)
+        self._plan = plan
+        self._weights = weights
+
+    def linear(self, x: T, w: Weights[T]) -> T:
+        if self._plan.at(self.place(w)) == "float":
+            return self.inner.linear(x, w)
+        return self.inner.linear(self._input(x, w), self._weight(w, axis=1))
+
+    def conv(self, x: T, w: Weights[T], **sizes: int) -> T:
+        if self._plan.at(self.place(w)) == "float":
+            return self.inner.conv(x, w, **sizes)  # type: ignore[arg-type]
+        return self.inner.conv(self._input(x, w), self._weight(w, axis=0), **sizes)  # type: ignore[arg-type]
+
+    def _input(self, x: T, w: Weights[T]) -> T:
+        place = self.place(w)
+        if place not in self._plan.ranges:
+            raise CalibrationError(
+                f"the plan has no range for the input of {place}",
+                hint="calibrate again with samples that reach every component",
+            )
+        scale = np.float32(max(self._plan.ranges[place], 1e-8) / 127)
+        site = f"{w.site}/input"
+        return self.inner.fake_quant(x, np.asarray(scale), axis=None, bits=8, site=site)
+
+    def _weight(self, w: Weights[T], axis: int) -> Weights[T]:
+        array = np.abs(self._weights(w.key("weight")).astype(np.float32))
+        others = tuple(i for i in range(array.ndim) if i != axis)
+        scale = np.maximum(array.max(others), 1e-8).astype(np.float32) / np.float32(127)
+        site = f"{w.site}/weight"
+        rounded = self.inner.fake_quant(w["weight"], scale, axis=axis, bits=8, site=site)
+        return replace(w, tensors={**_of(w), w.key("weight"): rounded})
+
+
+def _of(w: Weights[T]) -> dict[str, T]:
+    """The parameters of one place only: cheaper than copying the whole component's mapping."""
+    found = ((w.key(leaf), w.get(leaf)) for leaf in ("weight", "bias"))
+    return {key: value for key, value in found if value is not None}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One op's work: multiply-adds count as two; weights and activations in elements moved."""
+
+    op: str
+    site: str
+    flops: int
+    weight_elements: int
+    activation_elements: int
+
+
+class Count(Wrapper[Spec]):
+    """Runs the model over shapes and lists what each op costs."""
+
+    def __init__(self, inner: Ops[Spec], component: str) -> None:
+        super().__init__(inner, component)
+        self.costs: list[Cost] = []
+        self._site = component
+
+    def __getattr__(self, op: str) -> Any:
+        run = getattr(self.inner, op)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            result = run(*args, **options)
+            self._add(op, args, result, options)
+            return result
+
+        return counted
+
+    def _add(self, op: str, args: tuple[Any, ...], result: Any, options: dict[str, Any]) -> None:
+        weights = [arg for arg in args if isinstance(arg, Weights)]
+        if weights:
+            self._site = self.place(weights[0])
+        outputs = [result] if isinstance(result, Spec) else list(result)
+        flops = _FLOPS.get(op, _elementwise)(args, outputs, options)
+        if op in _FREE:
+            return
+        moved = [*(a for a in args if isinstance(a, Spec)), *outputs[:1]]
+        held = sum(weights[0][leaf].size for leaf in ("weight",)) if weights else 0
+        if op == "embed":
+            held = outputs[0].size  # a gather reads the rows it returns, not the table
+        self.costs.append(Cost(op, self._site, flops, held, sum(s.size for s in moved)))
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of everything run so far."""
+        return sum(cost.flops for cost in self.costs)
+
+
+def _elementwise(args: Iterable[Any], outputs: list[Spec], options: dict[str, Any]) -> int:
+    return outputs[0].size
+
+
+def _linear(args: tuple[Any, ...], outputs: list[Spec], options: dict[str, Any]) -> int:
+    return 2 * args[0].size * outputs[0].shape[-1]
+
+
+def _conv(args: tuple[Any, ...], outputs: list[Spec], options: dict[str, Any]) -> int:
+    weight: Spec = args[1]["weight"]
+    return 2 * outputs[0].size * (weight.size // weight.shape[0])
+
+
+def _attention(args: tuple[Any, ...], outputs: list[Spec], options: dict[str, Any]) -> int:
+    q, k = args[0], args[1]
+    return 4 * q.size * int(k.shape[1])
+
+
+def _attention_cached(args: tuple[Any, ...], outputs: list[Spec], options: dict[str, Any]) -> int:
+    q, past = args[0], args[3]
+    return 4 * q.size * int(past[0].shape[2])
+
+
+_FREE = frozenset({"reshape", "transpose", "slice", "constant", "positions"})
+_FLOPS: dict[str, Callable[[tuple[Any, ...], list[Spec], dict[str, Any]], int]] = {
+    "linear": _linear,
+    "unembed": _linear,
+    "conv": _conv,
+    "attention": _attention,
+    "attention_cached": _attention_cached,
+    **dict.fromkeys(_FREE, lambda args, outputs, options: 0),
+}
