@@ -5,9 +5,10 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from toolkit.goldens import AXES, Golden
 from toolkit.ops import Array
 from toolkit.strict import to_plain
 from toolkit.target import Target, check_runs_here
+
+if TYPE_CHECKING:
+    import onnx
 
 Progress = Callable[[str], None]
 # The largest relative difference to the oracle that a build accepts, by the precision in which
@@ -108,6 +112,14 @@ def lowering(bundle: Bundle, target: Target) -> list[Decided]:
     return found
 
 
+def lint(graphs: Mapping[str, onnx.ModelProto], target: Target) -> None:
+    """Raise UnsupportedError if `target` has no lowering for an op of one of the graphs."""
+    from engines.lower import decide
+
+    for name, model in graphs.items():
+        decide(name, model, target)
+
+
 def _context(bundle: Bundle, asked: int | None) -> int:
     limit: int = bundle.model.lm.config.context
     if asked is None:
@@ -154,6 +166,7 @@ def _compile(
             known = bundle.manifest.files.get(name)
             same = known is not None and (folder / name).samefile(bundle.path / name)
             files[name] = known if known and same else record_file(folder / name)
+    files |= {name: record_file(folder / name) for name in backend.extras(folder)}
     (folder / TOKENIZER).write_bytes((bundle.path / TOKENIZER).read_bytes())
     files[TOKENIZER] = bundle.manifest.files[TOKENIZER]
     return parts, files

@@ -24,20 +24,33 @@ Swap = Callable[["onnx.NodeProto", "Rewriter"], "list[onnx.NodeProto]"]
 
 @dataclass(frozen=True)
 class Row:
-    """One op on one target. `since`: the first backend version for which the row holds."""
+    """One op on one target.
+
+    since: the first backend version for which the row holds. fits: whether the row suits a call
+    (None: every call); where it does not, `otherwise` is tried. Spelling out keeps our function's
+    standard body.
+    """
 
     action: Action
     why: str
     swap: Swap | None = None
     into: str = ""
     since: Version = ()
+    fits: Callable[[onnx.NodeProto], bool] | None = None
+    otherwise: Row | None = None
+
+    def choose(self, node: onnx.NodeProto) -> Row | None:
+        """The row that suits this call, None if no alternative does."""
+        if self.fits is None or self.fits(node):
+            return self
+        return self.otherwise.choose(node) if self.otherwise else None
 
 
 _STANDARD = (
     "Add Cast CastLike Concat Constant Conv DequantizeLinear Div Expand Gather GatherND Gelu "
     "Greater GreaterOrEqual LayerNormalization LessOrEqual MatMul Max Mul QuantizeLinear Range "
     "Reshape RMSNormalization Shape Sigmoid Slice Softmax Sqrt Squeeze Sub Tanh Transpose "
-    "Unsqueeze Where And Attention Identity"
+    "Unsqueeze Where And Attention Identity RotaryEmbedding TensorScatter ReduceMax Swish"
 ).split()
 
 
@@ -47,6 +60,22 @@ def _swap(swap: Swap, into: str, why: str) -> Row:
 
 _KEEP = {op: Row("keep", "a standard op with a kernel") for op in _STANDARD}
 
+_CACHED_ATTENTION = Row(
+    "swap",
+    "writes the cache in place; no mask, no copy per token",
+    swaps.group_query_attention,
+    "com.microsoft.GroupQueryAttention",
+    fits=lambda node: swaps.head_width(node) % 16 == 0,
+    otherwise=Row(
+        "swap",
+        "as above; the kernel rotates heads of 16n channels only, so RotaryEmbedding comes first",
+        swaps.rotary_then_group_query_attention,
+        "com.microsoft.GroupQueryAttention",
+        fits=lambda node: swaps.head_width(node) % 8 == 0,
+        otherwise=Row("spell out", "the kernel takes heads of 8n channels only"),
+    ),
+)
+
 ONNXRUNTIME_CPU: Mapping[str, Row] = {
     **_KEEP,
     "edgevlm.AddRMSNorm": _swap(
@@ -55,20 +84,14 @@ ONNXRUNTIME_CPU: Mapping[str, Row] = {
     "edgevlm.AddLayerNorm": _swap(
         swaps.add_layer_norm, "com.microsoft.SkipLayerNormalization", "one pass over memory"
     ),
-    "edgevlm.QuickGelu": _swap(
-        swaps.quick_gelu, "com.microsoft.QuickGelu", "one pass over memory"
-    ),
+    "edgevlm.QuickGelu": _swap(swaps.quick_gelu, "com.microsoft.QuickGelu", "one pass over memory"),
     "edgevlm.SwiGLU": _swap(
         swaps.swiglu, "com.microsoft.QuickGelu", "silu is QuickGelu with alpha 1"
     ),
     "edgevlm.Unembed": _swap(
         swaps.unembed, "com.microsoft.FusedMatMul", "reads the embedding table without turning it"
     ),
-    "edgevlm.CachedAttention": _swap(
-        swaps.group_query_attention,
-        "com.microsoft.GroupQueryAttention",
-        "writes the cache in place; no mask, no copy per token",
-    ),
+    "edgevlm.CachedAttention": _CACHED_ATTENTION,
 }
 
 _TENSORRT_SINCE: dict[str, Version] = {

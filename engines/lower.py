@@ -6,10 +6,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 import onnx
+import onnx.inliner
 from onnx import TensorProto
 
 from engines.capabilities import Action, Row, rows
-from engines.graph import CONTRIB, Rewriter, op_name
+from engines.graph import Rewriter, op_name
 from toolkit.errors import UnsupportedError
 from toolkit.target import Target
 
@@ -29,36 +30,40 @@ class Decision:
 
 
 def decide(component: str, model: onnx.ModelProto, target: Target) -> list[Decision]:
-    """One decision per kind of op, most frequent first.
+    """One decision per kind of op and row, most frequent first.
 
     Raises UnsupportedError naming every op for which the target has no row.
     """
-    table = rows(target)
-    counts = Counter(op_name(node) for node in model.graph.node)
-    missing = sorted(op for op in counts if not _holds(table.get(op), target))
+    chosen = [(op_name(node), _row(node, target)) for node in model.graph.node]
+    missing = sorted({op for op, row in chosen if row is None})
     if missing:
         raise UnsupportedError(
             f"{component} uses ops that {target} has no lowering for: {', '.join(missing)}",
             hint="build for another target (edgevlm doctor lists those of this machine)",
         )
+    counts = Counter((op, row) for op, row in chosen if row is not None)
     return [
-        Decision(component, op, n, table[op].action, table[op].into, table[op].why)
-        for op, n in counts.most_common()
+        Decision(component, op, n, row.action, row.into, row.why)
+        for (op, row), n in counts.most_common()
     ]
 
 
-def _holds(row: Row | None, target: Target) -> bool:
-    return row is not None and (not row.since or target.version >= row.since)
+def _row(node: onnx.NodeProto, target: Target) -> Row | None:
+    row = rows(target).get(op_name(node))
+    if row is None or (row.since and target.version < row.since):
+        return None
+    return row.choose(node)
 
 
-def lower(model: onnx.ModelProto, target: Target) -> None:
-    """Rewrite `model` in place for `target`. Call `decide` first: it refuses what has no row."""
-    table, rewriter = rows(target), Rewriter(model)
+def lower(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
+    """The graph for `target`. Call `decide` first: it refuses what has no row."""
+    rewriter = Rewriter(model)
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        row = table[op_name(node)]
-        nodes += row.swap(node, rewriter) if row.swap else [node]
+        row = _row(node, target)
+        nodes += row.swap(node, rewriter) if row and row.swap else [node]
     rewriter.finish(nodes)
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
 def widen(model: onnx.ModelProto) -> bool:
@@ -97,9 +102,6 @@ def check_allowed(component: str, model: onnx.ModelProto, target: Target) -> Non
     table = rows(target)
     allowed = {op for op, row in table.items() if row.action == "keep"}
     allowed |= {row.into for row in table.values() if row.into}
-    left = sorted({op_name(n) for n in model.graph.node} - allowed - {"ReduceMax"})
+    left = sorted({op_name(n) for n in model.graph.node} - allowed)
     if left:
         raise UnsupportedError(f"{component}: {', '.join(left)} remained after lowering")
-
-
-__all__ = ["CONTRIB", "Decision", "check_allowed", "decide", "lower", "widen"]

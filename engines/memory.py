@@ -32,6 +32,7 @@ def estimate(bundle: Bundle, target: Target, context: int) -> Estimate:
     params = sum(c.params for c in bundle.manifest.components)
     # The widest moment of a block holds its input, the normed input and both halves of the MLP.
     prompt = context * (2 * lm.width + 2 * lm.mlp) * size
-    pictures = max(e.config.tokens * (2 * e.config.width + e.config.mlp) * size
-                   for e in bundle.model.encoders)  # fmt: skip
+    pictures = max(
+        e.config.tokens * (2 * e.config.width + e.config.mlp) * size for e in bundle.model.encoders
+    )
     return Estimate(params * size, cache, max(prompt, pictures), context)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,6 +17,7 @@ import numpy as np
 from engines import backends, engine
 from engines.backends import LayerTime, Runner, RunnerOptions
 from engines.build import peak_rss_mb
+from engines.clock import Clock
 from engines.engine import Engine
 from engines.sampling import Sampling, sampler
 from toolkit import images, prompts
@@ -127,8 +127,10 @@ class Session:
             with clock.time(record.name):
                 outputs = self._runners[record.name].run(inputs)
             values |= {f"{record.name}:{name}": array for name, array in outputs.items()}
-        features = next(e for e in self.engine.edges if e.target == f"{self.model.lm.name}:features")
-        return values[features.source].copy()
+        features = next(
+            e for e in self.engine.edges if e.target == f"{self.model.lm.name}:features"
+        )
+        return np.array(values[features.source])
 
     def prefill(self, layout: Layout, features: Array) -> Array:
         """Logits [vocab] after the whole prompt; the cache then holds it."""
@@ -140,7 +142,7 @@ class Session:
             "start": np.zeros(1, np.int64),
             "score": last,
         }
-        return self._runners[self.model.lm.name].run(inputs)["logits"][0, 0]
+        return self._logits(inputs)
 
     def decode(self, token: int, position: int, features: Array) -> Array:
         """Logits [vocab] after one more token at `position`."""
@@ -151,7 +153,11 @@ class Session:
             "start": np.asarray([position], np.int64),
             "score": np.zeros((1, 1), np.int64),
         }
-        return self._runners[self.model.lm.name].run(inputs)["logits"][0, 0]
+        return self._logits(inputs)
+
+    def _logits(self, inputs: dict[str, Array]) -> Array:
+        outputs = self._runners[self.model.lm.name].run(inputs)
+        return np.asarray(outputs["logits"][0, 0])
 
     def layers(self) -> dict[str, list[LayerTime]]:
         """Time per node of every component; for a session opened with profile=True."""
@@ -161,25 +167,6 @@ class Session:
         """Release all components."""
         for runner in self._runners.values():
             runner.close()
-
-
-class Clock:
-    """Milliseconds per stage, summed over calls."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.stages: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, stage: str) -> Iterator[None]:
-        """Add the block's duration to `stage`."""
-        begin = time.perf_counter()
-        yield
-        self.stages[stage] = self.stages.get(stage, 0.0) + 1000 * (time.perf_counter() - begin)
-
-    def now_ms(self) -> float:
-        """Milliseconds since the question was asked."""
-        return 1000 * (time.perf_counter() - self.started)
 
 
 class Reply:
@@ -257,7 +244,7 @@ class Reply:
     @property
     def answer(self) -> Answer:
         """The finished reply; iterate first."""
-        stages = dict(self._clock.stages)
+        stages = self._clock.totals_ms()
         first, last = self._times_ms[0], self._times_ms[-1]
         gaps = len(self._times_ms) - 1
         latency = (last - first) / gaps if gaps else 0.0

@@ -15,16 +15,29 @@ from engines.graph import CONTRIB, Rewriter, attribute
 def add_rms_norm(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     """SkipSimplifiedLayerNormalization also returns the sum."""
     normed, total = node.output
-    return [r.node(f"{CONTRIB}.SkipSimplifiedLayerNormalization", node.input,
-                   [normed, "", "", total], node.name,
-                   epsilon=attribute(node, "epsilon"))]  # fmt: skip
+    return [
+        r.node(
+            f"{CONTRIB}.SkipSimplifiedLayerNormalization",
+            node.input,
+            [normed, "", "", total],
+            node.name,
+            epsilon=attribute(node, "epsilon"),
+        )
+    ]
 
 
 def add_layer_norm(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     """SkipLayerNormalization also returns the sum."""
     normed, total = node.output
-    return [r.node(f"{CONTRIB}.SkipLayerNormalization", node.input, [normed, "", "", total],
-                   node.name, epsilon=attribute(node, "epsilon"))]  # fmt: skip
+    return [
+        r.node(
+            f"{CONTRIB}.SkipLayerNormalization",
+            node.input,
+            [normed, "", "", total],
+            node.name,
+            epsilon=attribute(node, "epsilon"),
+        )
+    ]
 
 
 def quick_gelu(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
@@ -45,17 +58,72 @@ def swiglu(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
 
 def unembed(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     """A product that reads the table as it lies."""
-    return [r.node(f"{CONTRIB}.FusedMatMul", node.input, node.output, node.name, alpha=1.0,
-                   transA=0, transB=1, transBatchA=0, transBatchB=0)]  # fmt: skip
+    return [
+        r.node(
+            f"{CONTRIB}.FusedMatMul",
+            node.input,
+            node.output,
+            node.name,
+            alpha=1.0,
+            transA=0,
+            transB=1,
+            transBatchA=0,
+            transBatchB=0,
+        )
+    ]
+
+
+def head_width(node: onnx.NodeProto) -> int:
+    """Channels of a head in a CachedAttention call, from its scale of 1 / sqrt(width)."""
+    scale: float = attribute(node, "scale")
+    return round(1 / scale**2)
 
 
 def group_query_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
-    """GroupQueryAttention rotates, writes the cache in place and masks by length by itself.
-
-    It takes the number of cached tokens after this call, less one, per row, and the largest
-    total; both follow from the positions and are made once per graph.
-    """
+    """GroupQueryAttention rotates, writes the cache in place and masks by length by itself."""
     q, k, v, key, value, cos, sin, positions, _ = node.input
+    return [_attend(node, r, [q, k, v, key, value, *_lengths(positions, r), cos, sin], rotary=1)]
+
+
+def rotary_then_group_query_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """The same with the rotation in a node of its own."""
+    q, k, v, key, value, cos, sin, positions, _ = node.input
+
+    def turned(x: str, heads: int) -> onnx.NodeProto:
+        name = f"{node.name}/{x.rpartition('/')[2]}_turned"
+        return r.node(
+            "RotaryEmbedding",
+            [x, cos, sin, positions],
+            [name],
+            name,
+            interleaved=0,
+            rotary_embedding_dim=0,
+            num_heads=heads,
+        )
+
+    turned_q = turned(q, attribute(node, "head_split")[2])
+    turned_k = turned(k, attribute(node, "kv_split")[2])
+    inputs = [turned_q.output[0], turned_k.output[0], v, key, value, *_lengths(positions, r)]
+    return [turned_q, turned_k, _attend(node, r, inputs, rotary=0)]
+
+
+def _attend(node: onnx.NodeProto, r: Rewriter, inputs: list[str], rotary: int) -> onnx.NodeProto:
+    return r.node(
+        f"{CONTRIB}.GroupQueryAttention",
+        inputs,
+        node.output,
+        node.name,
+        num_heads=attribute(node, "head_split")[2],
+        kv_num_heads=attribute(node, "kv_split")[2],
+        scale=attribute(node, "scale"),
+        do_rotary=rotary,
+        rotary_interleaved=0,
+        local_window_size=attribute(node, "window"),
+    )
+
+
+def _lengths(positions: str, r: Rewriter) -> list[str]:
+    """Cached tokens after this call less one, per row, and the largest total: once per graph."""
     last = r.constant("gqa.last", np.asarray([-1], np.int64))
     end = r.constant("gqa.end", np.asarray([np.iinfo(np.int64).max], np.int64))
     axis = r.constant("gqa.axis", np.asarray([1], np.int64))
@@ -64,20 +132,4 @@ def group_query_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodePr
     lengths = r.once("Cast", [flat], "gqa.lengths", to=onnx.TensorProto.INT32)
     one = r.constant("gqa.one", np.asarray(1, np.int32))
     largest = r.once("ReduceMax", [lengths], "gqa.largest", keepdims=0)
-    total = r.once("Add", [largest, one], "gqa.total")
-    return [
-        r.node(
-            f"{CONTRIB}.GroupQueryAttention",
-            [q, k, v, key, value, lengths, total, cos, sin],
-            node.output,
-            node.name,
-            num_heads=attribute(node, "head_split")[2],
-            kv_num_heads=attribute(node, "kv_split")[2],
-            scale=attribute(node, "scale"),
-            do_rotary=1,
-            rotary_interleaved=0,
-            local_window_size=-1,
-        )
-    ]
-
-
+    return [lengths, r.once("Add", [largest, one], "gqa.total")]

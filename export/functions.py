@@ -60,10 +60,16 @@ def add_rms_norm() -> onnx.FunctionProto:
         ["epsilon"],
         [
             _node("Add", ["x", "residual"], ["total"]),
-            _node("RMSNormalization", ["total", "weight"], ["normed"], axis=-1, stash_type=1,
-                  epsilon="@epsilon:FLOAT"),
+            _node(
+                "RMSNormalization",
+                ["total", "weight"],
+                ["normed"],
+                axis=-1,
+                stash_type=1,
+                epsilon="@epsilon:FLOAT",
+            ),
         ],
-    )  # fmt: skip
+    )
 
 
 def add_layer_norm() -> onnx.FunctionProto:
@@ -75,10 +81,16 @@ def add_layer_norm() -> onnx.FunctionProto:
         ["epsilon"],
         [
             _node("Add", ["x", "residual"], ["total"]),
-            _node("LayerNormalization", ["total", "weight", "bias"], ["normed"], axis=-1,
-                  stash_type=1, epsilon="@epsilon:FLOAT"),
+            _node(
+                "LayerNormalization",
+                ["total", "weight", "bias"],
+                ["normed"],
+                axis=-1,
+                stash_type=1,
+                epsilon="@epsilon:FLOAT",
+            ),
         ],
-    )  # fmt: skip
+    )
 
 
 def quick_gelu() -> onnx.FunctionProto:
@@ -129,8 +141,10 @@ def unembed() -> onnx.FunctionProto:
 def cached_attention() -> onnx.FunctionProto:
     """Rotary attention over a cache of static length, written in place at positions[:, 0].
 
-    head_split and kv_split are the Reshape targets [0, 0, heads, -1] of q and of k, v.
+    head_split and kv_split are the Reshape targets [0, 0, heads, -1] of q and of k, v. window
+    (-1: none) is already in the mask; kernels that mask by themselves need the number.
     """
+
     def heads(source: str, split: str) -> list[onnx.NodeProto]:
         return [
             _node("Constant", [], [f"{source}_split"], value_ints=f"@{split}:INTS"),
@@ -139,9 +153,14 @@ def cached_attention() -> onnx.FunctionProto:
         ]
 
     def turned(source: str) -> onnx.NodeProto:
-        return _node("RotaryEmbedding", [f"{source}_bhsd", "cos", "sin", "positions"],
-                     [f"{source}_turned"], interleaved=0, rotary_embedding_dim=0,
-                     num_heads=0)  # fmt: skip
+        return _node(
+            "RotaryEmbedding",
+            [f"{source}_bhsd", "cos", "sin", "positions"],
+            [f"{source}_turned"],
+            interleaved=0,
+            rotary_embedding_dim=0,
+            num_heads=0,
+        )
 
     def written(past: str, update: str, present: str) -> onnx.NodeProto:
         return _node("TensorScatter", [past, update, "start"], [present], axis=2, mode="linear")
@@ -150,7 +169,7 @@ def cached_attention() -> onnx.FunctionProto:
         "CachedAttention",
         ["q", "k", "v", "past_key", "past_value", "cos", "sin", "positions", "mask"],
         ["y", "present_key", "present_value"],
-        ["head_split", "kv_split", "scale"],
+        ["head_split", "kv_split", "scale", "window"],
         [
             *heads("q", "head_split"),
             *heads("k", "kv_split"),
@@ -163,13 +182,20 @@ def cached_attention() -> onnx.FunctionProto:
             _node("Squeeze", ["start_column", "second"], ["start"]),
             written("past_key", "k_turned", "present_key"),
             written("past_value", "v_bhsd", "present_value"),
-            _node("Attention", ["q_turned", "present_key", "present_value", "mask"], ["mixed"],
-                  scale="@scale:FLOAT", is_causal=0, softcap=0.0, qk_matmul_output_mode=0),
+            _node(
+                "Attention",
+                ["q_turned", "present_key", "present_value", "mask"],
+                ["mixed"],
+                scale="@scale:FLOAT",
+                is_causal=0,
+                softcap=0.0,
+                qk_matmul_output_mode=0,
+            ),
             _node("Transpose", ["mixed"], ["mixed_bshd"], perm=[0, 2, 1, 3]),
             _ints("flat", 0, 0, -1),
             _node("Reshape", ["mixed_bshd", "flat"], ["y"], allowzero=0),
         ],
-    )  # fmt: skip
+    )
 
 
 FUNCTIONS = {

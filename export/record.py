@@ -120,16 +120,30 @@ class OnnxOps:
     ) -> str:
         bias = w.get("bias")
         inputs = [x, w["weight"], *([] if bias is None else [bias])]
-        return self._one("Conv", inputs, self._at(w), strides=[stride] * 2, pads=[padding] * 4,
-                         dilations=[1, 1], group=groups)  # fmt: skip
+        return self._one(
+            "Conv",
+            inputs,
+            self._at(w),
+            strides=[stride] * 2,
+            pads=[padding] * 4,
+            dilations=[1, 1],
+            group=groups,
+        )
 
     def layer_norm(self, x: str, w: Weights[str], eps: float) -> str:
-        return self._one("LayerNormalization", [x, w["weight"], w["bias"]], self._at(w), axis=-1,
-                         epsilon=eps, stash_type=1)  # fmt: skip
+        return self._one(
+            "LayerNormalization",
+            [x, w["weight"], w["bias"]],
+            self._at(w),
+            axis=-1,
+            epsilon=eps,
+            stash_type=1,
+        )
 
     def rms_norm(self, x: str, w: Weights[str], eps: float) -> str:
-        return self._one("RMSNormalization", [x, w["weight"]], self._at(w), axis=-1, epsilon=eps,
-                         stash_type=1)  # fmt: skip
+        return self._one(
+            "RMSNormalization", [x, w["weight"]], self._at(w), axis=-1, epsilon=eps, stash_type=1
+        )
 
     def add_norm(
         self, x: str, residual: str, w: Weights[str], eps: float, kind: Norm
@@ -161,8 +175,15 @@ class OnnxOps:
     # -- attention -------------------------------------------------------------------------
 
     def attention(self, q: str, k: str, v: str, *, heads: int, kv_heads: int) -> str:
-        return self._one("Attention", [q, k, v], q_num_heads=heads, kv_num_heads=kv_heads,
-                         is_causal=0, softcap=0.0, qk_matmul_output_mode=0)  # fmt: skip
+        return self._one(
+            "Attention",
+            [q, k, v],
+            q_num_heads=heads,
+            kv_num_heads=kv_heads,
+            is_causal=0,
+            softcap=0.0,
+            qk_matmul_output_mode=0,
+        )
 
     def attention_cached(
         self,
@@ -174,6 +195,7 @@ class OnnxOps:
         *,
         heads: int,
         kv_heads: int,
+        window: int | None,
     ) -> tuple[str, str, str]:
         width = 2 * self.constants[step.cos.removeprefix(f"{self._component}/")].shape[1]
         inputs = [q, k, v, *past, step.cos, step.sin, step.positions, step.mask]
@@ -185,6 +207,7 @@ class OnnxOps:
             head_split=[0, 0, heads, -1],
             kv_split=[0, 0, kv_heads, -1],
             scale=1 / math.sqrt(width),
+            window=-1 if window is None else window,
         )
         return y, key, value
 

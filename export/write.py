@@ -18,13 +18,12 @@ from toolkit import config as model_config
 from toolkit import goldens
 from toolkit.artifact import require_space, writing
 from toolkit.bundle import ComponentRecord, FileRecord, Manifest, Tensors
+from toolkit.cost import count
 from toolkit.layouts.source import Source
 from toolkit.models import vlm
 from toolkit.models.vlm import Component, Port
 from toolkit.ops import Array, Weights
 from toolkit.safetensors_io import STORAGE, Planned, Written, write_safetensors
-from toolkit.shapes import ShapeOps, Spec, Specs
-from toolkit.wrap import Count
 
 Progress = Callable[[str], None]
 
@@ -142,6 +141,12 @@ def record(part: Component, dtype: str) -> Recorded:
     return Recorded(part, ops, outputs, dtype)
 
 
+def graphs(source: Source, dtype: str) -> dict[str, onnx.ModelProto]:
+    """The graphs of all components without their weights: enough to check ops against a target."""
+    nothing = Written({}, "", 0)
+    return {p.name: record(p, dtype).model("", nothing) for p in vlm.components(source.model)}
+
+
 def _value(port: Port, dtype: str) -> onnx.ValueInfoProto:
     kind = ELEMENT[dtype if port.dtype == "float" else port.dtype]
     return helper.make_tensor_value_info(port.name, kind, list(port.shape))
@@ -165,17 +170,6 @@ def describe(part: Component, graph: str, weights: str) -> ComponentRecord:
     return ComponentRecord(
         part.name, graph, weights, part.inputs, part.outputs, params, count(part, at).flops, at
     )
-
-
-def count(part: Component, axes: Mapping[str, int]) -> Count:
-    """The cost of one call with these axes, op by op."""
-    counter = Count(ShapeOps(), part.name)
-    inputs = {
-        p.name: Spec(tuple(axes[n] if isinstance(n, str) else n for n in p.shape))
-        for p in part.inputs
-    }
-    part.forward(counter, Weights(Specs(part.shapes)), inputs)
-    return counter
 
 
 def _write_rest(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 100_000_000  # a 30000 x 30000 picture would take 2.7 GB decoded
+MAX_SIDE = 16_384  # padding to a square of this side already takes 0.8 GB
 MAX_RATIO = 200  # beyond this, resizing the short edge makes a picture of hundreds of megapixels
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
@@ -77,9 +78,18 @@ class Picture:
 
 def read_preprocess(r: Reader) -> Preprocess:
     """From a preprocessor_config.json of CLIPImageProcessor or SiglipImageProcessor."""
-    r.skip("_valid_processor_keys", "feature_extractor_type", "processor_class", "data_format",
-           "return_tensors", "input_data_format", "device", "default_to_square",
-           "disable_grouping", "image_seq_length")  # fmt: skip
+    r.skip(
+        "_valid_processor_keys",
+        "feature_extractor_type",
+        "processor_class",
+        "data_format",
+        "return_tensors",
+        "input_data_format",
+        "device",
+        "default_to_square",
+        "disable_grouping",
+        "image_seq_length",
+    )
     kind = r.take("image_processor_type", str, "CLIPImageProcessor")
     if not any(name in kind for name in ("CLIP", "Siglip", "Llava")):
         raise ConfigError(f"{r.where}: image_processor_type {kind!r} is not implemented")
@@ -87,7 +97,9 @@ def read_preprocess(r: Reader) -> Preprocess:
         r.choice(switch, [True], True)
     r.choice("do_convert_rgb", [True], True)
     short, exact = _read_size(r.raw("size"), r.where)
-    crop = _read_crop(r.raw("crop_size"), r.where) if r.take("do_center_crop", bool, False) else None
+    crop = (
+        _read_crop(r.raw("crop_size"), r.where) if r.take("do_center_crop", bool, False) else None
+    )
     return Preprocess(
         resample=_resample(r.choice("resample", list(_RESAMPLE), 3)),
         scale=r.take("rescale_factor", float, 1 / 255),
@@ -167,9 +179,10 @@ def _why_unreadable(source: str | Path | bytes, name: str, refused: Exception) -
 
 def _refuse_odd_sizes(size: tuple[int, int], name: str) -> None:
     width, height = size
-    if width * height > MAX_PIXELS:
+    if width * height > MAX_PIXELS or max(size) > MAX_SIDE:
         raise InputError(
-            f"image {name} is {width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels",
+            f"image {name} is {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} "
+            f"megapixels and {MAX_SIDE} a side",
             hint="scale it down first; encoders see a few hundred pixels a side",
         )
     if min(size) < 2:

@@ -38,7 +38,7 @@ class Weights(Generic[T]):
     def get(self, leaf: str) -> T | None:
         """The tensor, or None where the architecture has no such parameter (a missing bias)."""
         key = self.key(leaf)
-        return self.tensors[key] if key in self.tensors else None
+        return self.tensors.get(key)
 
     def key(self, leaf: str) -> str:
         """The tensor's name on disk: layers.0.attention.q.weight."""
@@ -127,9 +127,20 @@ class Ops(Protocol[T]):
         ...
 
     def attention_cached(
-        self, q: T, k: T, v: T, past: tuple[T, T], step: Step[T], *, heads: int, kv_heads: int
+        self,
+        q: T,
+        k: T,
+        v: T,
+        past: tuple[T, T],
+        step: Step[T],
+        *,
+        heads: int,
+        kv_heads: int,
+        window: int | None,
     ) -> tuple[T, T, T]:
         """Rotate q and k, write k and v into the cache, attend to what the mask shows.
+
+        `window` is the one that made the mask; a fused kernel masks by itself.
 
         q [B, S, heads * d], k and v [B, S, kv_heads * d], past two of [B, kv_heads, S_max, d].
         Rotation pairs channel c with c + d / 2 (the "rotate half" form). Returns the output

@@ -19,7 +19,7 @@ class NumpyOps:
     def linear(self, x: Array, w: Weights[Array]) -> Array:
         y = x @ w["weight"]
         bias = w.get("bias")
-        return y if bias is None else y + bias
+        return np.asarray(y if bias is None else y + bias)
 
     def unembed(self, x: Array, w: Weights[Array]) -> Array:
         return np.asarray(x @ w["weight"].T)
@@ -40,7 +40,7 @@ class NumpyOps:
         kernels = kernel.reshape(groups, -1, *kernel.shape[1:])
         y = np.einsum("ngchwij,gocij->ngohw", grouped, kernels, optimize=True)
         y = y.reshape(n, -1, h, width)
-        return y if bias is None else y + bias[:, None, None]
+        return np.asarray(y if bias is None else y + bias[:, None, None])
 
     def layer_norm(self, x: Array, w: Weights[Array], eps: float) -> Array:
         centred = x - x.mean(-1, keepdims=True)
@@ -70,7 +70,7 @@ class NumpyOps:
         return np.asarray(0.5 * x * (1 + erf(x / math.sqrt(2))))
 
     def quick_gelu(self, x: Array) -> Array:
-        return x * _sigmoid(1.702 * x)
+        return np.asarray(x * _sigmoid(1.702 * x))
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         return gate * _sigmoid(gate) * up
@@ -88,6 +88,7 @@ class NumpyOps:
         *,
         heads: int,
         kv_heads: int,
+        window: int | None,
     ) -> tuple[Array, Array, Array]:
         cos, sin = step.cos[step.positions][:, None], step.sin[step.positions][:, None]
         turned = _rotate(_split(q, heads), cos, sin)
@@ -124,10 +125,10 @@ class NumpyOps:
         return x[tuple(cut)]
 
     def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
-        return x.reshape([x.shape[i] if n == 0 else n for i, n in enumerate(shape)])
+        return np.asarray(x.reshape([x.shape[i] if n == 0 else n for i, n in enumerate(shape)]))
 
     def transpose(self, x: Array, axes: tuple[int, ...]) -> Array:
-        return x.transpose(axes)
+        return np.asarray(x.transpose(axes))
 
     def constant(self, name: str, value: Array) -> Array:
         return value
@@ -141,12 +142,12 @@ class NumpyOps:
 
 
 def _sigmoid(x: Array) -> Array:
-    return 0.5 * (1 + np.tanh(0.5 * x))  # the tanh form never overflows
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))  # the tanh form never overflows
 
 
 def _split(x: Array, heads: int) -> Array:
     """[B, S, heads * d] -> [B, heads, S, d]."""
-    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+    return np.asarray(x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3))
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
@@ -156,7 +157,7 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _write(cache: Array, new: Array, positions: Array) -> Array:
-    out = cache.copy()
+    out: Array = cache.copy()
     for row, start in enumerate(positions[:, 0]):
         out[row, :, start : start + new.shape[2]] = new[row]
     return out
@@ -177,7 +178,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 def _along(scale: Array, axis: int, ndim: int) -> Array:
     shape = [1] * ndim
     shape[axis] = -1
-    return scale.reshape(shape)
+    return np.asarray(scale.reshape(shape))
 
 
 def erf(x: Array) -> Array:
@@ -195,6 +196,14 @@ def erf(x: Array) -> Array:
 
 
 _ERFC = (
-    -1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806,
-    0.27886807, -1.13520398, 1.48851587, -0.82215223, 0.17087277,
-)  # fmt: skip
+    -1.26551223,
+    1.00002368,
+    0.37409196,
+    0.09678418,
+    -0.18628806,
+    0.27886807,
+    -1.13520398,
+    1.48851587,
+    -0.82215223,
+    0.17087277,
+)

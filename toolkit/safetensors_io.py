@@ -181,7 +181,7 @@ def _stored(array: Array, tensor: Planned) -> memoryview:
     elif array.dtype != STORAGE[tensor.dtype]:
         array = _narrow(array, tensor)
     flat = np.ascontiguousarray(array).reshape(-1)
-    return memoryview(flat.view(np.uint8))
+    return flat.view(np.uint8).data
 
 
 def _narrow(array: Array, tensor: Planned) -> Array:

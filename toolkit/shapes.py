@@ -97,6 +97,7 @@ class ShapeOps:
         *,
         heads: int,
         kv_heads: int,
+        window: int | None,
     ) -> tuple[Spec, Spec, Spec]:
         return q, *past
 
@@ -137,7 +138,5 @@ class ShapeOps:
     def constant(self, name: str, value: Array) -> Spec:
         return Spec(value.shape)
 
-    def fake_quant(
-        self, x: Spec, scale: Array, *, axis: int | None, bits: int, site: str
-    ) -> Spec:
+    def fake_quant(self, x: Spec, scale: Array, *, axis: int | None, bits: int, site: str) -> Spec:
         return x

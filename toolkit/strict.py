@@ -77,10 +77,8 @@ class Reader:
 
     def optional(self, key: str, kind: type[V]) -> V | None:
         """The value of `key`, or None when it is absent or null."""
-        return self.take(key, kind) if self._data.get(key) is not None else self._absent(key)
-
-    def _absent(self, key: str) -> None:
         self._open.discard(key)
+        return self.take(key, kind) if self.has(key) else None
 
     def choice(self, key: str, allowed: Iterable[V], default: V = _REQUIRED) -> V:
         """The value of `key`, which must be one of `allowed`."""

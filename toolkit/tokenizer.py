@@ -180,10 +180,13 @@ def _prepend_bos(bos: str, number: int) -> dict[str, Any]:
     return {
         "type": "TemplateProcessing",
         "single": [token, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [token, {"Sequence": {"id": "A", "type_id": 0}},
-                 {"Sequence": {"id": "B", "type_id": 1}}],
+        "pair": [
+            token,
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ],
         "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
-    }  # fmt: skip
+    }
 
 
 def byte_tokenizer(special: dict[str, int]) -> str:
@@ -197,8 +200,12 @@ def byte_tokenizer(special: dict[str, int]) -> str:
     taken = set(special.values())
     free = [i for i in range(256 + len(taken)) if i not in taken][:256]
     vocab = dict(zip(alphabet, free, strict=True))
-    layer = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-             "use_regex": False}  # fmt: skip
+    layer = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     return json.dumps(
         {
             "version": "1.0",

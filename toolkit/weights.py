@@ -54,7 +54,7 @@ def _same(x: Array) -> Array:
 
 
 def _transposed(x: Array) -> Array:
-    return x.T
+    return np.asarray(x.T)
 
 
 def keep(source: str) -> Recipe:
@@ -125,7 +125,7 @@ def _shards(folder: Path, stem: str) -> list[Path]:
 def _join(folder: Path, parts: Sequence[TensorSource]) -> Checkpoint:
     found: dict[str, TensorSource] = {}
     for part in parts:
-        for key in part.keys():
+        for key in part.keys():  # noqa: SIM118 (a source is no mapping)
             if key in found:
                 raise CheckpointError(f"{folder}: {key} stands in two shards")
             found[key] = part

@@ -48,7 +48,7 @@ class Observe(Wrapper[Array]):
 
     def conv(self, x: Array, w: Weights[Array], **sizes: int) -> Array:
         self._see(x, w)
-        return self.inner.conv(x, w, **sizes)  # type: ignore[arg-type]
+        return self.inner.conv(x, w, **sizes)
 
     def _see(self, x: Array, w: Weights[Array]) -> None:
         place = self.place(w)
@@ -81,8 +81,8 @@ class Quantize(Wrapper[T]):
 
     def conv(self, x: T, w: Weights[T], **sizes: int) -> T:
         if self._plan.at(self.place(w)) == "float":
-            return self.inner.conv(x, w, **sizes)  # type: ignore[arg-type]
-        return self.inner.conv(self._input(x, w), self._weight(w, axis=0), **sizes)  # type: ignore[arg-type]
+            return self.inner.conv(x, w, **sizes)
+        return self.inner.conv(self._input(x, w), self._weight(w, axis=0), **sizes)
 
     def _input(self, x: T, w: Weights[T]) -> T:
         place = self.place(w)
@@ -164,7 +164,8 @@ def _elementwise(args: Iterable[Any], outputs: list[Spec], options: dict[str, An
 
 
 def _linear(args: tuple[Any, ...], outputs: list[Spec], options: dict[str, Any]) -> int:
-    return 2 * args[0].size * outputs[0].shape[-1]
+    x: Spec = args[0]
+    return 2 * x.size * outputs[0].shape[-1]
 
 
 def _conv(args: tuple[Any, ...], outputs: list[Spec], options: dict[str, Any]) -> int:
@@ -173,13 +174,17 @@ def _conv(args: tuple[Any, ...], outputs: list[Spec], options: dict[str, Any]) -
 
 
 def _attention(args: tuple[Any, ...], outputs: list[Spec], options: dict[str, Any]) -> int:
-    q, k = args[0], args[1]
-    return 4 * q.size * int(k.shape[1])
+    q: Spec = args[0]
+    k: Spec = args[1]
+    return 4 * q.size * k.shape[1]
 
 
 def _attention_cached(args: tuple[Any, ...], outputs: list[Spec], options: dict[str, Any]) -> int:
-    q, past = args[0], args[3]
-    return 4 * q.size * int(past[0].shape[2])
+    """Causal: the first of S tokens sees T - S + 1 rows of the cache, the last one all T."""
+    q: Spec = args[0]
+    past: tuple[Spec, Spec] = args[3]
+    length, rows = q.shape[1], past[0].shape[2]
+    return int(4 * q.size * (rows - (length - 1) / 2))
 
 
 _FREE = frozenset({"reshape", "transpose", "slice", "constant", "positions"})

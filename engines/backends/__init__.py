@@ -33,6 +33,14 @@ class LayerTime:
     calls: int
 
 
+@dataclass(frozen=True)
+class Peaks:
+    """A machine's limits in float32: arithmetic and reading memory."""
+
+    gflop_s: float
+    gb_s: float
+
+
 class Runner(Protocol):
     """An opened component. States (the KV cache) live inside; `run` updates them in place."""
 
@@ -75,11 +83,22 @@ class Backend(Protocol):
         """Put one component's engine files into `folder`."""
         ...
 
+    def extras(self, folder: Path) -> tuple[str, ...]:
+        """Put files that belong to no component into `folder`; their names."""
+        ...
+
     def open(
-        self, folder: Path, record: ComponentRecord, model: Mapping[str, object],
+        self,
+        folder: Path,
+        record: ComponentRecord,
+        model: Mapping[str, object],
         options: RunnerOptions,
-    ) -> Runner:  # fmt: skip
+    ) -> Runner:
         """Load one component."""
+        ...
+
+    def peaks(self, folder: Path) -> Peaks:
+        """This machine's limits, measured with the backend's own kernels."""
         ...
 
 

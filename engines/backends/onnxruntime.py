@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines.backends import Compiled, LayerTime, RunnerOptions
-from engines.backends.files import link
+from engines.backends import Compiled, LayerTime, Peaks, RunnerOptions
+from engines.backends.common import best_seconds, link
 from toolkit.bundle import Bundle, ComponentRecord
 from toolkit.errors import BuildError, MissingExtra
 from toolkit.ops import Array
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _TYPES = {"float": np.float32, "int64": np.int64}
 _KEPT_BINDINGS = 4
+PROBE = "probe.onnx"
 
 
 def here() -> Target:
@@ -56,7 +57,7 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
 
     model = onnx.load(str(bundle.path / record.graph), load_external_data=False)
     lower.decide(record.name, model, target)
-    lower.lower(model, target)
+    model = lower.lower(model, target)
     notes = []
     if lower.widen(model):
         notes.append(f"{bundle.manifest.dtype} widened to fp32: this processor has no half kernels")
@@ -83,6 +84,32 @@ def _widen_weights(
         del tensor.external_data[:]
         for key, value in span.items():
             tensor.external_data.add(key=key, value=str(value))
+
+
+def extras(folder: Path) -> tuple[str, ...]:
+    """A bare MatMul, by which a profile measures what this machine can do at best."""
+    from onnx import TensorProto, helper
+
+    def value(name: str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None])
+
+    node = helper.make_node("MatMul", ["a", "b"], ["c"])
+    graph = helper.make_graph([node], "probe", [value("a"), value("b")], [value("c")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (folder / PROBE).write_bytes(model.SerializeToString())
+    return (PROBE,)
+
+
+def peaks(folder: Path) -> Peaks:
+    """Arithmetic of a large product; memory rate of one row against a 256 MB matrix."""
+    ort = _load_package()
+    options = _session_options(RunnerOptions(context=1))
+    session = ort.InferenceSession(str(folder / PROBE), options, providers=["CPUExecutionProvider"])
+    tall, square = np.ones((4096, 2048), np.float32), np.ones((2048, 2048), np.float32)
+    row, wide = np.ones((1, 2048), np.float32), np.ones((2048, 32768), np.float32)
+    product = best_seconds(lambda: session.run(None, {"a": tall, "b": square}))
+    reading = best_seconds(lambda: session.run(None, {"a": row, "b": wide}))
+    return Peaks(2 * tall.size * 2048 / product / 1e9, wide.nbytes / reading / 1e9)
 
 
 # -- run -------------------------------------------------------------------------------------
@@ -133,11 +160,9 @@ class _Bound:
         self._binding = session.io_binding()
         for name, array in inputs.items():
             self._binding.bind_input(name, *_place(array))
-        for name, array in outputs.items():
-            if array is None:
-                self._binding.bind_output(name, "cpu")
-            else:
-                self._binding.bind_output(name, *_place(array))
+        for name, buffer in outputs.items():
+            where = ("cpu",) if buffer is None else _place(buffer)
+            self._binding.bind_output(name, *where)
 
     def run(self) -> dict[str, Array]:
         """Run on what the input buffers hold."""
@@ -146,7 +171,9 @@ class _Bound:
         if len(known) == len(self._outputs):
             return known
         values = dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
-        return {name: known[name] if name in known else value.numpy() for name, value in values.items()}
+        return {
+            name: known[name] if name in known else value.numpy() for name, value in values.items()
+        }
 
 
 def _place(array: Array) -> tuple[Any, ...]:
@@ -165,10 +192,12 @@ class OnnxRuntimeRunner:
         self._plain = [port for port in record.inputs if port.name not in names]
         axes = {"batch": 1, "context": options.context}
         self._states = {
-            port.name: np.zeros([axes[n] if isinstance(n, str) else n for n in port.shape],
-                                np.float32)
-            for port in record.inputs if port.name in names
-        }  # fmt: skip
+            port.name: np.zeros(
+                [axes[n] if isinstance(n, str) else n for n in port.shape], np.float32
+            )
+            for port in record.inputs
+            if port.name in names
+        }
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         key = tuple(inputs[port.name].shape for port in self._plain)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.backends import Compiled, LayerTime, RunnerOptions
-from engines.backends.files import link
+from engines.backends import Compiled, LayerTime, Peaks, RunnerOptions
+from engines.backends.common import best_seconds, link
 from toolkit import config as model_config
 from toolkit.bundle import Bundle, ComponentRecord, Tensors
 from toolkit.models import vlm
@@ -28,6 +28,11 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
     return Compiled(record, (record.weights,))
 
 
+def extras(folder: Path) -> tuple[str, ...]:
+    """None."""
+    return ()
+
+
 def open(
     folder: Path, record: ComponentRecord, model: Mapping[str, object], options: RunnerOptions
 ) -> ReferenceRunner:
@@ -35,6 +40,14 @@ def open(
     parts = vlm.components(model_config.from_json(dict(model), "engine.json: model"))
     part = next(p for p in parts if p.name == record.name)
     return ReferenceRunner(part, dict(Tensors(folder / record.weights)), options)
+
+
+def peaks(folder: Path) -> Peaks:
+    """NumPy's matrix product and sum."""
+    a = np.ones((1024, 1024), np.float32)
+    long = np.ones(1 << 25, np.float32)
+    product = best_seconds(lambda: a @ a)
+    return Peaks(2 * 1024**3 / product / 1e9, long.nbytes / best_seconds(long.sum) / 1e9)
 
 
 class ReferenceRunner:

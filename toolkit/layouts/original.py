@@ -27,13 +27,28 @@ IN_CHECKPOINT = "model.vision_tower.vision_tower."
 
 # Written by the training scripts, read by no forward pass.
 TRAINING_KEYS = (
-    "freeze_backbone", "freeze_mm_mlp_adapter", "freeze_mm_vision_resampler", "mm_projector_lr",
-    "mm_tunable_parts", "mm_vision_tower_lr", "ms_cross_attn_lr", "tokenizer_model_max_length",
-    "tokenizer_padding_side", "tune_entire_model", "tune_mm_mlp_adapter",
-    "tune_mm_vision_resampler", "tune_vision_tower", "tune_vit_from_layer",
-    "unfreeze_mm_vision_tower", "use_mm_proj", "vision_tower_lr", "vision_tower_pretrained",
-    "mm_use_im_patch_token", "max_sequence_length", "mm_resampler_type",
-)  # fmt: skip
+    "freeze_backbone",
+    "freeze_mm_mlp_adapter",
+    "freeze_mm_vision_resampler",
+    "mm_projector_lr",
+    "mm_tunable_parts",
+    "mm_vision_tower_lr",
+    "ms_cross_attn_lr",
+    "tokenizer_model_max_length",
+    "tokenizer_padding_side",
+    "tune_entire_model",
+    "tune_mm_mlp_adapter",
+    "tune_mm_vision_resampler",
+    "tune_vision_tower",
+    "tune_vit_from_layer",
+    "unfreeze_mm_vision_tower",
+    "use_mm_proj",
+    "vision_tower_lr",
+    "vision_tower_pretrained",
+    "mm_use_im_patch_token",
+    "max_sequence_length",
+    "mm_resampler_type",
+)
 
 
 def claims(config: Mapping[str, Any]) -> bool:
@@ -67,8 +82,13 @@ def find_tower(name: str, folder: Path, options: Options) -> Path:
     """The folder that `mm_vision_tower` means: given, inside, beside, or from here."""
     if options.vision_tower is not None:
         return options.vision_tower
-    places = [folder / name, folder.parent / name, Path(name), folder / Path(name).name,
-              folder.parent / Path(name).name]  # fmt: skip
+    places = [
+        folder / name,
+        folder.parent / name,
+        Path(name),
+        folder / Path(name).name,
+        folder.parent / Path(name).name,
+    ]
     for place in places:
         if (place / "config.json").exists():
             return place
@@ -91,8 +111,9 @@ def read_tower(
     rule = read_preprocess(settings)
     settings.done()
     if rule.size != config.pixels:
-        raise ConfigError(f"{processor} makes pictures of {rule.size}, the tower takes "
-                          f"{config.pixels}")  # fmt: skip
+        raise ConfigError(
+            f"{processor} makes pictures of {rule.size}, the tower takes {config.pixels}"
+        )
     return Part(name, kind, config), rule
 
 
@@ -114,8 +135,13 @@ def tower_tensors(part: Part, folder: Path, options: Options) -> tuple[Stored, t
     table = file.names(part.config)
     prefix = find_prefix(table, checkpoint, "vision_model.", "")
     unused = tuple(prefix + glob for glob in file.unused(part.config))
-    other = ("text_model.*", "logit_scale", "logit_bias", "text_projection.*",
-             "visual_projection.*")  # fmt: skip
+    other = (
+        "text_model.*",
+        "logit_scale",
+        "logit_bias",
+        "text_projection.*",
+        "visual_projection.*",
+    )
     return Stored(below(table, prefix), file.shapes(part.config), checkpoint), (*unused, *other)
 
 
@@ -132,7 +158,9 @@ def projector_tensors(merger: Part, checkpoint: Checkpoint) -> Stored:
     return Stored(table, file.shapes(merger.config), checkpoint)
 
 
-def shrink_vocab(lm: Part, table: Mapping[str, Recipe], rows: int) -> tuple[Part, dict[str, Recipe]]:
+def shrink_vocab(
+    lm: Part, table: Mapping[str, Recipe], rows: int
+) -> tuple[Part, dict[str, Recipe]]:
     """The LM with only the rows its tokenizer knows, as the originals' loader resizes it."""
     if rows >= lm.config.vocab:
         return lm, dict(table)

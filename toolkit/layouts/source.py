@@ -49,8 +49,9 @@ class Source:
 def random_source(model: ModelConfig, seed: int, tokenizer: str, preset: str) -> Source:
     """A preset's source: published shapes, weights from `seed`."""
     weights = {p.name: RandomWeights(p.shapes, seed, p.name) for p in components(model)}
-    return Source(model, weights, tokenizer, {"preset": preset, "random_weights": True,
-                                              "seed": seed})  # fmt: skip
+    return Source(
+        model, weights, tokenizer, {"preset": preset, "random_weights": True, "seed": seed}
+    )
 
 
 @dataclass(frozen=True)

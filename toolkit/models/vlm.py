@@ -55,7 +55,8 @@ class Edge:
 
 def components(c: ModelConfig) -> tuple[Component, ...]:
     """All components of a model, in the order in which they run."""
-    return (*(_encoder(part) for part in c.encoders), _merger(c), _lm(c.lm))
+    merger = merger_component(c.merger, c.encoders)
+    return (*map(encoder_component, c.encoders), merger, lm_component(c.lm))
 
 
 def edges(c: ModelConfig) -> tuple[Edge, ...]:
@@ -75,7 +76,8 @@ def tables(c: ModelConfig) -> dict[str, Mapping[str, Recipe]]:
     return {**found, "merger": merger, "lm": models.lm(c.lm.kind).names(c.lm.config)}
 
 
-def _encoder(part: Part) -> Component:
+def encoder_component(part: Part) -> Component:
+    """One encoder: pixels in, one output per tap."""
     file, c = models.encoder(part.kind), part.config
 
     def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
@@ -94,11 +96,12 @@ def _encoder(part: Part) -> Component:
     )
 
 
-def _merger(model: ModelConfig) -> Component:
-    file, c = models.merger(model.merger.kind), model.merger.config
+def merger_component(merger: Part, encoders: tuple[Part, ...]) -> Component:
+    """The merger: every encoder's outputs in, rows of image tokens out."""
+    file, c = models.merger(merger.kind), merger.config
     ports = tuple(
         Port(f"{part.name}.{i}", "float", ("tiles", part.config.tokens, width))
-        for part in model.encoders
+        for part in encoders
         for i, width in enumerate(part.config.widths)
     )
 
@@ -110,7 +113,8 @@ def _merger(model: ModelConfig) -> Component:
     return Component("merger", forward, file.shapes(c), ports, outputs)
 
 
-def _lm(part: Part) -> Component:
+def lm_component(part: Part) -> Component:
+    """The language model with its embedding, cache and output layer."""
     file, c = models.lm(part.kind), part.config
     cache = ("batch", c.kv_heads, "context", c.head_dim)
     names = [f"{i}.{kind}" for i in range(c.depth) for kind in ("key", "value")]

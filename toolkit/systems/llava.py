@@ -66,8 +66,10 @@ def _load_original(folder: Path, config: Mapping[str, Any], options: Options) ->
     lm_stored = original.lm_tensors(lm, checkpoint)
     merger_stored = original.projector_tensors(merger, checkpoint)
     tower_stored, spare = original.tower_tensors(encoder, tower_folder, options)
-    check([lm_stored, merger_stored],
-          [*models.lm(lm.kind).unused(lm.config), f"{original.IN_CHECKPOINT}*"])  # fmt: skip
+    check(
+        [lm_stored, merger_stored],
+        [*models.lm(lm.kind).unused(lm.config), f"{original.IN_CHECKPOINT}*"],
+    )
     check([tower_stored], spare)
     lm, lm_table = original.shrink_vocab(lm, lm_stored.table, rows)
     weights = {
@@ -91,8 +93,14 @@ def _load_hf(folder: Path, config: Mapping[str, Any], options: Options) -> Sourc
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     lm, encoder = hf.read_lm(r), hf.read_tower(config, r, "clip", options)
     merger = hf.read_projector(r, sum(encoder.config.widths), lm.config.width)
-    r.skip("image_token_index", "image_token_id", "image_seq_length", "ignore_index",
-           "vocab_size", "tie_word_embeddings")  # fmt: skip
+    r.skip(
+        "image_token_index",
+        "image_token_id",
+        "image_seq_length",
+        "ignore_index",
+        "vocab_size",
+        "tie_word_embeddings",
+    )
     r.done()
     rule = hf.read_processor(folder, options)
     text, _ = read_tokenizer(folder, slow=False)
@@ -102,37 +110,70 @@ def _load_hf(folder: Path, config: Mapping[str, Any], options: Options) -> Sourc
     tower_file = models.encoder(encoder.kind)
     lm_stored = hf.lm_tensors(lm, checkpoint)
     tower_stored, prefix = hf.part_tensors(
-        tower_file.names(encoder.config), tower_file.shapes(encoder.config), checkpoint,
-        "vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.",
+        tower_file.names(encoder.config),
+        tower_file.shapes(encoder.config),
+        checkpoint,
+        "vision_tower.vision_model.",
+        "vision_tower.",
+        "model.vision_tower.vision_model.",
         "model.vision_tower.",
-    )  # fmt: skip
+    )
     merger_stored, _ = hf.part_tensors(
-        hf.projector_names(merger.config), mlp.shapes(merger.config), checkpoint,
-        "multi_modal_projector.", "model.multi_modal_projector.",
-    )  # fmt: skip
+        hf.projector_names(merger.config),
+        mlp.shapes(merger.config),
+        checkpoint,
+        "multi_modal_projector.",
+        "model.multi_modal_projector.",
+    )
     unused = [prefix + glob for glob in tower_file.unused(encoder.config)]
     unused += ["*" + glob for glob in models.lm(lm.kind).unused(lm.config)]
     check([lm_stored, tower_stored, merger_stored], unused)
     prompts = PromptRules(_TEMPLATES[lm.kind], "token", read_eos(folder, config["text_config"]))
-    model = ModelConfig(folder.resolve().name, "llava", (encoder,), merger,
-                        with_context(lm, options.max_context), ImageRules({"clip": rule}),
-                        prompts)  # fmt: skip
-    weights = {"encoder.clip": tower_stored.weights(), "merger": merger_stored.weights(),
-               "lm": lm_stored.weights()}  # fmt: skip
+    model = ModelConfig(
+        folder.resolve().name,
+        "llava",
+        (encoder,),
+        merger,
+        with_context(lm, options.max_context),
+        ImageRules({"clip": rule}),
+        prompts,
+    )
+    weights = {
+        "encoder.clip": tower_stored.weights(),
+        "merger": merger_stored.weights(),
+        "lm": lm_stored.weights(),
+    }
     return Source(model, weights, text, {"layout": "huggingface"})
 
 
 # -- presets ---------------------------------------------------------------------------------
 
 CLIP_L_336 = clip.Config(width=1024, depth=24, heads=16, mlp=4096, patch=14, image=336, taps=(23,))
-VICUNA_7B = llama.Config(width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp=11008,
-                         vocab=32000, context=4096)  # fmt: skip
-QWEN_0_5B = qwen2.Config(width=896, depth=24, heads=14, kv_heads=2, head_dim=64, mlp=4864,
-                         vocab=151936, context=32768, eps=1e-6, theta=1e6, qkv_bias=True,
-                         tied=True)  # fmt: skip
-CLIP_PIXELS = Preprocess("bicubic", 1 / 255, (0.48145466, 0.4578275, 0.40821073),
-                         (0.26862954, 0.26130258, 0.27577711), short_edge=336,
-                         crop=(336, 336))  # fmt: skip
+VICUNA_7B = llama.Config(
+    width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp=11008, vocab=32000, context=4096
+)
+QWEN_0_5B = qwen2.Config(
+    width=896,
+    depth=24,
+    heads=14,
+    kv_heads=2,
+    head_dim=64,
+    mlp=4864,
+    vocab=151936,
+    context=32768,
+    eps=1e-6,
+    theta=1e6,
+    qkv_bias=True,
+    tied=True,
+)
+CLIP_PIXELS = Preprocess(
+    "bicubic",
+    1 / 255,
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+    short_edge=336,
+    crop=(336, 336),
+)
 
 
 def _preset(name: str, kind: str, lm: llama.Config) -> ModelConfig:

@@ -77,8 +77,9 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
         n = op.layer_norm(x, w / "layers.0" / "norm1", c.eps)
     for i in range(last):
         layer = w / f"layers.{i}"
-        n, x = op.add_norm(_attention(op, c, layer / "attention", n), x, layer / "norm2", c.eps,
-                           "layer")  # fmt: skip
+        n, x = op.add_norm(
+            _attention(op, c, layer / "attention", n), x, layer / "norm2", c.eps, "layer"
+        )
         update = _mlp(op, c, layer / "mlp", n)
         if i + 1 < last:
             n, x = op.add_norm(update, x, w / f"layers.{i + 1}" / "norm1", c.eps, "layer")
@@ -110,8 +111,14 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
         "norm_pre.bias": (d,),
     }
     for i in range(depth_needed(c.taps)):
-        linears = {"attention.q": (d, d), "attention.k": (d, d), "attention.v": (d, d),
-                   "attention.out": (d, d), "mlp.up": (d, m), "mlp.down": (m, d)}  # fmt: skip
+        linears = {
+            "attention.q": (d, d),
+            "attention.k": (d, d),
+            "attention.v": (d, d),
+            "attention.out": (d, d),
+            "mlp.up": (d, m),
+            "mlp.down": (m, d),
+        }
         for name, shape in linears.items():
             found[f"layers.{i}.{name}.weight"] = shape
             found[f"layers.{i}.{name}.bias"] = shape[1:]
@@ -153,8 +160,11 @@ def names(c: Config) -> Mapping[str, Recipe]:
 def unused(c: Config) -> tuple[str, ...]:
     """Globs of tensors a complete tower has and these taps never read."""
     pruned = range(depth_needed(c.taps), c.depth)
-    return ("post_layernorm.*", "embeddings.position_ids",
-            *(f"encoder.layers.{i}.*" for i in pruned))  # fmt: skip
+    return (
+        "post_layernorm.*",
+        "embeddings.position_ids",
+        *(f"encoder.layers.{i}.*" for i in pruned),
+    )
 
 
 def tiny() -> Config:

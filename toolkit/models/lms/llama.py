@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 
-from toolkit.errors import ConfigError
 from toolkit.ops import Array, Ops, Step, T, Weights
 from toolkit.strict import Reader
 from toolkit.weights import Recipe, flip, keep
@@ -154,7 +153,7 @@ def _attention(
 ) -> tuple[T, tuple[T, T]]:
     q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
     mixed, *cache = op.attention_cached(
-        q, k, v, past, step, heads=c.heads, kv_heads=c.kv_heads
+        q, k, v, past, step, heads=c.heads, kv_heads=c.kv_heads, window=c.window
     )
     return op.linear(mixed, w / "out"), (cache[0], cache[1])
 
@@ -177,7 +176,7 @@ def rotary_tables(c: Config) -> tuple[Array, Array]:
 def _stretch(frequencies: Array, scaling: RopeScaling | None) -> Array:
     if scaling is None:
         return frequencies
-    slow = frequencies / np.float32(scaling.factor)
+    slow = np.asarray(frequencies / np.float32(scaling.factor))
     if scaling.kind == "linear":
         return slow
     wavelengths = 2 * math.pi / frequencies
@@ -247,6 +246,4 @@ def unused(c: Config) -> tuple[str, ...]:
 
 def tiny() -> Config:
     """A small instance for tests: grouped heads, a head size other than width / heads."""
-    return Config(
-        width=48, depth=2, heads=4, kv_heads=2, head_dim=16, mlp=80, vocab=96, context=32
-    )
+    return Config(width=48, depth=2, heads=4, kv_heads=2, head_dim=16, mlp=80, vocab=96, context=32)

@@ -1,0 +1,318 @@
+"""edgevlm: the command line. Parses, hands one room's result to the next, prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from toolkit.console import Console
+    from toolkit.layouts.source import Source
+
+__version__ = "0.1.0"
+
+app = typer.Typer(
+    help="Deploy multi-encoder vision-language models: export, build, run, profile.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output path.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Threads = Annotated[int, typer.Option(help="Processor threads; 0 takes all.")]
+Context = Annotated[
+    Optional[int], typer.Option("--max-context", help="Longest sequence; default: all there is.")
+]
+System = Annotated[
+    Optional[str], typer.Option("--system", help="Which system, where a folder is ambiguous.")
+]
+Tower = Annotated[
+    Optional[Path], typer.Option(help="The tower's folder, if not where config.json says.")
+]
+IgnoreKey = Annotated[
+    Optional[list[str]], typer.Option(help="A config key that may be ignored. Repeatable.")
+]
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="For presets: weights from --seed.")
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+For = Annotated[
+    Optional[str], typer.Option("--for", help="Check against this target; no device needed.")
+]
+
+
+def _console(as_json: bool, quiet: bool) -> Console:
+    from toolkit.console import Console
+
+    return Console(quiet=quiet or as_json, as_json=as_json)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder, model id, or preset:NAME.")],
+    out: Annotated[Path, typer.Argument(help="The bundle to write.")],
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    max_context: Context = None,
+    system: System = None,
+    vision_tower: Tower = None,
+    ignore_key: IgnoreKey = None,
+    random_weights: RandomWeights = False,
+    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    revision: Annotated[Optional[str], typer.Option(help="Revision of a model id.")] = None,
+    offline: Offline = False,
+    for_target: For = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model as a bundle: ONNX per component, safetensors, goldens."""
+    from engines import build as builder
+    from engines import summary
+    from export import available
+    from toolkit.target import parse
+
+    console = _console(as_json, quiet)
+    available.check_dtype(dtype)
+    target = parse(for_target) if for_target else None
+    if source.startswith("preset:"):
+        model = _preset(source, random_weights, seed, max_context)
+    else:
+        model = _checkpoint(
+            source, system, vision_tower, ignore_key, max_context, revision, offline
+        )
+    if dry_run:
+        console.result(*summary.planned_bundle(model, dtype, out))
+        return
+    from export import write
+
+    if target is not None:
+        builder.lint(write.graphs(model, dtype), target)
+    made_by = f"edgevlm {__version__}"
+    write.write_bundle(model, out, dtype=dtype, made_by=made_by, force=force, progress=console.step)
+    console.result(*summary.written_bundle(out))
+
+
+def _preset(name: str, random_weights: bool, seed: int, max_context: int | None) -> Source:
+    from toolkit import systems
+    from toolkit.errors import ConfigError
+
+    if not random_weights:
+        raise ConfigError(f"{name} has no weights", hint="add --random-weights")
+    return systems.preset(name.removeprefix("preset:"), seed, max_context)
+
+
+def _checkpoint(
+    source: str,
+    system: str | None,
+    vision_tower: Path | None,
+    ignore_key: list[str] | None,
+    max_context: int | None,
+    revision: str | None,
+    offline: bool,
+) -> Source:
+    from toolkit import hub, systems
+    from toolkit.layouts.source import Options
+    from training import torch_files
+
+    options = Options(
+        system, vision_tower, tuple(ignore_key or ()), max_context, torch_files.reader()
+    )
+    return systems.load(hub.locate(source, revision=revision, offline=offline), options)
+
+
+@app.command()
+def build(
+    bundle: Annotated[Path, typer.Argument(help="A bundle made by `export`.")],
+    out: Annotated[Path, typer.Argument(help="The engine to write.")],
+    target: Annotated[str, typer.Option(help="cpu, reference, a device or BACKEND/ARCH.")] = "cpu",
+    max_context: Context = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show what happens to each op, and why.")
+    ] = False,
+    dry_run: DryRun = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compile a bundle for one target and check it against its goldens."""
+    from engines import build as builder
+    from engines import summary
+    from toolkit.target import parse
+
+    console = _console(as_json, quiet)
+    request = builder.Request(parse(target), max_context, force, f"edgevlm {__version__}")
+    if dry_run:
+        console.result(*summary.planned_engine(bundle, request, explain))
+        return
+    made, worked = builder.build(bundle, out, request, console.step)
+    console.result(*summary.built_engine(made, out, worked, explain))
+
+
+@app.command()
+def run(
+    engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
+    prompt: Annotated[Optional[str], typer.Argument(help="The question.")] = None,
+    image: Annotated[Optional[list[str]], typer.Option(help="A picture. Repeatable.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Only the best K tokens; 0 is off.")] = 0,
+    seed: Annotated[Optional[int], typer.Option(help="Makes drawing repeatable.")] = None,
+    template: Annotated[
+        str, typer.Option(help="auto, none (PROMPT is raw text with <image>) or a name.")
+    ] = "auto",
+    stop: Annotated[Optional[list[str]], typer.Option(help="End before this text.")] = None,
+    input_file: Annotated[
+        Optional[Path], typer.Option("--input", help="Many requests, one JSON object a line.")
+    ] = None,
+    threads: Threads = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Ask an engine a question about pictures; the answer streams."""
+    from engines import requests
+    from engines.sampling import Sampling
+    from engines.session import Question, Session
+
+    console = _console(as_json, quiet)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    given = Question(prompt or "", image or (), max_tokens, sampling, template, stop or ())
+    questions = requests.gather(given, input_file)
+    session = Session.open(engine, threads=threads)
+    requests.answer_all(session, questions, console, many=input_file is not None)
+
+
+@app.command()
+def profile(
+    engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
+    image: Annotated[Optional[Path], typer.Option(help="A picture; default: generated.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="Tokens generated in each run.")] = 64,
+    runs: Annotated[int, typer.Option(help="Timed runs.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Runs before the clock counts.")] = 1,
+    compare: Annotated[
+        Optional[list[Path]], typer.Option(help="Another engine to measure too. Repeatable.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Show the N slowest layers.")] = 0,
+    html: Annotated[Optional[Path], typer.Option(help="Write a self-contained report.")] = None,
+    trace: Annotated[Optional[Path], typer.Option(help="Write a Chrome/Perfetto trace.")] = None,
+    threads: Threads = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure an engine: every stage, every layer, beside the machine's limits."""
+    from engines import profile as profiler
+    from engines import report
+
+    console = _console(as_json, quiet)
+    plan = profiler.Plan(
+        image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
+    )
+    found = [profiler.profile(e, plan, console.step) for e in [engine, *(compare or [])]]
+    report.write_files(found, html, trace)
+    console.result(*report.result(found, layers))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, bundle, engine or saved profile.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say what something is: parts, sizes, ports, precision, where it came from."""
+    from engines import summary
+    from training import torch_files
+
+    _console(as_json, quiet).result(*summary.inspect(path, torch_files.reader()))
+
+
+@app.command()
+def doctor(
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say what this machine can do, what is missing, and how to get it."""
+    from engines import health
+
+    _console(as_json, quiet).result(*health.report(__version__))
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: errors become one line and a hint; 1 for ours, 2 for usage, 130 for Ctrl-C."""
+    import signal
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(_guarded("--debug" in sys.argv[1:]))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _guarded(debug: bool) -> int:
+    from toolkit.errors import ToolkitError
+
+    try:
+        code = app(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except ToolkitError as error:
+        if debug:
+            raise
+        return _fail(error.message, error.hint, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing half-written was left behind", "", 130)
+    except MemoryError:
+        return _fail("out of memory", "lower --max-context, or use a smaller model", 1)
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        return _unexpected(error, debug)
+
+
+def _unexpected(error: Exception, debug: bool) -> int:
+    """A usage error of the parser exits 2; anything else is a defect of ours."""
+    format_message = getattr(error, "format_message", None)
+    if format_message is not None:
+        return _fail(format_message(), "edgevlm --help, or edgevlm VERB --help", 2)
+    if type(error).__name__ == "Abort":
+        return _fail("interrupted; nothing half-written was left behind", "", 130)
+    if debug:
+        raise error
+    kind = type(error).__name__
+    return _fail(f"{kind}: {error}", "this is a defect of edgevlm; --debug shows where", 1)
+
+
+def _fail(message: str, hint: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Requests of the `run` verb: one from the command line, or many from a JSONL file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engines.session import Answer, Question, Session
+from toolkit.console import Console
+from toolkit.errors import InputError, ToolkitError
+from toolkit.strict import Reader, to_plain
+
+
+def gather(given: Question, file: Path | None) -> list[Question]:
+    """The questions to answer. A line of `file` may set prompt, images, max_tokens, template.
+
+    Other settings come from the command line; image paths are relative to the file.
+    """
+    if file is None:
+        if not given.prompt:
+            raise InputError("there is no PROMPT", hint='edgevlm run ENGINE "What is this?"')
+        return [given]
+    if given.prompt or given.images:
+        raise InputError("--input brings its own prompts and images: drop PROMPT and --image")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as refused:
+        raise InputError(f"{file} cannot be read: {refused.strerror}") from None
+    found = [
+        _question(line, f"{file} line {number}", given, file.parent)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not found:
+        raise InputError(f"{file} holds no request")
+    return found
+
+
+def _question(line: str, where: str, given: Question, folder: Path) -> Question:
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as broken:
+        raise InputError(f"{where} is not JSON: {broken}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{where} is not a JSON object")
+    try:
+        return _read(Reader(data, where), given, folder)
+    except ToolkitError as odd:
+        keys = "prompt, images (or image), max_tokens, template, stop"
+        raise InputError(odd.message, hint=f"a request has the keys: {keys}") from None
+
+
+def _read(r: Reader, given: Question, folder: Path) -> Question:
+    prompt, images = r.take("prompt", str), r.take("images", list, [])
+    single = r.optional("image", str)
+    files = [str(folder / name) for name in ([single] if single else images)]
+    max_tokens = r.take("max_tokens", int, given.max_tokens)
+    template, stop = r.take("template", str, given.template), r.take("stop", list, [])
+    r.skip("id")
+    r.done()
+    return replace(
+        given,
+        prompt=prompt,
+        images=files,
+        max_tokens=max_tokens,
+        template=template,
+        stop=[*given.stop, *stop],
+    )
+
+
+def answer_all(
+    session: Session, questions: list[Question], console: Console, *, many: bool
+) -> None:
+    """Answer and print: streaming text, or one JSON object (`answers` holds many)."""
+    answers = []
+    for question in questions:
+        reply = session.ask(question)
+        for token in reply:
+            console.stream(token.text)
+        answers.append(reply.answer)
+        console.stream("\n")
+        for note in reply.answer.notes:
+            console.note(note)
+    if console.as_json:
+        data: Any = {"answers": [_data(a) for a in answers]} if many else _data(answers[0])
+        console.result(data, ())
+    elif not console.quiet:
+        print(_closing(answers, session.load_ms), file=sys.stderr)
+
+
+def _data(answer: Answer) -> Mapping[str, Any]:
+    data: Mapping[str, Any] = to_plain(answer)
+    return data
+
+
+def _closing(answers: list[Answer], load_ms: float) -> str:
+    last = answers[-1]
+    first, latency = (last.timings_ms[k] for k in ("time_to_first_token", "inter_token_latency"))
+    return (
+        f"\n{last.prompt_tokens} tokens in ({last.image_tokens} image), {len(last.token_ids)} out; "
+        f"loaded in {load_ms:.0f} ms, first token after {first:.0f} ms, "
+        f"then {latency:.2f} ms a token; {last.peak_rss_mb:.0f} MB"
+    )

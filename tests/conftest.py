@@ -1,0 +1,39 @@
+"""Paths and small helpers that the tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+SHARED = ROOT.parent / "shared"
+
+
+def golden_cases() -> dict[str, Path]:
+    """Golden folders: the copies in tests/goldens, and all others if they are at hand."""
+    found: dict[str, Path] = {}
+    for place in (SHARED / "goldens", HERE / "goldens"):
+        if place.is_dir():
+            found |= {case.name: case for case in sorted(place.iterdir()) if case.is_dir()}
+    return found
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Path:
+    """The golden folder named by the test's parameter; skipped where it is not on this machine."""
+    cases = golden_cases()
+    if request.param not in cases:
+        pytest.skip(f"golden case {request.param} is not here (it is not part of the project)")
+    return cases[request.param]
+
+
+@pytest.fixture
+def generator() -> np.random.Generator:
+    """A generator with a fixed seed."""
+    return np.random.default_rng(7)

@@ -1,0 +1,42 @@
+"""Recorded components in memory, run by plain ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import numpy_helper
+
+from export.write import record
+from toolkit.models.vlm import Component
+from toolkit.ops import Array
+from toolkit.safetensors_io import Entry, Written
+
+
+def model_of(part: Component, tensors: Mapping[str, Array]) -> onnx.ModelProto:
+    """The recorded model with its weights inside the protobuf, checked in full."""
+    recorded = record(part, "fp32")
+    values = {name: np.asarray(tensors[name]) for name in part.shapes} | recorded.ops.constants
+    entries = {name: Entry("fp32", array.shape, 0) for name, array in values.items()}
+    model = recorded.model("weights", Written(entries, "", 0))
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def run(model: onnx.ModelProto, feed: Mapping[str, Array]) -> dict[str, Array]:
+    """Outputs by name."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    known = {value.name for value in session.get_inputs()}
+    found = session.run(names, {k: v for k, v in feed.items() if k in known})
+    return dict(zip(names, found, strict=True))

@@ -1,0 +1,153 @@
+"""TorchOps: the interpreter that trains. Differentiable, any dtype, any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolkit.ops import Array, Norm, Step, Weights
+
+
+class TorchOps:
+    """Each op in torch; `device` and `dtype` are those of tables made by the model itself."""
+
+    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.device = device
+        self.dtype = dtype
+
+    def linear(self, x: Tensor, w: Weights[Tensor]) -> Tensor:
+        y = x @ w["weight"]
+        bias = w.get("bias")
+        return y if bias is None else y + bias
+
+    def unembed(self, x: Tensor, w: Weights[Tensor]) -> Tensor:
+        return F.linear(x, w["weight"])
+
+    def embed(self, ids: Tensor, w: Weights[Tensor]) -> Tensor:
+        return F.embedding(ids, w["weight"])
+
+    def conv(
+        self, x: Tensor, w: Weights[Tensor], *, stride: int, padding: int = 0, groups: int = 1
+    ) -> Tensor:
+        return F.conv2d(x, w["weight"], w.get("bias"), stride, padding, 1, groups)
+
+    def layer_norm(self, x: Tensor, w: Weights[Tensor], eps: float) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], w["weight"], w["bias"], eps)
+
+    def rms_norm(self, x: Tensor, w: Weights[Tensor], eps: float) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], w["weight"], eps)
+
+    def add_norm(
+        self, x: Tensor, residual: Tensor, w: Weights[Tensor], eps: float, kind: Norm
+    ) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        norm = self.rms_norm if kind == "rms" else self.layer_norm
+        return norm(total, w, eps), total
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    def gelu(self, x: Tensor, *, tanh: bool = False) -> Tensor:
+        return F.gelu(x, approximate="tanh" if tanh else "none")
+
+    def quick_gelu(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, heads: int, kv_heads: int) -> Tensor:
+        return _attend(_split(q, heads), _split(k, kv_heads), _split(v, kv_heads), None)
+
+    def attention_cached(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: tuple[Tensor, Tensor],
+        step: Step[Tensor],
+        *,
+        heads: int,
+        kv_heads: int,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        cos, sin = (table[step.positions][:, None] for table in (step.cos, step.sin))
+        turned = _rotate(_split(q, heads), cos, sin)
+        keys = _write(past[0], _rotate(_split(k, kv_heads), cos, sin), step.positions)
+        values = _write(past[1], _split(v, kv_heads), step.positions)
+        return _attend(turned, keys, values, step.mask), keys, values
+
+    def positions(self, ids: Tensor, start: Tensor) -> Tensor:
+        return start[:, None] + torch.arange(ids.shape[1], device=ids.device)
+
+    def causal_mask(self, positions: Tensor, cache: Tensor, window: int | None) -> Tensor:
+        rows = torch.arange(cache.shape[2], device=positions.device)
+        seen = rows <= positions[..., None]
+        if window is not None:
+            seen = seen & (rows > positions[..., None] - window)
+        return seen[:, None]
+
+    def place_tokens(self, x: Tensor, features: Tensor, rows: Tensor) -> Tensor:
+        return torch.where(rows[..., None] >= 0, features[rows.clamp(min=0)], x)
+
+    def take(self, x: Tensor, at: Tensor) -> Tensor:
+        return x.take_along_dim(at[..., None], dim=1)
+
+    def prepend(self, x: Tensor, token: Tensor) -> Tensor:
+        return torch.cat([token.expand(x.shape[0], 1, -1), x], dim=1)
+
+    def concat(self, xs: Sequence[Tensor], axis: int) -> Tensor:
+        return torch.cat(list(xs), axis)
+
+    def slice(self, x: Tensor, axis: int, start: int, stop: int | None) -> Tensor:
+        length = (x.shape[axis] if stop is None else stop) - start
+        return x.narrow(axis, start, length)
+
+    def reshape(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return x.reshape([x.shape[i] if n == 0 else n for i, n in enumerate(shape)])
+
+    def transpose(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        return x.permute(axes)
+
+    def constant(self, name: str, value: Array) -> Tensor:
+        return torch.from_numpy(value).to(self.device, self.dtype)
+
+    def fake_quant(
+        self, x: Tensor, scale: Array, *, axis: int | None, bits: int, site: str
+    ) -> Tensor:
+        """The gradient passes where nothing was clipped (straight-through estimator)."""
+        step = torch.from_numpy(scale).to(x.device, x.dtype)
+        if axis is not None:
+            step = step.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        scaled = x / step
+        inside = scaled.clamp(low, high)
+        return (inside + (inside.round() - inside).detach()) * step
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """[B, S, heads * d] -> [B, heads, S, d]."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def _write(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
+    """The cache with rows positions[b, 0] .. replaced; out of place, so that gradients flow."""
+    index = positions[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+    return cache.scatter(2, index, new)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return y.transpose(1, 2).flatten(2)
