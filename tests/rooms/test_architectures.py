@@ -51,7 +51,8 @@ def tensors(part: Component) -> dict[str, Array]:
     """Random parameters, norms and biases included."""
     generator = np.random.default_rng(1)
     drawn = dict(RandomWeights(part.shapes, 0, part.name))
-    return {k: v + generator.normal(0, 0.1, v.shape).astype(np.float32) for k, v in drawn.items()}
+    noise = {k: np.asarray(generator.normal(0, 0.1, v.shape), np.float32) for k, v in drawn.items()}
+    return {k: v + noise[k] for k, v in drawn.items()}
 
 
 AXES = {"tiles": 2, "rows": 5, "batch": 1, "sequence": 6, "scored": 2, "context": 12}
