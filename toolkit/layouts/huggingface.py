@@ -62,7 +62,7 @@ def read_processor(folder: Path, options: Options) -> Preprocess:
     return rule
 
 
-def read_projector(r: Reader, inputs: int, outputs: int) -> Part:
+def read_projector(r: Reader, inputs: tuple[int, ...], outputs: int) -> Part:
     """Two linears with GELU between."""
     r.choice("projector_hidden_act", ["gelu"], "gelu")
     bias = r.take("multimodal_projector_bias", bool, True)

@@ -62,7 +62,7 @@ def read_lm(r: Reader) -> Part:
     return Part("lm", kind, models.lm(kind).Config.read(r))
 
 
-def read_projector(r: Reader, inputs: int, outputs: int) -> Part:
+def read_projector(r: Reader, inputs: tuple[int, ...], outputs: int) -> Part:
     """`linear` or `mlp{N}x_gelu`."""
     name = r.take("mm_projector_type", str, "linear")
     match = re.fullmatch(r"mlp(\d+)x_gelu", name)
@@ -72,8 +72,8 @@ def read_projector(r: Reader, inputs: int, outputs: int) -> Part:
             hint="implemented: linear, mlp{N}x_gelu",
         )
     width = r.take("mm_hidden_size", int)
-    if width != inputs:
-        raise ConfigError(f"{r.where}: mm_hidden_size = {width}, the tower gives {inputs}")
+    if width != sum(inputs):
+        raise ConfigError(f"{r.where}: mm_hidden_size = {width}, the tower gives {sum(inputs)}")
     layers = int(match[1]) if match else 1
     return Part("merger", "mlp", mlp.Config(inputs, outputs, layers))
 

@@ -143,12 +143,12 @@ def check_tokenizer(text: str, vocab: int, where: str) -> int:
 
 
 def read_eos(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """End-of-answer ids: generation_config.json, else config.json."""
+    """End-of-answer ids: generation_config.json, else config.json; none if neither names any."""
     path = folder / "generation_config.json"
     generation = json.loads(path.read_text()) if path.exists() else {}
     found = generation.get("eos_token_id", config.get("eos_token_id"))
     if found is None:
-        raise ConfigError(f"{folder} names no eos_token_id")
+        return ()
     return tuple(found) if isinstance(found, list) else (int(found),)
 
 

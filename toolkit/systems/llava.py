@@ -53,7 +53,7 @@ def _load_original(folder: Path, config: Mapping[str, Any], options: Options) ->
     name = r.take("mm_vision_tower", str)
     tower_folder = original.find_tower(name, folder, options)
     encoder, rule = original.read_tower(tower_folder, "clip", *original.read_taps(r), options)
-    merger = original.read_projector(r, encoder.config.widths[0], lm.config.width)
+    merger = original.read_projector(r, encoder.config.widths, lm.config.width)
     r.choice("mm_patch_merge_type", ["flat"], "flat")
     r.choice("mm_use_im_start_end", [False], False)
     aspect = r.choice("image_aspect_ratio", ["pad", "square"], "square")
@@ -92,7 +92,7 @@ def _load_original(folder: Path, config: Mapping[str, Any], options: Options) ->
 def _load_hf(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     lm, encoder = hf.read_lm(r), hf.read_tower(config, r, "clip", options)
-    merger = hf.read_projector(r, sum(encoder.config.widths), lm.config.width)
+    merger = hf.read_projector(r, encoder.config.widths, lm.config.width)
     r.skip(
         "image_token_index",
         "image_token_id",
@@ -182,7 +182,7 @@ def _preset(name: str, kind: str, lm: llama.Config) -> ModelConfig:
         name,
         "llava",
         (Part("clip", "clip", CLIP_L_336),),
-        Part("merger", "mlp", mlp.Config(1024, lm.width)),
+        Part("merger", "mlp", mlp.Config((1024,), lm.width)),
         Part("lm", kind, lm),
         ImageRules({"clip": CLIP_PIXELS.padded()}),
         PromptRules(_TEMPLATES[kind], "pieces", eos),

@@ -1,4 +1,4 @@
-"""LLaVA's projectors: linear, and mlp{N}x_gelu, over the patch tokens of one encoder.
+"""LLaVA's projectors: linear, and mlp{N}x_gelu, over the patch tokens of an encoder.
 
 Source: haotian-liu/LLaVA, the projector builder. Exact (erf) GELU between the linears.
 """
@@ -14,9 +14,9 @@ from toolkit.weights import Recipe, flip, keep
 
 @dataclass(frozen=True)
 class Config:
-    """`layers` linears from `inputs` channels to `outputs` (the LM's width)."""
+    """`layers` linears from the channels of all `inputs` together to `outputs` (the LM's width)."""
 
-    inputs: int
+    inputs: tuple[int, ...]
     outputs: int
     layers: int = 2
     bias: bool = True
@@ -24,12 +24,12 @@ class Config:
     @property
     def sources(self) -> tuple[int, ...]:
         """Channels of each tensor the merger takes."""
-        return (self.inputs,)
+        return self.inputs
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], features: Sequence[T]) -> T:
-    """features: one of [B, tokens, inputs] -> [B, tokens, outputs]."""
-    (x,) = features
+    """features: each [B, tokens, inputs[i]], joined on channels -> [B, tokens, outputs]."""
+    x = op.concat(features, 2) if len(features) > 1 else features[0]
     for i in range(c.layers):
         x = op.linear(op.gelu(x) if i else x, w / f"linears.{i}")
     return x
@@ -39,7 +39,7 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors."""
     found: dict[str, tuple[int, ...]] = {}
     for i in range(c.layers):
-        found[f"linears.{i}.weight"] = (c.outputs if i else c.inputs, c.outputs)
+        found[f"linears.{i}.weight"] = (c.outputs if i else sum(c.inputs), c.outputs)
         if c.bias:
             found[f"linears.{i}.bias"] = (c.outputs,)
     return found
@@ -58,4 +58,4 @@ def names(c: Config) -> Mapping[str, Recipe]:
 
 def tiny() -> Config:
     """A small instance for tests."""
-    return Config(inputs=32, outputs=48)
+    return Config(inputs=(32, 24), outputs=48)
