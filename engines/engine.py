@@ -91,7 +91,9 @@ def read(folder: Path) -> Engine:
         data = read_json(path)
         if data.get("format") != FORMAT:
             raise ConfigError(f"{path} has format {data.get('format')!r}, expected {FORMAT}")
-        return from_plain(Engine, data, str(path))
+        found = from_plain(Engine, data, str(path))
+        found.parsed_model()
+        return found
     except ConfigError as odd:
         raise BundleError(odd.message, hint="build the engine again") from None
 

@@ -114,17 +114,17 @@ def peaks(folder: Path) -> Peaks:
 
 # -- run -------------------------------------------------------------------------------------
 
-_pool_threads: list[int] = []  # ONNX Runtime's shared pool is set once per process
 
-
-def _session_options(options: RunnerOptions) -> Any:
+def _session_options(options: RunnerOptions, *, stateful: bool = False) -> Any:
+    """Threads of a session's own. Only a decoder's go on spinning between calls: its next call
+    comes at once, while an encoder's would spin against the components after it.
+    """
     ort = _load_package()
-    if not _pool_threads:
-        _pool_threads.append(options.threads or threads_here())
-        ort.set_global_thread_pool_sizes(_pool_threads[0], 1)
     settings = ort.SessionOptions()
-    settings.use_per_session_threads = False  # encoders and LM must not spin against each other
+    settings.intra_op_num_threads = options.threads or threads_here()
     settings.log_severity_level = 3
+    if not stateful:
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
     if options.profile:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
@@ -136,7 +136,8 @@ def open(
 ) -> OnnxRuntimeRunner:
     """Load one component. Raises BuildError with ONNX Runtime's reason."""
     ort = _load_package()
-    settings = _session_options(options)
+    stateful = any(port.updates for port in record.outputs)
+    settings = _session_options(options, stateful=stateful)
     try:
         session = ort.InferenceSession(
             str(folder / record.graph), settings, providers=["CPUExecutionProvider"]

@@ -91,7 +91,8 @@ def save(folder: Path, name: str) -> Any:
         image_token_index=1000,
         **options,
     )
-    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model: Any = transformers.LlavaForConditionalGeneration(config)
+    model.eval()
     scatter(model)
     model.save_pretrained(folder)
     size = vision["image_size"]
@@ -135,7 +136,8 @@ def expected_ids(model: Any, folder: Path, prompt: str, tokens: int) -> list[int
     pixels = clip_processor(model.config.vision_config.image_size)(
         Image.open(IMAGE).convert("RGB"), return_tensors="pt"
     )["pixel_values"]
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    fast: Any = transformers.PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_file=str(folder / "tokenizer.json"))
     features = (CLIP["image_size"] // CLIP["patch_size"]) ** 2
     features += model.config.vision_feature_select_strategy == "full"
     text = prompt.replace("<image>", "<image>" * features)

@@ -70,9 +70,9 @@ VARIANTS = {
 def modules(v: Variant) -> tuple[Any, Any, torch.nn.Module]:
     """Tower, language model and projector with random parameters."""
     torch.manual_seed(11)
-    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**v.vision)).eval()
+    tower: Any = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**v.vision))
     text = v.text | {"vocab_size": 1000 + v.rows}
-    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**text)).eval()
+    lm: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**text))
     name = v.config["mm_projector_type"]
     count = 1 if name == "linear" else int(name[3])
     layers: list[torch.nn.Module] = []
@@ -81,7 +81,7 @@ def modules(v: Variant) -> tuple[Any, Any, torch.nn.Module]:
         layers += [torch.nn.GELU()] * bool(i) + [torch.nn.Linear(inputs, v.text["hidden_size"])]
     projector = layers[0] if count == 1 else torch.nn.Sequential(*layers)
     for module in (tower, lm, projector):
-        scatter(module)
+        scatter(module.eval())
     return tower, lm, projector
 
 
@@ -111,7 +111,7 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor], v: Variant) ->
         save_file(tensors, folder / "model.safetensors")
         return
     names = sorted(tensors)
-    where = {}
+    where: dict[str, str] = {}
     for number in range(v.shards):
         file = f"model-{number + 1:05d}-of-{v.shards:05d}.safetensors"
         mine = names[number :: v.shards]
