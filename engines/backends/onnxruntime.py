@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 _TYPES = {"float": np.float32, "int64": np.int64}
 _KEPT_BINDINGS = 4
-PROBE = "probe.onnx"
+PROBES = ("probe-arithmetic.onnx", "probe-memory.onnx")
+_PROBE_WIDTH = 2048
 
 
 def here() -> Target:
@@ -87,29 +88,45 @@ def _widen_weights(
 
 
 def extras(folder: Path) -> tuple[str, ...]:
-    """A bare MatMul, by which a profile measures what this machine can do at best."""
+    """Two bare products, by which a profile measures what this machine can do at best.
+
+    The first has its right side fixed, so that ONNX Runtime packs it once as it packs weights;
+    the second reads its right side from memory.
+    """
+    import onnx
     from onnx import TensorProto, helper
 
-    def value(name: str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None])
+    def write(name: str, inputs: list[str], nodes: list[onnx.NodeProto]) -> None:
+        ports = [
+            helper.make_tensor_value_info(port, TensorProto.FLOAT, [None, None])
+            for port in (*inputs, "y")
+        ]
+        size = helper.make_tensor("size", TensorProto.INT64, [2], [_PROBE_WIDTH, _PROBE_WIDTH])
+        graph = helper.make_graph(nodes, name, ports[:-1], ports[-1:], [size])
+        opset = [helper.make_opsetid("", 21)]
+        model = helper.make_model(graph, opset_imports=opset, ir_version=10)
+        (folder / name).write_bytes(model.SerializeToString())
 
-    node = helper.make_node("MatMul", ["a", "b"], ["c"])
-    graph = helper.make_graph([node], "probe", [value("a"), value("b")], [value("c")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    (folder / PROBE).write_bytes(model.SerializeToString())
-    return (PROBE,)
+    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
+    weight = helper.make_node("ConstantOfShape", ["size"], ["w"], value=one)
+    write(PROBES[0], ["x"], [weight, helper.make_node("MatMul", ["x", "w"], ["y"])])
+    write(PROBES[1], ["x", "w"], [helper.make_node("MatMul", ["x", "w"], ["y"])])
+    return PROBES
 
 
 def peaks(folder: Path) -> Peaks:
-    """Arithmetic of a large product; memory rate of one row against a 256 MB matrix."""
+    """Arithmetic of a product with a packed weight; memory rate of one row against 256 MB."""
     ort = _load_package()
     options = _session_options(RunnerOptions(context=1))
-    session = ort.InferenceSession(str(folder / PROBE), options, providers=["CPUExecutionProvider"])
-    tall, square = np.ones((4096, 2048), np.float32), np.ones((2048, 2048), np.float32)
-    row, wide = np.ones((1, 2048), np.float32), np.ones((2048, 32768), np.float32)
-    product = best_seconds(lambda: session.run(None, {"a": tall, "b": square}))
-    reading = best_seconds(lambda: session.run(None, {"a": row, "b": wide}))
-    return Peaks(2 * tall.size * 2048 / product / 1e9, wide.nbytes / reading / 1e9)
+    first, second = (
+        ort.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
+        for name in PROBES
+    )
+    tall, row = (np.ones((rows, _PROBE_WIDTH), np.float32) for rows in (2048, 1))
+    wide = np.ones((_PROBE_WIDTH, 32768), np.float32)
+    product = best_seconds(lambda: first.run(None, {"x": tall}))
+    reading = best_seconds(lambda: second.run(None, {"x": row, "w": wide}))
+    return Peaks(2 * tall.size * _PROBE_WIDTH / product / 1e9, wide.nbytes / reading / 1e9)
 
 
 # -- run -------------------------------------------------------------------------------------
