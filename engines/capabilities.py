@@ -47,10 +47,11 @@ class Row:
 
 
 _STANDARD = (
-    "Add Cast CastLike Concat Constant Conv DequantizeLinear Div Expand Gather GatherND Gelu "
+    "Add Cast CastLike Clip Concat Constant Conv DequantizeLinear Div Expand Gather GatherND Gelu GridSample "
     "Greater GreaterOrEqual LayerNormalization LessOrEqual MatMul Max Mul QuantizeLinear Range "
     "Reshape RMSNormalization Shape Sigmoid Slice Softmax Sqrt Squeeze Sub Tanh Transpose "
-    "Unsqueeze Where And Attention Identity RotaryEmbedding TensorScatter ReduceMax Swish"
+    "Unsqueeze Where And Attention Identity RotaryEmbedding TensorScatter ReduceMax Swish ReduceMean ReduceSum "
+    "ReduceL2 Relu Cos Sin Split"
 ).split()
 
 
@@ -59,6 +60,8 @@ def _swap(swap: Swap, into: str, why: str) -> Row:
 
 
 _KEEP = {op: Row("keep", "a standard op with a kernel") for op in _STANDARD}
+
+_SPELL_OUT = Row("spell out", "no kernel of its own; the standard body runs")
 
 _CACHED_ATTENTION = Row(
     "swap",
@@ -92,6 +95,10 @@ ONNXRUNTIME_CPU: Mapping[str, Row] = {
         swaps.unembed, "com.microsoft.FusedMatMul", "reads the embedding table without turning it"
     ),
     "edgevlm.CachedAttention": _CACHED_ATTENTION,
+    "edgevlm.RotaryAttention": _SPELL_OUT,
+    "edgevlm.MSDeformAttn": _SPELL_OUT,
+    "edgevlm.LayerMerge": _SPELL_OUT,
+    "edgevlm.ResponseNorm": _SPELL_OUT,
 }
 
 _TENSORRT_SINCE: dict[str, Version] = {

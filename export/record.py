@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from export import deform
 from export.functions import DOMAIN
-from toolkit.ops import Array, Norm, Step, Weights
+from toolkit.ops import Array, Grids, Norm, Step, Weights
 
 ELEMENT = {
     "fp32": onnx.TensorProto.FLOAT,
@@ -48,13 +49,14 @@ class Parameters(Mapping[str, str]):
 class OnnxOps:
     """Collects nodes; `constants` are tables that belong into the weights file, `small` inline."""
 
-    def __init__(self, component: str, dtype: str) -> None:
+    def __init__(self, component: str, dtype: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.dtype = dtype
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, Array] = {}
         self.small: dict[str, onnx.TensorProto] = {}
         self.functions: set[str] = set()
         self._component = component
+        self._shapes = shapes
         self._scope = component
         self._taken: set[str] = set()
 
@@ -73,7 +75,8 @@ class OnnxOps:
         self.nodes.append(node)
         return names
 
-    def _one(self, kind: str, inputs: Sequence[str], name: str = "", **attrs: Any) -> str:
+    def one(self, kind: str, inputs: Sequence[str], name: str = "", **attrs: Any) -> str:
+        """One node with one output; the output's name."""
         return self._emit(kind, inputs, name, **attrs)[0]
 
     def _unique(self, label: str) -> str:
@@ -89,7 +92,7 @@ class OnnxOps:
         self._scope = "/".join((self._component, *w.path[:-1]))
         return "/".join((self._component, *w.path))
 
-    def _ints(self, *values: int) -> str:
+    def ints(self, *values: int) -> str:
         """A small int64 vector, shared between its users."""
         name = "ints." + "_".join(str(v) for v in values)
         return self._inline(name, np.asarray(values, np.int64))
@@ -101,26 +104,37 @@ class OnnxOps:
         self.small.setdefault(name, numpy_helper.from_array(value, name))
         return name
 
+    def float32(self, name: str, value: Array) -> str:
+        """A float32 constant whatever the model's precision."""
+        return self._inline(name, np.asarray(value, np.float32))
+
+    def _floats(self, name: str, value: Array) -> str:
+        """A constant in the model's precision."""
+        kind = ELEMENT[self.dtype]
+        tensor = helper.make_tensor(name, kind, value.shape, value.reshape(-1).tolist())
+        self.small.setdefault(name, tensor)
+        return name
+
     # -- with parameters -------------------------------------------------------------------
 
     def linear(self, x: str, w: Weights[str]) -> str:
         place, bias = self._at(w), w.get("bias")
-        y = self._one("MatMul", [x, w["weight"]], place)
-        return y if bias is None else self._one("Add", [y, bias], f"{place}/bias")
+        y = self.one("MatMul", [x, w["weight"]], place)
+        return y if bias is None else self.one("Add", [y, bias], f"{place}/bias")
 
     def unembed(self, x: str, w: Weights[str]) -> str:
         self._scope = self._component
-        return self._one("edgevlm.Unembed", [x, w["weight"]], f"{self._component}/unembed")
+        return self.one("edgevlm.Unembed", [x, w["weight"]], f"{self._component}/unembed")
 
     def embed(self, ids: str, w: Weights[str]) -> str:
-        return self._one("Gather", [w["weight"], ids], self._at(w), axis=0)
+        return self.one("Gather", [w["weight"], ids], self._at(w), axis=0)
 
     def conv(
         self, x: str, w: Weights[str], *, stride: int, padding: int = 0, groups: int = 1
     ) -> str:
         bias = w.get("bias")
         inputs = [x, w["weight"], *([] if bias is None else [bias])]
-        return self._one(
+        return self.one(
             "Conv",
             inputs,
             self._at(w),
@@ -131,7 +145,7 @@ class OnnxOps:
         )
 
     def layer_norm(self, x: str, w: Weights[str], eps: float) -> str:
-        return self._one(
+        return self.one(
             "LayerNormalization",
             [x, w["weight"], w["bias"]],
             self._at(w),
@@ -141,7 +155,7 @@ class OnnxOps:
         )
 
     def rms_norm(self, x: str, w: Weights[str], eps: float) -> str:
-        return self._one(
+        return self.one(
             "RMSNormalization", [x, w["weight"]], self._at(w), axis=-1, epsilon=eps, stash_type=1
         )
 
@@ -158,24 +172,45 @@ class OnnxOps:
     # -- elementwise -----------------------------------------------------------------------
 
     def add(self, a: str, b: str) -> str:
-        return self._one("Add", [a, b])
+        return self.one("Add", [a, b])
 
     def mul(self, a: str, b: str) -> str:
-        return self._one("Mul", [a, b])
+        return self.one("Mul", [a, b])
 
     def gelu(self, x: str, *, tanh: bool = False) -> str:
-        return self._one("Gelu", [x], approximate="tanh" if tanh else "none")
+        return self.one("Gelu", [x], approximate="tanh" if tanh else "none")
 
     def quick_gelu(self, x: str) -> str:
-        return self._one("edgevlm.QuickGelu", [x], alpha=1.702)
+        return self.one("edgevlm.QuickGelu", [x], alpha=1.702)
 
     def swiglu(self, gate: str, up: str) -> str:
-        return self._one("edgevlm.SwiGLU", [gate, up])
+        return self.one("edgevlm.SwiGLU", [gate, up])
+
+    def relu(self, x: str, *, limit: float | None = None) -> str:
+        if limit is None:
+            return self.one("Relu", [x])
+        low, high = (self._floats(f"float.{v}", np.asarray(v)) for v in (0.0, limit))
+        return self.one("Clip", [x, low, high])
+
+    def sigmoid(self, x: str) -> str:
+        return self.one("Sigmoid", [x])
+
+    def softmax(self, x: str) -> str:
+        return self.one("Softmax", [x], axis=-1)
+
+    def mean(self, x: str, axes: tuple[int, ...]) -> str:
+        return self.one("ReduceMean", [x, self.ints(*axes)], keepdims=1)
+
+    def sum(self, x: str, axes: tuple[int, ...]) -> str:
+        return self.one("ReduceSum", [x, self.ints(*axes)], keepdims=1)
+
+    def response_norm(self, x: str, w: Weights[str], eps: float) -> str:
+        return self.one("edgevlm.ResponseNorm", [x, w["weight"]], self._at(w), epsilon=eps)
 
     # -- attention -------------------------------------------------------------------------
 
     def attention(self, q: str, k: str, v: str, *, heads: int, kv_heads: int) -> str:
-        return self._one(
+        return self.one(
             "Attention",
             [q, k, v],
             q_num_heads=heads,
@@ -211,75 +246,128 @@ class OnnxOps:
         )
         return y, key, value
 
+    def attention_rotary(self, q: str, k: str, v: str, angles: str, *, heads: int) -> str:
+        return self.one(
+            "edgevlm.RotaryAttention",
+            [q, k, v, angles],
+            f"{self._scope}/attend",
+            head_split=[0, 0, heads, -1],
+        )
+
+    def ms_deform_attn(
+        self,
+        value: str,
+        offsets: str,
+        scores: str,
+        *,
+        grids: Grids,
+        heads: int,
+        points: int,
+        head_width: int,
+        reference: Array,
+    ) -> str:
+        plan = deform.Plan(grids, heads, points, reference, head_width)
+        return deform.record(self, plan, value, offsets, scores)
+
+    def layer_merge(self, xs: Sequence[str], w: Weights[str], eps: float) -> str:
+        norm, linear, place = w / "norm", w / "linear", self._at(w)
+        levels, width = self._shapes[norm.key("weight")]
+        unit = self._floats(f"ones.{width}", np.ones(width))
+        joined = self.one("Concat", list(xs), f"{place}/levels", axis=2)
+        inputs = [
+            joined,
+            unit,
+            norm["weight"],
+            norm["bias"],
+            w["scale"],
+            linear["weight"],
+            linear["bias"],
+        ]
+        return self.one(
+            "edgevlm.LayerMerge", inputs, place, split=[0, 0, levels, width], epsilon=eps
+        )
+
     def positions(self, ids: str, start: str) -> str:
-        length = self._one("Squeeze", [self._one("Shape", [ids], start=1, end=2)])
-        steps = self._one("Range", [self._int(0), length, self._int(1)])
-        return self._one("Add", [self._one("Unsqueeze", [start, self._ints(1)]), steps])
+        length = self.one("Squeeze", [self.one("Shape", [ids], start=1, end=2)])
+        steps = self.one("Range", [self._int(0), length, self._int(1)])
+        return self.one("Add", [self.one("Unsqueeze", [start, self.ints(1)]), steps])
 
     def causal_mask(self, positions: str, cache: str, window: int | None) -> str:
-        length = self._one("Squeeze", [self._one("Shape", [cache], start=2, end=3)])
-        rows = self._one("Range", [self._int(0), length, self._int(1)])
-        column = self._one("Unsqueeze", [positions, self._ints(-1)])
-        seen = self._one("LessOrEqual", [rows, column])
+        length = self.one("Squeeze", [self.one("Shape", [cache], start=2, end=3)])
+        rows = self.one("Range", [self._int(0), length, self._int(1)])
+        column = self.one("Unsqueeze", [positions, self.ints(-1)])
+        seen = self.one("LessOrEqual", [rows, column])
         if window is not None:
-            oldest = self._one("Sub", [column, self._int(window)])
-            seen = self._one("And", [seen, self._one("Greater", [rows, oldest])])
-        return self._one("Unsqueeze", [seen, self._ints(1)])
+            oldest = self.one("Sub", [column, self._int(window)])
+            seen = self.one("And", [seen, self.one("Greater", [rows, oldest])])
+        return self.one("Unsqueeze", [seen, self.ints(1)])
 
     # -- tokens ----------------------------------------------------------------------------
 
     def place_tokens(self, x: str, features: str, rows: str) -> str:
-        chosen = self._one("Gather", [features, self._one("Max", [rows, self._int(0)])], axis=0)
-        image = self._one("GreaterOrEqual", [rows, self._int(0)])
-        return self._one("Where", [self._one("Unsqueeze", [image, self._ints(-1)]), chosen, x])
+        chosen = self.one("Gather", [features, self.one("Max", [rows, self._int(0)])], axis=0)
+        image = self.one("GreaterOrEqual", [rows, self._int(0)])
+        return self.one("Where", [self.one("Unsqueeze", [image, self.ints(-1)]), chosen, x])
 
     def take(self, x: str, at: str) -> str:
-        column = self._one("Unsqueeze", [at, self._ints(-1)])
-        return self._one("GatherND", [x, column], batch_dims=1)
+        column = self.one("Unsqueeze", [at, self.ints(-1)])
+        return self.one("GatherND", [x, column], batch_dims=1)
 
-    def prepend(self, x: str, token: str) -> str:
-        batch = self._one("Shape", [x], start=0, end=1)
-        width = self._one("Shape", [token], start=0, end=1)
-        shape = self._one("Concat", [batch, self._ints(1), width], axis=0)
-        return self._one("Concat", [self._one("Expand", [token, shape]), x], axis=1)
+    def prepend(self, x: str, tokens: str) -> str:
+        batch = self.one("Shape", [x], start=0, end=1)
+        width = self.one("Shape", [tokens], start=-1)
+        rows = self.one("Reshape", [tokens, self._ends(1, -1, width)], allowzero=0)
+        many = self.one("Shape", [rows], start=1, end=3)
+        shape = self.one("Concat", [batch, many], axis=0)
+        return self.one("Concat", [self.one("Expand", [rows, shape]), x], axis=1)
+
+    def _ends(self, first: int, second: int, last: str) -> str:
+        return self.one("Concat", [self.ints(first, second), last], axis=0)
+
+    def mix_rows(self, x: str, rows: str, shares: str) -> str:
+        picked = self.one("Gather", [x, rows], axis=0)
+        column = self.one("CastLike", [self.one("Unsqueeze", [shares, self.ints(-1)]), x])
+        weighted = self.one("Mul", [picked, column])
+        return self.one("ReduceSum", [weighted, self.ints(1)], keepdims=0)
+
+    def max_rows(self, x: str, rows: str) -> str:
+        picked = self.one("Gather", [x, rows], axis=0)
+        return self.one("ReduceMax", [picked, self.ints(1)], keepdims=0)
 
     # -- shape -----------------------------------------------------------------------------
 
     def concat(self, xs: Sequence[str], axis: int) -> str:
-        return self._one("Concat", list(xs), axis=axis)
+        return self.one("Concat", list(xs), axis=axis)
 
     def slice(self, x: str, axis: int, start: int, stop: int | None) -> str:
         if start == 0 and stop is None:
             return x
         end = np.iinfo(np.int64).max if stop is None else stop
-        bounds = [self._ints(start), self._ints(end), self._ints(axis), self._ints(1)]
-        return self._one("Slice", [x, *bounds])
+        bounds = [self.ints(start), self.ints(end), self.ints(axis), self.ints(1)]
+        return self.one("Slice", [x, *bounds])
 
     def reshape(self, x: str, shape: tuple[int, ...]) -> str:
-        return self._one("Reshape", [x, self._ints(*shape)], allowzero=0)
+        return self.one("Reshape", [x, self.ints(*shape)], allowzero=0)
 
     def transpose(self, x: str, axes: tuple[int, ...]) -> str:
-        return self._one("Transpose", [x], perm=list(axes))
+        return self.one("Transpose", [x], perm=list(axes))
 
     def constant(self, name: str, value: Array) -> str:
         """Tables stay float32 on disk; the graph casts them where the model is narrower."""
         self.constants[name] = value
         if self.dtype == "fp32":
             return name
-        return self._one("Cast", [name], f"{self._component}/{name}", to=ELEMENT[self.dtype])
+        return self.one("Cast", [name], f"{self._component}/{name}", to=ELEMENT[self.dtype])
 
     # -- precision -------------------------------------------------------------------------
 
     def fake_quant(self, x: str, scale: Array, *, axis: int | None, bits: int, site: str) -> str:
         place = f"{self._component}/{site}"
         kind = {8: onnx.TensorProto.INT8, 4: onnx.TensorProto.INT4}[bits]
-        steps = helper.make_tensor(
-            f"{place}/scale", ELEMENT[self.dtype], scale.shape, scale.reshape(-1).tolist()
-        )
-        self.small.setdefault(steps.name, steps)
+        steps = self._floats(f"{place}/scale", scale)
         zeros = helper.make_tensor(f"{place}/zero", kind, scale.shape, [0] * scale.size)
         self.small.setdefault(zeros.name, zeros)
         along = {} if axis is None else {"axis": axis}
-        inputs = [steps.name, zeros.name]
-        stored = self._one("QuantizeLinear", [x, *inputs], f"{place}/quantize", **along)
-        return self._one("DequantizeLinear", [stored, *inputs], f"{place}/dequantize", **along)
+        inputs = [steps, zeros.name]
+        stored = self.one("QuantizeLinear", [x, *inputs], f"{place}/quantize", **along)
+        return self.one("DequantizeLinear", [stored, *inputs], f"{place}/dequantize", **along)

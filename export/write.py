@@ -132,7 +132,7 @@ class Recorded:
 
 def record(part: Component, dtype: str) -> Recorded:
     """Run the component's function over the recorder."""
-    ops, parameters = OnnxOps(part.name, dtype), Parameters(part.shapes)
+    ops, parameters = OnnxOps(part.name, dtype, part.shapes), Parameters(part.shapes)
     inputs = {port.name: port.name for port in part.inputs}
     outputs = part.forward(ops, Weights(parameters), inputs)
     idle = set(part.shapes) - set(parameters.used)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.models.vlm import Component, Dim, Port
-from toolkit.ops import Array, Ops, Step, Weights
+from toolkit.ops import Array, Grids, Ops, Step, Weights
 
 Body = Callable[[Ops[Any], Weights[Any], dict[str, Any]], Any]
 
@@ -113,6 +113,35 @@ def _cached_case(start: list[int], length: int, width: int = 16, window: int | N
     )
 
 
+def _deform_case(grids: Grids, *, boxes: bool) -> Case:
+    """Two heads of three channels, two points, six queries; many places lie outside."""
+    heads, points, width, queries = 2, 2, 3, 6
+    reference = np.random.default_rng(8).random((queries, 4 if boxes else 2)).astype(np.float32)
+    cells, levels = sum(h * w for h, w in grids), len(grids)
+
+    def body(op: Ops[Any], w: Weights[Any], x: dict[str, Any]) -> Any:
+        return op.ms_deform_attn(
+            x["value"],
+            x["offsets"],
+            x["scores"],
+            grids=grids,
+            heads=heads,
+            points=points,
+            head_width=width,
+            reference=reference,
+        )
+
+    each = heads * levels * points
+    return Case(
+        body,
+        inputs={
+            "value": (2, cells, heads * width),
+            "offsets": (2, queries, each * 2),
+            "scores": (2, queries, each),
+        },
+    )
+
+
 _NORM: dict[str, tuple[int, ...]] = {"n.weight": (8,), "n.bias": (8,)}
 _ROWS = np.asarray([[0, -1, 2], [-1, -1, 1]], np.int64)
 
@@ -183,6 +212,47 @@ CASES: dict[str, Case] = {
         lambda op, w, x: op.attention(x["q"], x["k"], x["v"], heads=4, kv_heads=2),
         inputs={"q": (2, 5, 32), "k": (2, 5, 16), "v": (2, 5, 16)},
     ),
+    "relu": Case(lambda op, w, x: op.relu(x["x"]), inputs={"x": (2, 3, 8)}),
+    "relu6": Case(lambda op, w, x: op.relu(x["x"], limit=0.5), inputs={"x": (2, 3, 8)}),
+    "sigmoid": Case(lambda op, w, x: op.sigmoid(x["x"]), inputs={"x": (2, 3, 8)}),
+    "softmax": Case(lambda op, w, x: op.softmax(x["x"]), inputs={"x": (2, 3, 8)}),
+    "mean": Case(lambda op, w, x: op.mean(x["x"], (1, 2)), inputs={"x": (2, 3, 5, 8)}),
+    "sum": Case(lambda op, w, x: op.sum(x["x"], (1,)), inputs={"x": (2, 3, 8)}),
+    "response_norm": Case(
+        lambda op, w, x: op.response_norm(x["x"], w / "n", 1e-6),
+        {"n.weight": (8,)},
+        {"x": (2, 3, 5, 8)},
+    ),
+    "attention_rotary": Case(
+        lambda op, w, x: op.attention_rotary(x["q"], x["k"], x["v"], w["angles"], heads=4),
+        {"angles": (5, 4)},
+        {"q": (2, 5, 32), "k": (2, 5, 32), "v": (2, 5, 32)},
+    ),
+    "ms_deform_attn, levels of one size": _deform_case(((3, 4), (3, 4)), boxes=False),
+    "ms_deform_attn, levels of many sizes": _deform_case(((5, 3), (2, 4), (1, 1)), boxes=False),
+    "ms_deform_attn, reference boxes": _deform_case(((5, 3), (2, 4)), boxes=True),
+    "ms_deform_attn, one level of boxes": _deform_case(((4, 4),), boxes=True),
+    "layer_merge": Case(
+        lambda op, w, x: op.layer_merge([x["a"], x["b"], x["c"]], w, 1e-5),
+        {
+            "norm.weight": (3, 8),
+            "norm.bias": (3, 8),
+            "scale": (3,),
+            "linear.weight": (24, 6),
+            "linear.bias": (3, 6),
+        },
+        {"a": (2, 4, 8), "b": (2, 4, 8), "c": (2, 4, 8)},
+    ),
+    "mix_rows": Case(
+        lambda op, w, x: op.mix_rows(x["x"], x["rows"], x["shares"]),
+        inputs={"x": (7, 8), "shares": (4, 2)},
+        integers={"rows": np.asarray([[0, 6], [3, 3], [2, 1], [5, 0]], np.int64)},
+    ),
+    "max_rows": Case(
+        lambda op, w, x: op.max_rows(x["x"], x["rows"]),
+        inputs={"x": (7, 8)},
+        integers={"rows": np.asarray([[0, 6, 2], [3, 3, 1]], np.int64)},
+    ),
     "attention_cached prompt": _cached_case([0], 5),
     "attention_cached one token": _cached_case([5], 1),
     "attention_cached piece of a prompt": _cached_case([3], 4),
@@ -202,6 +272,9 @@ CASES: dict[str, Case] = {
         integers={"at": np.asarray([[4, 0], [2, 2]], np.int64)},
     ),
     "prepend": Case(lambda op, w, x: op.prepend(x["x"], w["t"]), {"t": (8,)}, {"x": (2, 3, 8)}),
+    "prepend several": Case(
+        lambda op, w, x: op.prepend(x["x"], w["t"]), {"t": (2, 8)}, {"x": (2, 3, 8)}
+    ),
     "concat": Case(
         lambda op, w, x: op.concat([x["a"], x["b"]], 1), inputs={"a": (2, 3, 8), "b": (2, 2, 8)}
     ),

@@ -16,6 +16,7 @@ import numpy as np
 T = TypeVar("T")
 Array = np.ndarray[Any, np.dtype[Any]]
 Norm = Literal["layer", "rms"]
+Grids = tuple[tuple[int, int], ...]  # (height, width) of each level
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Weights(Generic[T]):
     def key(self, leaf: str) -> str:
         """The tensor's name on disk: layers.0.attention.q.weight."""
         return ".".join((*self.path, leaf))
+
+    def holding(self, **leaves: T) -> Weights[T]:
+        """The same place with these tensors and no others."""
+        return replace(self, tensors={self.key(leaf): x for leaf, x in leaves.items()})
 
     @property
     def site(self) -> str:
@@ -120,6 +125,33 @@ class Ops(Protocol[T]):
         """silu(gate) * up."""
         ...
 
+    def relu(self, x: T, *, limit: float | None = None) -> T:
+        """max(x, 0), at most `limit` (6 for ReLU6)."""
+        ...
+
+    def sigmoid(self, x: T) -> T:
+        """1 / (1 + exp(-x))."""
+        ...
+
+    def softmax(self, x: T) -> T:
+        """exp(x) normalised to sum 1 over the last axis."""
+        ...
+
+    def mean(self, x: T, axes: tuple[int, ...]) -> T:
+        """The mean over `axes`, which stay as axes of length 1."""
+        ...
+
+    def sum(self, x: T, axes: tuple[int, ...]) -> T:
+        """The sum over `axes`, which stay as axes of length 1."""
+        ...
+
+    def response_norm(self, x: T, w: Weights[T], eps: float) -> T:
+        """Global response normalization (ConvNeXt V2, arXiv 2301.00808), x [B, H, W, C].
+
+        g = L2 norm of x over H and W; (weight * g / (mean of g over C + eps) + 1) * x.
+        """
+        ...
+
     # -- attention -------------------------------------------------------------------------
 
     def attention(self, q: T, k: T, v: T, *, heads: int, kv_heads: int) -> T:
@@ -148,6 +180,44 @@ class Ops(Protocol[T]):
         """
         ...
 
+    def attention_rotary(self, q: T, k: T, v: T, angles: T, *, heads: int) -> T:
+        """Unmasked attention with q and k turned by angles [S, d / 2], the same for every head.
+
+        Channel c pairs with c + d / 2; the rotation is done in float32.
+        """
+        ...
+
+    def ms_deform_attn(
+        self,
+        value: T,
+        offsets: T,
+        scores: T,
+        *,
+        grids: Grids,
+        heads: int,
+        points: int,
+        head_width: int,
+        reference: Array,
+    ) -> T:
+        """The core of multi-scale deformable attention (Zhu et al., arXiv 2010.04159).
+
+        value [B, sum of h * w over grids, heads * d]; offsets [B, Q, heads * levels * points * 2]
+        as (x, y) in cells of their level; scores [B, Q, heads * levels * points], softmaxed over
+        levels and points; reference [Q, 2] as (x, y) in 0..1, or [Q, 4] as (x, y, width, height),
+        where an offset counts in half box sizes over points. Bilinear samples, zeros outside,
+        in float32 -> [B, Q, heads * d].
+        """
+        ...
+
+    def layer_merge(self, xs: Sequence[T], w: Weights[T], eps: float) -> T:
+        """Weighted sum of normalised, projected levels (COMM, arXiv 2310.08825).
+
+        sum over i of scale_i * (layer_norm_i(x_i) @ weight_i + bias_i), xs each [B, S, D].
+        Parameters: norm.weight, norm.bias [L, D], scale [L], linear.weight [L * D, O] (the levels'
+        matrices on top of each other), linear.bias [L, O].
+        """
+        ...
+
     def positions(self, ids: T, start: T) -> T:
         """start[:, None] + arange(S): ids [B, S], start [B] -> [B, S] int64."""
         ...
@@ -169,8 +239,16 @@ class Ops(Protocol[T]):
         """out[b, p] = x[b, at[b, p]]: x [B, S, D], at [B, P] int64 -> [B, P, D]."""
         ...
 
-    def prepend(self, x: T, token: T) -> T:
-        """One token in front of every row: x [B, S, D], token [D] -> [B, 1 + S, D]."""
+    def prepend(self, x: T, tokens: T) -> T:
+        """Tokens in front of every row: x [B, S, D], tokens [D] or [N, D] -> [B, N + S, D]."""
+        ...
+
+    def mix_rows(self, x: T, rows: T, shares: T) -> T:
+        """out[i] = sum over k of shares[i, k] * x[rows[i, k]]: x [F, D] -> [O, D]."""
+        ...
+
+    def max_rows(self, x: T, rows: T) -> T:
+        """out[i] = elementwise maximum over k of x[rows[i, k]]: x [F, D], rows [O, K] -> [O, D]."""
         ...
 
     # -- shape -----------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from toolkit.ops import Array, Norm, Step, Weights
+from toolkit import spelled
+from toolkit.ops import Array, Grids, Norm, Step, Weights
 
 
 class NumpyOps:
@@ -30,16 +31,26 @@ class NumpyOps:
     def conv(
         self, x: Array, w: Weights[Array], *, stride: int, padding: int = 0, groups: int = 1
     ) -> Array:
+        """Tap by tap: memory stays near that of the input."""
         kernel, bias = w["weight"], w.get("bias")
         pad = ((0, 0), (0, 0), (padding, padding), (padding, padding))
-        windows = np.lib.stride_tricks.sliding_window_view(
-            np.pad(x, pad), kernel.shape[2:], axis=(2, 3)
-        )[:, :, ::stride, ::stride]
-        n, _, h, width = windows.shape[:4]
-        grouped = windows.reshape(n, groups, -1, h, width, *kernel.shape[2:])
+        wide = np.pad(x, pad) if padding else x
+        tall, broad = (
+            (n - k) // stride + 1 for n, k in zip(wide.shape[2:], kernel.shape[2:], strict=True)
+        )
         kernels = kernel.reshape(groups, -1, *kernel.shape[1:])
-        y = np.einsum("ngchwij,gocij->ngohw", grouped, kernels, optimize=True)
-        y = y.reshape(n, -1, h, width)
+        y: Array = np.zeros((x.shape[0], groups, kernels.shape[1], tall, broad), x.dtype)
+        for i, j in np.ndindex(*kernel.shape[2:]):
+            rows, columns = (
+                slice(i, i + stride * tall, stride),
+                slice(j, j + stride * broad, stride),
+            )
+            piece = wide[:, :, rows, columns].reshape(x.shape[0], groups, -1, tall, broad)
+            if kernels.shape[1] == 1 == kernels.shape[2]:
+                y += piece * kernels[:, :, 0, i, j][:, :, None, None]
+            else:
+                y += np.einsum("ngchw,goc->ngohw", piece, kernels[..., i, j], optimize=True)
+        y = y.reshape(x.shape[0], -1, tall, broad)
         return np.asarray(y if bias is None else y + bias[:, None, None])
 
     def layer_norm(self, x: Array, w: Weights[Array], eps: float) -> Array:
@@ -75,6 +86,26 @@ class NumpyOps:
     def swiglu(self, gate: Array, up: Array) -> Array:
         return gate * _sigmoid(gate) * up
 
+    def relu(self, x: Array, *, limit: float | None = None) -> Array:
+        return np.clip(x, 0, limit)
+
+    def sigmoid(self, x: Array) -> Array:
+        return _sigmoid(x)
+
+    def softmax(self, x: Array) -> Array:
+        return _softmax(x)
+
+    def mean(self, x: Array, axes: tuple[int, ...]) -> Array:
+        return np.asarray(x.mean(axes, keepdims=True))
+
+    def sum(self, x: Array, axes: tuple[int, ...]) -> Array:
+        return np.asarray(x.sum(axes, keepdims=True))
+
+    def response_norm(self, x: Array, w: Weights[Array], eps: float) -> Array:
+        norms = np.sqrt(np.square(x).sum((1, 2), keepdims=True))
+        ratios = norms / (norms.mean(-1, keepdims=True) + eps)
+        return np.asarray((w["weight"] * ratios + 1) * x)
+
     def attention(self, q: Array, k: Array, v: Array, *, heads: int, kv_heads: int) -> Array:
         return _attend(_split(q, heads), _split(k, kv_heads), _split(v, kv_heads), None)
 
@@ -96,6 +127,41 @@ class NumpyOps:
         values = _write(past[1], _split(v, kv_heads), step.positions)
         return _attend(turned, keys, values, step.mask), keys, values
 
+    def attention_rotary(self, q: Array, k: Array, v: Array, angles: Array, *, heads: int) -> Array:
+        cos, sin = np.cos(angles), np.sin(angles)
+        turned_q, turned_k = (_rotate(_split(x, heads), cos, sin) for x in (q, k))
+        return _attend(turned_q, turned_k, _split(v, heads), None)
+
+    def ms_deform_attn(
+        self,
+        value: Array,
+        offsets: Array,
+        scores: Array,
+        *,
+        grids: Grids,
+        heads: int,
+        points: int,
+        head_width: int,
+        reference: Array,
+    ) -> Array:
+        batch, queries = offsets.shape[:2]
+        levels = len(grids)
+        values = _split(value, heads)
+        shares = _softmax(scores.reshape(batch, queries, heads, levels * points))
+        shares = shares.reshape(batch, queries, heads, levels, points)
+        shifts = offsets.reshape(batch, queries, heads, levels, points, 2)
+        total, start = 0.0, 0
+        for level, (height, width) in enumerate(grids):
+            cells = values[:, :, start : start + height * width]
+            places = sampling_places(shifts[:, :, :, level], reference, (height, width), points)
+            found = _bilinear(cells.reshape(batch, heads, height, width, -1), places)
+            total = total + (found * shares[:, :, :, level, :, None]).sum(3)
+            start += height * width
+        return np.asarray(total, value.dtype).reshape(batch, queries, -1)
+
+    def layer_merge(self, xs: Sequence[Array], w: Weights[Array], eps: float) -> Array:
+        return spelled.layer_merge(self, xs, w, eps)
+
     def positions(self, ids: Array, start: Array) -> Array:
         return np.asarray(start[:, None] + np.arange(ids.shape[1]))
 
@@ -112,9 +178,16 @@ class NumpyOps:
     def take(self, x: Array, at: Array) -> Array:
         return np.take_along_axis(x, at[..., None], axis=1)
 
-    def prepend(self, x: Array, token: Array) -> Array:
-        front = np.broadcast_to(token, (x.shape[0], 1, x.shape[2]))
+    def prepend(self, x: Array, tokens: Array) -> Array:
+        rows = tokens.reshape(-1, x.shape[2])
+        front = np.broadcast_to(rows, (x.shape[0], *rows.shape))
         return np.concatenate([front, x], axis=1)
+
+    def mix_rows(self, x: Array, rows: Array, shares: Array) -> Array:
+        return np.asarray((x[rows] * shares[..., None]).sum(1))
+
+    def max_rows(self, x: Array, rows: Array) -> Array:
+        return np.asarray(x[rows].max(1))
 
     def concat(self, xs: Sequence[Array], axis: int) -> Array:
         return np.concatenate(list(xs), axis)
@@ -145,6 +218,41 @@ def _sigmoid(x: Array) -> Array:
     return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))  # the tanh form never overflows
 
 
+def _softmax(x: Array) -> Array:
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return np.asarray(weights / weights.sum(-1, keepdims=True))
+
+
+def sampling_places(offsets: Array, reference: Array, grid: tuple[int, int], points: int) -> Array:
+    """Where deformable attention samples a level, in cells from the centre of the first.
+
+    offsets [B, Q, M, P, 2], reference [Q, 2] or [Q, 4], grid (height, width) -> [B, Q, M, P, 2].
+    """
+    size = np.asarray(grid[::-1], offsets.dtype)
+    centre = reference[:, None, None, :2]
+    if reference.shape[-1] == 4:
+        places = centre + offsets / points * reference[:, None, None, 2:] * 0.5
+    else:
+        places = centre + offsets / size
+    return np.asarray(places * size - 0.5, offsets.dtype)
+
+
+def _bilinear(cells: Array, places: Array) -> Array:
+    """cells [B, M, H, W, d] at places [B, Q, M, P, 2] as (x, y) -> [B, Q, M, P, d]."""
+    batch, heads, height, width, _ = cells.shape
+    low = np.floor(places).astype(np.int64)
+    part = places - low
+    b = np.arange(batch)[:, None, None, None]
+    m = np.arange(heads)[None, None, :, None]
+    total = np.zeros((*places.shape[:-1], cells.shape[-1]), cells.dtype)
+    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        x, y = low[..., 0] + dx, low[..., 1] + dy
+        share = np.abs(1 - dx - part[..., 0]) * np.abs(1 - dy - part[..., 1])
+        share = share * ((x >= 0) & (x < width) & (y >= 0) & (y < height))
+        total += cells[b, m, y.clip(0, height - 1), x.clip(0, width - 1)] * share[..., None]
+    return total
+
+
 def _split(x: Array, heads: int) -> Array:
     """[B, S, heads * d] -> [B, heads, S, d]."""
     return np.asarray(x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3))
@@ -170,8 +278,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = np.where(mask, scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    mixed = (weights / weights.sum(-1, keepdims=True)) @ v
+    mixed = _softmax(scores) @ v
     return np.asarray(mixed.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], -1), q.dtype)
 
 
@@ -184,8 +291,18 @@ def _along(scale: Array, axis: int, ndim: int) -> Array:
 def erf(x: Array) -> Array:
     """The error function to about 1e-7 absolute, elementwise, in x's float type.
 
-    Source: the Chebyshev fit of erfc in Press et al., Numerical Recipes, section 6.2.
+    Source: the Chebyshev fit of erfc in Press et al., Numerical Recipes, section 6.2. Works in
+    pieces: float64 temporaries of a whole activation would take several times its memory.
     """
+    out = np.empty(x.size, x.dtype)
+    flat = np.ascontiguousarray(x).reshape(-1)
+    for start in range(0, x.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        out[piece] = _erf(flat[piece])
+    return np.asarray(out.reshape(x.shape))
+
+
+def _erf(x: Array) -> Array:
     wide = np.abs(x.astype(np.float64))
     t = 1 / (1 + 0.5 * wide)
     poly = np.full_like(t, _ERFC[-1])
@@ -195,15 +312,8 @@ def erf(x: Array) -> Array:
     return np.asarray(np.sign(x) * (1 - tail), x.dtype)
 
 
+_PIECE = 1 << 18
 _ERFC = (
-    -1.26551223,
-    1.00002368,
-    0.37409196,
-    0.09678418,
-    -0.18628806,
-    0.27886807,
-    -1.13520398,
-    1.48851587,
-    -0.82215223,
-    0.17087277,
-)
+    -1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806,
+    0.27886807, -1.13520398, 1.48851587, -0.82215223, 0.17087277,
+)  # fmt: skip

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from toolkit.ops import Array, Norm, Step, Weights
+from toolkit import spelled
+from toolkit.ops import Array, Grids, Norm, Step, Weights
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,50 @@ class ShapeOps:
     def swiglu(self, gate: Spec, up: Spec) -> Spec:
         return gate
 
+    def relu(self, x: Spec, *, limit: float | None = None) -> Spec:
+        return x
+
+    def sigmoid(self, x: Spec) -> Spec:
+        return x
+
+    def softmax(self, x: Spec) -> Spec:
+        return x
+
+    def mean(self, x: Spec, axes: tuple[int, ...]) -> Spec:
+        return Spec(tuple(1 if i in axes else n for i, n in enumerate(x.shape)))
+
+    def sum(self, x: Spec, axes: tuple[int, ...]) -> Spec:
+        return self.mean(x, axes)
+
+    def response_norm(self, x: Spec, w: Weights[Spec], eps: float) -> Spec:
+        return x
+
+    def attention_rotary(self, q: Spec, k: Spec, v: Spec, angles: Spec, *, heads: int) -> Spec:
+        return q
+
+    def ms_deform_attn(
+        self,
+        value: Spec,
+        offsets: Spec,
+        scores: Spec,
+        *,
+        grids: Grids,
+        heads: int,
+        points: int,
+        head_width: int,
+        reference: Array,
+    ) -> Spec:
+        return Spec((*offsets.shape[:2], value.shape[2]))
+
+    def layer_merge(self, xs: Sequence[Spec], w: Weights[Spec], eps: float) -> Spec:
+        return spelled.layer_merge(self, xs, w, eps)
+
+    def mix_rows(self, x: Spec, rows: Spec, shares: Spec) -> Spec:
+        return Spec((rows.shape[0], x.shape[1]))
+
+    def max_rows(self, x: Spec, rows: Spec) -> Spec:
+        return Spec((rows.shape[0], x.shape[1]))
+
     def attention(self, q: Spec, k: Spec, v: Spec, *, heads: int, kv_heads: int) -> Spec:
         return q
 
@@ -114,8 +159,8 @@ class ShapeOps:
     def take(self, x: Spec, at: Spec) -> Spec:
         return Spec((*at.shape, x.shape[2]))
 
-    def prepend(self, x: Spec, token: Spec) -> Spec:
-        return Spec((x.shape[0], x.shape[1] + 1, x.shape[2]))
+    def prepend(self, x: Spec, tokens: Spec) -> Spec:
+        return Spec((x.shape[0], x.shape[1] + tokens.size // x.shape[2], x.shape[2]))
 
     def concat(self, xs: Sequence[Spec], axis: int) -> Spec:
         shape = list(xs[0].shape)

@@ -6,12 +6,13 @@ model function calibrates, trains with fake quantization, records Q/DQ and estim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
+from toolkit import spelled
 from toolkit.errors import CalibrationError
 from toolkit.ops import Array, Ops, Weights
 from toolkit.precision import PrecisionPlan
@@ -29,6 +30,11 @@ class Wrapper(Generic[T]):
 
     def __getattr__(self, op: str) -> Any:
         return getattr(self.inner, op)
+
+    def layer_merge(self, xs: Sequence[T], w: Weights[T], eps: float) -> T:
+        """In simpler ops through this wrapper, so that it meets the linear inside."""
+        op: Ops[T] = cast(Any, self)
+        return spelled.layer_merge(op, xs, w, eps)
 
     def place(self, w: Weights[Any]) -> str:
         """The site with its component in front: lm/layers.3/attention/q."""
@@ -101,13 +107,8 @@ class Quantize(Wrapper[T]):
         scale = np.maximum(array.max(others), 1e-8).astype(np.float32) / np.float32(127)
         site = f"{w.site}/weight"
         rounded = self.inner.fake_quant(w["weight"], scale, axis=axis, bits=8, site=site)
-        return replace(w, tensors={**_of(w), w.key("weight"): rounded})
-
-
-def _of(w: Weights[T]) -> dict[str, T]:
-    """The parameters of one place only: cheaper than copying the whole component's mapping."""
-    found = ((w.key(leaf), w.get(leaf)) for leaf in ("weight", "bias"))
-    return {key: value for key, value in found if value is not None}
+        bias = w.get("bias")
+        return w.holding(weight=rounded) if bias is None else w.holding(weight=rounded, bias=bias)
 
 
 @dataclass(frozen=True)

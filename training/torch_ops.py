@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.ops import Array, Norm, Step, Weights
+from toolkit import spelled
+from toolkit.ops import Array, Grids, Norm, Step, Weights
 
 
 class TorchOps:
@@ -62,6 +63,65 @@ class TorchOps:
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
 
+    def relu(self, x: Tensor, *, limit: float | None = None) -> Tensor:
+        return x.clamp(0, limit)
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        return x.sigmoid()
+
+    def softmax(self, x: Tensor) -> Tensor:
+        return x.softmax(-1)
+
+    def mean(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        return x.mean(axes, keepdim=True)
+
+    def sum(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        return x.sum(axes, keepdim=True)
+
+    def response_norm(self, x: Tensor, w: Weights[Tensor], eps: float) -> Tensor:
+        norms = x.square().sum((1, 2), keepdim=True).sqrt()
+        return (w["weight"] * (norms / (norms.mean(-1, keepdim=True) + eps)) + 1) * x
+
+    def attention_rotary(
+        self, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, *, heads: int
+    ) -> Tensor:
+        cos, sin = angles.float().cos(), angles.float().sin()
+        turned = [_rotate(_split(x, heads).float(), cos, sin).to(x.dtype) for x in (q, k)]
+        return _attend(turned[0], turned[1], _split(v, heads), None)
+
+    def ms_deform_attn(
+        self,
+        value: Tensor,
+        offsets: Tensor,
+        scores: Tensor,
+        *,
+        grids: Grids,
+        heads: int,
+        points: int,
+        head_width: int,
+        reference: Array,
+    ) -> Tensor:
+        batch, queries = offsets.shape[:2]
+        shares = scores.float().reshape(batch, queries, heads, -1).softmax(-1)
+        shares = shares.reshape(batch, queries, heads, len(grids), points)
+        shifts = offsets.float().reshape(batch, queries, heads, len(grids), points, 2)
+        cells = torch.split(_split(value, heads).float(), [h * w for h, w in grids], 2)
+        centres = torch.from_numpy(reference).to(value.device, torch.float32)
+        found = [
+            _sample(level, shifts[:, :, :, i], centres, grid, points) * shares[:, :, :, i, :, None]
+            for i, (level, grid) in enumerate(zip(cells, grids, strict=True))
+        ]
+        return torch.stack(found).sum((0, 4)).flatten(2).to(value.dtype)
+
+    def layer_merge(self, xs: Sequence[Tensor], w: Weights[Tensor], eps: float) -> Tensor:
+        return spelled.layer_merge(self, xs, w, eps)
+
+    def mix_rows(self, x: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+        return (x[rows] * shares[..., None].to(x.dtype)).sum(1)
+
+    def max_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x[rows].amax(1)
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, heads: int, kv_heads: int) -> Tensor:
         return _attend(_split(q, heads), _split(k, kv_heads), _split(v, kv_heads), None)
 
@@ -99,8 +159,9 @@ class TorchOps:
     def take(self, x: Tensor, at: Tensor) -> Tensor:
         return x.take_along_dim(at[..., None], dim=1)
 
-    def prepend(self, x: Tensor, token: Tensor) -> Tensor:
-        return torch.cat([token.expand(x.shape[0], 1, -1), x], dim=1)
+    def prepend(self, x: Tensor, tokens: Tensor) -> Tensor:
+        rows = tokens.reshape(-1, x.shape[2])
+        return torch.cat([rows.expand(x.shape[0], -1, -1), x], dim=1)
 
     def concat(self, xs: Sequence[Tensor], axis: int) -> Tensor:
         return torch.cat(list(xs), axis)
@@ -145,6 +206,22 @@ def _write(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     """The cache with rows positions[b, 0] .. replaced; out of place, so that gradients flow."""
     index = positions[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
     return cache.scatter(2, index, new)
+
+
+def _sample(
+    cells: Tensor, shifts: Tensor, reference: Tensor, grid: tuple[int, int], points: int
+) -> Tensor:
+    """cells [B, M, h * w, d] at places of [B, Q, M, P] -> [B, Q, M, P, d], zeros outside."""
+    batch, heads, _, width = cells.shape
+    centre = reference[:, None, None, :2]
+    if reference.shape[-1] == 4:
+        places = centre + shifts / points * reference[:, None, None, 2:] * 0.5
+    else:
+        places = centre + shifts / torch.tensor(grid[::-1], device=shifts.device)
+    pictures = cells.transpose(2, 3).reshape(batch * heads, width, *grid)
+    flat = (2 * places - 1).transpose(1, 2).flatten(0, 1)
+    found = F.grid_sample(pictures, flat, align_corners=False)
+    return found.reshape(batch, heads, *found.shape[1:]).permute(0, 3, 1, 4, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

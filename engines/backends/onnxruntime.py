@@ -93,7 +93,6 @@ def extras(folder: Path) -> tuple[str, ...]:
     The first has its right side fixed, so that ONNX Runtime packs it once as it packs weights;
     the second reads its right side from memory.
     """
-    import onnx
     from onnx import TensorProto, helper
 
     def write(name: str, inputs: list[str], nodes: list[onnx.NodeProto]) -> None:
