@@ -6,6 +6,7 @@ step and centre known when recording.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,16 +41,21 @@ class Plan:
         """Number of query tokens."""
         return int(self.reference.shape[0])
 
-    def step(self, grid: tuple[int, int]) -> Array:
-        """What an offset is multiplied by: [2] or [Q, 1, 1, 1, 2] float32."""
-        if self.reference.shape[1] == 2:
+    def step(self, grid: tuple[int, int], levels: slice) -> Array:
+        """What an offset is multiplied by: [2] or [Q, 1, levels, 1, 2] float32."""
+        if self.reference.shape[2] == 2:
             return np.asarray([2 / grid[1], 2 / grid[0]], np.float32)
-        boxes = self.reference[:, None, None, None, 2:] / self.points
+        boxes = self.reference[:, None, levels, None, 2:] / self.points
         return boxes.astype(np.float32)
 
-    def centre(self) -> Array:
-        """Where offset zero lies in GridSample's -1..1: [Q, 1, 1, 1, 2] float32."""
-        return (2 * self.reference[:, None, None, None, :2] - 1).astype(np.float32)
+    def centre(self, levels: slice) -> Array:
+        """Where offset zero lies in GridSample's -1..1: [Q, 1, levels, 1, 2] float32."""
+        return (2 * self.reference[:, None, levels, None, :2] - 1).astype(np.float32)
+
+    def label(self, grid: tuple[int, int], levels: slice) -> str:
+        """A name that tables of equal content share."""
+        content = self.step(grid, levels).tobytes() + self.centre(levels).tobytes()
+        return f"{grid[0]}x{grid[1]}.{hashlib.sha256(content).hexdigest()[:8]}"
 
 
 def record(e: Emitter, plan: Plan, value: str, offsets: str, scores: str) -> str:
@@ -62,13 +68,14 @@ def record(e: Emitter, plan: Plan, value: str, offsets: str, scores: str) -> str
 def _one_size(e: Emitter, plan: Plan, value: str, offsets: str, scores: str) -> str:
     (height, width), levels = plan.grids[0], len(plan.grids)
     m, p, q, d = plan.heads, plan.points, plan.queries, plan.head_width
-    label = f"{height}x{width}.{q}.{plan.reference.shape[1]}"
+    every = slice(None)
+    label = plan.label((height, width), every)
     inputs = [
         value,
         offsets,
         scores,
-        e.float32(f"deform.step.{label}", plan.step(plan.grids[0])),
-        e.float32(f"deform.centre.{label}", plan.centre()),
+        e.float32(f"deform.step.{label}", plan.step(plan.grids[0], every)),
+        e.float32(f"deform.centre.{label}", plan.centre(every)),
     ]
     return e.one(
         "edgevlm.MSDeformAttn",
@@ -94,7 +101,7 @@ def _many_sizes(e: Emitter, plan: Plan, value: str, offsets: str, scores: str) -
     for level, grid in enumerate(plan.grids):
         rows = _slice(e, _wide(e, value), 1, start, start + grid[0] * grid[1])
         moved, share = (_slice(e, x, 3, level, level + 1) for x in (shifts, shares))
-        found.append(_level(e, plan, grid, rows, moved, share))
+        found.append(_level(e, plan, level, rows, moved, share))
         start += grid[0] * grid[1]
     total = found[0]
     for other in found[1:]:
@@ -105,17 +112,16 @@ def _many_sizes(e: Emitter, plan: Plan, value: str, offsets: str, scores: str) -
     return e.one("CastLike", [joined, value])
 
 
-def _level(
-    e: Emitter, plan: Plan, grid: tuple[int, int], rows: str, shifts: str, shares: str
-) -> str:
+def _level(e: Emitter, plan: Plan, level: int, rows: str, shifts: str, shares: str) -> str:
     """One level's samples, weighted and summed over points: [B * M, d, Q]."""
     m, p, q, d = plan.heads, plan.points, plan.queries, plan.head_width
+    grid, own = plan.grids[level], slice(level, level + 1)
     cells = e.one("Reshape", [rows, e.ints(0, grid[0], grid[1], m, d)], allowzero=0)
     turned = e.one("Transpose", [cells], perm=[0, 3, 4, 1, 2])
     picture = e.one("Reshape", [turned, e.ints(-1, d, *grid)], allowzero=0)
-    label = f"{grid[0]}x{grid[1]}.{q}.{plan.reference.shape[1]}"
-    scaled = e.one("Mul", [shifts, e.float32(f"deform.step.{label}", plan.step(grid))])
-    centre = e.float32(f"deform.centre.{q}.{plan.reference.shape[1]}", plan.centre())
+    label = plan.label(grid, own)
+    scaled = e.one("Mul", [shifts, e.float32(f"deform.step.{label}", plan.step(grid, own))])
+    centre = e.float32(f"deform.centre.{label}", plan.centre(own))
     places = e.one("Transpose", [e.one("Add", [scaled, centre])], perm=[0, 2, 1, 3, 4, 5])
     flat = e.one("Reshape", [places, e.ints(-1, q, p, 2)], allowzero=0)
     sampled = e.one("GridSample", [picture, flat], mode="linear", padding_mode="zeros",

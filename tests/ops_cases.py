@@ -116,8 +116,9 @@ def _cached_case(start: list[int], length: int, width: int = 16, window: int | N
 def _deform_case(grids: Grids, *, boxes: bool) -> Case:
     """Two heads of three channels, two points, six queries; many places lie outside."""
     heads, points, width, queries = 2, 2, 3, 6
-    reference = np.random.default_rng(8).random((queries, 4 if boxes else 2)).astype(np.float32)
     cells, levels = sum(h * w for h, w in grids), len(grids)
+    shape = (queries, levels, 4 if boxes else 2)
+    reference = np.random.default_rng(8).random(shape).astype(np.float32)
 
     def body(op: Ops[Any], w: Weights[Any], x: dict[str, Any]) -> Any:
         return op.ms_deform_attn(

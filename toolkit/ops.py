@@ -203,8 +203,8 @@ class Ops(Protocol[T]):
 
         value [B, sum of h * w over grids, heads * d]; offsets [B, Q, heads * levels * points * 2]
         as (x, y) in cells of their level; scores [B, Q, heads * levels * points], softmaxed over
-        levels and points; reference [Q, 2] as (x, y) in 0..1, or [Q, 4] as (x, y, width, height),
-        where an offset counts in half box sizes over points. Bilinear samples, zeros outside,
+        levels and points; reference [Q, levels, 2] as (x, y) in 0..1, or [..., 4] as
+        (x, y, width, height), where an offset counts in half box sizes over points. Bilinear samples, zeros outside,
         in float32 -> [B, Q, heads * d].
         """
         ...

@@ -153,7 +153,8 @@ class NumpyOps:
         total, start = 0.0, 0
         for level, (height, width) in enumerate(grids):
             cells = values[:, :, start : start + height * width]
-            places = sampling_places(shifts[:, :, :, level], reference, (height, width), points)
+            around = reference[:, level]
+            places = sampling_places(shifts[:, :, :, level], around, (height, width), points)
             found = _bilinear(cells.reshape(batch, heads, height, width, -1), places)
             total = total + (found * shares[:, :, :, level, :, None]).sum(3)
             start += height * width

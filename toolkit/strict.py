@@ -115,6 +115,10 @@ class Reader:
         """Mark keys that are known and do not change what the model computes."""
         self._open.difference_update(keys)
 
+    def given(self, key: str) -> bool:
+        """Whether `key` is present, be it null."""
+        return key in self._data
+
     def done(self) -> None:
         """Refuse every key that was neither taken nor skipped."""
         unknown = sorted(self._open - self._allow)

@@ -67,6 +67,15 @@ def flip(source: str) -> Recipe:
     return Recipe((source,), _transposed)
 
 
+def flat(source: str) -> Recipe:
+    """The stored values as one vector (a token kept as [1, 1, width])."""
+    return Recipe((source,), _flat)
+
+
+def _flat(x: Array) -> Array:
+    return np.asarray(x.reshape(-1))
+
+
 class Checkpoint:
     """The tensors of a folder (one file, or shards with an index) or of one file."""
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from toolkit.models import vit
 from toolkit.models.taps import depth_needed, resolve_taps
 from toolkit.ops import Ops, T, Weights
 from toolkit.strict import Reader
-from toolkit.weights import Recipe, flip, keep
+from toolkit.weights import Recipe, keep
 
 MODEL_TYPES = ("clip_vision_model", "clip")
 
@@ -33,7 +34,7 @@ class Config:
     class_token: bool = False
 
     @classmethod
-    def read(cls, r: Reader, taps: tuple[int, ...] = (-2,), class_token: bool = False) -> Config:
+    def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
         """From a CLIPVisionConfig; `taps` as in hidden_states[...], negative from the end."""
         r.skip("projection_dim", "dropout")
         r.choice("num_channels", [3], 3)
@@ -68,103 +69,39 @@ class Config:
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
     """pixels [B, 3, image, image] -> for each tap [B, tokens, width]."""
-    grid = op.conv(pixels, w / "patch", stride=c.patch)
-    x = op.transpose(op.reshape(grid, (0, c.width, -1)), (0, 2, 1))
-    x = op.add(op.prepend(x, w["class_token"]), w["position"])
-    x = op.layer_norm(x, w / "norm_pre", c.eps)
-    hidden, last = {0: x}, depth_needed(c.taps)
-    if last > 0:
-        n = op.layer_norm(x, w / "layers.0" / "norm1", c.eps)
-    for i in range(last):
-        layer = w / f"layers.{i}"
-        n, x = op.add_norm(
-            _attention(op, c, layer / "attention", n), x, layer / "norm2", c.eps, "layer"
-        )
-        update = _mlp(op, c, layer / "mlp", n)
-        if i + 1 < last:
-            n, x = op.add_norm(update, x, w / f"layers.{i + 1}" / "norm1", c.eps, "layer")
-        else:
-            x = op.add(update, x)
-        hidden[i + 1] = x
+    x = op.prepend(vit.patches(op, w, pixels, c.width, c.patch), w["class_token"])
+    x = op.layer_norm(op.add(x, w["position"]), w / "norm_pre", c.eps)
     first = 0 if c.class_token else 1
-    return tuple(op.slice(hidden[tap], 1, first, None) for tap in c.taps)
-
-
-def _attention(op: Ops[T], c: Config, w: Weights[T], x: T) -> T:
-    q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
-    return op.linear(op.attention(q, k, v, heads=c.heads, kv_heads=c.heads), w / "out")
-
-
-def _mlp(op: Ops[T], c: Config, w: Weights[T], x: T) -> T:
-    up = op.linear(x, w / "up")
-    return op.linear(op.gelu(up) if c.activation == "gelu" else op.quick_gelu(up), w / "down")
+    return tuple(op.slice(x, 1, first, None) for x in vit.run(op, c, w, x))
 
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors, those that the taps need."""
-    d, m = c.width, c.mlp
-    found: dict[str, tuple[int, ...]] = {
+    d = c.width
+    own: vit.Shapes = {
         "class_token": (d,),
         "patch.weight": (d, 3, c.patch, c.patch),
         "position": ((c.image // c.patch) ** 2 + 1, d),
-        "norm_pre.weight": (d,),
-        "norm_pre.bias": (d,),
     }
-    for i in range(depth_needed(c.taps)):
-        linears = {
-            "attention.q": (d, d),
-            "attention.k": (d, d),
-            "attention.v": (d, d),
-            "attention.out": (d, d),
-            "mlp.up": (d, m),
-            "mlp.down": (m, d),
-        }
-        for name, shape in linears.items():
-            found[f"layers.{i}.{name}.weight"] = shape
-            found[f"layers.{i}.{name}.bias"] = shape[1:]
-        for norm in ("norm1", "norm2"):
-            found |= {f"layers.{i}.{norm}.weight": (d,), f"layers.{i}.{norm}.bias": (d,)}
-    return found
-
-
-_LAYER = {
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.out": "self_attn.out_proj",
-    "mlp.up": "mlp.fc1",
-    "mlp.down": "mlp.fc2",
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-}
+    blocks = vit.block_shapes(c, depth_needed(c.taps))
+    return own | vit.norm_shapes("norm_pre", width=d) | blocks
 
 
 def names(c: Config) -> Mapping[str, Recipe]:
     """Where each of our tensors stands in a CLIPVisionModel file (without `vision_model.`)."""
-    table = {
+    own = {
         "class_token": keep("embeddings.class_embedding"),
         "patch.weight": keep("embeddings.patch_embedding.weight"),
         "position": keep("embeddings.position_embedding.weight"),
         "norm_pre.weight": keep("pre_layrnorm.weight"),
         "norm_pre.bias": keep("pre_layrnorm.bias"),
     }
-    for i in range(depth_needed(c.taps)):
-        for ours, theirs in _LAYER.items():
-            source = f"encoder.layers.{i}.{theirs}"
-            change = keep if ours.startswith("norm") else flip
-            table[f"layers.{i}.{ours}.weight"] = change(f"{source}.weight")
-            table[f"layers.{i}.{ours}.bias"] = keep(f"{source}.bias")
-    return table
+    return own | vit.clip_block_names(depth_needed(c.taps))
 
 
 def unused(c: Config) -> tuple[str, ...]:
     """Globs of tensors a complete tower has and these taps never read."""
-    pruned = range(depth_needed(c.taps), c.depth)
-    return (
-        "post_layernorm.*",
-        "embeddings.position_ids",
-        *(f"encoder.layers.{i}.*" for i in pruned),
-    )
+    return vit.clip_unused(c.taps, c.depth)
 
 
 def tiny() -> Config:

@@ -60,10 +60,22 @@ class Config:
         return read(r, qkv_bias=bias, out_bias=bias, mlp_bias=r.take("mlp_bias", bool, False))
 
 
+LLAMA_DEFAULTS = {"intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 2048}
+
+
 def read(
-    r: Reader, *, qkv_bias: bool, out_bias: bool, mlp_bias: bool, window: int | None = None
+    r: Reader,
+    *,
+    qkv_bias: bool,
+    out_bias: bool,
+    mlp_bias: bool,
+    window: int | None = None,
+    defaults: Mapping[str, int] = LLAMA_DEFAULTS,
 ) -> Config:
-    """The fields that Llama, Qwen2 and Mistral configurations share."""
+    """The fields that Llama, Qwen2 and Mistral configurations share.
+
+    `defaults`: what a missing key means, where the three disagree.
+    """
     r.choice("hidden_act", ["silu"], "silu")
     r.choice("pretraining_tp", [1], 1)
     heads, width = r.take("num_attention_heads", int, 32), r.take("hidden_size", int, 4096)
@@ -72,11 +84,11 @@ def read(
         width=width,
         depth=r.take("num_hidden_layers", int, 32),
         heads=heads,
-        kv_heads=r.take("num_key_value_heads", int, heads),
+        kv_heads=r.take("num_key_value_heads", int, defaults.get("num_key_value_heads", heads)),
         head_dim=r.take("head_dim", int, width // heads),
-        mlp=r.take("intermediate_size", int, 11008),
-        vocab=r.take("vocab_size", int, 32000),
-        context=r.take("max_position_embeddings", int, 2048),
+        mlp=r.take("intermediate_size", int, defaults["intermediate_size"]),
+        vocab=r.take("vocab_size", int, defaults["vocab_size"]),
+        context=r.take("max_position_embeddings", int, defaults["max_position_embeddings"]),
         eps=r.take("rms_norm_eps", float, 1e-6),
         theta=theta,
         scaling=scaling,

@@ -15,6 +15,14 @@ from toolkit.strict import Reader
 __all__ = ["Config", "forward", "names", "shapes", "tiny", "unused"]
 
 
+_DEFAULTS = {
+    "intermediate_size": 22016,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+}
+
+
 @dataclass(frozen=True)
 class Config(llama.Config):
     """Llama's fields; only `read` and `tiny` differ."""
@@ -25,7 +33,7 @@ class Config(llama.Config):
         if r.take("use_sliding_window", bool, False):
             raise ConfigError(f"{r.where}: use_sliding_window = true is not implemented")
         r.skip("sliding_window", "max_window_layers", "layer_types", "use_mrope")
-        base = llama.read(r, qkv_bias=True, out_bias=False, mlp_bias=False)
+        base = llama.read(r, qkv_bias=True, out_bias=False, mlp_bias=False, defaults=_DEFAULTS)
         return cls(**vars(base))
 
 

@@ -1,0 +1,161 @@
+"""ConvNeXt (Liu et al., arXiv 2201.03545) with any number of stages; ConvLLaVA adds a fifth.
+
+Any picture size: every stride floors, total stride 4 * 2^(stages - 1). The output is the last
+stage without the final norm, as ConvLLaVA uses it. Names of Hugging Face's ConvNextModel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from toolkit.errors import ConfigError
+from toolkit.models import convnet
+from toolkit.ops import Ops, T, Weights
+from toolkit.strict import Reader
+from toolkit.weights import Recipe, flip, keep
+
+MODEL_TYPES = ("convnext",)
+
+
+@dataclass(frozen=True)
+class Config:
+    """`scaled`: blocks end with a learned scale per channel. image: side it was published for."""
+
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
+    patch: int = 4
+    scaled: bool = True
+    eps: float = 1e-6
+    image: int = 224
+
+    @classmethod
+    def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
+        """From a ConvNextConfig. Tap -1 is the last stage; -2 is it without its last block.
+
+        layer_norm_eps concerns the unused final norm only; all others have 1e-6.
+        """
+        r.skip("drop_path_rate", "layer_norm_eps", "out_features", "out_indices", "stage_names")
+        r.choice("num_channels", [3], 3)
+        r.choice("hidden_act", ["gelu"], "gelu")
+        depths, dims = (tuple(r.take(key, list)) for key in ("depths", "hidden_sizes"))
+        stages = r.take("num_stages", int, len(depths))
+        if not stages == len(depths) == len(dims):
+            raise ConfigError(
+                f"{r.where}: num_stages {stages}, depths {list(depths)} and hidden_sizes "
+                f"{list(dims)} do not go together",
+                hint="take config.json and weights from the same tower folder",
+            )
+        if taps not in ((-1,), (-2,)):
+            raise ConfigError(
+                f"{r.where}: select layer {list(taps)} has no meaning for a ConvNeXt",
+                hint="implemented: -1 (the last stage), -2 (without its last block)",
+            )
+        if taps == (-2,):
+            depths = (*depths[:-1], depths[-1] - 1)
+        return cls(
+            depths,
+            dims,
+            patch=r.take("patch_size", int, 4),
+            scaled=r.take("layer_scale_init_value", float, 1e-6) > 0,
+            image=r.take("image_size", int, 224),
+        )
+
+    @property
+    def pixels(self) -> tuple[str, str]:
+        """Height and width change from picture to picture."""
+        return "height", "width"
+
+    @property
+    def tokens(self) -> str:
+        """So does the number of tokens."""
+        return "tokens"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the output."""
+        return self.dims[-1:]
+
+    @property
+    def stride(self) -> int:
+        """Pixels per token and side."""
+        return self.patch * 2 ** (len(self.depths) - 1)
+
+
+def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
+    """pixels [B, 3, H, W] -> [B, H // stride * W // stride, dims[-1]], row by row."""
+    x = op.conv(pixels, w / "stem" / "conv", stride=c.patch)
+    x = convnet.channel_norm(op, x, w / "stem" / "norm", c.eps)
+    for s, depth in enumerate(c.depths):
+        stage = w / f"stages.{s}"
+        if s:
+            x = convnet.channel_norm(op, x, stage / "down" / "norm", c.eps)
+            x = op.conv(x, stage / "down" / "conv", stride=2)
+        for j in range(depth):
+            x = _block(op, c, stage / f"blocks.{j}", x, c.dims[s])
+    return (convnet.tokens(op, x, c.dims[-1]),)
+
+
+def _block(op: Ops[T], c: Config, w: Weights[T], x: T, width: int) -> T:
+    y = op.conv(x, w / "depthwise", stride=1, padding=3, groups=width)
+    y = op.layer_norm(convnet.channels_last(op, y), w / "norm", c.eps)
+    y = op.linear(op.gelu(op.linear(y, w / "up")), w / "down")
+    if c.scaled:
+        y = op.mul(y, w["scale"])
+    return op.add(x, convnet.channels_first(op, y))
+
+
+def shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Our tensors."""
+    found = convnet.conv_shapes("stem.conv", 3, c.dims[0], c.patch)
+    found |= convnet.norm_shapes("stem.norm", c.dims[0])
+    for s, (depth, d) in enumerate(zip(c.depths, c.dims, strict=True)):
+        if s:
+            before = c.dims[s - 1]
+            found |= convnet.norm_shapes(f"stages.{s}.down.norm", before)
+            found |= convnet.conv_shapes(f"stages.{s}.down.conv", before, d, 2)
+        for j in range(depth):
+            block = f"stages.{s}.blocks.{j}"
+            found |= convnet.conv_shapes(f"{block}.depthwise", d, d, 7, groups=d)
+            found |= convnet.norm_shapes(f"{block}.norm", d)
+            found |= {f"{block}.up.weight": (d, 4 * d), f"{block}.up.bias": (4 * d,)}
+            found |= {f"{block}.down.weight": (4 * d, d), f"{block}.down.bias": (d,)}
+            if c.scaled:
+                found[f"{block}.scale"] = (d,)
+    return found
+
+
+_BLOCK = {"depthwise": "dwconv", "norm": "layernorm", "up": "pwconv1", "down": "pwconv2"}
+
+
+def names(c: Config) -> Mapping[str, Recipe]:
+    """Where each of our tensors stands in a ConvNextModel file."""
+    return {key: _recipe(key) for key in shapes(c)}
+
+
+def _recipe(key: str) -> Recipe:
+    part, leaf = key.rsplit(".", 1)
+    if part.startswith("stem"):
+        theirs = "patch_embeddings" if part.endswith("conv") else "layernorm"
+        return keep(f"embeddings.{theirs}.{leaf}")
+    _, stage, rest = part.split(".", 2)
+    if rest.startswith("down."):
+        number = 1 if rest.endswith("conv") else 0
+        return keep(f"encoder.stages.{stage}.downsampling_layer.{number}.{leaf}")
+    _, block, *name = rest.split(".")
+    source = f"encoder.stages.{stage}.layers.{block}"
+    if leaf == "scale":
+        return keep(f"{source}.layer_scale_parameter")
+    linear = name[0] in ("up", "down") and leaf == "weight"
+    return (flip if linear else keep)(f"{source}.{_BLOCK[name[0]]}.{leaf}")
+
+
+def unused(c: Config) -> tuple[str, ...]:
+    """The final norm, and the last block where it was taken away."""
+    last, count = len(c.depths) - 1, c.depths[-1]
+    return ("layernorm.*", f"encoder.stages.{last}.layers.{count}.*")
+
+
+def tiny() -> Config:
+    """A small instance for tests."""
+    return Config(depths=(1, 1, 2), dims=(8, 16, 24))

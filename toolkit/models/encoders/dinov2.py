@@ -1,0 +1,201 @@
+"""DINOv2's vision transformer (Oquab et al., arXiv 2304.07193), with or without registers.
+
+Blocks with layer scale; the giant's MLP is SwiGLU. Positions are stored for one grid and resized
+to another when the tower is exported. Names of Hugging Face's Dinov2Model (WithRegisters).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from toolkit.models import vit
+from toolkit.models.taps import depth_needed, resolve_taps
+from toolkit.ops import Array, Ops, T, Weights
+from toolkit.resize import bicubic
+from toolkit.strict import Reader
+from toolkit.weights import Recipe, flat, flip, keep
+
+MODEL_TYPES = ("dinov2", "dinov2_with_registers")
+
+
+@dataclass(frozen=True)
+class Config:
+    """`image`: side of the pictures it will see; `stored`: side its positions were trained for."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    patch: int
+    image: int
+    stored: int
+    registers: int = 0
+    swiglu: bool = False
+    qkv_bias: bool = True
+    activation: str = "gelu"
+    eps: float = 1e-6
+    taps: tuple[int, ...] = (-1,)
+    class_token: bool = False
+
+    @classmethod
+    def read(
+        cls, r: Reader, taps: tuple[int, ...], class_token: bool, image: int | None = None
+    ) -> Config:
+        """From a Dinov2Config; `image` is the side of the pictures if it differs from the trained.
+
+        hidden_states[0] are the embeddings; there is no final norm on any of them.
+        """
+        r.skip("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob",
+               "layerscale_value", "out_features", "out_indices", "stage_names",
+               "apply_layernorm", "reshape_hidden_states", "use_mask_token")  # fmt: skip
+        r.choice("num_channels", [3], 3)
+        width, swiglu = r.take("hidden_size", int, 768), r.take("use_swiglu_ffn", bool, False)
+        hidden = int(width * r.take("mlp_ratio", float, 4.0))
+        stored = r.take("image_size", int, 224)
+        config = cls(
+            width=width,
+            depth=r.take("num_hidden_layers", int, 12),
+            heads=r.take("num_attention_heads", int, 12),
+            mlp=(int(hidden * 2 / 3) + 7) // 8 * 8 if swiglu else hidden,
+            patch=r.take("patch_size", int, 14),
+            image=image or stored,
+            stored=stored,
+            registers=r.take("num_register_tokens", int, 0),
+            swiglu=swiglu,
+            qkv_bias=r.take("qkv_bias", bool, True),
+            activation=r.choice("hidden_act", ["gelu"], "gelu"),
+            eps=r.take("layer_norm_eps", float, 1e-6),
+            class_token=class_token,
+        )
+        return resolve_taps(config, taps, r.where)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the picture, in pixels."""
+        return self.image, self.image
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per picture and output: patches, with the class token if kept."""
+        return (self.image // self.patch) ** 2 + self.class_token
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each output."""
+        return (self.width,) * len(self.taps)
+
+
+def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
+    """pixels [B, 3, image, image] -> for each tap [B, tokens, width], registers dropped."""
+    x = op.prepend(vit.patches(op, w, pixels, c.width, c.patch), w["class_token"])
+    x = op.add(x, w["position"])
+    if c.registers:
+        patches = op.prepend(op.slice(x, 1, 1, None), w["registers"])
+        x = op.concat([op.slice(x, 1, 0, 1), patches], 1)
+    feed_forward = _swiglu if c.swiglu else vit.mlp
+    hidden = vit.run(op, c, w, x, feed_forward=feed_forward, scaled=True)
+    return tuple(_chosen(op, c, x) for x in hidden)
+
+
+def _chosen(op: Ops[T], c: Config, x: T) -> T:
+    patches = op.slice(x, 1, 1 + c.registers, None)
+    return op.concat([op.slice(x, 1, 0, 1), patches], 1) if c.class_token else patches
+
+
+def _swiglu(op: Ops[Any], c: Any, w: Weights[Any], x: Any) -> Any:
+    gated = op.swiglu(op.linear(x, w / "gate"), op.linear(x, w / "up"))
+    return op.linear(gated, w / "down")
+
+
+def shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Our tensors, those that the taps need; positions for the pictures it will see."""
+    d = c.width
+    found: vit.Shapes = {
+        "class_token": (d,),
+        "patch.weight": (d, 3, c.patch, c.patch),
+        "patch.bias": (d,),
+        "position": ((c.image // c.patch) ** 2 + 1, d),
+    }
+    if c.registers:
+        found["registers"] = (c.registers, d)
+    found |= vit.block_shapes(c, depth_needed(c.taps))
+    for i in range(depth_needed(c.taps)):
+        found |= {f"layers.{i}.scale1": (d,), f"layers.{i}.scale2": (d,)}
+        if c.swiglu:
+            found |= vit.linear_shapes({f"layers.{i}.mlp.gate": (d, c.mlp)})
+        if not c.qkv_bias:
+            for name in "qkv":
+                del found[f"layers.{i}.attention.{name}.bias"]
+    return found
+
+
+_LAYER = {
+    "attention.q": "attention.attention.query",
+    "attention.k": "attention.attention.key",
+    "attention.v": "attention.attention.value",
+    "attention.out": "attention.output.dense",
+    "mlp.up": "mlp.fc1",
+    "mlp.down": "mlp.fc2",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "scale1": "layer_scale1.lambda1",
+    "scale2": "layer_scale2.lambda1",
+}
+
+
+def names(c: Config) -> Mapping[str, Recipe]:
+    """Where each of our tensors stands in a Dinov2Model file."""
+    fixed = {
+        "class_token": flat("embeddings.cls_token"),
+        "registers": Recipe(("embeddings.register_tokens",), lambda x: x[0]),
+        "position": Recipe(("embeddings.position_embeddings",), lambda x: positions(c, x)),
+        "patch.weight": keep("embeddings.patch_embeddings.projection.weight"),
+        "patch.bias": keep("embeddings.patch_embeddings.projection.bias"),
+    }
+    return {key: fixed.get(key) or _layer_recipe(c, key) for key in shapes(c)}
+
+
+def _layer_recipe(c: Config, key: str) -> Recipe:
+    _, layer, rest = key.split(".", 2)
+    source = f"encoder.layer.{layer}"
+    if rest.startswith("scale"):
+        return keep(f"{source}.{_LAYER[rest]}")
+    part, _, leaf = rest.rpartition(".")
+    if c.swiglu and part in ("mlp.gate", "mlp.up"):
+        half = 0 if part == "mlp.gate" else 1
+        joined = f"{source}.mlp.weights_in.{leaf}"
+        return Recipe((joined,), lambda x: np.split(x, 2)[half].T)
+    theirs = "mlp.weights_out" if c.swiglu and part == "mlp.down" else _LAYER[part]
+    plain = leaf == "bias" or part.startswith("norm")
+    return (keep if plain else flip)(f"{source}.{theirs}.{leaf}")
+
+
+def positions(c: Config, stored: Array) -> Array:
+    """Stored positions [1, 1 + n^2, width] as [1 + m^2, width] for the pictures it will see.
+
+    Bicubic as transformers resizes; the registers variant smooths when it shrinks.
+    """
+    table, grid = stored[0].astype(np.float32), c.image // c.patch
+    side = math.isqrt(table.shape[0] - 1)
+    if side == grid:
+        return table
+    square = table[1:].reshape(side, side, -1)
+    resized = bicubic(square, (grid, grid), antialias=c.registers > 0)
+    return np.concatenate([table[:1], resized.reshape(grid * grid, -1)])
+
+
+def unused(c: Config) -> tuple[str, ...]:
+    """Globs of tensors a complete tower has and these taps never read."""
+    pruned = (f"encoder.layer.{i}.*" for i in range(depth_needed(c.taps), c.depth))
+    return ("layernorm.*", "embeddings.mask_token", *pruned)
+
+
+def tiny() -> Config:
+    """A small instance for tests: registers, SwiGLU, several levels, another picture size."""
+    return Config(width=32, depth=3, heads=4, mlp=48, patch=7, image=28, stored=35, registers=2,
+                  swiglu=True, taps=(1, 3))  # fmt: skip

@@ -1,0 +1,171 @@
+"""MLCD's vision transformer (An et al., arXiv 2407.17331): a CLIP ViT whose positions are rotations.
+
+Every head turns q and k by angles of the patch's row and column (RoPE2D); the class token has a
+learned angle. Source: deepglint/unicom; names of Hugging Face's MLCDVisionModel or native ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from toolkit.models import vit
+from toolkit.models.taps import depth_needed, resolve_taps
+from toolkit.ops import Array, Ops, T, Weights
+from toolkit.strict import Reader
+from toolkit.weights import Recipe, flat, flip, keep
+
+MODEL_TYPES = ("mlcd_vision_model",)
+
+
+@dataclass(frozen=True)
+class Config:
+    """`taps` are hidden states counted from 0 = after the first norm. `size`: (height, width)."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    patch: int
+    size: tuple[int, int]
+    activation: str = "gelu"
+    eps: float = 1e-5
+    theta: float = 10000.0
+    taps: tuple[int, ...] = (-2,)
+    class_token: bool = False
+
+    @classmethod
+    def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
+        """From an MLCDVisionConfig."""
+        r.skip("projection_dim", "rope_parameters")
+        r.choice("num_channels", [3], 3)
+        r.choice("num_key_value_groups", [1], 1)
+        rope = r.raw("rope_parameters") or {}
+        image = r.take("image_size", int, 336)
+        config = cls(
+            width=r.take("hidden_size", int, 1664),
+            depth=r.take("num_hidden_layers", int, 48),
+            heads=r.take("num_attention_heads", int, 16),
+            mlp=r.take("intermediate_size", int, 8192),
+            patch=r.take("patch_size", int, 14),
+            size=(image, image),
+            activation=r.choice("hidden_act", ["gelu", "quick_gelu"], "gelu"),
+            eps=r.take("layer_norm_eps", float, 1e-5),
+            theta=float(rope.get("rope_theta", 10000.0)),
+            class_token=class_token,
+        )
+        return resolve_taps(config, taps, r.where)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the picture, in pixels."""
+        return self.size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.size[0] // self.patch, self.size[1] // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per picture and output."""
+        return self.grid[0] * self.grid[1] + self.class_token
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each output."""
+        return (self.width,) * len(self.taps)
+
+
+def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
+    """pixels [B, 3, height, width] -> for each tap [B, tokens, width]."""
+    x = op.prepend(vit.patches(op, w, pixels, c.width, c.patch), w["class_token"])
+    x = op.layer_norm(x, w / "norm_pre", c.eps)
+    table = op.constant("rotary.angles", patch_angles(c))
+    angles = op.concat([op.reshape(w["class_angle"], (1, -1)), table], 0)
+
+    def attend(op: Ops[Any], c: Any, w: Weights[Any], x: Any) -> Any:
+        q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
+        return op.linear(op.attention_rotary(q, k, v, angles, heads=c.heads), w / "out")
+
+    first = 0 if c.class_token else 1
+    return tuple(op.slice(x, 1, first, None) for x in vit.run(op, c, w, x, attend))
+
+
+def patch_angles(c: Config) -> Array:
+    """[rows * columns, head width / 2] float32: row * f_k for half of k, then column * f_k.
+
+    f_k = theta^(-2k / m), m = head width / 2, k below m / 2. Rows and columns count from 0.
+    """
+    half = c.width // c.heads // 2
+    frequencies = 1.0 / c.theta ** (np.arange(0, half, 2, dtype=np.float32) / np.float32(half))
+    rows, columns = np.divmod(np.arange(c.grid[0] * c.grid[1]), c.grid[1])
+    parts = [np.outer(places.astype(np.float32), frequencies) for places in (rows, columns)]
+    return np.concatenate(parts, 1).astype(np.float32)
+
+
+def shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Our tensors, those that the taps need."""
+    own: vit.Shapes = {
+        "class_token": (c.width,),
+        "class_angle": (c.width // c.heads // 2,),
+        "patch.weight": (c.width, 3, c.patch, c.patch),
+    }
+    blocks = vit.block_shapes(c, depth_needed(c.taps))
+    return own | vit.norm_shapes("norm_pre", width=c.width) | blocks
+
+
+def names(c: Config) -> Mapping[str, Recipe]:
+    """Where each of our tensors stands in an MLCDVisionModel file (without `vision_model.`)."""
+    own = {
+        "class_token": keep("embeddings.class_embedding"),
+        "class_angle": flat("class_pos_emb"),
+        "patch.weight": keep("embeddings.patch_embedding.weight"),
+        "norm_pre.weight": keep("pre_layrnorm.weight"),
+        "norm_pre.bias": keep("pre_layrnorm.bias"),
+    }
+    return own | vit.clip_block_names(depth_needed(c.taps))
+
+
+def native_names(c: Config) -> Mapping[str, Recipe]:
+    """Where they stand in the native file, which joins q, k and v in one matrix."""
+    table = {
+        "class_token": keep("class_embedding"),
+        "class_angle": flat("class_pos_emb"),
+        "patch.weight": keep("conv1.weight"),
+        "norm_pre.weight": keep("ln_pre.weight"),
+        "norm_pre.bias": keep("ln_pre.bias"),
+    }
+    fixed = {"attention.out": "attn.out_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+    for i in range(depth_needed(c.taps)):
+        block, ours = f"transformer.resblocks.{i}", f"layers.{i}"
+        for number, name in enumerate("qkv"):
+            table[f"{ours}.attention.{name}.weight"] = _third(
+                f"{block}.attn.in_proj.weight", number
+            )
+            table[f"{ours}.attention.{name}.bias"] = _third(f"{block}.attn.in_proj.bias", number)
+        for name, theirs in fixed.items():
+            table[f"{ours}.{name}.weight"] = flip(f"{block}.{theirs}.weight")
+            table[f"{ours}.{name}.bias"] = keep(f"{block}.{theirs}.bias")
+        for number in (1, 2):
+            for leaf in ("weight", "bias"):
+                table[f"{ours}.norm{number}.{leaf}"] = keep(f"{block}.ln_{number}.{leaf}")
+    return table
+
+
+def _third(source: str, number: int) -> Recipe:
+    """Rows number / 3 .. of a joined matrix or vector, turned to [in, out]."""
+    return Recipe((source,), lambda x: np.split(x, 3)[number].T)
+
+
+def unused(c: Config) -> tuple[str, ...]:
+    """Globs of tensors a complete tower has and these taps never read."""
+    return vit.clip_unused(c.taps, c.depth)
+
+
+def tiny() -> Config:
+    """A small instance for tests: not square."""
+    return Config(width=32, depth=3, heads=4, mlp=72, patch=7, size=(21, 35), taps=(2,))

@@ -1,0 +1,103 @@
+"""SigLIP's vision transformer (Zhai et al., arXiv 2303.15343): no class token, tanh GELU.
+
+Tensor names on disk are those of Hugging Face's SiglipVisionModel; its pooling head is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from toolkit.errors import ConfigError
+from toolkit.models import vit
+from toolkit.models.taps import depth_needed, resolve_taps
+from toolkit.ops import Ops, T, Weights
+from toolkit.strict import Reader
+from toolkit.weights import Recipe, keep
+
+MODEL_TYPES = ("siglip_vision_model", "siglip")
+
+
+@dataclass(frozen=True)
+class Config:
+    """`taps` are hidden states counted from 0 = the embeddings."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    patch: int
+    image: int
+    activation: str = "gelu_pytorch_tanh"
+    eps: float = 1e-6
+    taps: tuple[int, ...] = (-2,)
+
+    @classmethod
+    def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
+        """From a SiglipVisionConfig. There is no class token, whatever is asked for."""
+        r.skip("vision_use_head", "projection_dim")
+        r.choice("num_channels", [3], 3)
+        config = cls(
+            width=r.take("hidden_size", int, 768),
+            depth=r.take("num_hidden_layers", int, 12),
+            heads=r.take("num_attention_heads", int, 12),
+            mlp=r.take("intermediate_size", int, 3072),
+            patch=r.take("patch_size", int, 16),
+            image=r.take("image_size", int, 224),
+            activation=r.choice("hidden_act", ["gelu_pytorch_tanh", "gelu"], "gelu_pytorch_tanh"),
+            eps=r.take("layer_norm_eps", float, 1e-6),
+        )
+        if config.image < config.patch:
+            raise ConfigError(f"{r.where}: image_size {config.image} is less than one patch")
+        return resolve_taps(config, taps, r.where)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the picture, in pixels."""
+        return self.image, self.image
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per picture and output; a rest narrower than a patch is dropped."""
+        return (self.image // self.patch) ** 2
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each output."""
+        return (self.width,) * len(self.taps)
+
+
+def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
+    """pixels [B, 3, image, image] -> for each tap [B, tokens, width]."""
+    x = op.add(vit.patches(op, w, pixels, c.width, c.patch), w["position"])
+    return vit.run(op, c, w, x)
+
+
+def shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Our tensors, those that the taps need."""
+    own: vit.Shapes = {
+        "patch.weight": (c.width, 3, c.patch, c.patch),
+        "patch.bias": (c.width,),
+        "position": (c.tokens, c.width),
+    }
+    return own | vit.block_shapes(c, depth_needed(c.taps))
+
+
+def names(c: Config) -> Mapping[str, Recipe]:
+    """Where each of our tensors stands in a SiglipVisionModel file (without `vision_model.`)."""
+    own = {
+        "patch.weight": keep("embeddings.patch_embedding.weight"),
+        "patch.bias": keep("embeddings.patch_embedding.bias"),
+        "position": keep("embeddings.position_embedding.weight"),
+    }
+    return own | vit.clip_block_names(depth_needed(c.taps))
+
+
+def unused(c: Config) -> tuple[str, ...]:
+    """Globs of tensors a complete tower has and these taps never read."""
+    return (*vit.clip_unused(c.taps, c.depth), "head.*")
+
+
+def tiny() -> Config:
+    """A small instance for tests."""
+    return Config(width=32, depth=3, heads=4, mlp=72, patch=7, image=30, taps=(3, 1))

@@ -1,0 +1,152 @@
+"""UNICOM's vision transformer (An et al., arXiv 2304.05884): no class token, ReLU6, own head.
+
+Source: deepglint/unicom. The head turns all tokens into one embedding; its batch norms are folded
+into the linears before them. Without the head the output are the patch tokens behind the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from toolkit.models import vit
+from toolkit.ops import Array, Ops, T, Weights
+from toolkit.weights import Recipe, flip, keep
+
+MODEL_TYPES = ("unicom",)
+_BATCH_EPS = 2e-5
+
+
+@dataclass(frozen=True)
+class Config:
+    """`embedding`: length of the head's output, 0 for patch tokens."""
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    image: int
+    embedding: int = 0
+    eps: float = 1e-5
+    activation: str = "relu6"
+
+    @property
+    def mlp(self) -> int:
+        """Channels inside the MLP."""
+        return 4 * self.width
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The last hidden state."""
+        return (self.depth,)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the picture, in pixels."""
+        return self.image, self.image
+
+    @property
+    def patches(self) -> int:
+        """Patches of a picture."""
+        return (self.image // self.patch) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """Patch tokens, or the one embedding."""
+        return 1 if self.embedding else self.patches
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the output."""
+        return (self.embedding or self.width,)
+
+
+PUBLISHED = {
+    "unicom-b32": Config(768, 12, 12, 32, 224, 512),
+    "unicom-b16": Config(768, 12, 12, 16, 224, 768),
+    "unicom-l14": Config(1024, 24, 16, 14, 224, 768),
+    "unicom-l14-336": Config(1024, 24, 16, 14, 336, 768),
+}
+
+
+def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
+    """pixels [B, 3, image, image] -> [B, tokens, width], or the embedding as [B, 1, embedding]."""
+    x = op.add(vit.patches(op, w, pixels, c.width, c.patch), w["position"])
+    x = op.layer_norm(vit.run(op, c, w, x)[0], w / "norm", c.eps)
+    if c.embedding:
+        joined = op.reshape(x, (0, 1, c.patches * c.width))
+        x = op.linear(op.linear(joined, w / "head.0"), w / "head.1")
+    return (x,)
+
+
+def shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Our tensors; q, k and v have no biases."""
+    found: vit.Shapes = {
+        "patch.weight": (c.width, 3, c.patch, c.patch),
+        "patch.bias": (c.width,),
+        "position": (c.patches, c.width),
+    }
+    found |= vit.block_shapes(c, c.depth) | vit.norm_shapes("norm", width=c.width)
+    for i in range(c.depth):
+        for name in "qkv":
+            del found[f"layers.{i}.attention.{name}.bias"]
+    if c.embedding:
+        sizes = {"head.0": (c.patches * c.width, c.width), "head.1": (c.width, c.embedding)}
+        found |= vit.linear_shapes(sizes)
+    return found
+
+
+def names(c: Config) -> Mapping[str, Recipe]:
+    """Where each of our tensors stands in the original's file."""
+    table = {
+        "patch.weight": keep("patch_embed.proj.weight"),
+        "patch.bias": keep("patch_embed.proj.bias"),
+        "position": Recipe(("pos_embed",), lambda x: x[0]),
+        "norm.weight": keep("norm.weight"),
+        "norm.bias": keep("norm.bias"),
+    }
+    linears = {"attention.out": "attn.proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
+    for i in range(c.depth):
+        ours, theirs = f"layers.{i}", f"blocks.{i}"
+        for number, name in enumerate("qkv"):
+            table[f"{ours}.attention.{name}.weight"] = _third(f"{theirs}.attn.qkv.weight", number)
+        for name, source in linears.items():
+            table[f"{ours}.{name}.weight"] = flip(f"{theirs}.{source}.weight")
+            table[f"{ours}.{name}.bias"] = keep(f"{theirs}.{source}.bias")
+        for norm in ("norm1", "norm2"):
+            for leaf in ("weight", "bias"):
+                table[f"{ours}.{norm}.{leaf}"] = keep(f"{theirs}.{norm}.{leaf}")
+    if c.embedding:
+        for number, (linear, norm) in enumerate(((0, 1), (2, 3))):
+            table |= _folded(f"head.{number}", f"feature.{linear}.weight", f"feature.{norm}")
+    return table
+
+
+def _third(source: str, number: int) -> Recipe:
+    return Recipe((source,), lambda x: np.split(x, 3)[number].T)
+
+
+def _folded(ours: str, linear: str, norm: str) -> dict[str, Recipe]:
+    """A linear without bias and the batch norm behind it as one linear."""
+    leaves = ("weight", "bias", "running_mean", "running_var")
+    sources = (linear, *(f"{norm}.{leaf}" for leaf in leaves))
+
+    def weight(matrix: Array, gain: Array, shift: Array, mean: Array, var: Array) -> Array:
+        return np.asarray((matrix * (gain / np.sqrt(var + _BATCH_EPS))[:, None]).T)
+
+    def bias(matrix: Array, gain: Array, shift: Array, mean: Array, var: Array) -> Array:
+        return np.asarray(shift - mean * gain / np.sqrt(var + _BATCH_EPS))
+
+    return {f"{ours}.weight": Recipe(sources, weight), f"{ours}.bias": Recipe(sources, bias)}
+
+
+def unused(c: Config) -> tuple[str, ...]:
+    """The head where only tokens are wanted, and batch counters."""
+    return ("*.num_batches_tracked", *(() if c.embedding else ("feature.*",)))
+
+
+def tiny() -> Config:
+    """A small instance for tests: with its head."""
+    return Config(width=32, depth=2, heads=4, patch=7, image=21, embedding=24)

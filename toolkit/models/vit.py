@@ -1,0 +1,154 @@
+"""Pre-norm transformer blocks, shared by the vision transformers.
+
+x += scale1 * attention(norm1(x)); x += scale2 * mlp(norm2(x)); scales only where the tower has
+them (DINOv2). Each sum is fused with the norm behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from toolkit.models.taps import depth_needed
+from toolkit.ops import Ops, T, Weights
+from toolkit.weights import Recipe, flip, keep
+
+Shapes = dict[str, tuple[int, ...]]
+ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh", "relu6")
+
+
+class Vit(Protocol):
+    """The configuration fields that blocks read."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def mlp(self) -> int: ...
+
+    @property
+    def eps(self) -> float: ...
+
+    @property
+    def activation(self) -> str: ...
+
+    @property
+    def taps(self) -> tuple[int, ...]: ...
+
+
+Attend = Callable[[Ops[Any], Any, Weights[Any], Any], Any]
+
+
+def activate(op: Ops[T], name: str, x: T) -> T:
+    """The activation that a configuration calls `name`."""
+    if name == "quick_gelu":
+        return op.quick_gelu(x)
+    if name == "relu6":
+        return op.relu(x, limit=6.0)
+    return op.gelu(x, tanh=name == "gelu_pytorch_tanh")
+
+
+def attention(op: Ops[T], c: Vit, w: Weights[T], x: T) -> T:
+    """Plain self-attention, x [B, S, width]."""
+    q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
+    return op.linear(op.attention(q, k, v, heads=c.heads, kv_heads=c.heads), w / "out")
+
+
+def mlp(op: Ops[T], c: Vit, w: Weights[T], x: T) -> T:
+    """up, activation, down."""
+    return op.linear(activate(op, c.activation, op.linear(x, w / "up")), w / "down")
+
+
+def run(
+    op: Ops[T],
+    c: Vit,
+    w: Weights[T],
+    x: T,
+    attend: Attend = attention,
+    feed_forward: Attend = mlp,
+    *,
+    scaled: bool = False,
+) -> tuple[T, ...]:
+    """The blocks that the taps need, and the tapped hidden states (0 is x itself)."""
+    last, hidden = depth_needed(c.taps), {0: x}
+
+    def scale(update: T, layer: Weights[T], name: str) -> T:
+        return op.mul(update, layer[name]) if scaled else update
+
+    n = op.layer_norm(x, w / "layers.0" / "norm1", c.eps) if last else x
+    for i in range(last):
+        layer = w / f"layers.{i}"
+        update = scale(attend(op, c, layer / "attention", n), layer, "scale1")
+        n, x = op.add_norm(update, x, layer / "norm2", c.eps, "layer")
+        update = scale(feed_forward(op, c, layer / "mlp", n), layer, "scale2")
+        if i + 1 < last:
+            n, x = op.add_norm(update, x, w / f"layers.{i + 1}" / "norm1", c.eps, "layer")
+        else:
+            x = op.add(update, x)
+        hidden[i + 1] = x
+    return tuple(hidden[tap] for tap in c.taps)
+
+
+def patches(op: Ops[T], w: Weights[T], pixels: T, width: int, patch: int) -> T:
+    """Patch embedding, row by row: [B, 3, H, W] -> [B, H / patch * W / patch, width]."""
+    grid = op.conv(pixels, w / "patch", stride=patch)
+    return op.transpose(op.reshape(grid, (0, width, -1)), (0, 2, 1))
+
+
+def linear_shapes(sizes: Mapping[str, tuple[int, int]], bias: bool = True) -> Shapes:
+    """Weight and bias of linears named in `sizes` as (in, out)."""
+    found: Shapes = {}
+    for name, size in sizes.items():
+        found[f"{name}.weight"] = size
+        if bias:
+            found[f"{name}.bias"] = size[1:]
+    return found
+
+
+def norm_shapes(*names: str, width: int) -> Shapes:
+    """Weight and bias of layer norms."""
+    return {f"{name}.{leaf}": (width,) for name in names for leaf in ("weight", "bias")}
+
+
+def block_shapes(c: Vit, count: int) -> Shapes:
+    """The tensors of `count` plain blocks."""
+    d = c.width
+    sizes = {f"attention.{name}": (d, d) for name in ("q", "k", "v", "out")}
+    sizes |= {"mlp.up": (d, c.mlp), "mlp.down": (c.mlp, d)}
+    one = linear_shapes(sizes) | norm_shapes("norm1", "norm2", width=d)
+    return {f"layers.{i}.{name}": shape for i in range(count) for name, shape in one.items()}
+
+
+# -- Hugging Face's names for the CLIP family --------------------------------------------------
+
+_CLIP_LAYER = {
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.out": "self_attn.out_proj",
+    "mlp.up": "mlp.fc1",
+    "mlp.down": "mlp.fc2",
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+}
+
+
+def clip_block_names(count: int) -> dict[str, Recipe]:
+    """Where the tensors of `count` blocks stand in CLIP, SigLIP and MLCD files."""
+    table = {}
+    for i in range(count):
+        for ours, theirs in _CLIP_LAYER.items():
+            source = f"encoder.layers.{i}.{theirs}"
+            change = keep if ours.startswith("norm") else flip
+            table[f"layers.{i}.{ours}.weight"] = change(f"{source}.weight")
+            table[f"layers.{i}.{ours}.bias"] = keep(f"{source}.bias")
+    return table
+
+
+def clip_unused(taps: tuple[int, ...], depth: int) -> tuple[str, ...]:
+    """Globs of what a complete tower has behind the last tapped block."""
+    pruned = (f"encoder.layers.{i}.*" for i in range(depth_needed(taps), depth))
+    return ("post_layernorm.*", "embeddings.position_ids", *pruned)
