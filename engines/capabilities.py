@@ -47,11 +47,11 @@ class Row:
 
 
 _STANDARD = (
-    "Add Cast CastLike Clip Concat Constant Conv DequantizeLinear Div Expand Gather GatherND Gelu GridSample "
-    "Greater GreaterOrEqual LayerNormalization LessOrEqual MatMul Max Mul QuantizeLinear Range "
-    "Reshape RMSNormalization Shape Sigmoid Slice Softmax Sqrt Squeeze Sub Tanh Transpose "
-    "Unsqueeze Where And Attention Identity RotaryEmbedding TensorScatter ReduceMax Swish ReduceMean ReduceSum "
-    "ReduceL2 Relu Cos Sin Split"
+    "Add And Attention Cast CastLike Clip Concat Constant Conv Cos DequantizeLinear Div Expand "
+    "Gather GatherND Gelu Greater GreaterOrEqual GridSample Identity LayerNormalization "
+    "LessOrEqual MatMul Max Mul QuantizeLinear RMSNormalization Range ReduceL2 ReduceMax "
+    "ReduceMean ReduceSum Relu Reshape RotaryEmbedding Shape Sigmoid Sin Slice Softmax Split Sqrt "
+    "Squeeze Sub Swish Tanh TensorScatter Transpose Unsqueeze Where"
 ).split()
 
 

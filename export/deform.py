@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import onnx
 
+from export.nodes import function, ints, node
 from toolkit.ops import Array, Grids
 
 
@@ -115,7 +117,8 @@ def _many_sizes(e: Emitter, plan: Plan, value: str, offsets: str, scores: str) -
 def _level(e: Emitter, plan: Plan, level: int, rows: str, shifts: str, shares: str) -> str:
     """One level's samples, weighted and summed over points: [B * M, d, Q]."""
     m, p, q, d = plan.heads, plan.points, plan.queries, plan.head_width
-    grid, own = plan.grids[level], slice(level, level + 1)
+    one = level % plan.reference.shape[1]
+    grid, own = plan.grids[level], slice(one, one + 1)
     cells = e.one("Reshape", [rows, e.ints(0, grid[0], grid[1], m, d)], allowzero=0)
     turned = e.one("Transpose", [cells], perm=[0, 3, 4, 1, 2])
     picture = e.one("Reshape", [turned, e.ints(-1, d, *grid)], allowzero=0)
@@ -138,3 +141,84 @@ def _wide(e: Emitter, x: str) -> str:
 
 def _slice(e: Emitter, x: str, axis: int, start: int, stop: int) -> str:
     return e.one("Slice", [x, e.ints(start), e.ints(stop), e.ints(axis), e.ints(1)])
+
+
+def _reshaped(source: str, to: str) -> list[onnx.NodeProto]:
+    """`source` in the shape that the attribute `to` holds, as "{to}_view"."""
+    return [
+        node("Constant", [], [f"{to}_shape"], value_ints=f"@{to}:INTS"),
+        node("Reshape", [source, f"{to}_shape"], [f"{to}_view"], allowzero=0),
+    ]
+
+
+def _turned(source: str, perm: list[int]) -> onnx.NodeProto:
+    return node("Transpose", [source], [f"{source}_turned"], perm=perm)
+
+
+def _sampled() -> list[onnx.NodeProto]:
+    """Values at the deformed places: [B * M * L, d, Q, P]."""
+    return [
+        node("Cast", ["value"], ["value_wide"], to=onnx.TensorProto.FLOAT),
+        node("Cast", ["offsets"], ["offsets_wide"], to=onnx.TensorProto.FLOAT),
+        *_reshaped("value_wide", "levels"),
+        _turned("levels_view", [0, 4, 1, 5, 2, 3]),
+        *_reshaped("levels_view_turned", "picture"),
+        *_reshaped("offsets_wide", "shifts"),
+        node("Mul", ["shifts_view", "step"], ["scaled"]),
+        node("Add", ["scaled", "centre"], ["places"]),
+        _turned("places", [0, 2, 3, 1, 4, 5]),
+        *_reshaped("places_turned", "grid"),
+        node(
+            "GridSample",
+            ["picture_view", "grid_view"],
+            ["sampled"],
+            mode="linear",
+            padding_mode="zeros",
+            align_corners=0,
+        ),
+    ]
+
+
+def _shares() -> list[onnx.NodeProto]:
+    """What each sample counts: [B * M * L, 1, Q, P]."""
+    return [
+        node("Cast", ["scores"], ["scores_wide"], to=onnx.TensorProto.FLOAT),
+        *_reshaped("scores_wide", "joint"),
+        node("Softmax", ["joint_view"], ["softmaxed"], axis=-1),
+        *_reshaped("softmaxed", "shares"),
+        _turned("shares_view", [0, 2, 3, 1, 4]),
+        *_reshaped("shares_view_turned", "share"),
+    ]
+
+
+def _summed() -> list[onnx.NodeProto]:
+    """Over points, then over levels: [B, Q, M * d]."""
+    return [
+        node("Mul", ["sampled", "share_view"], ["weighted"]),
+        ints("point_axis", 3),
+        node("ReduceSum", ["weighted", "point_axis"], ["points_sum"], keepdims=0),
+        *_reshaped("points_sum", "heads"),
+        ints("level_axis", 2),
+        node("ReduceSum", ["heads_view", "level_axis"], ["levels_sum"], keepdims=0),
+        _turned("levels_sum", [0, 3, 1, 2]),
+        ints("flat", 0, 0, -1),
+        node("Reshape", ["levels_sum_turned", "flat"], ["joined"], allowzero=0),
+        node("CastLike", ["joined", "value"], ["y"]),
+    ]
+
+
+def ms_deform_attn() -> onnx.FunctionProto:
+    """Deformable attention over levels of one size, all sampled by one GridSample.
+
+    step and centre turn offsets into GridSample's coordinates: offset * step + centre. The
+    attributes are Reshape targets: levels [0, L, h, w, M, d], picture [-1, d, h, w], shifts
+    [0, 0, M, L, P, 2], grid [-1, Q, P, 2], joint [0, 0, M, L * P], shares [0, 0, M, L, P], share
+    [-1, 1, Q, P], heads [-1, M, L, d, Q].
+    """
+    return function(
+        "MSDeformAttn",
+        ["value", "offsets", "scores", "step", "centre"],
+        ["y"],
+        ["levels", "picture", "shifts", "grid", "joint", "shares", "share", "heads"],
+        [*_sampled(), *_shares(), *_summed()],
+    )

@@ -11,7 +11,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from export import deform
-from export.functions import DOMAIN
+from export.nodes import DOMAIN
 from toolkit.ops import Array, Grids, Norm, Step, Weights
 
 ELEMENT = {

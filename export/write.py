@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from export.functions import DOMAIN, FUNCTIONS, IR_VERSION, OPSET, VERSION
+from export.functions import FUNCTIONS
+from export.nodes import DOMAIN, IR_VERSION, OPSET, VERSION
 from export.record import ELEMENT, OnnxOps, Parameters
 from toolkit import bundle as bundles
 from toolkit import config as model_config

@@ -7,9 +7,10 @@ D width, H x W picture; `...` any leading axes.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -48,6 +49,11 @@ class Weights(Generic[T]):
     def holding(self, **leaves: T) -> Weights[T]:
         """The same place with these tensors and no others."""
         return replace(self, tensors={self.key(leaf): x for leaf, x in leaves.items()})
+
+    def replacing(self, **leaves: T) -> Weights[T]:
+        """The same place with these tensors in place of its own."""
+        own = {self.key(leaf): x for leaf, x in leaves.items()}
+        return replace(self, tensors=ChainMap(own, cast(Any, self.tensors)))
 
     @property
     def site(self) -> str:
@@ -203,9 +209,9 @@ class Ops(Protocol[T]):
 
         value [B, sum of h * w over grids, heads * d]; offsets [B, Q, heads * levels * points * 2]
         as (x, y) in cells of their level; scores [B, Q, heads * levels * points], softmaxed over
-        levels and points; reference [Q, levels, 2] as (x, y) in 0..1, or [..., 4] as
-        (x, y, width, height), where an offset counts in half box sizes over points. Bilinear samples, zeros outside,
-        in float32 -> [B, Q, heads * d].
+        levels and points; reference [Q, levels or 1, 2] as (x, y) in 0..1, or [..., 4] as
+        (x, y, width, height), where an offset counts in half box sizes over points. Bilinear
+        samples, zeros outside, in float32 -> [B, Q, heads * d].
         """
         ...
 

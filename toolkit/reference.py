@@ -153,7 +153,7 @@ class NumpyOps:
         total, start = 0.0, 0
         for level, (height, width) in enumerate(grids):
             cells = values[:, :, start : start + height * width]
-            around = reference[:, level]
+            around = reference[:, level % reference.shape[1]]
             places = sampling_places(shifts[:, :, :, level], around, (height, width), points)
             found = _bilinear(cells.reshape(batch, heads, height, width, -1), places)
             total = total + (found * shares[:, :, :, level, :, None]).sum(3)

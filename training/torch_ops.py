@@ -108,7 +108,7 @@ class TorchOps:
         cells = torch.split(_split(value, heads).float(), [h * w for h, w in grids], 2)
         centres = torch.from_numpy(reference).to(value.device, torch.float32)
         found = [
-            _sample(level, shifts[:, :, :, i], centres[:, i], grid, points)
+            _sample(level, shifts[:, :, :, i], centres[:, i % centres.shape[1]], grid, points)
             * shares[:, :, :, i, :, None]
             for i, (level, grid) in enumerate(zip(cells, grids, strict=True))
         ]

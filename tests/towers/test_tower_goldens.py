@@ -16,6 +16,7 @@ from toolkit.config import Part
 from toolkit.images import load, preprocess, read_preprocess
 from toolkit.models import vlm
 from toolkit.models.encoders import convnext, mlcd, unireplknet
+from toolkit.models.mergers import comm, mmfuser
 from toolkit.ops import Array, Weights
 from toolkit.reference import NumpyOps
 from toolkit.safetensors_io import SafetensorsFile
@@ -178,3 +179,88 @@ def test_deformable_attention(golden: Path) -> None:
                 points=case["n_points"], head_width=width, reference=reference[batch],
             )  # fmt: skip
             near(linear("output_proj", core), outputs[name][one])
+
+
+@pytest.mark.parametrize("golden", ["mmfuser_block"], indirect=True)
+def test_mmfuser_block(golden: Path) -> None:
+    inputs, outputs = np.load(golden / "inputs.npz"), np.load(golden / "outputs.npz")
+    levels = inputs["srcs"]
+    width, side = levels.shape[-1], int(levels.shape[2] ** 0.5)
+    config = mmfuser.Config(width=width, side=side, outputs=width, layers=1)
+    table = {f"fuser.{k}": r for k, r in mmfuser.fuser_names().items()}
+    weights = tensors(table, opened(golden / "model.safetensors"))
+    # A projector that changes nothing shows the fuser's own output.
+    weights |= {
+        "projector.linears.0.weight": np.eye(width, dtype=np.float32),
+        "projector.linears.0.bias": np.zeros(width, np.float32),
+    }
+    found = mmfuser.forward(NumpyOps(), config, Weights(weights), list(levels))
+    near(found, outputs["fused"])
+
+
+def comm_output(golden: Path, branches: tuple[comm.Branch, ...], renames: dict[str, str]) -> Array:
+    """COMM's merged output with the golden's weights, whose names are brought to our format's."""
+    checkpoint = opened(golden / "weights.safetensors")
+    inputs = np.load(golden / "inputs.npz")
+    config = comm.Config(branches, outputs=24, side=4)
+    table = {
+        key: Recipe(tuple(renames.get(s, s) for s in r.sources), r.make)
+        for key, r in comm.names(config).items()
+    }
+    features = [inputs[f"{b.name}_layers"][level] for b in branches for level in b.levels]
+    wanted = [k for k in table if not k.startswith("project.")]
+    weights = {k: np.asarray(Recipes(table, checkpoint)[k], np.float64) for k in wanted}
+    total = sum(b.width for b in branches)
+    weights |= {"project.weight": np.eye(total), "project.bias": np.zeros(total)}
+    if len(branches) == 2:
+        weights |= {k: Recipes(table, checkpoint)[k] for k in ("project.weight", "project.bias")}
+    return comm.forward(NumpyOps(), config, Weights(weights), features)
+
+
+NAMES = {
+    "clip.scale": "alpha",
+    "dino.scale": "beta",
+    **{f"dino.mlp.0.{fc}.{leaf}": f"mlp.{fc}.{leaf}" for fc in ("fc1", "fc2")
+       for leaf in ("weight", "bias")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("golden", ["comm_mfm"], indirect=True)
+def test_comm_equation_one(golden: Path) -> None:
+    outputs = np.load(golden / "outputs.npz")
+    for merge, scale, key in (
+        ("norm_linear", "raw", "equation"),
+        ("norm_linear", "softmax", "softmax_scales"),
+        ("linear_norm", "raw", "linear_then_norm"),
+    ):
+        branches = tuple(
+            comm.Branch(name, levels, 16, merge, scale, mlp_depth=depth)  # type: ignore[arg-type]
+            for name, levels, depth in (("clip", tuple(range(6)), 0), ("dino", (3, 4, 5), 1))
+        )
+        found = comm_output(golden, branches, NAMES)
+        near(found, outputs[f"{key}.projected"], 1e-6)
+
+
+COMM_VARIANTS = {
+    "mean_all": ("mean", "raw", range(6)),
+    "mean_half_inclusive_over_half": ("mean_half", "raw", range(2, 6)),
+    "mean_last_half": ("mean", "raw", range(3, 6)),
+    "layerscale_softmax": ("layerscale", "softmax", range(6)),
+    "layerscale_raw": ("layerscale", "raw", range(6)),
+    "conv1_layerscale_softmax": ("conv1", "softmax", range(6)),
+    "conv3_layerscale_softmax": ("conv3", "softmax", range(6)),
+}
+
+
+@pytest.mark.parametrize("variant", COMM_VARIANTS)
+@pytest.mark.parametrize("golden", ["comm_mfm"], indirect=True)
+def test_comm_variants_of_merging(golden: Path, variant: str) -> None:
+    merge, scale, levels = COMM_VARIANTS[variant]
+    branch = comm.Branch("clip", tuple(levels), 16, merge, scale)  # type: ignore[arg-type]
+    names = dict(NAMES)
+    for level in levels:
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            names[f"clip.{level}.conv.{leaf}"] = f"{merge}.{level}.{leaf}"
+            names[f"clip.{level}.bn.{leaf}"] = f"bn.{level}.{leaf}"
+    outputs = np.load(golden / "outputs.npz")
+    near(comm_output(golden, (branch,), names), outputs[variant], 1e-6)

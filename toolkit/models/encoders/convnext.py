@@ -79,7 +79,7 @@ class Config:
     @property
     def stride(self) -> int:
         """Pixels per token and side."""
-        return self.patch * 2 ** (len(self.depths) - 1)
+        return self.patch << (len(self.depths) - 1)
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:

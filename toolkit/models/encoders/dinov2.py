@@ -180,7 +180,8 @@ def positions(c: Config, stored: Array) -> Array:
 
     Bicubic as transformers resizes; the registers variant smooths when it shrinks.
     """
-    table, grid = stored[0].astype(np.float32), c.image // c.patch
+    table: Array = stored[0].astype(np.float32)
+    grid = c.image // c.patch
     side = math.isqrt(table.shape[0] - 1)
     if side == grid:
         return table

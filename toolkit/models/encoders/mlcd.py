@@ -1,4 +1,4 @@
-"""MLCD's vision transformer (An et al., arXiv 2407.17331): a CLIP ViT whose positions are rotations.
+"""MLCD's vision transformer (An et al., arXiv 2407.17331): a CLIP ViT with rotary positions.
 
 Every head turns q and k by angles of the patch's row and column (RoPE2D); the class token has a
 learned angle. Source: deepglint/unicom; names of Hugging Face's MLCDVisionModel or native ones.

@@ -119,8 +119,9 @@ def names(c: Config) -> Mapping[str, Recipe]:
             for leaf in ("weight", "bias"):
                 table[f"{ours}.{norm}.{leaf}"] = keep(f"{theirs}.{norm}.{leaf}")
     if c.embedding:
-        for number, (linear, norm) in enumerate(((0, 1), (2, 3))):
-            table |= _folded(f"head.{number}", f"feature.{linear}.weight", f"feature.{norm}")
+        for number in range(2):
+            linear, batch = f"feature.{2 * number}.weight", f"feature.{2 * number + 1}"
+            table |= _folded(f"head.{number}", linear, batch)
     return table
 
 

@@ -43,7 +43,7 @@ class Config:
         """Sizes from the tensors themselves: the original hard-codes them and reads no config."""
         found: dict[tuple[int, int], int] = {}
         dims: dict[int, int] = {}
-        for key in checkpoint.keys():
+        for key in sorted(checkpoint.keys()):
             match = re.fullmatch(r"stages\.(\d+)\.(\d+)\.dwconv\.(?:lk_origin\.)?weight", key)
             if match:
                 shape = checkpoint.shape(key)

@@ -1,0 +1,114 @@
+"""Functions for attention: with a KV cache (language models), with rotated patches (MLCD)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+
+from export.nodes import function, ints, node
+
+
+def _heads(source: str, split: str) -> list[onnx.NodeProto]:
+    """[B, S, heads * d] -> [B, heads, S, d]; the attribute `split` is the Reshape target."""
+    return [
+        node("Constant", [], [f"{source}_split"], value_ints=f"@{split}:INTS"),
+        node("Reshape", [source, f"{source}_split"], [f"{source}_bshd"], allowzero=0),
+        node("Transpose", [f"{source}_bshd"], [f"{source}_bhsd"], perm=[0, 2, 1, 3]),
+    ]
+
+
+def _attended(inputs: Sequence[str], **scale: str) -> list[onnx.NodeProto]:
+    """Attention on [B, heads, S, d] and back to [B, S, heads * d] as "y"."""
+    return [
+        node(
+            "Attention",
+            inputs,
+            ["mixed"],
+            is_causal=0,
+            softcap=0.0,
+            qk_matmul_output_mode=0,
+            **scale,
+        ),
+        node("Transpose", ["mixed"], ["mixed_bshd"], perm=[0, 2, 1, 3]),
+        ints("flat", 0, 0, -1),
+        node("Reshape", ["mixed_bshd", "flat"], ["y"], allowzero=0),
+    ]
+
+
+def cached_attention() -> onnx.FunctionProto:
+    """Rotary attention over a cache of static length, written in place at positions[:, 0].
+
+    head_split and kv_split are the Reshape targets [0, 0, heads, -1] of q and of k, v. window
+    (-1: none) is already in the mask; kernels that mask by themselves need the number.
+    """
+
+    def turned(source: str) -> onnx.NodeProto:
+        return node(
+            "RotaryEmbedding",
+            [f"{source}_bhsd", "cos", "sin", "positions"],
+            [f"{source}_turned"],
+            interleaved=0,
+            rotary_embedding_dim=0,
+            num_heads=0,
+        )
+
+    def written(past: str, update: str, present: str) -> onnx.NodeProto:
+        return node("TensorScatter", [past, update, "start"], [present], axis=2, mode="linear")
+
+    return function(
+        "CachedAttention",
+        ["q", "k", "v", "past_key", "past_value", "cos", "sin", "positions", "mask"],
+        ["y", "present_key", "present_value"],
+        ["head_split", "kv_split", "scale", "window"],
+        [
+            *_heads("q", "head_split"),
+            *_heads("k", "kv_split"),
+            *_heads("v", "kv_split"),
+            turned("q"),
+            turned("k"),
+            ints("first", 0),
+            ints("second", 1),
+            node("Slice", ["positions", "first", "second", "second"], ["start_column"]),
+            node("Squeeze", ["start_column", "second"], ["start"]),
+            written("past_key", "k_turned", "present_key"),
+            written("past_value", "v_bhsd", "present_value"),
+            *_attended(["q_turned", "present_key", "present_value", "mask"], scale="@scale:FLOAT"),
+        ],
+    )
+
+
+def rotary_attention() -> onnx.FunctionProto:
+    """Unmasked attention, q and k turned by a table of angles [S, d / 2] in float32."""
+
+    def turned(source: str) -> list[onnx.NodeProto]:
+        wide, a, b = f"{source}_wide", f"{source}_first", f"{source}_second"
+        return [
+            *_heads(source, "head_split"),
+            node("Cast", [f"{source}_bhsd"], [wide], to=onnx.TensorProto.FLOAT),
+            node("Split", [wide], [a, b], axis=-1, num_outputs=2),
+            node("Mul", [a, "cos"], [f"{a}_cos"]),
+            node("Mul", [b, "sin"], [f"{b}_sin"]),
+            node("Mul", [b, "cos"], [f"{b}_cos"]),
+            node("Mul", [a, "sin"], [f"{a}_sin"]),
+            node("Sub", [f"{a}_cos", f"{b}_sin"], [f"{source}_left"]),
+            node("Add", [f"{b}_cos", f"{a}_sin"], [f"{source}_right"]),
+            node("Concat", [f"{source}_left", f"{source}_right"], [f"{source}_float"], axis=-1),
+            node("CastLike", [f"{source}_float", source], [f"{source}_turned"]),
+        ]
+
+    return function(
+        "RotaryAttention",
+        ["q", "k", "v", "angles"],
+        ["y"],
+        ["head_split"],
+        [
+            node("Cast", ["angles"], ["angles_float"], to=onnx.TensorProto.FLOAT),
+            node("Cos", ["angles_float"], ["cos"]),
+            node("Sin", ["angles_float"], ["sin"]),
+            *turned("q"),
+            *turned("k"),
+            *_heads("v", "head_split"),
+            *_attended(["q_turned", "k_turned", "v_bhsd"]),
+        ],
+    )
