@@ -175,7 +175,7 @@ def test_features_equal_those_of_transformers(tmp_path: Path) -> None:
     expected = torch.cat(list(expected)) if isinstance(expected, (list, tuple)) else expected
     from engines.clock import Clock
 
-    found, _ = session.encode([picture], Clock())
+    found = session.vision.encode([picture], Clock()).rows
     np.testing.assert_allclose(found, expected.reshape(found.shape).numpy(), atol=1e-4)
 
 
