@@ -77,7 +77,7 @@ def edges(c: ModelConfig) -> tuple[Edge, ...]:
         return (*found, Edge("merger:features", "lm:features"))
     found += [Edge(f"layout.{name}", f"{ARRANGE}:{name}") for name in ("rows", "shares")]
     found.append(Edge("merger:features", f"{ARRANGE}:features"))
-    return (*found, Edge(f"{ARRANGE}:features", "lm:features"))
+    return (*found, Edge(f"{ARRANGE}:tokens", "lm:features"))
 
 
 def tables(c: ModelConfig) -> dict[str, Mapping[str, Recipe]]:
@@ -139,14 +139,14 @@ def arrange_component(width: int, *, largest: bool) -> Component:
     def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
         x, rows = inputs["features"], inputs["rows"]
         mixed = op.max_rows(x, rows) if largest else op.mix_rows(x, rows, inputs["shares"])
-        return {"features": mixed}
+        return {"tokens": mixed}
 
     inputs = (
         Port("features", "float", ("rows", width)),
         Port("rows", "int64", ("placed", 4)),
         Port("shares", "float", ("placed", 4)),
     )
-    return Component(ARRANGE, forward, {}, inputs, (Port("features", "float", ("placed", width)),))
+    return Component(ARRANGE, forward, {}, inputs, (Port("tokens", "float", ("placed", width)),))
 
 
 def lm_component(part: Part) -> Component:
