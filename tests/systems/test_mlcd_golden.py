@@ -13,6 +13,7 @@ from engines.session import Question, Session
 from tests.pipeline import engine_of
 from tests.systems.test_original_goldens import near
 from toolkit import images, prompts, systems, tiling
+from toolkit.errors import ConfigError
 from toolkit.layouts.source import Options
 from toolkit.ops import Array
 from toolkit.reference import NumpyOps
@@ -172,7 +173,7 @@ def test_other_merge_types_go_the_whole_way(
     if "maxpool2x2" in str(changes):
         _without_newline(folder)
     if name is None:
-        with pytest.raises(systems.ConfigError, match="cannot be read"):
+        with pytest.raises(ConfigError, match="cannot be read"):
             systems.load(folder, Options())
         return
     from engines.clock import Clock
