@@ -94,7 +94,8 @@ class Residual(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         normed: torch.Tensor = self.pre_norm(x)
-        return normed + self.proj(normed)
+        branch: torch.Tensor = self.proj(normed)
+        return normed + branch
 
 
 def make_projector(v: Variant) -> torch.nn.Module:
