@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +73,10 @@ class SafetensorsFile:
         return self.entries[key].shape
 
     def read(self, key: str) -> Array:
-        """One tensor as an array of its own; bfloat16 comes back as float32."""
+        """One tensor, mapped from the file and read-only; bfloat16 comes back as float32."""
         entry = self.entries[key]
-        dtype = STORAGE[entry.dtype]
-        flat = np.fromfile(self.path, dtype, entry.elements, offset=entry.offset)
-        array = flat.reshape(entry.shape)
+        mapped = np.memmap(self.path, STORAGE[entry.dtype], "r", entry.offset, entry.shape)
+        array = np.asarray(mapped)
         return from_bfloat16(array) if entry.dtype == "bf16" else array
 
 
@@ -130,8 +130,9 @@ def write_safetensors(
 ) -> Written:
     """Write `plan` in an aligned order, asking `produce` for one array at a time.
 
-    Each array must have the planned shape; it is converted to the planned dtype. Memory: about
-    twice the largest tensor. Raises CheckpointError where a value does not fit the dtype.
+    Each array must have the planned shape; it is converted to the planned dtype. A second thread
+    makes the next tensor while this one hashes and writes the last: memory is about three times
+    the largest tensor. Raises CheckpointError where a value does not fit the dtype.
     """
     # Big tensors first: their sizes are multiples of the page or cache line, so they stay aligned.
     order = sorted(plan, key=lambda t: (-_alignment(t), t.name))
@@ -139,12 +140,25 @@ def write_safetensors(
     digest = hashlib.sha256(header)
     with path.open("wb") as file:
         file.write(header)
-        for tensor in order:
-            data = _stored(produce(tensor), tensor)
+        for data in _one_ahead(order, lambda tensor: _stored(produce(tensor), tensor)):
             digest.update(data)
             file.write(data)
         size = file.tell()
     return Written(entries, digest.hexdigest(), size)
+
+
+def _one_ahead(
+    order: Sequence[Planned], make: Callable[[Planned], memoryview]
+) -> Iterator[memoryview]:
+    """What `make` gives for each tensor, made in another thread while the last is being used."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: Future[memoryview] | None = None
+        for tensor in order:
+            ready, pending = pending, pool.submit(make, tensor)
+            if ready is not None:
+                yield ready.result()
+        if pending is not None:
+            yield pending.result()
 
 
 def _alignment(tensor: Planned) -> int:
@@ -187,9 +201,11 @@ def _stored(array: Array, tensor: Planned) -> memoryview:
 def _narrow(array: Array, tensor: Planned) -> Array:
     with np.errstate(over="ignore"):
         narrow = array.astype(STORAGE[tensor.dtype])
-    if narrow.dtype == np.float16 and not np.isfinite(narrow).all() and np.isfinite(array).all():
+        extremes = np.asarray([array.min(), array.max()]) if array.size else np.zeros(2)
+        fits = np.isfinite(extremes.astype(narrow.dtype)).all()
+    if not fits and np.isfinite(extremes).all():
         raise CheckpointError(
-            f"{tensor.name} holds {float(np.abs(array).max()):.6g}, too large for fp16",
+            f"{tensor.name} holds {float(np.abs(extremes).max()):.6g}, too large for fp16",
             hint="export with --dtype bf16 or --dtype fp32",
         )
     return narrow
