@@ -225,9 +225,15 @@ def _product(x: Array, matrix: Array) -> Array:
     """x @ matrix. Half-precision matrices are widened in pieces: an output layer has gigabytes."""
     if matrix.dtype != np.float16:
         return np.asarray(x @ matrix)
-    columns = max((1 << 24) // matrix.shape[0], 1)
-    starts = range(0, matrix.shape[1], columns)
-    return np.concatenate([x @ _wide(matrix[:, i : i + columns]) for i in starts], -1)
+    turned = matrix.flags.f_contiguous
+    lines = max((1 << 22) // matrix.shape[0 if turned else 1], 1)
+    pieces = range(0, matrix.shape[1 if turned else 0], lines)
+    if turned:
+        return np.concatenate([x @ _wide(matrix[:, i : i + lines]) for i in pieces], -1)
+    total: Array = x[..., :lines] @ _wide(matrix[:lines])
+    for i in pieces[1:]:
+        total += x[..., i : i + lines] @ _wide(matrix[i : i + lines])
+    return total
 
 
 def _sigmoid(x: Array) -> Array:
