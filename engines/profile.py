@@ -147,9 +147,10 @@ def _run(session: Session, plan: Plan, number: int) -> _Run:
     clock = Clock()
     with clock.time("image_decode"):
         picture = _picture(plan, number)
-    features, rows = session.encode([picture], clock)
+    found = session.vision.encode([picture], clock)
+    features = found.rows
     ids = _token_ids(session, plan.prompt_tokens)
-    layout = prompts.lay_out(Prompt((ids[:1], ids[1:])), rows)
+    layout = prompts.lay_out(Prompt((ids[:1], ids[1:])), found.places)
     if layout.length + plan.max_tokens > session.engine.context:
         raise InputError(
             f"{layout.length} prompt tokens and {plan.max_tokens} more do not fit into the "

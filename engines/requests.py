@@ -50,12 +50,13 @@ def _question(line: str, where: str, given: Question, folder: Path) -> Question:
     try:
         return _read(Reader(data, where), given, folder)
     except ToolkitError as odd:
-        keys = "prompt, images (or image), max_tokens, template, stop"
+        keys = "prompt (or messages), images (or image), max_tokens, template, stop"
         raise InputError(odd.message, hint=f"a request has the keys: {keys}") from None
 
 
 def _read(r: Reader, given: Question, folder: Path) -> Question:
-    prompt, images = r.take("prompt", str), r.take("images", list, [])
+    prompt, history = _turns(r)
+    images = r.take("images", list, [])
     single = r.optional("image", str)
     files = [str(folder / name) for name in ([single] if single else images)]
     max_tokens = r.take("max_tokens", int, given.max_tokens)
@@ -64,12 +65,28 @@ def _read(r: Reader, given: Question, folder: Path) -> Question:
     r.done()
     return replace(
         given,
+        history=history,
         prompt=prompt,
         images=files,
         max_tokens=max_tokens,
         template=template,
         stop=[*given.stop, *stop],
     )
+
+
+def _turns(r: Reader) -> tuple[str, list[str]]:
+    """The question and the turns before it, from "prompt" or from "messages" as chat APIs have."""
+    if not r.has("messages"):
+        return r.take("prompt", str), []
+    said = []
+    for number, message in enumerate(r.take("messages", list)):
+        role = "assistant" if number % 2 else "user"
+        if not isinstance(message, dict) or message.get("role") != role:
+            raise InputError(f"{r.where}: messages[{number}] is not of role {role!r}")
+        said.append(str(message.get("content", "")))
+    if len(said) % 2 == 0:
+        raise InputError(f"{r.where}: messages do not end with the user's")
+    return said[-1], said[:-1]
 
 
 def answer_all(

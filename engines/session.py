@@ -20,12 +20,13 @@ from engines.build import peak_rss_mb
 from engines.clock import Clock
 from engines.engine import Engine
 from engines.sampling import Sampling, sampler
+from engines.vision import Vision, side_by_side
 from toolkit import images, prompts
 from toolkit.bundle import TOKENIZER
 from toolkit.errors import InputError
-from toolkit.images import Picture
 from toolkit.ops import Array
 from toolkit.prompts import Layout
+from toolkit.target import threads_here
 from toolkit.tokenizer import TextStream, Tokenizer
 
 Finish = Literal["stop", "length"]
@@ -33,7 +34,10 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Question:
-    """One request. images: file paths or encoded bytes; template as in prompts.render."""
+    """One request. images: file paths or encoded bytes; template as in prompts.render.
+
+    history: earlier turns of the conversation, user and assistant alternating.
+    """
 
     prompt: str
     images: Sequence[str | Path | bytes] = ()
@@ -41,6 +45,7 @@ class Question:
     sampling: Sampling = field(default_factory=Sampling)
     template: str = "auto"
     stop: Sequence[str] = ()
+    history: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,21 @@ class Answer:
 class Session:
     """An engine with its components loaded."""
 
-    def __init__(self, folder: Path, made: Engine, runners: dict[str, Runner], load_ms: float):
+    def __init__(
+        self,
+        folder: Path,
+        made: Engine,
+        runners: dict[str, Runner],
+        load_ms: float,
+        *,
+        together: bool = False,
+    ) -> None:
         self.folder = folder
         self.engine = made
         self.model = made.parsed_model()
         self.load_ms = load_ms
         self._runners = runners
+        self.vision = Vision(self.model, made, runners, together=together)
         rules = self.model.prompts
         self.tokenizer = Tokenizer.open(folder / TOKENIZER, doubled_blank=rules.doubled_blank)
 
@@ -87,9 +101,18 @@ class Session:
         made = engine.read(folder)
         engine.check(folder, made)
         backend = backends.backend(made.parsed_target())
-        options = RunnerOptions(made.context, threads, profile)
-        runners = {r.name: backend.open(folder, r, made.model, options) for r in made.components}
-        return cls(folder, made, runners, 1000 * (time.perf_counter() - started))
+        encoders, cores = len(made.parsed_model().encoders), threads or threads_here()
+        together = side_by_side(encoders, cores)
+        shared = RunnerOptions(made.context, cores // encoders if together else threads, profile)
+        alone = RunnerOptions(made.context, threads, profile)
+        runners = {
+            r.name: backend.open(
+                folder, r, made.model, shared if r.name.startswith("encoder.") else alone
+            )
+            for r in made.components
+        }
+        load_ms = 1000 * (time.perf_counter() - started)
+        return cls(folder, made, runners, load_ms, together=together)
 
     def ask(self, question: Question) -> Reply:
         """Start a reply; iterate over it for tokens, then read its `answer`."""
@@ -102,35 +125,7 @@ class Session:
             pass
         return reply.answer
 
-    # -- the three stages ------------------------------------------------------------------
-
-    def encode(self, pictures: Sequence[Picture], clock: Clock) -> tuple[Array, list[Array]]:
-        """Feature rows of all pictures [F, width], and which of them belong to each picture."""
-        width: int = self.model.lm.config.width
-        if not pictures:
-            return np.zeros((1, width), np.float32), []
-        parts = [self._encode_one(picture, clock) for picture in pictures]
-        ends = np.cumsum([len(part) for part in parts])
-        rows = [np.arange(end - len(p), end) for end, p in zip(ends, parts, strict=True)]
-        return np.concatenate(parts), rows
-
-    def _encode_one(self, picture: Picture, clock: Clock) -> Array:
-        values: dict[str, Array] = {}
-        for name, rule in self.model.images.encoders.items():
-            with clock.time("preprocess"):
-                values[f"images.{name}"] = images.preprocess(picture.rgb, rule)[None]
-        for record in self.engine.components:
-            if record.name == self.model.lm.name:
-                continue
-            wires = {e.target: e.source for e in self.engine.edges}
-            inputs = {p.name: values[wires[f"{record.name}:{p.name}"]] for p in record.inputs}
-            with clock.time(record.name):
-                outputs = self._runners[record.name].run(inputs)
-            values |= {f"{record.name}:{name}": array for name, array in outputs.items()}
-        features = next(
-            e for e in self.engine.edges if e.target == f"{self.model.lm.name}:features"
-        )
-        return np.array(values[features.source])
+    # -- the stages ------------------------------------------------------------------------
 
     def prefill(self, layout: Layout, features: Array) -> Array:
         """Logits [vocab] after the whole prompt; the cache then holds it."""
@@ -219,16 +214,17 @@ class Reply:
             for note in picture.notes
         )
         rules = session.model.prompts
-        text, stop = prompts.render(rules, question.prompt, len(pictures), question.template)
-        if stop is not None:
-            self._text.add_stop(stop)
+        turns = [*question.history, question.prompt]
+        rendered = prompts.render(rules, turns, len(pictures), question.template)
+        if rendered.stop is not None:
+            self._text.add_stop(rendered.stop)
         with clock.time("tokenize"):
-            prompt = prompts.tokenize(rules, session.tokenizer, text)
+            prompt = prompts.tokenize(rules, session.tokenizer, rendered.text)
         prompts.check_places(prompt, len(pictures))
-        features, rows = session.encode(pictures, clock)
-        layout = prompts.lay_out(prompt, rows)
+        features = session.vision.encode(pictures, clock, tiles=rendered.tiles)
+        layout = prompts.lay_out(prompt, features.places)
         self._check_length(layout)
-        return layout, features
+        return layout, features.rows
 
     def _check_length(self, layout: Layout) -> None:
         context = self._session.engine.context

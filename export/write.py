@@ -72,7 +72,7 @@ def _write_component(
 ) -> tuple[ComponentRecord, set[str]]:
     recorded = record(part, dtype)
     weights = f"{part.name}.safetensors"
-    written = _write_weights(folder / weights, recorded, source.weights[part.name], dtype)
+    written = _write_weights(folder / weights, recorded, source.weights.get(part.name, {}), dtype)
     files[weights] = FileRecord(written.nbytes, written.sha256)
     graph = folder / f"{part.name}.onnx"
     graph.write_bytes(recorded.model(weights, written).SerializeToString())

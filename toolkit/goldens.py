@@ -12,7 +12,17 @@ from toolkit.models.vlm import Component, Port
 from toolkit.ops import Array, Weights
 from toolkit.reference import NumpyOps
 
-AXES = {"tiles": 1, "rows": 5, "batch": 1, "scored": 1, "context": 16}
+AXES = {
+    "height": 128,
+    "width": 192,
+    "tokens": 4,
+    "placed": 6,
+    "tiles": 1,
+    "rows": 5,
+    "batch": 1,
+    "scored": 1,
+    "context": 16,
+}
 _KEEP = 1 << 16  # outputs larger than this are stored as that many evenly spaced values
 
 
@@ -85,6 +95,8 @@ def _calls(component: Component, seed: int) -> Iterator[dict[str, Array]]:
 def _values(port: Port, axes: Mapping[str, int], generator: np.random.Generator) -> Array:
     """Eighths between -2 and 2: exact in every float format, and small when compressed."""
     shape = [_size(n, axes) for n in port.shape]
+    if port.dtype == "int64":
+        return generator.integers(0, axes["rows"], shape)
     return (generator.integers(-16, 17, shape) / 8).astype(np.float32)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from toolkit.errors import ConfigError, InputError
 from toolkit.ops import Array
 from toolkit.strict import Reader
+from toolkit.tiling import Tiling, TokenLayout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +27,17 @@ MAX_PIXELS = 100_000_000  # a 30000 x 30000 picture would take 2.7 GB decoded
 MAX_SIDE = 16_384  # padding to a square of this side already takes 0.8 GB
 MAX_RATIO = 200  # beyond this, resizing the short edge makes a picture of hundreds of megapixels
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_CROPPING = ("CLIP", "LlavaNext", "LlavaImage", "Bit")
+_PROCESSORS = (
+    "CLIPImageProcessor", "CLIPFeatureExtractor", "SiglipImageProcessor", "LlavaImageProcessor",
+    "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor", "BitImageProcessor",
+)  # fmt: skip
+# Read elsewhere, or without meaning for one picture.
+_IDLE_KEYS = (
+    "_valid_processor_keys auto_map data_format default_to_square device disable_grouping "
+    "feature_extractor_type image_grid_pinpoints image_seq_length "
+    "input_data_format pad_size processor_class return_tensors size_divisor"
+).split()
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 
 
@@ -63,9 +75,15 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class ImageRules:
-    """How one picture becomes pixels for every encoder; keys are encoder names."""
+    """How one picture becomes pixels for every encoder, and its features tokens.
+
+    encoders: by name. tiling: AnyRes, None for one view. layout: the order of the views' tokens,
+    None for all of them as they come.
+    """
 
     encoders: Mapping[str, Preprocess] = field(default_factory=dict)
+    tiling: Tiling | None = None
+    layout: TokenLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -78,29 +96,21 @@ class Picture:
 
 def read_preprocess(r: Reader) -> Preprocess:
     """From a preprocessor_config.json of CLIPImageProcessor or SiglipImageProcessor."""
-    r.skip(
-        "_valid_processor_keys",
-        "feature_extractor_type",
-        "processor_class",
-        "data_format",
-        "return_tensors",
-        "input_data_format",
-        "device",
-        "default_to_square",
-        "disable_grouping",
-        "image_seq_length",
-    )
+    r.skip(*_IDLE_KEYS)
     kind = r.take("image_processor_type", str, "CLIPImageProcessor")
-    if not any(name in kind for name in ("CLIP", "Siglip", "Llava")):
-        raise ConfigError(f"{r.where}: image_processor_type {kind!r} is not implemented")
+    if not kind.startswith(_PROCESSORS):
+        raise ConfigError(
+            f"{r.where}: image_processor_type {kind!r} is not implemented",
+            hint=f"implemented: {', '.join(_PROCESSORS)}",
+        )
+    pads = r.take("do_pad", bool, False) and kind.startswith("LlavaImage")
     for switch in ("do_rescale", "do_normalize", "do_resize"):
         r.choice(switch, [True], True)
     r.choice("do_convert_rgb", [True], True)
     short, exact = _read_size(r.raw("size"), r.where)
-    crop = (
-        _read_crop(r.raw("crop_size"), r.where) if r.take("do_center_crop", bool, False) else None
-    )
-    return Preprocess(
+    crops = r.take("do_center_crop", bool, kind.startswith(_CROPPING))
+    crop = _read_crop(r.raw("crop_size"), r.where) if crops else None
+    found = Preprocess(
         resample=_resample(r.choice("resample", list(_RESAMPLE), 3)),
         scale=r.take("rescale_factor", float, 1 / 255),
         mean=_three(r.raw("image_mean"), f"{r.where}: image_mean"),
@@ -109,6 +119,7 @@ def read_preprocess(r: Reader) -> Preprocess:
         exact=exact,
         crop=crop,
     )
+    return found.padded() if pads else found
 
 
 def _resample(code: int) -> Resample:

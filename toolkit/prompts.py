@@ -20,16 +20,15 @@ class PromptRules:
 
     splice: "pieces" cuts the text at the placeholder and tokenizes each piece as a text of its
     own, keeping the first BOS only (LLaVA); "token" knows a token of that name (Hugging Face).
-    before, after: token ids around every image. eos: ids that end an answer.
-    doubled_blank: see Tokenizer. template: the default one.
+    placeholder: what stands for a picture in a raw prompt; image_text: what a rendered one has for
+    it. eos: ids that end an answer. doubled_blank: see Tokenizer. template: the default one.
     """
 
     template: str
     splice: Literal["pieces", "token"]
     eos: tuple[int, ...]
     placeholder: str = "<image>"
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
+    image_text: str = "<image>"
     doubled_blank: bool = False
 
 
@@ -63,18 +62,35 @@ class Layout:
         return int((self.rows >= 0).sum())
 
 
-def render(rules: PromptRules, text: str, images: int, template: str) -> tuple[str, str | None]:
-    """The full prompt for one question and its stop string.
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt's full text. stop: ends the answer beside EOS; tiles: see Template."""
 
-    template: "auto" takes the system's default, "none" takes `text` as it is; otherwise a name.
-    Placeholders are put in front of the question unless it has its own.
+    text: str
+    stop: str | None = None
+    tiles: bool = True
+
+
+def render(rules: PromptRules, turns: Sequence[str], images: int, template: str) -> Rendered:
+    """The full prompt for a conversation: user and assistant in turn, the last one a question.
+
+    template: "auto" takes the system's default, "none" takes the one turn as it is; otherwise a
+    name. Placeholders are put in front of the first turn unless some turn has its own.
     """
     if template == "none":
-        return text, None
+        if len(turns) != 1:
+            raise InputError(
+                "a conversation needs a template to join its turns",
+                hint="leave --template at auto, or give the whole prompt as one text",
+            )
+        return Rendered(turns[0])
     chosen = templates.find(rules.template if template == "auto" else template)
-    if images and rules.placeholder not in text:
-        text = f"{rules.placeholder}\n" * images + text
-    return chosen.render([text]), chosen.stop
+    said = list(turns)
+    if images and not any(rules.placeholder in text for text in said):
+        said[0] = f"{rules.placeholder}\n" * images + said[0]
+    shown = rules.image_text + chosen.after_image
+    said = [text.replace(rules.placeholder, shown) for text in said]
+    return Rendered(chosen.render(said), chosen.stop, chosen.tiles)
 
 
 def tokenize(rules: PromptRules, tokenizer: Tokenizer, text: str) -> Prompt:
@@ -92,14 +108,14 @@ def tokenize(rules: PromptRules, tokenizer: Tokenizer, text: str) -> Prompt:
 
 
 def _pieces(rules: PromptRules, tokenizer: Tokenizer, text: str) -> Prompt:
+    """Pieces between images, and between templates.CUT within them, are texts of their own."""
     bos = len(tokenizer.encode("", special=True))
-    runs = []
-    for number, piece in enumerate(text.split(rules.placeholder)):
-        ids = tokenizer.encode(piece)
-        inner = ids if number == 0 else ids[bos:]
-        runs.append((*(rules.after if number else ()), *inner, *rules.before))
-    last = runs[-1]
-    runs[-1] = last[: len(last) - len(rules.before)] if rules.before else last
+    runs: list[tuple[int, ...]] = []
+    for piece in text.split(rules.placeholder):
+        ids: list[int] = []
+        for part in piece.split(templates.CUT):
+            ids += tokenizer.encode(part)[bos if runs or ids else 0 :]
+        runs.append(tuple(ids))
     return Prompt(tuple(runs))
 
 

@@ -14,11 +14,16 @@ from typing import Literal
 from toolkit.errors import InputError
 
 Style = Literal["single", "two", "chatml", "llama2", "plain"]
+CUT = "\x1f"  # in a rendered prompt: what stands on its two sides is tokenized separately
 
 
 @dataclass(frozen=True)
 class Template:
-    """`roles`, `sep` and `sep2` as in the originals; `stop` ends an answer beside EOS."""
+    """`roles`, `sep` and `sep2` as in the originals; `stop` ends an answer beside EOS.
+
+    generate: whether the prompt ends with the assistant's role. tiles: whether pictures are cut
+    into tiles where the model does that. after_image: text behind every picture.
+    """
 
     style: Style
     system: str
@@ -26,18 +31,13 @@ class Template:
     sep: str
     sep2: str
     stop: str
+    generate: bool = True
+    tiles: bool = True
+    after_image: str = ""
 
     def render(self, turns: Sequence[str]) -> str:
         """The prompt for alternating turns, user first, ending where the assistant begins."""
         return _STYLES[self.style](self, turns)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message: `index` even for the user, odd for the assistant."""
-
-    index: int
-    text: str
 
 
 def find(name: str) -> Template:
@@ -61,7 +61,7 @@ def _two(t: Template, turns: Sequence[str]) -> str:
 
 def _chatml(t: Template, turns: Sequence[str]) -> str:
     said = "".join(f"{t.roles[i % 2]}{text}{t.sep}" for i, text in enumerate(turns))
-    return f"{t.system}{t.sep}{said}{t.roles[1]}"
+    return f"{t.system}{t.sep}{said}{t.roles[1] if t.generate else ''}"
 
 
 def _llama2(t: Template, turns: Sequence[str]) -> str:
@@ -152,5 +152,18 @@ TEMPLATES: dict[str, Template] = {
     "mistral_direct": _im("Answer the questions."),
     "qwen_1_5": _im("You are a helpful assistant.", "<|im_end|>\n"),
     "qwen_2": _im("You are a helpful assistant.", "<|im_end|>\n"),
+    # The embodied model's chat script: token lists joined without a newline after "system", a
+    # newline token behind every picture, one view per picture, and no generation prompt.
+    "mlcd_chat": Template(
+        "chatml",
+        f"<|im_start|>system{CUT}You are a helpful assistant.",
+        (f"<|im_start|>user{CUT}\n{CUT}", f"<|im_start|>assistant{CUT}\n{CUT}"),
+        f"<|im_end|>{CUT}\n{CUT}",
+        f"<|im_end|>{CUT}\n{CUT}",
+        "<|im_end|>",
+        generate=False,
+        tiles=False,
+        after_image=f"{CUT}\n{CUT}",
+    ),
     "plain": Template("plain", "", ("", ""), "\n", "", "\n"),
 }

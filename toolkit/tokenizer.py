@@ -189,6 +189,21 @@ def _prepend_bos(bos: str, number: int) -> dict[str, Any]:
     }
 
 
+def token_of(text: str, number: int) -> str:
+    """The token with an id in a tokenizer.json's text. Raises ConfigError if none has it."""
+    data = json.loads(text)
+    for token in data.get("added_tokens", []):
+        if token["id"] == number:
+            return str(token["content"])
+    for token, known in data.get("model", {}).get("vocab", {}).items():
+        if known == number:
+            return str(token)
+    raise ConfigError(
+        f"the tokenizer has no token with the id {number}, which stands for pictures",
+        hint="the tokenizer belongs to another model",
+    )
+
+
 def byte_tokenizer(special: dict[str, int]) -> str:
     """A tokenizer.json of 256 bytes and `special` tokens: for presets, which ship none."""
     alphabet = _byte_alphabet()

@@ -161,10 +161,10 @@ def test_cached_decoding_equals_one_pass(kind: str) -> None:
 
 
 def test_a_model_connects_what_its_components_offer() -> None:
-    from toolkit.systems.llava import PRESETS
+    from toolkit import systems
 
-    for make in PRESETS.values():
-        model = make()
+    for name, system in systems.presets().items():
+        model = systems.find(system).PRESETS[name]()
         parts = {p.name: p for p in vlm.components(model)}
         for edge in vlm.edges(model):
             name, port = edge.target.split(":")
@@ -177,9 +177,9 @@ def test_a_model_connects_what_its_components_offer() -> None:
 def test_configurations_round_trip_through_json() -> None:
     import json
 
+    from toolkit import systems
     from toolkit.config import from_json, to_json
-    from toolkit.systems.llava import PRESETS
 
-    for make in PRESETS.values():
-        model: ModelConfig = make()
+    for name, system in systems.presets().items():
+        model: ModelConfig = systems.find(system).PRESETS[name]()
         assert from_json(json.loads(json.dumps(to_json(model))), "test") == model

@@ -129,6 +129,12 @@ def add_tokenizer(folder: Path) -> None:
     shutil.copy(TOKENIZER / "tokenizer_config.json", folder)
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer as transformers runs it."""
+    fast: Any = transformers.PreTrainedTokenizerFast
+    return fast(tokenizer_file=str(folder / "tokenizer.json"))
+
+
 def expected_ids(model: Any, folder: Path, prompt: str, tokens: int) -> list[int]:
     """transformers' own greedy answer."""
     from PIL import Image
@@ -136,8 +142,7 @@ def expected_ids(model: Any, folder: Path, prompt: str, tokens: int) -> list[int
     pixels = clip_processor(model.config.vision_config.image_size)(
         Image.open(IMAGE).convert("RGB"), return_tensors="pt"
     )["pixel_values"]
-    fast: Any = transformers.PreTrainedTokenizerFast
-    tokenizer = fast(tokenizer_file=str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
     features = (CLIP["image_size"] // CLIP["patch_size"]) ** 2
     features += model.config.vision_feature_select_strategy == "full"
     text = prompt.replace("<image>", "<image>" * features)
@@ -163,6 +168,17 @@ def test_greedy_ids_equal_those_of_transformers(name: str, tmp_path: Path) -> No
     assert len(set(expected)) > 3  # a model that repeats itself would prove little
 
 
+def test_text_alone_equals_that_of_transformers(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    model = save(folder, "qwen2 untied")
+    tokenizer = load_tokenizer(folder)
+    ids = torch.tensor([tokenizer("USER: What is a picture? ASSISTANT:")["input_ids"]])
+    expected = model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist()
+    answer = ask(engine_of(folder, tmp_path), "USER: What is a picture? ASSISTANT:", [], 16)
+    assert list(answer.token_ids) == expected
+    assert answer.image_tokens == 0
+
+
 def test_features_equal_those_of_transformers(tmp_path: Path) -> None:
     model = save(tmp_path / "checkpoint", "grouped heads")
     session = Session.open(engine_of(tmp_path / "checkpoint", tmp_path))
@@ -175,7 +191,7 @@ def test_features_equal_those_of_transformers(tmp_path: Path) -> None:
     expected = torch.cat(list(expected)) if isinstance(expected, (list, tuple)) else expected
     from engines.clock import Clock
 
-    found, _ = session.encode([picture], Clock())
+    found = session.vision.encode([picture], Clock()).rows
     np.testing.assert_allclose(found, expected.reshape(found.shape).numpy(), atol=1e-4)
 
 

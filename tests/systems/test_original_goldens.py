@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from toolkit.models import vlm
 from toolkit.ops import Array, Weights
 from toolkit.reference import NumpyOps
 
-CASES = ["e2e_llava15"]
+CASES = ["e2e_llava15", "e2e_convllava", "e2e_mmfuser"]
 
 
 class Golden:
@@ -86,13 +87,11 @@ def test_prompt_ids_are_the_originals(built: tuple[Golden, Path]) -> None:
 def test_the_default_template_makes_the_originals_prompt(built: tuple[Golden, Path]) -> None:
     golden, engine = built
     rules = Session.open(engine).model.prompts
-    text, _ = prompts.render(rules, golden.case["question"], 1, golden.case["conv_mode"])
+    question = [golden.case["question"]]
+    text = prompts.render(rules, question, 1, golden.case["conv_mode"]).text
     assert text == golden.case["prompt"]
-    assert prompts.render(rules, golden.case["question"], 1, "auto")[0] == text
-    assert (
-        prompts.render(rules, golden.case["question"], 2, "auto")[0]
-        == (golden.case["prompt_two_images"])
-    )
+    assert prompts.render(rules, question, 1, "auto").text == text
+    assert prompts.render(rules, question, 2, "auto").text == golden.case["prompt_two_images"]
 
 
 def test_features_and_logits_are_near(built: tuple[Golden, Path]) -> None:
@@ -100,7 +99,8 @@ def test_features_and_logits_are_near(built: tuple[Golden, Path]) -> None:
     bundle = Bundle.open(engine.parent / "bundle")
     parts = {p.name: p for p in vlm.components(bundle.model)}
     session = Session.open(engine)
-    features, rows = session.encode([images.load(golden.image)], _clock())
+    found = session.vision.encode([images.load(golden.image)], _clock())
+    features, rows = found.rows, found.places
     near(features, golden.outputs["projector_output"])
     (encoder,) = [p for n, p in parts.items() if n.startswith("encoder.")]
     outputs = encoder.forward(
@@ -125,13 +125,13 @@ def test_two_images_in_their_order(built: tuple[Golden, Path], tmp_path: Path) -
     ImageOps.mirror(Image.open(golden.image)).save(mirrored)
     session = Session.open(engine)
     pictures = [images.load(golden.image), images.load(mirrored)]
-    features, rows = session.encode(pictures, _clock())
-    layout = _layout(session, golden.case["prompt_two_images"], rows)
+    features = session.vision.encode(pictures, _clock())
+    layout = _layout(session, golden.case["prompt_two_images"], features.places)
     expected = golden.outputs["logits_two_images_last"].reshape(-1)
-    near(session.prefill(layout, features), expected)
+    near(session.prefill(layout, features.rows), expected)
 
 
-def _layout(session: Session, text: str, rows: list[Array]) -> prompts.Layout:
+def _layout(session: Session, text: str, rows: Sequence[Array]) -> prompts.Layout:
     prompt = prompts.tokenize(session.model.prompts, session.tokenizer, text)
     return prompts.lay_out(prompt, rows)
 

@@ -95,7 +95,9 @@ def test_a_place_left_in_float_is_untouched() -> None:
     mixed = replace(plan, rules=(Rule("merger/linears.1", "float"),))
     model = model_of(quantized(part, mixed, weights), weights)
     quantize = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
-    assert [node.name.split("/")[1] for node in quantize] == ["linears.0", "linears.0"]
+    places = {"/".join(node.name.split("/")[1:3]) for node in quantize}
+    assert "linears.0/input" in places
+    assert "linears.1/input" not in places
     onnx.checker.check_model(model, full_check=True)
 
 
@@ -123,7 +125,7 @@ def test_count_is_the_arithmetic_of_the_shapes() -> None:
     assert isinstance(tokens, int)
     counter = count(part, {"tiles": tiles, "rows": 1})
     first, second = 56 * 48, 48 * 48
-    products = [cost for cost in counter.costs if cost.op == "linear"]
+    products = [c for c in counter.costs if c.op == "linear" and "/linears." in c.site]
     assert [cost.flops for cost in products] == [2 * tiles * tokens * n for n in (first, second)]
     assert [cost.weight_elements for cost in products] == [first, second]
     assert [cost.site for cost in products] == ["merger/linears.0", "merger/linears.1"]

@@ -1,4 +1,4 @@
-"""Hugging Face's layout: text_config, vision_config, and one file with all three parts.
+"""Hugging Face's layout: text_config, vision_config, and one file with all parts.
 
 Tensor names exist in two generations: language_model.model.* (transformers 4 and what 5 saves)
 and model.language_model.* (inside 5).
@@ -6,24 +6,101 @@ and model.language_model.* (inside 5).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit import models
-from toolkit.config import Part
+from toolkit.config import ModelConfig, Part
 from toolkit.errors import CheckpointError, ConfigError
-from toolkit.images import Preprocess, read_preprocess
-from toolkit.layouts.source import Options, Stored, below, find_prefix, read_encoder
+from toolkit.images import ImageRules, Preprocess, read_preprocess
+from toolkit.layouts import towers
+from toolkit.layouts.source import (
+    Options,
+    Source,
+    Stored,
+    below,
+    check,
+    check_tokenizer,
+    find_prefix,
+    read_encoder,
+    read_eos,
+    read_tokenizer,
+    with_context,
+)
+from toolkit.models import vlm
 from toolkit.models.mergers import mlp
+from toolkit.prompts import PromptRules
 from toolkit.strict import Reader, read_json
-from toolkit.weights import Checkpoint, Recipe, flip, keep
+from toolkit.tokenizer import token_of
+from toolkit.weights import Checkpoint, Recipe, flip, keep, open_checkpoint
 
-LMS = {"llama": "llama", "qwen2": "qwen2"}
+LMS = {"llama": "llama", "qwen2": "qwen2", "mistral": "mistral"}
+TOWERS = ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.",
+          "model.vision_tower.")  # fmt: skip
 
 
-def read_lm(r: Reader) -> Part:
-    """The language model under text_config."""
+@dataclass(frozen=True)
+class Rules:
+    """What one model class does. pictures: image rules from config.json and the preprocessing.
+
+    layer, strategy: what a configuration without vision_feature_layer and -_select_strategy
+    means.
+    """
+
+    system: str
+    pictures: Callable[[Reader, Part, Preprocess], ImageRules]
+    templates: Mapping[str, str]
+    layer: int = -2
+    strategy: str = "default"
+
+
+def one_view(r: Reader, encoder: Part, rule: Preprocess) -> ImageRules:
+    """Pictures as they come: LlavaForConditionalGeneration."""
+    return ImageRules({encoder.name: rule})
+
+
+def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules) -> Source:
+    """Read a checkpoint. Raises ConfigError and CheckpointError naming what does not fit."""
+    r = Reader(config, str(folder / "config.json"), options.ignore_keys)
+    lm, encoder = _read_lm(r), _read_encoder(r, options, rules)
+    merger = _read_projector(r, encoder, lm)
+    rule = read_processor(folder, options)
+    towers.check_size(rule, encoder, str(folder))
+    images = rules.pictures(r, encoder, rule)
+    token = _image_token(r)
+    r.skip("image_seq_length", "ignore_index", "vocab_size", "tie_word_embeddings",
+           "video_token_index", "video_token_id")  # fmt: skip
+    r.done()
+    text, _ = read_tokenizer(folder, slow=False)
+    check_tokenizer(text, lm.config.vocab, str(folder))
+    placeholder = token_of(text, token)
+
+    checkpoint = open_checkpoint(folder, options.torch_reader)
+    newline = images.layout is not None and images.layout.newline
+    stored = _stored(lm, encoder, merger, newline, checkpoint)
+    check(stored.values(), _unused(lm, encoder))
+    model = ModelConfig(
+        folder.resolve().name,
+        rules.system,
+        (encoder,),
+        merger,
+        with_context(lm, options.max_context),
+        images,
+        PromptRules(
+            rules.templates[lm.kind],
+            "token",
+            read_eos(folder, config["text_config"]),
+            placeholder=placeholder,
+            image_text=placeholder,
+        ),
+    )
+    weights = {p.name: stored[p.name].weights() for p in vlm.components(model) if p.shapes}
+    return Source(model, weights, text, {"layout": "huggingface"})
+
+
+def _read_lm(r: Reader) -> Part:
     text = r.sub("text_config")
     kind = LMS[text.choice("model_type", list(LMS), "llama")]
     config = models.lm(kind).Config.read(text)
@@ -31,23 +108,43 @@ def read_lm(r: Reader) -> Part:
     return Part("lm", kind, config)
 
 
-def read_tower(config: Mapping[str, Any], r: Reader, name: str, options: Options) -> Part:
-    """The encoder under vision_config, with the layers that vision_feature_layer names."""
+def _read_encoder(r: Reader, options: Options, rules: Rules) -> Part:
     vision = r.take("vision_config", dict)
     kind, reader = read_encoder(vision, f"{r.where}: vision_config", options)
-    raw = r.raw("vision_feature_layer")
-    layer = -2 if raw is None else raw
-    taps = tuple(layer) if isinstance(layer, list) else (int(layer),)
-    strategy = r.choice("vision_feature_select_strategy", ["default", "full"], "default")
-    parsed = models.encoder(kind).Config.read(reader, taps, strategy == "full")
+    taps = towers.selected(r.raw("vision_feature_layer")) or (rules.layer,)
+    known = ["default", "full"]
+    full = r.choice("vision_feature_select_strategy", known, rules.strategy) == "full"
+    parsed = models.encoder(kind).Config.read(reader, taps, full)
     reader.done()
-    return Part(name, kind, parsed)
+    if not full and not hasattr(parsed, "class_token"):
+        raise ConfigError(
+            f"{r.where}: vision_feature_select_strategy 'default' drops the first token, and "
+            f"{kind} has no class token",
+            hint="the original would drop a patch; set the strategy to full",
+        )
+    return Part(kind, kind, parsed)
+
+
+def _read_projector(r: Reader, encoder: Part, lm: Part) -> Part:
+    """Two linears with GELU between."""
+    r.choice("projector_hidden_act", ["gelu"], "gelu")
+    bias = r.take("multimodal_projector_bias", bool, True)
+    return Part("merger", "mlp", mlp.Config(encoder.config.widths, lm.config.width, 2, bias))
+
+
+def _image_token(r: Reader) -> int:
+    """The id that stands for a picture in a tokenized prompt."""
+    found = r.raw("image_token_index")
+    found = r.raw("image_token_id") if found is None else found
+    r.skip("image_token_id")
+    if not isinstance(found, int):
+        raise ConfigError(f"{r.where} names no image_token_index")
+    return found
 
 
 def read_processor(folder: Path, options: Options) -> Preprocess:
     """Preprocessing from preprocessor_config.json or processor_config.json."""
-    path = folder / "preprocessor_config.json"
-    combined = folder / "processor_config.json"
+    path, combined = folder / "preprocessor_config.json", folder / "processor_config.json"
     if path.exists():
         settings = Reader(read_json(path), str(path), options.ignore_keys)
     elif combined.exists() and "image_processor" in read_json(combined):
@@ -62,14 +159,35 @@ def read_processor(folder: Path, options: Options) -> Preprocess:
     return rule
 
 
-def read_projector(r: Reader, inputs: tuple[int, ...], outputs: int) -> Part:
-    """Two linears with GELU between."""
-    r.choice("projector_hidden_act", ["gelu"], "gelu")
-    bias = r.take("multimodal_projector_bias", bool, True)
-    return Part("merger", "mlp", mlp.Config(inputs, outputs, 2, bias))
+# -- tensors -----------------------------------------------------------------------------------
 
 
-def projector_names(c: mlp.Config) -> dict[str, Recipe]:
+def _stored(
+    lm: Part, encoder: Part, merger: Part, newline: bool, checkpoint: Checkpoint
+) -> dict[str, Stored]:
+    tower = models.encoder(encoder.kind)
+    eye = _part(tower.names(encoder.config), tower.shapes(encoder.config), checkpoint, *TOWERS)
+    roots = ("multi_modal_projector.", "model.multi_modal_projector.")
+    shapes = dict(mlp.shapes(merger.config))
+    joint = _part(_projector_names(merger.config), shapes, checkpoint, *roots)
+    if newline:
+        name = "model.image_newline" if "model.image_newline" in checkpoint else "image_newline"
+        shapes["newline"] = (merger.config.outputs,)
+        joint = Stored({**joint.table, "newline": keep(name)}, shapes, checkpoint)
+    return {f"encoder.{encoder.name}": eye, "merger": joint, "lm": _lm_tensors(lm, checkpoint)}
+
+
+def _part(
+    table: Mapping[str, Recipe],
+    shapes: Mapping[str, tuple[int, ...]],
+    checkpoint: Checkpoint,
+    *prefixes: str,
+) -> Stored:
+    """A part below whichever of `prefixes` the file uses."""
+    return Stored(below(table, find_prefix(table, checkpoint, *prefixes)), shapes, checkpoint)
+
+
+def _projector_names(c: mlp.Config) -> dict[str, Recipe]:
     """Where the projector's tensors stand below `multi_modal_projector.`."""
     table = {}
     for i in range(c.layers):
@@ -79,36 +197,22 @@ def projector_names(c: mlp.Config) -> dict[str, Recipe]:
     return table
 
 
-def lm_tensors(lm: Part, checkpoint: Checkpoint) -> Stored:
+def _lm_tensors(lm: Part, checkpoint: Checkpoint) -> Stored:
     """The language model's weights, in either generation of names."""
     file = models.lm(lm.kind)
     table = file.names(lm.config)
-    old = find_prefix(table, checkpoint, "language_model.", "") == "language_model."
-    if not old and "model.language_model.embed_tokens.weight" in checkpoint:
-        renamed = {
-            name: Recipe(
-                tuple(s.replace("model.", "model.language_model.", 1) for s in r.sources), r.make
-            )
+    if "model.language_model.embed_tokens.weight" in checkpoint:
+        new = "model.language_model."
+        table = {
+            name: Recipe(tuple(s.replace("model.", new, 1) for s in r.sources), r.make)
             for name, r in table.items()
         }
-        return Stored(renamed, file.shapes(lm.config), checkpoint)
-    return Stored(below(table, "language_model." * old), file.shapes(lm.config), checkpoint)
+        return Stored(table, file.shapes(lm.config), checkpoint)
+    return _part(table, file.shapes(lm.config), checkpoint, "language_model.", "")
 
 
-def part_tensors(
-    table: Mapping[str, Recipe],
-    shapes: Mapping[str, tuple[int, ...]],
-    checkpoint: Checkpoint,
-    *prefixes: str,
-) -> tuple[Stored, str]:
-    """Tower or projector below whichever of `prefixes` the file uses, and that prefix."""
-    prefix = find_prefix(table, checkpoint, *prefixes)
-    return Stored(below(table, prefix), shapes, checkpoint), prefix
-
-
-def image_token(config: Mapping[str, Any], where: str) -> int:
-    """The id that stands for a picture in a tokenized prompt."""
-    found = config.get("image_token_index", config.get("image_token_id"))
-    if not isinstance(found, int):
-        raise ConfigError(f"{where} names no image_token_index")
-    return found
+def _unused(lm: Part, encoder: Part) -> list[str]:
+    """Globs of tensors that the file may hold and nobody reads."""
+    globs = models.encoder(encoder.kind).unused(encoder.config)
+    found = [prefix + glob for prefix in TOWERS for glob in globs]
+    return found + ["*" + glob for glob in models.lm(lm.kind).unused(lm.config)]

@@ -1,161 +1,173 @@
 """LLaVA's own layout: one folder with the LM, the projector and `mm_*` keys in config.json.
 
-The vision tower is a Hugging Face folder that `mm_vision_tower` names. Source: the loaders of
-haotian-liu/LLaVA and its forks.
+The vision tower is a Hugging Face folder (or, for UniRepLKNet, a weight file) that
+`mm_vision_tower` names. Source: the loaders of haotian-liu/LLaVA and its forks. What the forks do
+differently is a `Rules` value of their system.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from toolkit import models
-from toolkit.config import Part
-from toolkit.errors import CheckpointError, ConfigError
-from toolkit.images import Preprocess, read_preprocess
-from toolkit.layouts.source import Options, Stored, below, find_prefix, read_encoder
-from toolkit.models.mergers import mlp
+from toolkit.config import ModelConfig, Part
+from toolkit.layouts import pictures, towers
+from toolkit.layouts.source import (
+    Options,
+    Source,
+    Stored,
+    add_tokens,
+    below,
+    check,
+    check_tokenizer,
+    find_prefix,
+    read_eos,
+    read_tokenizer,
+    with_context,
+)
+from toolkit.models import vlm
 from toolkit.ops import Array
-from toolkit.strict import Reader, read_json
-from toolkit.weights import Checkpoint, Recipe, open_checkpoint
+from toolkit.prompts import PromptRules
+from toolkit.strict import Reader
+from toolkit.weights import Checkpoint, Recipe, keep, open_checkpoint
 
-LMS = {"llava_llama": "llama", "llava": "llama", "llava_qwen": "qwen2"}
+LMS = {
+    "llava_llama": "llama",
+    "llava": "llama",
+    "llava_qwen": "qwen2",
+    "llava_mistral": "mistral",
+}
+TEMPLATES = {"llama": "vicuna_v1", "qwen2": "qwen_1_5", "mistral": "mistral_instruct"}
 IN_CHECKPOINT = "model.vision_tower.vision_tower."
 
-# Written by the training scripts, read by no forward pass.
+# Written by the training scripts, read by no forward pass of ours: bookkeeping, training switches,
+# video settings, and resamplers, which the originals build but never apply to pictures.
 TRAINING_KEYS = (
-    "freeze_backbone",
-    "freeze_mm_mlp_adapter",
-    "freeze_mm_vision_resampler",
-    "mm_projector_lr",
-    "mm_tunable_parts",
-    "mm_vision_tower_lr",
-    "ms_cross_attn_lr",
-    "tokenizer_model_max_length",
-    "tokenizer_padding_side",
-    "tune_entire_model",
-    "tune_mm_mlp_adapter",
-    "tune_mm_vision_resampler",
-    "tune_vision_tower",
-    "tune_vit_from_layer",
-    "unfreeze_mm_vision_tower",
-    "use_mm_proj",
-    "vision_tower_lr",
-    "vision_tower_pretrained",
-    "mm_use_im_patch_token",
-    "max_sequence_length",
-    "mm_resampler_type",
-)
+    "add_faster_video add_time_instruction faster_token_stride force_sample freeze_backbone "
+    "freeze_mm_mlp_adapter freeze_mm_vision_resampler image_crop_resolution "
+    "image_split_resolution max_sequence_length mm_newline_position mm_projector_lr "
+    "mm_resampler_type mm_spatial_pool_mode mm_spatial_pool_stride mm_tunable_parts "
+    "mm_vision_tower_lr ms_cross_attn_lr pos_skipping_range tokenizer_model_max_length "
+    "tokenizer_padding_side tune_entire_model tune_mm_mlp_adapter tune_mm_vision_resampler "
+    "tune_vision_tower tune_vit_from_layer use_mm_proj use_pos_skipping vision_tower_lr "
+    "vision_tower_pretrained"
+).split()
 
 
-def claims(config: Mapping[str, Any]) -> bool:
+@dataclass(frozen=True)
+class Rules:
+    """What one system does in this layout.
+
+    merger: the projector for an encoder, from config.json. taps: which hidden states the
+    encoder gives, from those that config.json selects. tower_wins: tower weights inside the
+    checkpoint override the tower's folder. templates: by language model.
+    """
+
+    system: str
+    merger: Callable[[Reader, Part, int], Part]
+    tower_wins: bool = False
+    taps: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
+    templates: Mapping[str, str] = field(default_factory=lambda: dict(TEMPLATES))
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of this layout."""
     return "mm_vision_tower" in config and config.get("model_type") in LMS
 
 
-def read_lm(r: Reader) -> Part:
-    """The language model: its keys stand in config.json itself."""
+def says_mlcd(config: Mapping[str, Any]) -> bool:
+    """Whether the tower's name says MLCD, by which that fork chooses its tower class."""
+    return "mlcd" in str(config.get("mm_vision_tower", "")).lower()
+
+
+def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules) -> Source:
+    """Read a checkpoint. Raises ConfigError and CheckpointError naming what does not fit."""
+    r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     kind = LMS[r.take("model_type", str)]
-    return Part("lm", kind, models.lm(kind).Config.read(r))
+    lm = Part("lm", kind, models.lm(kind).Config.read(r))
+    tower = towers.open_tower(folder, r, options, rules.taps)
+    merger = rules.merger(r, tower.part, lm.config.width)
+    images = pictures.read_rules(r, tower.part, merger, tower.rule)
+    wins = r.take("unfreeze_mm_vision_tower", bool, False) or rules.tower_wins
+    wrapped = r.take("mm_use_im_start_end", bool, False)
+    extra = ["<im_patch>"] * r.take("mm_use_im_patch_token", bool, True)
+    extra += ["<im_start>", "<im_end>"] * wrapped
+    r.skip(*TRAINING_KEYS)
+    r.done()
 
-
-def read_projector(r: Reader, inputs: tuple[int, ...], outputs: int) -> Part:
-    """`linear` or `mlp{N}x_gelu`."""
-    name = r.take("mm_projector_type", str, "linear")
-    match = re.fullmatch(r"mlp(\d+)x_gelu", name)
-    if name != "linear" and not match:
-        raise ConfigError(
-            f"{r.where}: mm_projector_type = {name!r} is not implemented",
-            hint="implemented: linear, mlp{N}x_gelu",
-        )
-    width = r.take("mm_hidden_size", int)
-    if width != sum(inputs):
-        raise ConfigError(f"{r.where}: mm_hidden_size = {width}, the tower gives {sum(inputs)}")
-    layers = int(match[1]) if match else 1
-    return Part("merger", "mlp", mlp.Config(inputs, outputs, layers))
-
-
-def find_tower(name: str, folder: Path, options: Options) -> Path:
-    """The folder that `mm_vision_tower` means: given, inside, beside, or from here."""
-    if options.vision_tower is not None:
-        return options.vision_tower
-    places = [
-        folder / name,
-        folder.parent / name,
-        Path(name),
-        folder / Path(name).name,
-        folder.parent / Path(name).name,
-    ]
-    for place in places:
-        if (place / "config.json").exists():
-            return place
-    raise CheckpointError(
-        f"the vision tower {name!r} that {folder / 'config.json'} names is not on this machine",
-        hint=f"put its folder beside {folder}, or name it: --vision-tower FOLDER",
-    )
-
-
-def read_tower(
-    folder: Path, name: str, taps: tuple[int, ...], class_token: bool, options: Options
-) -> tuple[Part, Preprocess]:
-    """The encoder of a tower folder, and its preprocessing."""
-    path = folder / "config.json"
-    kind, reader = read_encoder(read_json(path), str(path), options)
-    config = models.encoder(kind).Config.read(reader, taps, class_token)
-    reader.done()
-    processor = folder / "preprocessor_config.json"
-    settings = Reader(read_json(processor), str(processor), options.ignore_keys)
-    rule = read_preprocess(settings)
-    settings.done()
-    if rule.size != config.pixels:
-        raise ConfigError(
-            f"{processor} makes pictures of {rule.size}, the tower takes {config.pixels}"
-        )
-    return Part(name, kind, config), rule
-
-
-def read_taps(r: Reader) -> tuple[tuple[int, ...], bool]:
-    """mm_vision_select_layer as a tuple, and whether the class token stays."""
-    raw = r.raw("mm_vision_select_layer")
-    if isinstance(raw, str):
-        raw = [int(n) for n in raw[4:].split("/")] if raw.startswith("list") else int(raw)
-    if raw is None or isinstance(raw, bool):
-        raise ConfigError(f"{r.where} lacks the key 'mm_vision_select_layer'")
-    feature = r.choice("mm_vision_select_feature", ["patch", "cls_patch"], "patch")
-    return tuple(raw) if isinstance(raw, list) else (int(raw),), feature == "cls_patch"
-
-
-def tower_tensors(part: Part, folder: Path, options: Options) -> tuple[Stored, tuple[str, ...]]:
-    """The tower's weights from its own folder, and globs of what may be left there."""
-    file = models.encoder(part.kind)
+    text, slow = read_tokenizer(folder, slow=True)
+    text = add_tokens(text, extra, lm.config.vocab)
+    rows = check_tokenizer(text, lm.config.vocab, str(folder))
     checkpoint = open_checkpoint(folder, options.torch_reader)
-    table = file.names(part.config)
-    prefix = find_prefix(table, checkpoint, "vision_model.", "")
-    unused = tuple(prefix + glob for glob in file.unused(part.config))
-    other = (
-        "text_model.*",
-        "logit_scale",
-        "logit_bias",
-        "text_projection.*",
-        "visual_projection.*",
+    stored = _stored(lm, merger, images.layout is not None and images.layout.newline, checkpoint)
+    inside = _tower_inside(tower, checkpoint) if wins else None
+    check([*stored.values(), *([inside] if inside else [])], _unused(lm, merger, inside, tower))
+    if inside is None:
+        check([tower.stored], tower.unused)
+    lm, lm_table = shrink_vocab(lm, stored["lm"].table, rows)
+    stored |= {
+        f"encoder.{tower.part.name}": inside or tower.stored,
+        "lm": replace(stored["lm"], table=lm_table),
+    }
+    image_text = "<im_start><image><im_end>" if wrapped else "<image>"
+    model = ModelConfig(
+        folder.resolve().name,
+        rules.system,
+        (tower.part,),
+        merger,
+        with_context(lm, options.max_context),
+        images,
+        PromptRules(
+            rules.templates[kind],
+            "pieces",
+            read_eos(folder, config),
+            image_text=image_text,
+            doubled_blank=slow,
+        ),
     )
-    return Stored(below(table, prefix), file.shapes(part.config), checkpoint), (*unused, *other)
+    origin = {"layout": "llava", "tower": str(config["mm_vision_tower"])}
+    origin["tower_weights"] = "checkpoint" if inside else "tower folder"
+    weights = {p.name: stored[p.name].weights() for p in vlm.components(model) if p.shapes}
+    return Source(model, weights, text, origin)
 
 
-def lm_tensors(lm: Part, checkpoint: Checkpoint) -> Stored:
-    """The language model's weights in the LLaVA folder."""
-    file = models.lm(lm.kind)
-    return Stored(file.names(lm.config), file.shapes(lm.config), checkpoint)
+def _stored(lm: Part, merger: Part, newline: bool, checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The language model's and the projector's weights in the LLaVA folder."""
+    file, projector = models.lm(lm.kind), models.merger(merger.kind)
+    table = below(projector.names(merger.config), "model.mm_projector.")
+    shapes = dict(projector.shapes(merger.config))
+    if newline:
+        table["newline"] = keep("model.image_newline")
+        shapes["newline"] = (lm.config.width,)
+    return {
+        "lm": Stored(file.names(lm.config), file.shapes(lm.config), checkpoint),
+        "merger": Stored(table, shapes, checkpoint),
+    }
 
 
-def projector_tensors(merger: Part, checkpoint: Checkpoint) -> Stored:
-    """The projector's weights in the LLaVA folder."""
-    file = models.merger(merger.kind)
-    table = below(file.names(merger.config), "model.mm_projector.")
-    return Stored(table, file.shapes(merger.config), checkpoint)
+def _tower_inside(tower: towers.Tower, checkpoint: Checkpoint) -> Stored | None:
+    """The tower's weights inside the checkpoint, None if it holds none."""
+    keys = checkpoint.keys()
+    if not any(key.startswith(IN_CHECKPOINT) for key in keys):
+        return None
+    file = models.encoder(tower.part.kind)
+    table = file.names(tower.part.config)
+    prefix = find_prefix(table, checkpoint, f"{IN_CHECKPOINT}vision_model.", IN_CHECKPOINT)
+    return Stored(below(table, prefix), file.shapes(tower.part.config), checkpoint)
+
+
+def _unused(lm: Part, merger: Part, inside: Stored | None, tower: towers.Tower) -> list[str]:
+    """Globs of tensors in the LLaVA folder that nobody reads."""
+    found = [*models.lm(lm.kind).unused(lm.config), "model.vision_resampler.*"]
+    spare = models.merger(merger.kind).unused(merger.config)
+    found += [f"model.mm_projector.{glob}" for glob in spare]
+    if inside is None:
+        return [*found, f"{IN_CHECKPOINT}*"]
+    globs = models.encoder(tower.part.kind).unused(tower.part.config)
+    return found + [f"{IN_CHECKPOINT}{p}{g}" for g in globs for p in ("", "vision_model.")]
 
 
 def shrink_vocab(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,22 @@ def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, bool]:
             hint="copy the tokenizer files of the language model into the folder",
         )
     return path.read_text(encoding="utf-8"), False
+
+
+def add_tokens(text: str, extra: Sequence[str], vocab: int) -> str:
+    """The tokenizer with tokens that the originals' loader adds, where the model has rows."""
+    data = json.loads(text)
+    known = {token["content"] for token in data.get("added_tokens", [])}
+    taken = [token["id"] for token in data.get("added_tokens", [])]
+    taken += list(data.get("model", {}).get("vocab", {}).values())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    following = max(taken, default=-1) + 1
+    for token in extra:
+        if token not in known and following < vocab:
+            entry = {"id": following, "content": token, **flags, "special": True}
+            data["added_tokens"].append(entry)
+            following += 1
+    return json.dumps(data, ensure_ascii=False)
 
 
 def check_tokenizer(text: str, vocab: int, where: str) -> int:

@@ -17,6 +17,7 @@ from toolkit.ops import Ops, T, Weights
 from toolkit.weights import Recipe
 
 Dim = int | str
+ARRANGE = "arrange"
 Forward = Callable[[Ops[Any], Weights[Any], Mapping[str, Any]], dict[str, Any]]
 
 
@@ -55,18 +56,28 @@ class Edge:
 
 def components(c: ModelConfig) -> tuple[Component, ...]:
     """All components of a model, in the order in which they run."""
-    merger = merger_component(c.merger, c.encoders)
-    return (*map(encoder_component, c.encoders), merger, lm_component(c.lm))
+    layout = c.images.layout
+    merger = merger_component(c.merger, c.encoders, newline=bool(layout and layout.newline))
+    parts = [*map(encoder_component, c.encoders), merger]
+    if layout and layout.computes:
+        parts.append(arrange_component(c.merger.config.outputs, largest=layout.pool))
+    return (*parts, lm_component(c.lm))
 
 
 def edges(c: ModelConfig) -> tuple[Edge, ...]:
-    """How they connect; sources called "images.NAME" are pixels of that encoder."""
+    """How they connect; sources outside are "images.NAME", pixels of that encoder, and
+    "layout.rows" and "layout.shares" of toolkit.tiling.Arrangement.
+    """
     found = [Edge(f"images.{p.name}", f"encoder.{p.name}:pixels") for p in c.encoders]
     for part in c.encoders:
         for i in range(len(part.config.widths)):
             port = f"{part.name}.{i}"
             found.append(Edge(f"encoder.{part.name}:features.{i}", f"merger:{port}"))
-    return (*found, Edge("merger:features", "lm:features"))
+    if not (c.images.layout and c.images.layout.computes):
+        return (*found, Edge("merger:features", "lm:features"))
+    found += [Edge(f"layout.{name}", f"{ARRANGE}:{name}") for name in ("rows", "shares")]
+    found.append(Edge("merger:features", f"{ARRANGE}:features"))
+    return (*found, Edge(f"{ARRANGE}:tokens", "lm:features"))
 
 
 def tables(c: ModelConfig) -> dict[str, Mapping[str, Recipe]]:
@@ -96,8 +107,13 @@ def encoder_component(part: Part) -> Component:
     )
 
 
-def merger_component(merger: Part, encoders: tuple[Part, ...]) -> Component:
-    """The merger: every encoder's outputs in, rows of image tokens out."""
+def merger_component(
+    merger: Part, encoders: tuple[Part, ...], *, newline: bool = False
+) -> Component:
+    """The merger: every encoder's outputs in, rows of image tokens out.
+
+    newline: the learned token that ends rows of tokens comes out as one more row, the last.
+    """
     file, c = models.merger(merger.kind), merger.config
     ports = tuple(
         Port(f"{part.name}.{i}", "float", ("tiles", part.config.tokens, width))
@@ -107,10 +123,30 @@ def merger_component(merger: Part, encoders: tuple[Part, ...]) -> Component:
 
     def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
         merged = file.forward(op, c, w, [inputs[port.name] for port in ports])
-        return {"features": op.reshape(merged, (-1, c.outputs))}
+        rows = op.reshape(merged, (-1, c.outputs))
+        if newline:
+            rows = op.concat([rows, op.reshape(w["newline"], (1, c.outputs))], 0)
+        return {"features": rows}
 
     outputs = (Port("features", "float", ("rows", c.outputs)),)
-    return Component("merger", forward, file.shapes(c), ports, outputs)
+    shapes = file.shapes(c) | ({"newline": (c.outputs,)} if newline else {})
+    return Component("merger", forward, shapes, ports, outputs)
+
+
+def arrange_component(width: int, *, largest: bool) -> Component:
+    """Tokens mixed from feature rows, as toolkit.tiling.arrange says; `largest` takes maxima."""
+
+    def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
+        x, rows = inputs["features"], inputs["rows"]
+        mixed = op.max_rows(x, rows) if largest else op.mix_rows(x, rows, inputs["shares"])
+        return {"tokens": mixed}
+
+    inputs = (
+        Port("features", "float", ("rows", width)),
+        Port("rows", "int64", ("placed", 4)),
+        Port("shares", "float", ("placed", 4)),
+    )
+    return Component(ARRANGE, forward, {}, inputs, (Port("tokens", "float", ("placed", width)),))
 
 
 def lm_component(part: Part) -> Component:

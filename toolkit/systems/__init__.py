@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from toolkit import published
 from toolkit.config import ModelConfig
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.layouts.source import Options, Source, random_source, with_context
@@ -21,11 +22,9 @@ class System(Protocol):
 
     PRESETS: Mapping[str, Callable[[], ModelConfig]]
 
-    def claims(self, config: Mapping[str, Any]) -> bool: ...
+    def claims(self, folder: Path, config: Mapping[str, Any], options: Options) -> bool: ...
 
     def load(self, folder: Path, config: Mapping[str, Any], options: Options) -> Source: ...
-
-    def preset_tokenizer(self, model: ModelConfig) -> str: ...
 
 
 def names() -> list[str]:
@@ -46,12 +45,12 @@ def load(folder: Path, options: Options) -> Source:
         kind = "has no config.json" if folder.is_dir() else "does not exist"
         raise CheckpointError(f"{folder} {kind}; a checkpoint is a folder with one")
     config = read_json(folder / "config.json")
-    name = options.system or _detect(folder, config)
+    name = options.system or _detect(folder, config, options)
     return find(name).load(folder, config, options)
 
 
-def _detect(folder: Path, config: Mapping[str, Any]) -> str:
-    claiming = [name for name in names() if find(name).claims(config)]
+def _detect(folder: Path, config: Mapping[str, Any], options: Options) -> str:
+    claiming = [name for name in names() if find(name).claims(folder, config, options)]
     if len(claiming) == 1:
         return claiming[0]
     kind = config.get("model_type")
@@ -77,7 +76,6 @@ def preset(name: str, seed: int, max_context: int | None) -> Source:
     if name not in known:
         close = difflib.get_close_matches(name, known, 3) or sorted(known)
         raise ConfigError(f"there is no preset {name!r}", hint=f"known: {', '.join(close)}")
-    system = find(known[name])
-    model = system.PRESETS[name]()
+    model = find(known[name]).PRESETS[name]()
     model = replace(model, lm=with_context(model.lm, max_context))
-    return random_source(model, seed, system.preset_tokenizer(model), name)
+    return random_source(model, seed, published.tokenizer(model), name)

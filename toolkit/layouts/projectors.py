@@ -1,0 +1,43 @@
+"""LLaVA's projectors by name: linear, mlp{N}x_gelu, mlp{N}x_res{R}x_gelu, pooler."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from toolkit.config import Part
+from toolkit.errors import ConfigError
+from toolkit.models.mergers import mlp, pooler
+from toolkit.strict import Reader
+
+
+def linears(r: Reader, encoder: Part, outputs: int) -> Part:
+    """The projector that config.json names, for one encoder."""
+    name, inputs = read_name(r, encoder), encoder.config.widths
+    if name == "pooler":
+        side = math.isqrt(encoder.config.tokens)
+        return Part("merger", "pooler", pooler.Config(sum(inputs), outputs, side))
+    layers, blocks = depth(r, name)
+    return Part("merger", "mlp", mlp.Config(inputs, outputs, layers, blocks=blocks))
+
+
+def read_name(r: Reader, encoder: Part) -> str:
+    """mm_projector_type, after checking that mm_hidden_size is what the encoder gives."""
+    width, given = sum(encoder.config.widths), r.take("mm_hidden_size", int)
+    if given not in (width, encoder.config.widths[0]):
+        raise ConfigError(
+            f"{r.where}: mm_hidden_size = {given}, the tower gives {width}",
+            hint="the tower belongs to another model, or the select layer does",
+        )
+    return r.take("mm_projector_type", str, "linear")
+
+
+def depth(r: Reader, name: str) -> tuple[int, int]:
+    """Linears and residual blocks of a projector type."""
+    match = re.fullmatch(r"linear|mlp(\d+)x(?:_res(\d+)x)?_gelu", name)
+    if match is None or match[1] == "0":
+        raise ConfigError(
+            f"{r.where}: mm_projector_type = {name!r} is not implemented",
+            hint="implemented: linear, mlp{N}x_gelu, mlp{N}x_res{R}x_gelu, pooler",
+        )
+    return int(match[1] or 1), int(match[2] or 0)

@@ -1,0 +1,57 @@
+"""ConvLLaVA (Ge et al., arXiv 2405.15738): a five-stage ConvNeXt sees 1536 pixels as 576 tokens.
+
+Reads alibaba/conv-llava's layout with ConvNeXt or UniRepLKNet towers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from toolkit import published
+from toolkit.config import ModelConfig, Part
+from toolkit.images import ImageRules
+from toolkit.layouts import original, projectors, towers
+from toolkit.layouts.source import Options, Source
+from toolkit.models.lms import llama
+from toolkit.models.mergers import mlp
+
+_RULES = original.Rules("convllava", projectors.linears)
+
+
+def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
+    """Whether a checkpoint folder is of this system: a convolutional tower."""
+    if not original.is_original(config):
+        return False
+    return towers.kind_of(config, folder, options) in ("convnext", "unireplknet")
+
+
+def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
+    """Read a checkpoint folder."""
+    return original.load(folder, config, options, _RULES)
+
+
+def _preset(name: str, lm: llama.Config, side: int) -> ModelConfig:
+    tower = replace(published.CONVNEXT_L_5, image=side)
+    return published.model(
+        name,
+        "convllava",
+        [Part("convnext", "convnext", tower)],
+        Part("merger", "mlp", mlp.Config((tower.dims[-1],), lm.width)),
+        lm,
+        ImageRules({"convnext": published.clip_pixels(side).padded()}),
+    )
+
+
+def _presets() -> dict[str, Callable[[], ModelConfig]]:
+    found: dict[str, Callable[[], ModelConfig]] = {}
+    for side in (768, 1024, 1536):
+        for size, lm in (("7b", published.VICUNA_7B), ("0.5b", published.QWEN_0_5B)):
+            name = f"convllava-{size}-{side}"
+            found[name] = lambda name=name, lm=lm, side=side: _preset(name, lm, side)  # type: ignore[misc]
+    return found
+
+
+PRESETS = _presets()

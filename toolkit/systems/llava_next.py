@@ -1,0 +1,102 @@
+"""LLaVA-NeXT (LLaVA 1.6) and LLaVA-OneVision (Li et al., arXiv 2408.03326): AnyRes tiles.
+
+Reads LLaVA-VL/LLaVA-NeXT's own layout (LlavaLlama, LlavaQwen, LlavaMistral) and Hugging Face's
+LlavaNextForConditionalGeneration and LlavaOnevisionForConditionalGeneration.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit import published
+from toolkit.config import ModelConfig, Part
+from toolkit.errors import ConfigError
+from toolkit.images import ImageRules, Preprocess
+from toolkit.layouts import huggingface, original, projectors, towers
+from toolkit.layouts.source import Options, Source
+from toolkit.models.lms import llama
+from toolkit.models.mergers import mlp
+from toolkit.strict import Reader
+from toolkit.tiling import Tiling, TokenLayout
+
+_ORIGINAL = original.Rules("llava_next", projectors.linears, tower_wins=True)
+
+
+def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
+    """Whether a checkpoint folder is of this system: AnyRes over one CLIP or SigLIP."""
+    if config.get("model_type") in ("llava_next", "llava_onevision") and "text_config" in config:
+        return True
+    if not original.is_original(config) or original.says_mlcd(config):
+        return False
+    tiled = str(config.get("image_aspect_ratio")).startswith("anyres")
+    return tiled and towers.kind_of(config, folder, options) in ("clip", "siglip")
+
+
+def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
+    """Read a checkpoint folder of any of the layouts."""
+    if "text_config" not in config:
+        return original.load(folder, config, options, _ORIGINAL)
+    if config["model_type"] == "llava_onevision":
+        rules = huggingface.Rules("llava_next", _onevision_pictures, original.TEMPLATES, -1, "full")
+    else:
+        rules = huggingface.Rules("llava_next", _next_pictures, original.TEMPLATES)
+    return huggingface.load(folder, config, options, rules)
+
+
+def _pinpoints(r: Reader) -> tuple[tuple[int, int], ...]:
+    """image_grid_pinpoints are (height, width) in this layout; ours are (width, height)."""
+    pairs = r.take("image_grid_pinpoints", list)
+    return tuple((int(w), int(h)) for h, w in pairs)
+
+
+def _side(r: Reader, encoder: Part) -> int:
+    """Tokens per row of a view, which must be patches only."""
+    side, tokens = encoder.config.image // encoder.config.patch, encoder.config.tokens
+    if side * side != tokens:
+        raise ConfigError(
+            f"{r.where}: the tower gives {tokens} tokens, tiles need {side} x {side}",
+            hint="set vision_feature_select_strategy to default",
+        )
+    return math.isqrt(tokens)
+
+
+def _next_pictures(r: Reader, encoder: Part, rule: Preprocess) -> ImageRules:
+    r.choice("use_image_newline_parameter", [True], True)
+    layout = TokenLayout(_side(r, encoder), "spatial", unpad=True, newline=True, rounded=True)
+    return ImageRules({encoder.name: rule}, Tiling(_pinpoints(r), rule.size[0]), layout)
+
+
+def _onevision_pictures(r: Reader, encoder: Part, rule: Preprocess) -> ImageRules:
+    aspect = r.take("vision_aspect_ratio", str, "anyres_max_9")
+    match = re.fullmatch(r"anyres_max_(\d+)", aspect)
+    if match is None:
+        raise ConfigError(
+            f"{r.where}: vision_aspect_ratio = {aspect!r} is not implemented",
+            hint="implemented: anyres_max_N",
+        )
+    layout = TokenLayout(
+        _side(r, encoder), "spatial", unpad=True, newline=True, max_tiles=int(match[1]),
+        rounded=True,
+    )  # fmt: skip
+    tiling = Tiling(_pinpoints(r), rule.size[0], several="pad")
+    return ImageRules({encoder.name: rule}, tiling, layout)
+
+
+def _preset(name: str, lm: llama.Config) -> ModelConfig:
+    pinpoints = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    layout = TokenLayout(24, "spatial", unpad=True, newline=True)
+    return published.model(
+        name,
+        "llava_next",
+        [Part("clip", "clip", published.CLIP_L_336)],
+        Part("merger", "mlp", mlp.Config((1024,), lm.width)),
+        lm,
+        ImageRules({"clip": published.clip_pixels(336)}, Tiling(pinpoints, 336), layout),
+    )
+
+
+PRESETS = published.with_sibling("llava-next-7b", published.VICUNA_7B, _preset)

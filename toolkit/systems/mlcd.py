@@ -1,0 +1,63 @@
+"""MLCD in LLaVA-NeXT, and MLCD-Embodied (deepglint/unicom): RoPE2D or CLIP-class towers on Qwen2.
+
+Reads mlcd_vl's layout. `--template mlcd_chat` builds prompts as the embodied chat script does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit import published
+from toolkit.config import ModelConfig, Part
+from toolkit.images import ImageRules
+from toolkit.layouts import original, projectors
+from toolkit.layouts.source import Options, Source
+from toolkit.models.lms import llama
+from toolkit.models.mergers import mlp
+from toolkit.tiling import Tiling, TokenLayout
+
+_RULES = original.Rules("mlcd", projectors.linears, tower_wins=True)
+
+
+def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
+    """Whether a checkpoint folder is of this system: its tower is called mlcd, as there."""
+    return original.is_original(config) and original.says_mlcd(config)
+
+
+def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
+    """Read a checkpoint folder."""
+    return original.load(folder, config, options, _RULES)
+
+
+def _embodied(name: str, lm: llama.Config) -> ModelConfig:
+    grids = tuple((336 * i, 336 * j) for i in range(1, 7) for j in range(1, 7))
+    layout = TokenLayout(24, "spatial", unpad=True, newline=True)
+    return published.model(
+        name,
+        "mlcd",
+        [Part("clip", "clip", published.CLIP_L_336)],
+        Part("merger", "mlp", mlp.Config((1024,), lm.width)),
+        lm,
+        ImageRules({"clip": published.clip_pixels(336)}, Tiling(grids, 336), layout),
+    )
+
+
+def _bigg(name: str, lm: llama.Config) -> ModelConfig:
+    grids = ((448, 896), (896, 448), (896, 896), (1344, 448), (448, 1344))
+    layout = TokenLayout(32, "spatial", unpad=True, newline=True)
+    return published.model(
+        name,
+        "mlcd",
+        [Part("mlcd", "mlcd", published.MLCD_BIGG_448)],
+        Part("merger", "mlp", mlp.Config((1664,), lm.width)),
+        lm,
+        ImageRules({"mlcd": published.clip_pixels(448)}, Tiling(grids, 448), layout),
+    )
+
+
+PRESETS = {
+    **published.with_sibling("mlcd-embodied-7b", published.QWEN_7B, _embodied),
+    **published.with_sibling("mlcd-bigg-448-7b", published.QWEN_7B, _bigg),
+}

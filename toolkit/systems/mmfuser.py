@@ -1,0 +1,77 @@
+"""MMFuser (Cao et al., arXiv 2410.11829): LLaVA-1.5 whose projector fuses five levels of CLIP.
+
+Reads yuecao0119/MMFuser's layout. All tensors are read as stored: the original's loader renames
+keys with "gamma" in them and mends that for known shard counts only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit import published
+from toolkit.config import ModelConfig, Part
+from toolkit.errors import ConfigError
+from toolkit.images import ImageRules
+from toolkit.layouts import original, projectors, towers
+from toolkit.layouts.source import Options, Source
+from toolkit.models.lms import llama
+from toolkit.models.mergers import mmfuser
+from toolkit.strict import Reader
+
+LEVELS = (3, 8, 13, 18, 23)
+
+
+def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
+    """Whether a checkpoint folder is of this system: several levels of CLIP are selected."""
+    levels = towers.selected(config.get("mm_vision_select_layer")) or ()
+    return original.is_original(config) and len(levels) > 1
+
+
+def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
+    """Read a checkpoint folder."""
+    return original.load(folder, config, options, _RULES)
+
+
+def _taps(selected: tuple[int, ...]) -> tuple[int, ...]:
+    """The first four levels are asked, the last one asks; the original ignores those between."""
+    if len(selected) <= mmfuser.LEVELS:
+        raise ConfigError(
+            f"mm_vision_select_layer {list(selected)} has {len(selected)} levels, the fuser "
+            f"needs {mmfuser.LEVELS + 1}",
+            hint="four levels that are asked and the one that asks, as in [-22, -17, -12, -7, -2]",
+        )
+    return (*selected[: mmfuser.LEVELS], selected[-1])
+
+
+def _merger(r: Reader, encoder: Part, outputs: int) -> Part:
+    config = encoder.config
+    if getattr(config, "class_token", False) or not isinstance(config.tokens, int):
+        raise ConfigError(
+            f"{r.where}: the fuser needs a square grid of patches",
+            hint="set mm_vision_select_feature to patch",
+        )
+    layers, blocks = projectors.depth(r, projectors.read_name(r, encoder))
+    if blocks:
+        raise ConfigError(f"{r.where}: residual blocks behind the fuser are not implemented")
+    side = math.isqrt(config.tokens)
+    return Part("merger", "mmfuser", mmfuser.Config(config.width, side, outputs, layers))
+
+
+_RULES = original.Rules("mmfuser", _merger, taps=_taps)
+
+
+def _preset(name: str, lm: llama.Config) -> ModelConfig:
+    return published.model(
+        name,
+        "mmfuser",
+        [Part("clip", "clip", published.tapped(published.CLIP_L_336, *LEVELS))],
+        Part("merger", "mmfuser", mmfuser.Config(1024, 24, lm.width)),
+        lm,
+        ImageRules({"clip": published.clip_pixels(336).padded()}),
+    )
+
+
+PRESETS = published.with_sibling("mmfuser-7b", published.VICUNA_7B, _preset)
