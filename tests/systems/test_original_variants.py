@@ -51,6 +51,10 @@ VARIANTS = {
     "square": Variant(CLIP, TEXT, BASE | {"image_aspect_ratio": "square"}),
     "aspect not given": Variant(CLIP, TEXT, BASE | {"image_aspect_ratio": None}),
     "linear projector": Variant(CLIP, TEXT, BASE | {"mm_projector_type": "linear"}),
+    "identity projector": Variant(
+        CLIP | {"hidden_size": 64}, TEXT, BASE | {"mm_projector_type": "identity"}
+    ),
+    "residual blocks": Variant(CLIP, TEXT, BASE | {"mm_projector_type": "mlp2x_res2x_gelu"}),
     "three linears": Variant(CLIP, TEXT, BASE | {"mm_projector_type": "mlp3x_gelu"}),
     "last layer, class token": Variant(
         CLIP, TEXT, BASE | {"mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch"}
@@ -73,16 +77,39 @@ def modules(v: Variant) -> tuple[Any, Any, torch.nn.Module]:
     tower: Any = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**v.vision))
     text = v.text | {"vocab_size": 1000 + v.rows}
     lm: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**text))
-    name = v.config["mm_projector_type"]
-    count = 1 if name == "linear" else int(name[3])
-    layers: list[torch.nn.Module] = []
-    for i in range(count):
-        inputs = v.text["hidden_size"] if i else v.vision["hidden_size"]
-        layers += [torch.nn.GELU()] * bool(i) + [torch.nn.Linear(inputs, v.text["hidden_size"])]
-    projector = layers[0] if count == 1 else torch.nn.Sequential(*layers)
+    projector = make_projector(v)
     for module in (tower, lm, projector):
         scatter(module.eval())
     return tower, lm, projector
+
+
+class Residual(torch.nn.Module):
+    """LLaVA's residual block: the norm stands before the branch and the sum."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.pre_norm = torch.nn.LayerNorm(width)
+        parts = torch.nn.Linear(width, width), torch.nn.GELU(), torch.nn.Linear(width, width)
+        self.proj = torch.nn.Sequential(*parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.pre_norm(x)
+        branch: torch.Tensor = self.proj(normed)
+        return normed + branch
+
+
+def make_projector(v: Variant) -> torch.nn.Module:
+    """The projector with the numbering of the original's Sequential."""
+    name, width = v.config["mm_projector_type"], v.text["hidden_size"]
+    if name == "identity":
+        return torch.nn.Identity()
+    count = 1 if name == "linear" else int(name[3])
+    layers: list[torch.nn.Module] = []
+    for i in range(count):
+        inputs = width if i else v.vision["hidden_size"]
+        layers += [torch.nn.GELU()] * bool(i) + [torch.nn.Linear(inputs, width)]
+    layers += [Residual(width) for _ in range(int(name[9]) if "_res" in name else 0)]
+    return layers[0] if count == 1 else torch.nn.Sequential(*layers)
 
 
 def write(folder: Path, v: Variant, tower: Any, lm: Any, projector: torch.nn.Module) -> None:

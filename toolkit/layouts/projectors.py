@@ -1,4 +1,4 @@
-"""LLaVA's projectors by name: linear, mlp{N}x_gelu, mlp{N}x_res{R}x_gelu, pooler."""
+"""LLaVA's projectors by name: linear, identity, mlp{N}x_gelu, mlp{N}x_res{R}x_gelu, pooler."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ def linears(r: Reader, encoder: Part, outputs: int) -> Part:
         side = math.isqrt(encoder.config.tokens)
         return Part("merger", "pooler", pooler.Config(sum(inputs), outputs, side))
     layers, blocks = depth(r, name)
+    if layers == 0 and sum(inputs) != outputs:
+        raise ConfigError(
+            f"{r.where}: an identity projector joins {sum(inputs)} channels to the language "
+            f"model's {outputs}",
+            hint="the tower or the language model belongs to another checkpoint",
+        )
     return Part("merger", "mlp", mlp.Config(inputs, outputs, layers, blocks=blocks))
 
 
@@ -34,10 +40,12 @@ def read_name(r: Reader, encoder: Part) -> str:
 
 def depth(r: Reader, name: str) -> tuple[int, int]:
     """Linears and residual blocks of a projector type."""
+    if name == "identity":
+        return 0, 0
     match = re.fullmatch(r"linear|mlp(\d+)x(?:_res(\d+)x)?_gelu", name)
     if match is None or match[1] == "0":
         raise ConfigError(
             f"{r.where}: mm_projector_type = {name!r} is not implemented",
-            hint="implemented: linear, mlp{N}x_gelu, mlp{N}x_res{R}x_gelu, pooler",
+            hint="implemented: linear, identity, mlp{N}x_gelu, mlp{N}x_res{R}x_gelu, pooler",
         )
     return int(match[1] or 1), int(match[2] or 0)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from toolkit import published
+from toolkit.bundle import MANIFEST
 from toolkit.config import ModelConfig
 from toolkit.errors import CheckpointError, ConfigError
+from toolkit.layouts import own
 from toolkit.layouts.source import Options, Source, random_source, with_context
 from toolkit.strict import read_json
 
@@ -40,7 +42,12 @@ def find(name: str) -> System:
 
 
 def load(folder: Path, options: Options) -> Source:
-    """Read a checkpoint of any published system. Raises ConfigError or CheckpointError."""
+    """Read a checkpoint of any published system, or a bundle of ours.
+
+    Raises ConfigError, CheckpointError or BundleError.
+    """
+    if (folder / MANIFEST).exists():
+        return own.load(folder, options)
     if not (folder / "config.json").exists():
         kind = "has no config.json" if folder.is_dir() else "does not exist"
         raise CheckpointError(f"{folder} {kind}; a checkpoint is a folder with one")

@@ -20,7 +20,7 @@ _EPS = 1e-5
 class Config:
     """`layers` linears from the channels of all `inputs` together to `outputs` (the LM's width).
 
-    `blocks` residual blocks follow.
+    `blocks` residual blocks follow. No linears: the features as they are (identity).
     """
 
     inputs: tuple[int, ...]
