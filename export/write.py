@@ -24,7 +24,15 @@ from toolkit.layouts.source import Source
 from toolkit.models import vlm
 from toolkit.models.vlm import Component, Port
 from toolkit.ops import Array, Weights
-from toolkit.safetensors_io import STORAGE, Planned, Written, write_safetensors
+from toolkit.safetensors_io import (
+    STORAGE,
+    Blocks,
+    Planned,
+    Written,
+    row_blocks,
+    write_safetensors,
+)
+from toolkit.weights import RandomWeights
 
 Progress = Callable[[str], None]
 
@@ -158,8 +166,12 @@ def _write_weights(
 ) -> Written:
     tables = recorded.ops.constants
 
-    def produce(tensor: Planned) -> Array:
-        return tables[tensor.name] if tensor.name in tables else weights[tensor.name]
+    def produce(tensor: Planned) -> Blocks:
+        if tensor.name in tables:
+            return row_blocks(tables[tensor.name])
+        if isinstance(weights, RandomWeights):
+            return weights.blocks(tensor.name)
+        return row_blocks(weights[tensor.name])
 
     return write_safetensors(path, recorded.planned(), produce)
 

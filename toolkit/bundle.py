@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from toolkit import config as model_config
 from toolkit.artifact import sha256_of
 from toolkit.config import ModelConfig
@@ -91,7 +89,7 @@ def record_file(path: Path) -> FileRecord:
 
 
 class Tensors(Mapping[str, Array]):
-    """A component's weights as float arrays, read when asked for: what NumpyOps runs on."""
+    """A component's weights, mapped from the file: what NumpyOps runs on, half precision or not."""
 
     def __init__(self, path: Path) -> None:
         self._file = SafetensorsFile(path)
@@ -99,8 +97,7 @@ class Tensors(Mapping[str, Array]):
     def __getitem__(self, key: str) -> Array:
         if key not in self._file.entries:
             raise KeyError(key)
-        array = self._file.read(key)
-        return array.astype(np.float32) if array.dtype == np.float16 else array
+        return self._file.read(key)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it."""

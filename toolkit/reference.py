@@ -1,6 +1,7 @@
 """NumpyOps: what every other interpreter, engine and kernel is compared with.
 
-Clear before fast: each op is its definition. Values are float32 (float64 inputs stay float64).
+Clear before fast: each op is its definition. Values are float32 (float64 inputs stay float64);
+weights may be stored in half precision.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ class NumpyOps:
     """The oracle. Weights may be any mapping from key to array, also one that reads lazily."""
 
     def linear(self, x: Array, w: Weights[Array]) -> Array:
-        y = x @ w["weight"]
+        y = _product(x, w["weight"])
         bias = w.get("bias")
         return np.asarray(y if bias is None else y + bias)
 
     def unembed(self, x: Array, w: Weights[Array]) -> Array:
-        return np.asarray(x @ w["weight"].T)
+        return _product(x, w["weight"].T)
 
     def embed(self, ids: Array, w: Weights[Array]) -> Array:
-        return np.asarray(w["weight"][ids])
+        return _wide(w["weight"][ids])
 
     def conv(
         self, x: Array, w: Weights[Array], *, stride: int, padding: int = 0, groups: int = 1
     ) -> Array:
         """Tap by tap: memory stays near that of the input."""
-        kernel, bias = w["weight"], w.get("bias")
+        kernel, bias = _wide(w["weight"]), w.get("bias")
         pad = ((0, 0), (0, 0), (padding, padding), (padding, padding))
         wide = np.pad(x, pad) if padding else x
         tall, broad = (
@@ -213,6 +214,26 @@ class NumpyOps:
         step = scale if axis is None else _along(scale, axis, x.ndim)
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         return np.asarray(np.clip(np.rint(x / step), low, high) * step, x.dtype)
+
+
+def _wide(x: Array) -> Array:
+    """Half precision as float32; anything else as it is."""
+    return x.astype(np.float32) if x.dtype == np.float16 else x
+
+
+def _product(x: Array, matrix: Array) -> Array:
+    """x @ matrix. Half-precision matrices are widened in pieces: an output layer has gigabytes."""
+    if matrix.dtype != np.float16:
+        return np.asarray(x @ matrix)
+    turned = matrix.flags.f_contiguous
+    lines = max((1 << 22) // matrix.shape[0 if turned else 1], 1)
+    pieces = range(0, matrix.shape[1 if turned else 0], lines)
+    if turned:
+        return np.concatenate([x @ _wide(matrix[:, i : i + lines]) for i in pieces], -1)
+    total: Array = x[..., :lines] @ _wide(matrix[:lines])
+    for i in pieces[1:]:
+        total += x[..., i : i + lines] @ _wide(matrix[i : i + lines])
+    return total
 
 
 def _sigmoid(x: Array) -> Array:

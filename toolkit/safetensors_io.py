@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +73,10 @@ class SafetensorsFile:
         return self.entries[key].shape
 
     def read(self, key: str) -> Array:
-        """One tensor as an array of its own; bfloat16 comes back as float32."""
+        """One tensor, mapped from the file and read-only; bfloat16 comes back as float32."""
         entry = self.entries[key]
-        dtype = STORAGE[entry.dtype]
-        flat = np.fromfile(self.path, dtype, entry.elements, offset=entry.offset)
-        array = flat.reshape(entry.shape)
+        mapped = np.memmap(self.path, STORAGE[entry.dtype], "r", entry.offset, entry.shape)
+        array = np.asarray(mapped)
         return from_bfloat16(array) if entry.dtype == "bf16" else array
 
 
@@ -125,13 +125,29 @@ class Written:
     nbytes: int
 
 
-def write_safetensors(
-    path: Path, plan: Sequence[Planned], produce: Callable[[Planned], Array]
-) -> Written:
-    """Write `plan` in an aligned order, asking `produce` for one array at a time.
+Blocks = Iterable[Array]
+BLOCK_BYTES = 1 << 26
 
-    Each array must have the planned shape; it is converted to the planned dtype. Memory: about
-    twice the largest tensor. Raises CheckpointError where a value does not fit the dtype.
+
+def row_blocks(array: Array) -> Iterator[Array]:
+    """A tensor in pieces along its first axis, of about 64 MB in float32; views, not copies."""
+    if array.ndim < 2:
+        yield array
+        return
+    rows = max(BLOCK_BYTES // max(4 * math.prod(array.shape[1:]), 1), 1)
+    for start in range(0, array.shape[0], rows):
+        yield array[start : start + rows]
+
+
+def write_safetensors(
+    path: Path, plan: Sequence[Planned], produce: Callable[[Planned], Blocks]
+) -> Written:
+    """Write `plan` in an aligned order, asking `produce` for one tensor at a time.
+
+    A tensor comes in pieces along its first axis, which together have the planned shape; they are
+    converted to the planned dtype. A second thread makes the next piece while this one hashes and
+    writes the last, so memory is a few pieces and what `produce` itself holds. Raises
+    CheckpointError where a value does not fit the dtype.
     """
     # Big tensors first: their sizes are multiples of the page or cache line, so they stay aligned.
     order = sorted(plan, key=lambda t: (-_alignment(t), t.name))
@@ -139,12 +155,39 @@ def write_safetensors(
     digest = hashlib.sha256(header)
     with path.open("wb") as file:
         file.write(header)
-        for tensor in order:
-            data = _stored(produce(tensor), tensor)
+        for data in _one_ahead(_pieces(order, produce)):
             digest.update(data)
             file.write(data)
         size = file.tell()
     return Written(entries, digest.hexdigest(), size)
+
+
+def _pieces(order: Sequence[Planned], produce: Callable[[Planned], Blocks]) -> Iterator[memoryview]:
+    """The bytes of all tensors, piece by piece."""
+    for tensor in order:
+        rows = 0
+        for block in produce(tensor):
+            if block.shape[1:] != tensor.shape[1:] or block.ndim != len(tensor.shape):
+                raise CheckpointError(
+                    f"{tensor.name}: shape {block.shape}, planned {tensor.shape}",
+                    hint="config.json and weights do not belong together",
+                )
+            rows += block.shape[0] if block.ndim else 1
+            yield _stored(block, tensor)
+        if tensor.shape and rows != tensor.shape[0]:
+            raise CheckpointError(
+                f"{tensor.name}: {rows} rows, planned {tensor.shape}",
+                hint="config.json and weights do not belong together",
+            )
+
+
+def _one_ahead(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The same pieces, each made in another thread while the one before is being used."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: Future[memoryview | None] = pool.submit(next, pieces, None)
+        while (ready := pending.result()) is not None:
+            pending = pool.submit(next, pieces, None)
+            yield ready
 
 
 def _alignment(tensor: Planned) -> int:
@@ -174,8 +217,6 @@ def _layout(order: Sequence[Planned]) -> tuple[bytes, dict[str, Entry]]:
 
 
 def _stored(array: Array, tensor: Planned) -> memoryview:
-    if array.shape != tensor.shape:
-        raise CheckpointError(f"{tensor.name}: shape {array.shape}, planned {tensor.shape}")
     if tensor.dtype == "bf16":
         array = to_bfloat16(array)
     elif array.dtype != STORAGE[tensor.dtype]:
@@ -187,9 +228,11 @@ def _stored(array: Array, tensor: Planned) -> memoryview:
 def _narrow(array: Array, tensor: Planned) -> Array:
     with np.errstate(over="ignore"):
         narrow = array.astype(STORAGE[tensor.dtype])
-    if narrow.dtype == np.float16 and not np.isfinite(narrow).all() and np.isfinite(array).all():
+        extremes = np.asarray([array.min(), array.max()]) if array.size else np.zeros(2)
+        fits = np.isfinite(extremes.astype(narrow.dtype)).all()
+    if not fits and np.isfinite(extremes).all():
         raise CheckpointError(
-            f"{tensor.name} holds {float(np.abs(array).max()):.6g}, too large for fp16",
+            f"{tensor.name} holds {float(np.abs(extremes).max()):.6g}, too large for fp16",
             hint="export with --dtype bf16 or --dtype fp32",
         )
     return narrow

@@ -19,7 +19,7 @@ import numpy as np
 
 from toolkit.errors import CheckpointError
 from toolkit.ops import Array
-from toolkit.safetensors_io import SafetensorsFile
+from toolkit.safetensors_io import BLOCK_BYTES, SafetensorsFile
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -217,18 +217,25 @@ class RandomWeights(Mapping[str, Array]):
         self._label = label
 
     def __getitem__(self, key: str) -> Array:
+        return np.concatenate(list(self.blocks(key))) if self._shapes[key] else np.ones(())
+
+    def blocks(self, key: str) -> Iterator[Array]:
+        """The tensor in pieces along its first axis; the pieces do not depend on their size."""
         shape = self._shapes[key]
-        if key.endswith("bias"):
-            return np.zeros(shape, np.float32)
-        if len(shape) == 1 and key.endswith("weight"):
-            return np.ones(shape, np.float32)
+        if key.endswith("bias") or (len(shape) == 1 and key.endswith("weight")):
+            yield np.full(shape, 0.0 if key.endswith("bias") else 1.0, np.float32)
+            return
         source = f"{self._seed}/{self._label}/{key}".encode()
         digest = hashlib.sha256(source).digest()
         generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest[:16], "little")))
-        values = generator.random(shape, np.float32)
-        values -= np.float32(0.5)
-        values *= np.float32(math.sqrt(12.0 / _fan_in(key, shape)))
-        return values
+        spread = np.float32(math.sqrt(12.0 / _fan_in(key, shape)))
+        rows = max(BLOCK_BYTES // max(4 * math.prod(shape[1:]), 1), 1)
+        for start in range(0, shape[0], rows):
+            size = (min(rows, shape[0] - start), *shape[1:])
+            values = generator.random(size, np.float32)
+            values -= np.float32(0.5)
+            values *= spread
+            yield values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)

@@ -20,7 +20,7 @@ from engines.backends.common import best_seconds, link
 from toolkit.bundle import Bundle, ComponentRecord
 from toolkit.errors import BuildError, MissingExtra
 from toolkit.ops import Array
-from toolkit.safetensors_io import Planned, write_safetensors
+from toolkit.safetensors_io import Planned, row_blocks, write_safetensors
 from toolkit.target import Target, this_cpu, threads_here
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ def _widen_weights(
     """Write the weights again as float32 and point the graph's tensors at them."""
     tensors = bundle.tensors(record.name)
     plan = [Planned(name, "fp32", tensors.shape(name)) for name in tensors]
-    written = write_safetensors(folder / record.weights, plan, lambda t: tensors[t.name])
+    written = write_safetensors(
+        folder / record.weights, plan, lambda t: row_blocks(tensors[t.name])
+    )
     for tensor in model.graph.initializer:
         if tensor.name not in written.entries:
             continue

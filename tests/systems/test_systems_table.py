@@ -1,0 +1,117 @@
+"""docs/systems.md's table is what the code does: every cell is tried here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cli
+from engines.build import lint
+from export.write import graphs
+from tests.conftest import ROOT, golden_cases
+from tests.pipeline import ask, engine_of
+from tests.systems import test_comm, test_huggingface, test_huggingface_next
+from tests.systems.test_huggingface import IMAGE
+from toolkit import systems
+from toolkit.errors import ToolkitError
+from toolkit.layouts.source import Options
+from toolkit.target import parse
+
+COLUMNS = ("system", "loads original", "loads Hugging Face", "exports", "runs on CPU", "trains",
+           "int8", "int4", "TensorRT lowering")  # fmt: skip
+
+ORIGINALS = {
+    "llava": "e2e_llava15/llava-v1.5-tiny",
+    "convllava": "e2e_convllava/convllava-tiny",
+    "mmfuser": "e2e_mmfuser/llava-mmfuser-tiny",
+    "mlcd": "mlcd_llavanext_e2e",
+}
+
+
+def _comm(folder: Path) -> None:
+    test_comm.write(folder)
+
+
+def _next_original(folder: Path) -> None:
+    """MLCD's golden with a tower that is not called so is LLaVA-NeXT with a RoPE2D tower: not it.
+
+    The golden LLaVA-1.5 with tiles is.
+    """
+    import json
+    import shutil
+
+    case = golden_cases()["e2e_llava15"]
+    shutil.copytree(case / "llava-v1.5-tiny", folder)
+    shutil.copytree(case / "clip-vit-tiny", folder.parent / "clip-vit-tiny")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial",
+               "image_grid_pinpoints": [[84, 168], [168, 84]]}  # fmt: skip
+    path.write_text(json.dumps(config))
+
+
+MAKERS: dict[str, Callable[[Path], object]] = {"comm": _comm, "llava_next": _next_original}
+HUGGINGFACE: dict[str, Callable[[Path], object]] = {
+    "llava": lambda folder: test_huggingface.save(folder, "grouped heads"),
+    "llava_next": lambda folder: test_huggingface_next.save(folder, True, "qwen2"),
+}
+
+
+def original(system: str, work: Path) -> Path:
+    if system in ORIGINALS:
+        return golden_cases()[ORIGINALS[system].split("/")[0]].joinpath(
+            *ORIGINALS[system].split("/")[1:]
+        )
+    MAKERS[system](work / "checkpoint")
+    return work / "checkpoint"
+
+
+def tried(action: Callable[[], object]) -> bool:
+    try:
+        action()
+    except ToolkitError:
+        return False
+    return True
+
+
+def loads_huggingface(system: str, work: Path) -> bool:
+    if system not in HUGGINGFACE:
+        return False
+    HUGGINGFACE[system](work / "hf")
+    return systems.load(work / "hf", Options()).model.system == system
+
+
+def row(system: str, work: Path) -> tuple[str, ...]:
+    """One line of the table, every cell tried on a tiny checkpoint."""
+    folder = original(system, work)
+    source = systems.load(folder, Options())
+    loads = source.model.system == system
+    recorded = graphs(source, "fp32")
+    engine = engine_of(folder, work)
+    runs = len(ask(engine, "<image>What?", [IMAGE], 2).token_ids) > 0
+    verbs = {command.name or command.callback.__name__ for command in cli.app.registered_commands
+             if command.callback}  # fmt: skip
+    lowers = tried(lambda: lint(recorded, parse("jetson-agx-orin")))
+    cells = (loads, loads_huggingface(system, work), True, runs, "train" in verbs,
+             "calibrate" in verbs, "calibrate" in verbs, lowers)  # fmt: skip
+    return (system, *("yes" if cell else "-" for cell in cells))
+
+
+@pytest.mark.parametrize("system", systems.names())
+def test_the_table_tells_the_truth(system: str, tmp_path: Path) -> None:
+    text = (ROOT / "docs/systems.md").read_text()
+    first = text[text.index("| system") :].split("\n\n")[0]
+    lines = first.splitlines()
+    assert tuple(c.strip() for c in lines[0].strip("|").split("|")) == COLUMNS
+    found = {cells[0]: cells for cells in (
+        tuple(c.strip() for c in line.strip("|").split("|")) for line in lines[2:]
+    )}  # fmt: skip
+    assert found[system] == row(system, tmp_path)
+
+
+def test_every_preset_is_named_in_the_page() -> None:
+    text = (ROOT / "docs/systems.md").read_text()
+    assert [name for name in systems.presets() if not re.search(rf"`{name}`", text)] == []
