@@ -14,6 +14,7 @@ PIP_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_ARGS)
+BENCHMARKS := start_up lm_decode
 CODE := cli.py toolkit export engines training calibration tests examples benchmarks
 
 .NOTPARALLEL:
@@ -32,9 +33,10 @@ check: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/rooms/test_rooms.py
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 wheel: $(VENV)/.dev
+	rm -rf build
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
