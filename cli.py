@@ -297,6 +297,9 @@ def _guarded(debug: bool) -> int:
 def _unexpected(error: Exception, debug: bool) -> int:
     """A usage error of the parser exits 2; anything else is a defect of ours."""
     format_message = getattr(error, "format_message", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error, file=sys.stderr)
+        return 2
     if format_message is not None:
         return _fail(format_message(), "edgevlm --help, or edgevlm VERB --help", 2)
     if type(error).__name__ == "Abort":

@@ -7,7 +7,7 @@ so by name instead of finding out on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from engines import swaps
@@ -63,20 +63,21 @@ _KEEP = {op: Row("keep", "a standard op with a kernel") for op in _STANDARD}
 
 _SPELL_OUT = Row("spell out", "no kernel of its own; the standard body runs")
 
+_ROTARY_FIRST = Row(
+    "swap",
+    "as above; the kernel rotates heads of 16n channels only, so RotaryEmbedding comes first",
+    swaps.rotary_then_group_query_attention,
+    "com.microsoft.GroupQueryAttention",
+    fits=lambda node: swaps.head_width(node) % 8 == 0,
+    otherwise=Row("spell out", "the kernel takes heads of 8n channels only"),
+)
 _CACHED_ATTENTION = Row(
     "swap",
     "writes the cache in place; no mask, no copy per token",
     swaps.group_query_attention,
     "com.microsoft.GroupQueryAttention",
     fits=lambda node: swaps.head_width(node) % 16 == 0,
-    otherwise=Row(
-        "swap",
-        "as above; the kernel rotates heads of 16n channels only, so RotaryEmbedding comes first",
-        swaps.rotary_then_group_query_attention,
-        "com.microsoft.GroupQueryAttention",
-        fits=lambda node: swaps.head_width(node) % 8 == 0,
-        otherwise=Row("spell out", "the kernel takes heads of 8n channels only"),
-    ),
+    otherwise=_ROTARY_FIRST,
 )
 
 ONNXRUNTIME_CPU: Mapping[str, Row] = {
@@ -101,6 +102,21 @@ ONNXRUNTIME_CPU: Mapping[str, Row] = {
     "edgevlm.ResponseNorm": _SPELL_OUT,
 }
 
+# ONNX Runtime 1.23, the last release for Python 3.10: opset 23, and a window that it gets wrong.
+_NEW_IN_1_24 = ("DequantizeLinear", "QuantizeLinear", "Swish", "TensorScatter")
+_NO_WINDOW = replace(
+    _CACHED_ATTENTION,
+    fits=lambda node: swaps.head_width(node) % 16 == 0 and not swaps.windowed(node),
+    otherwise=replace(
+        _ROTARY_FIRST,
+        fits=lambda node: swaps.head_width(node) % 8 == 0 and not swaps.windowed(node),
+        otherwise=None,
+    ),
+)
+ONNXRUNTIME_1_23_CPU: Mapping[str, Row] = {
+    op: row for op, row in ONNXRUNTIME_CPU.items() if op not in _NEW_IN_1_24
+} | {"edgevlm.CachedAttention": _NO_WINDOW}
+
 _TENSORRT_SINCE: dict[str, Version] = {
     "Attention": (10, 14),
     "RMSNormalization": (10, 15),
@@ -109,6 +125,13 @@ _TENSORRT_SINCE: dict[str, Version] = {
 TABLES: dict[str, Mapping[str, Row]] = {"onnxruntime": ONNXRUNTIME_CPU}
 
 
+def reads_opset_23_only(target: Target) -> bool:
+    """Whether the target is an ONNX Runtime before 1.24."""
+    return target.backend == "onnxruntime" and () < target.version < (1, 24)
+
+
 def rows(target: Target) -> Mapping[str, Row]:
     """The table of a target; empty where no lowering has been written for its backend."""
+    if reads_opset_23_only(target):
+        return ONNXRUNTIME_1_23_CPU
     return TABLES.get(target.backend, {})

@@ -9,7 +9,7 @@ import onnx
 import onnx.inliner
 from onnx import TensorProto
 
-from engines.capabilities import Action, Row, rows
+from engines.capabilities import Action, Row, reads_opset_23_only, rows
 from engines.graph import Rewriter, op_name
 from toolkit.errors import UnsupportedError
 from toolkit.target import Target
@@ -63,7 +63,12 @@ def lower(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
         row = _row(node, target)
         nodes += row.swap(node, rewriter) if row and row.swap else [node]
     rewriter.finish(nodes)
-    return onnx.inliner.inline_local_functions(model) if model.functions else model
+    lowered = onnx.inliner.inline_local_functions(model) if model.functions else model
+    if reads_opset_23_only(target):
+        # What is allowed there has in opset 24 more types and options, none of which is used.
+        for opset in lowered.opset_import:
+            opset.version = min(opset.version, 23)
+    return lowered
 
 
 def widen(model: onnx.ModelProto) -> bool:

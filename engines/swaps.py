@@ -79,6 +79,11 @@ def head_width(node: onnx.NodeProto) -> int:
     return round(1 / scale**2)
 
 
+def windowed(node: onnx.NodeProto) -> bool:
+    """Whether a CachedAttention call sees the last positions only."""
+    return int(attribute(node, "window")) > 0
+
+
 def group_query_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     """GroupQueryAttention rotates, writes the cache in place and masks by length by itself."""
     q, k, v, key, value, cos, sin, positions, _ = node.input

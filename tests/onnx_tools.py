@@ -9,10 +9,13 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
+from engines.capabilities import reads_opset_23_only
 from export.write import record
+from toolkit.errors import UnsupportedError
 from toolkit.models.vlm import Component
 from toolkit.ops import Array
 from toolkit.safetensors_io import Entry, Written
+from toolkit.target import this_cpu
 
 
 def model_of(part: Component, tensors: Mapping[str, Array]) -> onnx.ModelProto:
@@ -29,7 +32,9 @@ def model_of(part: Component, tensors: Mapping[str, Array]) -> onnx.ModelProto:
 
 
 def run(model: onnx.ModelProto, feed: Mapping[str, Array]) -> dict[str, Array]:
-    """Outputs by name."""
+    """Outputs by name. Raises UnsupportedError where this ONNX Runtime is too old for the graph."""
+    if reads_opset_23_only(this_cpu()) and model.opset_import[0].version > 23:
+        raise UnsupportedError("a portable graph needs opset 24")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1

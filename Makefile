@@ -1,0 +1,73 @@
+# make demo    the whole way on a tiny model: checkpoint, bundle, engine, answer, profile
+# make test    the test suite
+# make check   formatting, lint, types, the rooms and their sizes
+# make bench   the benchmarks
+# make wheel   dist/edgevlm-*.whl
+# make clean   removes what these made;  make distclean  removes the environment too
+#
+# Every target sets up what it needs in $(VENV) the first time. Needs Python 3.10 or newer.
+# PYTHON=python3.12 chooses the interpreter; PIP_ARGS is handed to pip.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_ARGS)
+BENCHMARKS := start_up lm_decode
+CODE := cli.py toolkit export engines training calibration tests examples benchmarks
+
+.NOTPARALLEL:
+.PHONY: demo test check bench wheel clean distclean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/python -m ruff format --check $(CODE)
+	$(BIN)/python -m ruff check $(CODE)
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest tests/rooms/test_rooms.py
+
+bench: $(VENV)/.dev
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+wheel: $(VENV)/.dev
+	rm -rf build
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# -- set-up: one stamp per environment, made again when what is installed changes ---------------
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $$($(PYTHON) --version 2>&1) is too old; edgevlm needs Python 3.10 or newer"; \
+	    echo "hint: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "error: $(PYTHON) cannot make virtual environments"; \
+	    echo "hint: on Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The demo takes one photograph from scikit-image's folder and needs none of its code.
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "installing what the demo needs into $(VENV) ..."
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-build-isolation --editable '.[cpu,export]'
+	@$(INSTALL) --no-deps scikit-image
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "installing what development needs into $(VENV), torch among it (takes a while) ..."
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@ $(VENV)/.demo

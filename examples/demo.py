@@ -1,0 +1,190 @@
+"""The whole way on a model that fits into a megabyte: checkpoint, bundle, engine, answer, profile.
+
+python examples/demo.py [OUT]     writes into demo-out/ unless told otherwise; about ten seconds
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+CASE = Path("tests/goldens/e2e_llava15")
+CHECKPOINT, PICTURE = CASE / "llava-v1.5-tiny", CASE / "image.png"
+INSTALLED = Path(sys.executable).with_name("edgevlm")
+
+
+def main() -> int:
+    """Run the five steps; 1 if the model does not say what the original code said."""
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("demo-out")
+    (ROOT / out).mkdir(parents=True, exist_ok=True)
+    bundle, engine = out / "bundle", out / "engine"
+    introduce()
+    step_export(bundle)
+    step_build(bundle, engine)
+    agrees = step_original_picture(engine)
+    step_photograph(engine, out)
+    step_profile(engine, out)
+    farewell(engine, out)
+    return 0 if agrees else 1
+
+
+def introduce() -> None:
+    """What is about to happen, and what to expect of the answers."""
+    say(
+        "edgevlm takes a vision-language model from its training checkpoint to an engine that "
+        "runs without PyTorch. This demo goes the whole way with a LLaVA-1.5 of 0.3 million "
+        "parameters in the original checkpoint format."
+    )
+    say(
+        "Its weights are RANDOM, so its answers are gibberish by construction. What can be "
+        "checked is that they are the right gibberish: the original LLaVA code was run on the "
+        "same weights, and its answer is stored beside them."
+    )
+
+
+def step_export(bundle: Path) -> None:
+    """Checkpoint -> bundle."""
+    title(1, "export: read the checkpoint, write a bundle")
+    run("export", CHECKPOINT, bundle, "--force")
+    say(
+        f"{bundle} holds one ONNX graph per component, the weights as safetensors, the tokenizer, "
+        "and small inputs with the answers of a NumPy reference (the goldens)."
+    )
+
+
+def step_build(bundle: Path, engine: Path) -> None:
+    """Bundle -> engine, with the interesting part of the lowering table."""
+    title(2, "build: compile the bundle for this machine's processor")
+    lines = output("build", bundle, engine, "--force", "--explain").splitlines()
+    kept = [line for line in lines if "  keep  " in line]
+    print("\n".join(line for line in lines if line not in kept))
+    print(f"(left out here: {len(kept)} kinds of standard ops that are kept as they are)")
+    say(
+        "Ops with a faster form on this target were swapped for it. Then the goldens were "
+        "replayed: an engine that differs from the reference is refused, not written."
+    )
+
+
+def step_original_picture(engine: Path) -> bool:
+    """The golden's question and picture; True if the tokens are the original code's."""
+    title(3, "run: the same question that the original LLaVA code was asked")
+    question = json.loads((ROOT / CASE / "case.json").read_text())["question"]
+    expected = [int(i) for i in np.load(ROOT / CASE / "outputs.npz")["greedy_ids"]]
+    words = ["run", engine, question, "--image", PICTURE, "--max-tokens", len(expected), "--json"]
+    found: dict[str, Any] = json.loads(output(*words))
+    equal = sum(a == b for a, b in zip(found["token_ids"], expected, strict=False))
+    print(f"answer           {found['text']!r}")
+    print(f"its tokens       {found['token_ids']}")
+    print(f"the original's   {expected}")
+    agrees = bool(found["token_ids"] == expected)
+    say(
+        f"{equal} of {len(expected)} tokens are equal"
+        + ("." if agrees else ": THIS IS A DEFECT. Please report it.")
+        + f" The prompt took {found['prompt_tokens']} tokens, {found['image_tokens']} of them made "
+        "from the picture."
+    )
+    return agrees
+
+
+def step_photograph(engine: Path, out: Path) -> None:
+    """A photograph of an ordinary size."""
+    title(4, "run: a real photograph")
+    photo = photograph(out)
+    run("run", engine, "What animal is this?", "--image", photo, "--max-tokens", 24)
+    say(
+        "Gibberish, as announced. The photograph (a cat) was padded to a square and scaled exactly "
+        "as the original does it. With trained weights the commands are the same."
+    )
+
+
+def step_profile(engine: Path, out: Path) -> None:
+    """Where the time goes."""
+    title(5, "profile: where each millisecond goes")
+    page = out / "profile.html"
+    run("profile", engine, "--image", out / "chelsea.png", "--html", page, "--quiet")
+    say(
+        "The floor is what this machine's measured arithmetic and memory rate allow for a stage; "
+        "reached says how near the engine came. A model this small is all overhead; floors are of "
+        f"interest for real ones. {page} shows the same as a page of its own."
+    )
+
+
+def farewell(engine: Path, out: Path) -> None:
+    """What to do next."""
+    title(6, "what to try next")
+    ask = command("run", engine, "What do you see?", "--image", "YOUR.jpg", "--json")
+    shape = command("export", "preset:llava-qwen2-0.5b", out / "half", "--random-weights")
+    print(f"your own picture         {ask}")
+    print(f"your own checkpoint      {command('export', 'CHECKPOINT_FOLDER', 'BUNDLE')}")
+    print(f"a real size, 3.1 GB disk {shape}")
+    print(f"what this machine has    {command('doctor')}")
+    print("every verb and option    docs/cli.md")
+    print("the test suite           make test")
+
+
+# -- helpers -----------------------------------------------------------------------------------
+
+
+def run(*words: object) -> None:
+    """Print a command of edgevlm and run it; stop where it fails."""
+    _start(words, None)
+
+
+def output(*words: object) -> str:
+    """The same, and what the command printed."""
+    return _start(words, subprocess.PIPE).stdout.rstrip()
+
+
+def _start(words: Sequence[object], stdout: int | None) -> subprocess.CompletedProcess[str]:
+    print(f"$ {command(*words)}", flush=True)
+    program = [str(INSTALLED)] if INSTALLED.exists() else [sys.executable, "cli.py"]
+    done = subprocess.run([*program, *map(str, words)], cwd=ROOT, stdout=stdout, text=True)
+    if done.returncode:
+        sys.exit(f"the command failed with exit code {done.returncode}")
+    return done
+
+
+def command(*words: object) -> str:
+    """The command as one would type it here."""
+    name = "python cli.py"
+    if INSTALLED.exists():
+        name = (
+            "edgevlm" if shutil.which("edgevlm") == str(INSTALLED) else os.path.relpath(INSTALLED)
+        )
+    return f"{name} {shlex.join(map(str, words))}"
+
+
+def photograph(out: Path) -> Path:
+    """Chelsea the cat, by Stéfan van der Walt (CC0), copied from scikit-image's package."""
+    package = find_spec("skimage")
+    if package is None or not package.submodule_search_locations:
+        sys.exit("the photograph comes with scikit-image: use `make demo`, or pip install it")
+    source = Path(package.submodule_search_locations[0]) / "data/chelsea.png"
+    shutil.copyfile(source, ROOT / out / source.name)
+    return out / source.name
+
+
+def title(number: int, text: str) -> None:
+    """A heading."""
+    print(f"\n-- {number}. {text} {'-' * max(0, 86 - len(text))}\n", flush=True)
+
+
+def say(text: str) -> None:
+    """A paragraph of explanation."""
+    print("\n" + textwrap.fill(text, 92), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
