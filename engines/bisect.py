@@ -69,7 +69,12 @@ def _states(record: ComponentRecord) -> dict[str, Array]:
 
 
 def _values(
-    folder: Path, model: onnx.ModelProto, names: list[str], feed: Mapping[str, Array], *, plain: bool
+    folder: Path,
+    model: onnx.ModelProto,
+    names: list[str],
+    feed: Mapping[str, Array],
+    *,
+    plain: bool,
 ) -> dict[str, Array]:
     """Run with `names` as outputs; plain: without ONNX Runtime's own rewriting."""
     import onnxruntime
