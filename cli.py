@@ -10,7 +10,6 @@ import typer
 
 if TYPE_CHECKING:
     from toolkit.console import Console
-    from toolkit.layouts.source import Source
 
 __version__ = "0.1.0"
 
@@ -41,6 +40,10 @@ Tower = Annotated[
 IgnoreKey = Annotated[
     Optional[list[str]], typer.Option(help="A config key that may be ignored. Repeatable.")
 ]
+Quirk = Annotated[
+    Optional[list[str]],
+    typer.Option(help="An oddity of the original to keep: docs/systems.md. Repeatable."),
+]
 RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="For presets: weights from --seed.")
 ]
@@ -65,6 +68,7 @@ def export(
     system: System = None,
     vision_tower: Tower = None,
     ignore_key: IgnoreKey = None,
+    quirk: Quirk = None,
     random_weights: RandomWeights = False,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     revision: Annotated[Optional[str], typer.Option(help="Revision of a model id.")] = None,
@@ -80,17 +84,28 @@ def export(
     from engines import build as builder
     from engines import summary
     from export import available
+    from toolkit import hub, systems
+    from toolkit.layouts.source import Options
     from toolkit.target import parse
+    from training import torch_files
 
     console = _console(as_json, quiet)
     available.check_dtype(dtype)
     target = parse(for_target) if for_target else None
-    if source.startswith("preset:"):
-        model = _preset(source, random_weights, seed, max_context)
+    options = Options(
+        system,
+        vision_tower,
+        tuple(ignore_key or ()),
+        max_context,
+        torch_files.reader(),
+        tuple(quirk or ()),
+    )
+    name = source.removeprefix("preset:")
+    systems.check_weights(source, random_weights)
+    if name != source:
+        model = systems.preset(name, seed, options)
     else:
-        model = _checkpoint(
-            source, system, vision_tower, ignore_key, max_context, revision, offline
-        )
+        model = systems.load(hub.locate(source, revision=revision, offline=offline), options)
     if dry_run:
         console.result(*summary.planned_bundle(model, dtype, out))
         return
@@ -103,40 +118,18 @@ def export(
     console.result(*summary.written_bundle(out))
 
 
-def _preset(name: str, random_weights: bool, seed: int, max_context: int | None) -> Source:
-    from toolkit import systems
-    from toolkit.errors import ConfigError
-
-    if not random_weights:
-        raise ConfigError(f"{name} has no weights", hint="add --random-weights")
-    return systems.preset(name.removeprefix("preset:"), seed, max_context)
-
-
-def _checkpoint(
-    source: str,
-    system: str | None,
-    vision_tower: Path | None,
-    ignore_key: list[str] | None,
-    max_context: int | None,
-    revision: str | None,
-    offline: bool,
-) -> Source:
-    from toolkit import hub, systems
-    from toolkit.layouts.source import Options
-    from training import torch_files
-
-    options = Options(
-        system, vision_tower, tuple(ignore_key or ()), max_context, torch_files.reader()
-    )
-    return systems.load(hub.locate(source, revision=revision, offline=offline), options)
-
-
 @app.command()
 def build(
     bundle: Annotated[Path, typer.Argument(help="A bundle made by `export`.")],
     out: Annotated[Path, typer.Argument(help="The engine to write.")],
     target: Annotated[str, typer.Option(help="cpu, reference, a device or BACKEND/ARCH.")] = "cpu",
     max_context: Context = None,
+    max_image_tiles: Annotated[
+        Optional[int], typer.Option(help="Most tiles of a picture; default: the model's.")
+    ] = None,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="If the engine diverges, name the first op.")
+    ] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show what happens to each op, and why.")
     ] = False,
@@ -152,7 +145,8 @@ def build(
     from toolkit.target import parse
 
     console = _console(as_json, quiet)
-    request = builder.Request(parse(target), max_context, force, f"edgevlm {__version__}")
+    made_by = f"edgevlm {__version__}"
+    request = builder.Request(parse(target), max_context, force, made_by, max_image_tiles, bisect)
     if dry_run:
         console.result(*summary.planned_engine(bundle, request, explain))
         return

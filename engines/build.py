@@ -6,15 +6,16 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engines import backends, engine
 from engines.backends import Backend, Compiled, RunnerOptions
 from engines.engine import Built, Decided, Engine
+from toolkit import config as model_config
 from toolkit import goldens
 from toolkit.artifact import refuse_existing, require_space, writing
 from toolkit.bundle import GOLDENS, TOKENIZER, Bundle, FileRecord, record_file
@@ -35,12 +36,18 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be built."""
+    """What is to be built.
+
+    context: positions of the KV cache, None for the bundle's. tiles: the most tiles that a picture
+    is cut into, None for all that the model knows. bisect: on divergence, look for the first op.
+    """
 
     target: Target
     context: int | None
     force: bool
     made_by: str
+    tiles: int | None = None
+    bisect: bool = False
 
 
 def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[Engine, bool]:
@@ -51,9 +58,9 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     """
     started = time.perf_counter()
     bundle = Bundle.open(path)
-    context = _context(bundle, request.context)
+    context, model = settled(bundle, request)
     backend = _backend_here(request.target, path, out)
-    found = existing(bundle, out, request.target, context)
+    found = existing(bundle, out, request.target, context, model)
     if found is not None and not request.force:
         return found, False
     refuse_existing(out, force=request.force)
@@ -62,7 +69,7 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     require_space(out, _new_bytes(bundle, request.target))
     with writing(out, force=request.force) as folder:
         compiled, files = _compile(bundle, backend, folder, request.target, progress)
-        differences = replay(bundle, compiled, backend, folder, progress)
+        differences = replay(bundle, compiled, backend, folder, progress, bisect=request.bisect)
         made = Engine(
             engine.FORMAT,
             request.made_by,
@@ -70,8 +77,9 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
             str(path.resolve()),
             bundle.sha256,
             context,
+            request.tiles,
             bundle.manifest.dtype,
-            bundle.manifest.model,
+            model,
             tuple(c.record for c in compiled),
             bundle.manifest.edges,
             files,
@@ -82,7 +90,9 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     return made, True
 
 
-def existing(bundle: Bundle, out: Path, target: Target, context: int) -> Engine | None:
+def existing(
+    bundle: Bundle, out: Path, target: Target, context: int, model: Mapping[str, Any]
+) -> Engine | None:
     """The engine at `out` if it is the one that building would give again."""
     if not (out / engine.DESCRIPTION).exists():
         return None
@@ -91,8 +101,9 @@ def existing(bundle: Bundle, out: Path, target: Target, context: int) -> Engine 
         engine.check(out, found)
     except Exception:  # a damaged or foreign engine is not the one that is asked for
         return None
-    wanted = (bundle.sha256, str(target), context)
-    return found if (found.bundle_sha256, found.target, found.context) == wanted else None
+    wanted = (bundle.sha256, str(target), context, model)
+    has = (found.bundle_sha256, found.target, found.context, found.model)
+    return found if has == wanted else None
 
 
 def lowering(bundle: Bundle, target: Target) -> list[Decided]:
@@ -120,6 +131,11 @@ def lint(graphs: Mapping[str, onnx.ModelProto], target: Target) -> None:
         decide(name, model, target)
 
 
+def settled(bundle: Bundle, request: Request) -> tuple[int, Mapping[str, Any]]:
+    """Context and model of the engine asked for. Raises ConfigError where they cannot be."""
+    return _context(bundle, request.context), _model(bundle, request.tiles)
+
+
 def _context(bundle: Bundle, asked: int | None) -> int:
     limit: int = bundle.model.lm.config.context
     if asked is None:
@@ -130,6 +146,21 @@ def _context(bundle: Bundle, asked: int | None) -> int:
             hint=f"choose 1 to {limit}, or export again with a larger --max-context",
         )
     return asked
+
+
+def _model(bundle: Bundle, tiles: int | None) -> Mapping[str, Any]:
+    """The bundle's model, whose pictures are cut into at most `tiles` tiles."""
+    if tiles is None:
+        return bundle.manifest.model
+    rules = bundle.model.images
+    if rules.tiling is None:
+        raise ConfigError(
+            f"--max-image-tiles {tiles} has no effect: {bundle.model.system} sees one view of "
+            "each picture",
+            hint="leave it out",
+        )
+    images = replace(rules, tiling=rules.tiling.limited(tiles))
+    return model_config.to_json(replace(bundle.model, images=images))
 
 
 def _backend_here(target: Target, path: Path, out: Path) -> Backend:
@@ -178,10 +209,13 @@ def replay(
     backend: Backend,
     folder: Path,
     progress: Progress,
+    *,
+    bisect: bool = False,
 ) -> dict[str, float]:
     """Run the goldens on the compiled components; the largest relative difference of each.
 
-    Raises AccuracyError naming the first component beyond its tolerance.
+    Raises AccuracyError naming the first component beyond its tolerance and, with `bisect`, the
+    first op of it.
     """
     calls = goldens.load(bundle.path / GOLDENS)
     found: dict[str, float] = {}
@@ -196,12 +230,28 @@ def replay(
         finally:
             runner.close()
         if not worst <= limit:
+            place = _first_op(bundle, part, folder, own[0], limit) if bisect else ""
             raise AccuracyError(
-                f"{record.name} differs from the oracle by {worst:.3g} (relative), allowed {limit}",
-                hint="nothing was written; please report this with the output of edgevlm doctor",
+                f"{record.name} differs from the oracle by {worst:.3g} (relative), allowed {limit}"
+                + place,
+                hint="nothing was written; please report this with the output of edgevlm doctor"
+                if bisect
+                else "add --bisect to find the first op that differs",
             )
         found[record.name] = worst
     return found
+
+
+def _first_op(bundle: Bundle, part: Compiled, folder: Path, golden: Golden, limit: float) -> str:
+    """Where the compiled graph first leaves the portable one, as the end of an error."""
+    if part.record.graph not in part.files:
+        return "; this backend has no graph to search"
+    from engines.bisect import first_divergence
+
+    found = first_divergence(bundle, part.record, folder, golden, limit)
+    if found is None:
+        return "; no tensor that both graphs name differs, so the portable graph itself does"
+    return f"; first at {found.tensor}, made by {found.op}: {found.difference:.3g}"
 
 
 def _differences(golden: Golden, outputs: dict[str, Array]) -> list[float]:

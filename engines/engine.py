@@ -45,7 +45,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Engine:
-    """What engine.json holds. `context`: positions of the KV cache."""
+    """What engine.json holds. context: positions of the KV cache; max_image_tiles: None for all."""
 
     format: int
     made_by: str
@@ -53,6 +53,7 @@ class Engine:
     bundle: str
     bundle_sha256: str
     context: int
+    max_image_tiles: int | None
     dtype: str
     model: Mapping[str, Any]
     components: tuple[ComponentRecord, ...]
@@ -71,9 +72,11 @@ class Engine:
 
     def rebuild_command(self, folder: Path, target: str = "cpu") -> str:
         """The command that builds this engine again, for `target`."""
-        return shlex.join(
-            ["edgevlm", "build", self.bundle, str(folder), "--target", target, "--force"]
-        )
+        words = ["edgevlm", "build", self.bundle, str(folder), "--target", target]
+        words += ["--max-context", str(self.context)]
+        if self.max_image_tiles is not None:
+            words += ["--max-image-tiles", str(self.max_image_tiles)]
+        return shlex.join([*words, "--force"])
 
 
 def write(folder: Path, engine: Engine) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ from toolkit.target import threads_here
 from toolkit.tokenizer import TextStream, Tokenizer
 
 Finish = Literal["stop", "length"]
+PIECE = 256  # tokens of a prompt that the language model reads at a time
 
 
 @dataclass(frozen=True)
@@ -128,16 +130,24 @@ class Session:
     # -- the stages ------------------------------------------------------------------------
 
     def prefill(self, layout: Layout, features: Array) -> Array:
-        """Logits [vocab] after the whole prompt; the cache then holds it."""
-        last = np.asarray([[layout.length - 1]], np.int64)
-        inputs = {
-            "ids": layout.ids,
-            "rows": layout.rows,
-            "features": features,
-            "start": np.zeros(1, np.int64),
-            "score": last,
-        }
-        return self._logits(inputs)
+        """Logits [vocab] after the whole prompt; the cache then holds it.
+
+        The prompt is read in equal pieces of at most PIECE tokens: less memory, and less time, as
+        attention computes a square of scores per piece of which the causal half counts.
+        """
+        pieces = -(-layout.length // PIECE)
+        cuts = [layout.length * i // pieces for i in range(pieces + 1)]
+        for begin, end in pairwise(cuts):
+            last = end == layout.length
+            inputs = {
+                "ids": layout.ids[:, begin:end],
+                "rows": layout.rows[:, begin:end],
+                "features": features,
+                "start": np.asarray([begin], np.int64),
+                "score": np.full((1, 1 if last else 0), end - begin - 1, np.int64),
+            }
+            outputs = self._runners[self.model.lm.name].run(inputs)
+        return np.asarray(outputs["logits"][0, 0])
 
     def decode(self, token: int, position: int, features: Array) -> Array:
         """Logits [vocab] after one more token at `position`."""
@@ -148,11 +158,7 @@ class Session:
             "start": np.asarray([position], np.int64),
             "score": np.zeros((1, 1), np.int64),
         }
-        return self._logits(inputs)
-
-    def _logits(self, inputs: dict[str, Array]) -> Array:
-        outputs = self._runners[self.model.lm.name].run(inputs)
-        return np.asarray(outputs["logits"][0, 0])
+        return np.asarray(self._runners[self.model.lm.name].run(inputs)["logits"][0, 0])
 
     def layers(self) -> dict[str, list[LayerTime]]:
         """Time per node of every component; for a session opened with profile=True."""
@@ -207,7 +213,8 @@ class Reply:
         """Everything before the language model."""
         session, question, clock = self._session, self._question, self._clock
         with clock.time("image_decode"):
-            pictures = [images.load(source) for source in question.images]
+            upright = session.model.images.upright
+            pictures = [images.load(source, upright=upright) for source in question.images]
         self._notes = tuple(
             f"image {number}: {note}"
             for number, picture in enumerate(pictures, 1)
@@ -220,9 +227,13 @@ class Reply:
             self._text.add_stop(rendered.stop)
         with clock.time("tokenize"):
             prompt = prompts.tokenize(rules, session.tokenizer, rendered.text)
-        prompts.check_places(prompt, len(pictures))
+        again = rules.reuse_last and 0 < len(pictures) == prompt.images - 1
+        prompts.check_places(prompt, len(pictures) + again)
         features = session.vision.encode(pictures, clock, tiles=rendered.tiles)
-        layout = prompts.lay_out(prompt, features.places)
+        layout = prompts.lay_out(prompt, [*features.places, *(features.places[-1:] * again)])
+        if rules.cut is not None and layout.length > rules.cut:
+            self._notes += (f"the prompt's {layout.length} tokens were cut to {rules.cut}",)
+            layout = layout.first(rules.cut)
         self._check_length(layout)
         return layout, features.rows
 

@@ -108,7 +108,7 @@ def _short(names: list[str]) -> list[str]:
 def planned_engine(path: Path, request: builder.Request, explain: bool) -> Result:
     """What `build` would do: memory by use, and the lowering table on demand."""
     bundle = Bundle.open(path)
-    context = request.context or bundle.model.lm.config.context
+    context, _ = builder.settled(bundle, request)
     memory = estimate(bundle, request.target, context)
     decisions = builder.lowering(bundle, request.target)
     data = {

@@ -73,16 +73,16 @@ def _size(dim: int | str, axes: Mapping[str, int]) -> int:
 
 
 def _calls(component: Component, seed: int) -> Iterator[dict[str, Array]]:
-    """A decoder gets a prompt of 6 with image rows and then one token; the rest get one call."""
+    """A decoder gets a prompt in two pieces with image rows, then one token; the rest one call."""
     generator = np.random.default_rng(seed)
     plain = {p.name: p for p in component.inputs}
     if "start" not in plain:
         yield {n: _values(p, AXES, generator) for n, p in plain.items()}
         return
     vocab = component.outputs[0].shape[-1]
-    for start, length in ((0, 6), (6, 1)):
+    for start, length in ((0, 6), (6, 3), (9, 1)):
         rows = np.full((1, length), -1, np.int64)
-        rows[0, 1:4] = [4, 0, 2][: max(length - 1, 0)]
+        rows[0, 1:4] = [4, 0, 2][: length - 1]
         yield {
             "ids": generator.integers(0, int(vocab), (1, length)),
             "rows": rows,

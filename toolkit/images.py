@@ -78,12 +78,13 @@ class ImageRules:
     """How one picture becomes pixels for every encoder, and its features tokens.
 
     encoders: by name. tiling: AnyRes, None for one view. layout: the order of the views' tokens,
-    None for all of them as they come.
+    None for all of them as they come. upright: whether EXIF orientation is applied.
     """
 
     encoders: Mapping[str, Preprocess] = field(default_factory=dict)
     tiling: Tiling | None = None
     layout: TokenLayout | None = None
+    upright: bool = True
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,11 @@ def _three(value: Any, where: str) -> tuple[float, float, float]:
 # -- decoding ------------------------------------------------------------------------------
 
 
-def load(source: str | Path | bytes) -> Picture:
+def load(source: str | Path | bytes, *, upright: bool = True) -> Picture:
     """Decode a file or its bytes to RGB. Raises InputError with the value and the reason.
 
-    Orientation from EXIF is applied, transparency dropped, CMYK and palettes converted,
-    16-bit greys scaled to 8 bits; an animation gives its first frame.
+    Orientation from EXIF is applied if `upright`, transparency dropped, CMYK and palettes are
+    converted, 16-bit greys scaled to 8 bits; an animation gives its first frame.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -168,7 +169,7 @@ def load(source: str | Path | bytes) -> Picture:
             warnings.simplefilter("ignore")  # Pillow warns where we refuse
             file = Image.open(BytesIO(source) if isinstance(source, bytes) else source)
             _refuse_odd_sizes(file.size, name)
-            return _to_rgb(file)
+            return _to_rgb(file, upright)
     except FileNotFoundError:
         raise InputError(f"image {name} does not exist") from None
     except IsADirectoryError:
@@ -205,27 +206,32 @@ def _refuse_odd_sizes(size: tuple[int, int], name: str) -> None:
         )
 
 
-def _to_rgb(file: Image) -> Picture:
-    from PIL import ImageOps
+def _to_rgb(file: Image, upright: bool) -> Picture:
 
     notes = []
     if getattr(file, "is_animated", False):
         notes.append(f"animation: first of {getattr(file, 'n_frames', 1)} frames used")
-    upright = ImageOps.exif_transpose(file)
-    if upright.size != file.size or _orientation(file) not in (None, 1):
-        notes.append("EXIF orientation applied")
-    if upright.mode in ("I;16", "I;16B", "I;16L", "I"):
+    if _orientation(file) not in (None, 1):
+        notes.append(f"EXIF orientation {'applied' if upright else 'ignored'}")
+        file = _turned(file) if upright else file
+    if file.mode in ("I;16", "I;16B", "I;16L", "I"):
         notes.append("16-bit grey scaled to 8 bits")
-        wide = np.asarray(upright).astype(np.int64)
+        wide = np.asarray(file).astype(np.int64)
         return Picture(_grey(np.clip(wide >> 8, 0, 255).astype(np.uint8)), tuple(notes))
-    if upright.mode in ("CMYK", "P", "RGBA", "LA", "PA"):
-        kind = {"CMYK": "CMYK", "P": "palette"}.get(upright.mode, "transparency")
+    if file.mode in ("CMYK", "P", "RGBA", "LA", "PA"):
+        kind = {"CMYK": "CMYK", "P": "palette"}.get(file.mode, "transparency")
         notes.append(f"{kind} converted to RGB" if kind != "transparency" else "alpha dropped")
-    return Picture(upright.convert("RGB"), tuple(notes))
+    return Picture(file.convert("RGB"), tuple(notes))
 
 
 def _orientation(file: Image) -> int | None:
     return file.getexif().get(0x0112)
+
+
+def _turned(file: Image) -> Image:
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(file)
 
 
 def _grey(pixels: Array) -> Image:

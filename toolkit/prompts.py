@@ -22,6 +22,8 @@ class PromptRules:
     own, keeping the first BOS only (LLaVA); "token" knows a token of that name (Hugging Face).
     placeholder: what stands for a picture in a raw prompt; image_text: what a rendered one has for
     it. eos: ids that end an answer. doubled_blank: see Tokenizer. template: the default one.
+    cut: prompts end after so many positions, None for an error where they do not fit. reuse_last:
+    one place more than pictures shows the last picture again (both: toolkit/layouts/quirks.py).
     """
 
     template: str
@@ -30,6 +32,8 @@ class PromptRules:
     placeholder: str = "<image>"
     image_text: str = "<image>"
     doubled_blank: bool = False
+    cut: int | None = None
+    reuse_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ class Layout:
     def image_tokens(self) -> int:
         """Positions that hold image tokens."""
         return int((self.rows >= 0).sum())
+
+    def first(self, positions: int) -> Layout:
+        """Its beginning."""
+        return Layout(self.ids[:, :positions], self.rows[:, :positions])
 
 
 @dataclass(frozen=True)

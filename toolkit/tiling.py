@@ -9,11 +9,12 @@ Source: haotian-liu/LLaVA 1.6, LLaVA-VL/LLaVA-NeXT, deepglint/unicom; transforme
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from toolkit.errors import ConfigError
 from toolkit.ops import Array
 
 if TYPE_CHECKING:
@@ -32,6 +33,18 @@ class Tiling:
     pinpoints: tuple[Size, ...]
     tile: int
     several: Literal["tile", "pad"] = "tile"
+
+    def limited(self, tiles: int) -> Tiling:
+        """The same with the resolutions of at most `tiles` tiles. Raises ConfigError if none is."""
+        counts = {p: (p[0] // self.tile) * (p[1] // self.tile) for p in self.pinpoints}
+        kept = tuple(p for p in self.pinpoints if counts[p] <= tiles)
+        if not kept:
+            raise ConfigError(
+                f"{tiles} tiles are too few: the model's smallest resolution takes "
+                f"{min(counts.values())}",
+                hint=f"allow {min(counts.values())} tiles or more",
+            )
+        return replace(self, pinpoints=kept)
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,25 @@ def test_cached_decoding_equals_one_pass(kind: str) -> None:
     np.testing.assert_allclose(np.concatenate(logits, 1), whole, atol=1e-5)
 
 
+@pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("kind", LMS)
+def test_a_prompt_in_pieces_equals_one_pass(kind: str, lowered: bool) -> None:
+    """Pieces before the last ask for no logits: their scored axis is empty."""
+    part = component("lms", kind)
+    weights, inputs = tensors(part), feed(part) | {"score": np.asarray([[5]])}
+    whole = part.forward(NumpyOps(), Weights(weights), inputs)["logits"]
+    model = model_of(part, weights)
+    model = lower(model, this_cpu()) if lowered else model
+    states = {k: v for k, v in inputs.items() if k.startswith("past.")}
+    for start, stop in ((0, 2), (2, 5), (5, 6)):
+        call = inputs | states
+        call |= {k: inputs[k][:, start:stop] for k in ("ids", "rows")}
+        scored = np.full((1, int(stop == 6)), stop - start - 1)
+        outputs = run(model, call | {"start": np.asarray([start]), "score": scored})
+        states = {k.replace("present", "past"): v for k, v in outputs.items() if k != "logits"}
+    np.testing.assert_allclose(outputs["logits"], whole, atol=1e-5)
+
+
 def test_a_model_connects_what_its_components_offer() -> None:
     from toolkit import systems
 

@@ -34,6 +34,7 @@ class Options:
     ignore_keys: tuple[str, ...] = ()
     max_context: int | None = None
     torch_reader: TorchReader | None = None
+    quirks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

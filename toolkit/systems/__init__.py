@@ -14,7 +14,7 @@ from toolkit import published
 from toolkit.bundle import MANIFEST
 from toolkit.config import ModelConfig
 from toolkit.errors import CheckpointError, ConfigError
-from toolkit.layouts import own
+from toolkit.layouts import own, quirks
 from toolkit.layouts.source import Options, Source, random_source, with_context
 from toolkit.strict import read_json
 
@@ -47,13 +47,13 @@ def load(folder: Path, options: Options) -> Source:
     Raises ConfigError, CheckpointError or BundleError.
     """
     if (folder / MANIFEST).exists():
-        return own.load(folder, options)
+        return quirks.keep(own.load(folder, options), {}, options.quirks)
     if not (folder / "config.json").exists():
         kind = "has no config.json" if folder.is_dir() else "does not exist"
         raise CheckpointError(f"{folder} {kind}; a checkpoint is a folder with one")
     config = read_json(folder / "config.json")
     name = options.system or _detect(folder, config, options)
-    return find(name).load(folder, config, options)
+    return quirks.keep(find(name).load(folder, config, options), config, options.quirks)
 
 
 def _detect(folder: Path, config: Mapping[str, Any], options: Options) -> str:
@@ -72,17 +72,38 @@ def _detect(folder: Path, config: Mapping[str, Any], options: Options) -> str:
     )
 
 
+def check_weights(source: str, random: bool) -> None:
+    """Raise ConfigError unless --random-weights is given for presets, and for them alone."""
+    is_preset = source.startswith("preset:")
+    if is_preset and not random:
+        raise ConfigError(f"{source} has no weights", hint="add --random-weights")
+    if random and not is_preset:
+        raise ConfigError(
+            f"{source} has weights of its own; --random-weights fills presets",
+            hint="drop --random-weights",
+        )
+
+
 def presets() -> dict[str, str]:
     """Every preset and the system that it belongs to."""
     return {preset: name for name in names() for preset in find(name).PRESETS}
 
 
-def preset(name: str, seed: int, max_context: int | None) -> Source:
+def preset(name: str, seed: int, options: Options) -> Source:
     """A published shape with random weights. Raises ConfigError naming the nearest known ones."""
+    for_folders = {
+        "--system": options.system,
+        "--vision-tower": options.vision_tower,
+        "--ignore-key": options.ignore_keys,
+        "--quirk": options.quirks,
+    }
+    given = [option for option, value in for_folders.items() if value]
+    if given:
+        raise ConfigError(f"{', '.join(given)} is for checkpoints, preset:{name} is none")
     known = presets()
     if name not in known:
         close = difflib.get_close_matches(name, known, 3) or sorted(known)
         raise ConfigError(f"there is no preset {name!r}", hint=f"known: {', '.join(close)}")
     model = find(known[name]).PRESETS[name]()
-    model = replace(model, lm=with_context(model.lm, max_context))
+    model = replace(model, lm=with_context(model.lm, options.max_context))
     return random_source(model, seed, published.tokenizer(model), name)

@@ -151,23 +151,25 @@ def forward(
     n, present = op.rms_norm(x, w / "layers.0" / "norm1", c.eps), []
     for i in range(c.depth):
         layer = w / f"layers.{i}"
-        update, cache = _attention(op, c, layer / "attention", n, past[i], step)
+        mixed, cache = _attend(op, c, layer / "attention", n, past[i], step)
+        if i + 1 == c.depth:  # from here on only the scored places matter
+            mixed, x = (op.take(rows, inputs["score"]) for rows in (mixed, x))
+        update = op.linear(mixed, layer / "attention" / "out")
         n, x = op.add_norm(update, x, layer / "norm2", c.eps, "rms")
         following = w / f"layers.{i + 1}" / "norm1" if i + 1 < c.depth else w / "norm"
         n, x = op.add_norm(_mlp(op, layer / "mlp", n), x, following, c.eps, "rms")
         present.append(cache)
-    chosen = op.take(n, inputs["score"])
-    return op.unembed(chosen, w / "embed") if c.tied else op.linear(chosen, w / "head"), present
+    return op.unembed(n, w / "embed") if c.tied else op.linear(n, w / "head"), present
 
 
-def _attention(
+def _attend(
     op: Ops[T], c: Config, w: Weights[T], x: T, past: tuple[T, T], step: Step[T]
 ) -> tuple[T, tuple[T, T]]:
     q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
     mixed, *cache = op.attention_cached(
         q, k, v, past, step, heads=c.heads, kv_heads=c.kv_heads, window=c.window
     )
-    return op.linear(mixed, w / "out"), (cache[0], cache[1])
+    return mixed, (cache[0], cache[1])
 
 
 def _mlp(op: Ops[T], w: Weights[T], x: T) -> T:
