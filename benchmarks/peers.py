@@ -48,11 +48,16 @@ def checkpoint(out: Path) -> None:
     fast.save_pretrained(out)
 
 
-def genai(source: Path, out: Path, threads: int) -> None:
-    """onnxruntime-genai's own builder on a checkpoint, in a process of its own."""
+def builder_command(source: Path, out: Path) -> list[str]:
+    """onnxruntime-genai's own builder on a checkpoint."""
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source)]
     where = ["-o", str(out), "-p", "fp32", "-e", "cpu", "-c", str(out / "cache")]
-    child([*builder, *where, "--extra_options", "prune_lm_head=true"])
+    return [*builder, *where, "--extra_options", "prune_lm_head=true"]
+
+
+def genai(source: Path, out: Path, threads: int) -> None:
+    """The builder in a process of its own, and the number of threads in its result."""
+    child(builder_command(source, out))
     file = out / "genai_config.json"
     config = json.loads(file.read_text())
     config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
