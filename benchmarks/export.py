@@ -105,8 +105,8 @@ def report(found: Sequence[Exported], peer: Finished | None) -> Report:
     if peer is None:
         result.notes = [f"skipped, not installed: {peers.GENAI_PACKAGE}"]
         return result
-    numbers = (peer.seconds, peer.peak_rss_mb, peer.elsewhere)
-    result.rows.append(("peer, its language model", "fp32", "-", *numbers))
+    cost = (peer.seconds, peer.peak_rss_mb, peer.elsewhere)
+    result.rows.append(("peer, its language model", "fp32", "-", *cost))
     ratios = {
         "seconds": small.done.seconds / peer.seconds,
         "peak_rss_mb": small.done.peak_rss_mb / peer.peak_rss_mb,
