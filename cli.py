@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:
+    from engines.build import Again
     from toolkit.console import Console
 
 __version__ = "0.1.0"
@@ -127,6 +128,9 @@ def build(
     max_image_tiles: Annotated[
         Optional[int], typer.Option(help="Most tiles of a picture; default: the model's.")
     ] = None,
+    precision: Annotated[
+        Optional[str], typer.Option(help="int8 or int4: weights alone, without calibration.")
+    ] = None,
     bisect: Annotated[
         bool, typer.Option("--bisect", help="If the engine diverges, name the first op.")
     ] = False,
@@ -140,6 +144,8 @@ def build(
     debug: Debug = False,
 ) -> None:
     """Compile a bundle for one target and check it against its goldens."""
+    from dataclasses import replace
+
     from engines import build as builder
     from engines import summary
     from toolkit.target import parse
@@ -147,11 +153,32 @@ def build(
     console = _console(as_json, quiet)
     made_by = f"edgevlm {__version__}"
     request = builder.Request(parse(target), max_context, force, made_by, max_image_tiles, bisect)
+    if precision is not None:
+        request = replace(request, again=_again(bundle, precision, made_by, console))
     if dry_run:
         console.result(*summary.planned_engine(bundle, request, explain))
         return
     made, worked = builder.build(bundle, out, request, console.step)
     console.result(*summary.built_engine(made, out, worked, explain))
+
+
+def _again(bundle: Path, precision: str, made_by: str, console: Console) -> Again:
+    from dataclasses import replace
+    from functools import partial
+
+    from calibration import weight_only
+    from engines.build import Again
+    from export import available
+    from toolkit import systems
+    from toolkit.layouts.source import Options
+
+    available.check()
+    from export import write
+
+    plan = weight_only.plan(precision)
+    source = replace(systems.load(bundle, Options()), plan=plan)
+    writing = partial(write.write_bundle, source, made_by=made_by, progress=console.step)
+    return Again(precision, plan, writing, partial(write.graphs, source))
 
 
 @app.command()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from toolkit.bundle import GOLDENS, TOKENIZER, Bundle, FileRecord, record_file
 from toolkit.errors import AccuracyError, ConfigError, MissingExtra, TargetMismatch
 from toolkit.goldens import AXES, Golden
 from toolkit.ops import Array
+from toolkit.precision import PrecisionPlan
 from toolkit.strict import to_plain
 from toolkit.target import Target, check_runs_here
 
@@ -31,7 +34,17 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 # The largest relative difference to the oracle that a build accepts, by the precision in which
 # the engine computes. The oracle runs the bundle's (possibly rounded) weights in float32.
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1}
+
+
+@dataclass(frozen=True)
+class Again:
+    """A bundle's model recorded again: with which plan, how to write it, and its graphs alone."""
+
+    name: str
+    plan: PrecisionPlan
+    write: Callable[[Path], None]
+    graphs: Callable[[], Mapping[str, onnx.ModelProto]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,7 @@ class Request:
 
     context: positions of the KV cache, None for the bundle's. tiles: the most tiles that a picture
     is cut into, None for all that the model knows. bisect: on divergence, look for the first op.
+    again: the model in another precision than the bundle's.
     """
 
     target: Target
@@ -48,6 +62,12 @@ class Request:
     made_by: str
     tiles: int | None = None
     bisect: bool = False
+    again: Again | None = None
+
+    @property
+    def precision(self) -> str | None:
+        """The name of the precision that is asked for, None for the bundle's own."""
+        return self.again.name if self.again else None
 
 
 def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[Engine, bool]:
@@ -60,14 +80,17 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     bundle = Bundle.open(path)
     context, model = settled(bundle, request)
     backend = _backend_here(request.target, path, out)
-    found = existing(bundle, out, request.target, context, model)
+    found = existing(bundle, out, request, context, model)
     if found is not None and not request.force:
         return found, False
     refuse_existing(out, force=request.force)
     progress("checking the bundle's files")
     bundle.verify()
-    require_space(out, _new_bytes(bundle, request.target))
-    with writing(out, force=request.force) as folder:
+    require_space(out, _new_bytes(bundle, request))
+    origin = bundle
+    with writing(out, force=request.force) as folder, ExitStack() as stack:
+        if request.again is not None:
+            bundle = stack.enter_context(_recorded_again(request.again, folder))
         compiled, files = _compile(bundle, backend, folder, request.target, progress)
         differences = replay(bundle, compiled, backend, folder, progress, bisect=request.bisect)
         made = Engine(
@@ -75,23 +98,36 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
             request.made_by,
             str(request.target),
             str(path.resolve()),
-            bundle.sha256,
+            origin.sha256,
             context,
             request.tiles,
+            request.precision,
             bundle.manifest.dtype,
             model,
             tuple(c.record for c in compiled),
             bundle.manifest.edges,
             files,
-            tuple(lowering(bundle, request.target)),
+            bundle.manifest.plan,
+            tuple(lowering(bundle, request)),
             Built(time.perf_counter() - started, peak_rss_mb(), differences),
         )
         engine.write(folder, made)
     return made, True
 
 
+@contextmanager
+def _recorded_again(again: Again, folder: Path) -> Iterator[Bundle]:
+    """A bundle that lives inside the engine's folder as long as the engine is being made."""
+    place = folder / "bundle"
+    try:
+        again.write(place)
+        yield Bundle.open(place)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def existing(
-    bundle: Bundle, out: Path, target: Target, context: int, model: Mapping[str, Any]
+    bundle: Bundle, out: Path, request: Request, context: int, model: Mapping[str, Any]
 ) -> Engine | None:
     """The engine at `out` if it is the one that building would give again."""
     if not (out / engine.DESCRIPTION).exists():
@@ -101,14 +137,14 @@ def existing(
         engine.check(out, found)
     except Exception:  # a damaged or foreign engine is not the one that is asked for
         return None
-    wanted = (bundle.sha256, str(target), context, model)
-    has = (found.bundle_sha256, found.target, found.context, found.model)
+    wanted = (bundle.sha256, str(request.target), context, model, request.precision)
+    has = (found.bundle_sha256, found.target, found.context, found.model, found.precision)
     return found if has == wanted else None
 
 
-def lowering(bundle: Bundle, target: Target) -> list[Decided]:
+def lowering(bundle: Bundle, request: Request) -> list[Decided]:
     """The lowering table of every component, for --explain. Needs no device."""
-    if target.backend == "reference":
+    if request.target.backend == "reference":
         return []
     try:
         import onnx
@@ -116,10 +152,13 @@ def lowering(bundle: Bundle, target: Target) -> list[Decided]:
         raise MissingExtra("onnx", "export", purpose="reading a bundle's graphs") from None
     from engines.lower import decide
 
+    again = request.again.graphs() if request.again else {}
     found: list[Decided] = []
     for record in bundle.manifest.components:
-        model = onnx.load(str(bundle.path / record.graph), load_external_data=False)
-        found += [Decided(**to_plain(d)) for d in decide(record.name, model, target)]
+        model = again.get(record.name) or onnx.load(
+            str(bundle.path / record.graph), load_external_data=False
+        )
+        found += [Decided(**to_plain(d)) for d in decide(record.name, model, request.target)]
     return found
 
 
@@ -176,11 +215,11 @@ def _backend_here(target: Target, path: Path, out: Path) -> Backend:
     return backend
 
 
-def _new_bytes(bundle: Bundle, target: Target) -> int:
-    """Disk that the engine takes beyond what links share with the bundle."""
-    widened = bundle.manifest.dtype != "fp32" and target.backend == "onnxruntime"
-    weights = sum(c.params for c in bundle.manifest.components) * 4 if widened else 0
-    return weights + 64_000_000
+def _new_bytes(bundle: Bundle, request: Request) -> int:
+    """Disk that the work takes beyond what links share with the bundle, at most."""
+    half = bundle.manifest.dtype != "fp32"
+    copies = (half and request.target.backend == "onnxruntime") + (request.precision is not None)
+    return copies * sum(c.params for c in bundle.manifest.components) * 4 + 64_000_000
 
 
 def _compile(

@@ -95,6 +95,12 @@ ONNXRUNTIME_CPU: Mapping[str, Row] = {
     "edgevlm.Unembed": _swap(
         swaps.unembed, "com.microsoft.FusedMatMul", "reads the embedding table without turning it"
     ),
+    "edgevlm.BlockedLinear": _swap(
+        swaps.blocked_linear,
+        "com.microsoft.MatMulNBits",
+        "multiplies by the stored bytes; its input is rounded to 8 bits",
+    ),
+    "edgevlm.BlockedEmbed": _SPELL_OUT,
     "edgevlm.CachedAttention": _CACHED_ATTENTION,
     "edgevlm.RotaryAttention": _SPELL_OUT,
     "edgevlm.MSDeformAttn": _SPELL_OUT,

@@ -15,6 +15,7 @@ from toolkit.bundle import ComponentRecord, FileRecord
 from toolkit.config import ModelConfig
 from toolkit.errors import BundleError, ConfigError
 from toolkit.models.vlm import Edge
+from toolkit.precision import PrecisionPlan
 from toolkit.strict import from_plain, read_json, to_plain
 from toolkit.target import Target, check_runs_here, parse
 
@@ -45,7 +46,11 @@ class Built:
 
 @dataclass(frozen=True)
 class Engine:
-    """What engine.json holds. context: positions of the KV cache; max_image_tiles: None for all."""
+    """What engine.json holds.
+
+    context: positions of the KV cache. max_image_tiles: None for all. precision: the plan that the
+    build was asked for, None for the bundle's own; plan: the one that holds.
+    """
 
     format: int
     made_by: str
@@ -54,11 +59,13 @@ class Engine:
     bundle_sha256: str
     context: int
     max_image_tiles: int | None
+    precision: str | None
     dtype: str
     model: Mapping[str, Any]
     components: tuple[ComponentRecord, ...]
     edges: tuple[Edge, ...]
     files: Mapping[str, FileRecord]
+    plan: PrecisionPlan
     lowering: tuple[Decided, ...]
     build: Built
 
@@ -76,6 +83,8 @@ class Engine:
         words += ["--max-context", str(self.context)]
         if self.max_image_tiles is not None:
             words += ["--max-image-tiles", str(self.max_image_tiles)]
+        if self.precision is not None:
+            words += ["--precision", self.precision]
         return shlex.join([*words, "--force"])
 
 

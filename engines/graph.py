@@ -52,6 +52,18 @@ class Rewriter:
         self._constants.setdefault(name, numpy_helper.from_array(value, name))
         return name
 
+    def as_bytes(self, name: str, shape: tuple[int, ...]) -> str:
+        """A stored tensor as bytes of another shape; returns the second name of its content."""
+        again = f"{name}.bytes"
+        if again not in self._constants:
+            tensor = onnx.TensorProto()
+            tensor.CopyFrom(next(t for t in self.model.graph.initializer if t.name == name))
+            tensor.name, tensor.data_type = again, onnx.TensorProto.UINT8
+            del tensor.dims[:]
+            tensor.dims.extend(shape)
+            self._constants[again] = tensor
+        return again
+
     def finish(self, nodes: list[onnx.NodeProto]) -> None:
         """Put the new nodes into the model, drop what nobody uses, and order the rest."""
         graph = self.model.graph

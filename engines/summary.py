@@ -110,7 +110,7 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
     bundle = Bundle.open(path)
     context, _ = builder.settled(bundle, request)
     memory = estimate(bundle, request.target, context)
-    decisions = builder.lowering(bundle, request.target)
+    decisions = builder.lowering(bundle, request)
     data = {
         "bundle": str(path),
         "target": str(request.target),

@@ -73,6 +73,18 @@ def unembed(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     ]
 
 
+def blocked_linear(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """MatMulNBits reads the stored bytes; it rounds its input to 8 bits, block by block."""
+    x, stored, scale, _ = node.input
+    names = {"K": "K", "N": "N", "bits": "bits", "block_size": "block"}
+    sizes = {theirs: int(attribute(node, ours)) for theirs, ours in names.items()}
+    blocks = sizes["K"] // sizes["block_size"]
+    shape = (sizes["N"], blocks, sizes["block_size"] * sizes["bits"] // 8)
+    inputs = [x, r.as_bytes(stored, shape), scale]
+    op = f"{CONTRIB}.MatMulNBits"
+    return [r.node(op, inputs, node.output, node.name, accuracy_level=4, **sizes)]
+
+
 def head_width(node: onnx.NodeProto) -> int:
     """Channels of a head in a CachedAttention call, from its scale of 1 / sqrt(width)."""
     scale: float = attribute(node, "scale")

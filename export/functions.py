@@ -8,6 +8,7 @@ from __future__ import annotations
 import onnx
 
 from export.attention import cached_attention, rotary_attention
+from export.blocked import blocked_embed, blocked_linear
 from export.deform import ms_deform_attn
 from export.nodes import function, ints, node
 
@@ -171,6 +172,8 @@ FUNCTIONS = {
         quick_gelu(),
         swiglu(),
         unembed(),
+        blocked_linear(),
+        blocked_embed(),
         cached_attention(),
         rotary_attention(),
         ms_deform_attn(),

@@ -10,15 +10,18 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from export import deform
+from export import blocked, deform
 from export.nodes import DOMAIN
+from toolkit.blocks import Form
 from toolkit.ops import Array, Grids, Norm, Step, Weights
+from toolkit.precision import PrecisionPlan
 
 ELEMENT = {
     "fp32": onnx.TensorProto.FLOAT,
     "fp16": onnx.TensorProto.FLOAT16,
     "bf16": onnx.TensorProto.BFLOAT16,
     "int64": onnx.TensorProto.INT64,
+    "uint8": onnx.TensorProto.UINT8,
     "bool": onnx.TensorProto.BOOL,
 }
 
@@ -47,10 +50,21 @@ class Parameters(Mapping[str, str]):
 
 
 class OnnxOps:
-    """Collects nodes; `constants` are tables that belong into the weights file, `small` inline."""
+    """Collects nodes; `constants` are tables that belong into the weights file, `small` inline.
 
-    def __init__(self, component: str, dtype: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    stored: which weights the graph takes in 8 or 4 bits, as the plan wants.
+    """
+
+    def __init__(
+        self,
+        component: str,
+        dtype: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        plan: PrecisionPlan | None = None,
+    ) -> None:
         self.dtype = dtype
+        self.stored = blocked.Stored(shapes)
+        self._plan = plan or PrecisionPlan()
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, Array] = {}
         self.small: dict[str, onnx.TensorProto] = {}
@@ -119,15 +133,28 @@ class OnnxOps:
 
     def linear(self, x: str, w: Weights[str]) -> str:
         place, bias = self._at(w), w.get("bias")
-        y = self.one("MatMul", [x, w["weight"]], place)
+        y = self._product(x, w["weight"], place, blocked.linear_form(self._plan, place))
         return y if bias is None else self.one("Add", [y, bias], f"{place}/bias")
+
+    def _product(self, x: str, weight: str, place: str, form: Form | None) -> str:
+        if form is not None and weight in self.stored.shapes and self.stored.use(weight, form):
+            return blocked.product(self, self.stored, x, weight, place)
+        return self.one("MatMul", [x, weight], place)
 
     def unembed(self, x: str, w: Weights[str]) -> str:
         self._scope = self._component
-        return self.one("edgevlm.Unembed", [x, w["weight"]], f"{self._component}/unembed")
+        place, weight = f"{self._component}/unembed", w["weight"]
+        form = blocked.table_form(self._plan, f"{self._component}/{w.site}")
+        if form is not None and self.stored.use(weight, form):
+            return blocked.product(self, self.stored, x, weight, place)
+        return self.one("edgevlm.Unembed", [x, weight], place)
 
     def embed(self, ids: str, w: Weights[str]) -> str:
-        return self.one("Gather", [w["weight"], ids], self._at(w), axis=0)
+        place, weight = self._at(w), w["weight"]
+        form = blocked.table_form(self._plan, place)
+        if form is not None and self.stored.use(weight, form):
+            return blocked.rows(self, self.stored, ids, weight, place)
+        return self.one("Gather", [weight, ids], place, axis=0)
 
     def conv(
         self, x: str, w: Weights[str], *, stride: int, padding: int = 0, groups: int = 1

@@ -14,9 +14,9 @@ from onnx import helper
 from export.functions import FUNCTIONS
 from export.nodes import DOMAIN, IR_VERSION, OPSET, VERSION
 from export.record import ELEMENT, OnnxOps, Parameters
+from toolkit import blocks, goldens
 from toolkit import bundle as bundles
 from toolkit import config as model_config
-from toolkit import goldens
 from toolkit.artifact import require_space, writing
 from toolkit.bundle import ComponentRecord, FileRecord, Manifest, Tensors
 from toolkit.cost import count
@@ -24,6 +24,7 @@ from toolkit.layouts.source import Source
 from toolkit.models import vlm
 from toolkit.models.vlm import Component, Port
 from toolkit.ops import Array, Weights
+from toolkit.precision import PrecisionPlan
 from toolkit.safetensors_io import (
     STORAGE,
     Blocks,
@@ -38,9 +39,18 @@ Progress = Callable[[str], None]
 
 
 def write_bundle(
-    source: Source, out: Path, *, dtype: str, made_by: str, force: bool, progress: Progress
+    source: Source,
+    out: Path,
+    *,
+    made_by: str,
+    progress: Progress,
+    dtype: str = "fp32",
+    force: bool = False,
 ) -> None:
-    """Write the bundle `out` in one step: whole or not at all. `dtype`: fp32, fp16 or bf16."""
+    """Write the bundle `out` in one step: whole or not at all.
+
+    dtype: fp32, fp16 or bf16, of weights that the source's plan leaves in float.
+    """
     parts = vlm.components(source.model)
     require_space(out, sum(_nbytes(part, dtype) for part in parts))
     files: dict[str, FileRecord] = {}
@@ -63,6 +73,7 @@ def write_bundle(
             vlm.edges(source.model),
             dict.fromkeys(sorted(functions), VERSION),
             files,
+            source.plan,
         )
         bundles.write_manifest(folder, manifest)
 
@@ -78,7 +89,7 @@ def _write_component(
     dtype: str,
     files: dict[str, FileRecord],
 ) -> tuple[ComponentRecord, set[str]]:
-    recorded = record(part, dtype)
+    recorded = record(part, dtype, source.plan)
     weights = f"{part.name}.safetensors"
     written = _write_weights(folder / weights, recorded, source.weights.get(part.name, {}), dtype)
     files[weights] = FileRecord(written.nbytes, written.sha256)
@@ -100,14 +111,18 @@ class Recorded:
 
     def planned(self) -> list[Planned]:
         """Every tensor of the weights file."""
-        used = [Planned(n, self.dtype, shape) for n, shape in self.part.shapes.items()]
+        stored, used = self.ops.stored, list[Planned]()
+        for name, shape in self.part.shapes.items():
+            few = name in stored.forms
+            used += stored.planned(name, self.dtype) if few else [Planned(name, self.dtype, shape)]
         return used + [Planned(n, "fp32", x.shape) for n, x in self.ops.constants.items()]
 
     def model(self, location: str, written: Written) -> onnx.ModelProto:
         """The ONNX model whose weights stand in the file `location`."""
         initializers = list(self.ops.small.values())
         for name, entry in written.entries.items():
-            tensor = onnx.TensorProto(name=name, dims=entry.shape, data_type=ELEMENT[entry.dtype])
+            kind, dims = self.ops.stored.declared(name) or (ELEMENT[entry.dtype], entry.shape)
+            tensor = onnx.TensorProto(name=name, dims=dims, data_type=kind)
             tensor.data_location = onnx.TensorProto.EXTERNAL
             span = {"location": location, "offset": entry.offset, "length": entry.nbytes}
             for key, value in span.items():
@@ -139,9 +154,9 @@ class Recorded:
             node.output[:] = [renamed.get(name, name) for name in node.output]
 
 
-def record(part: Component, dtype: str) -> Recorded:
+def record(part: Component, dtype: str, plan: PrecisionPlan | None = None) -> Recorded:
     """Run the component's function over the recorder."""
-    ops, parameters = OnnxOps(part.name, dtype, part.shapes), Parameters(part.shapes)
+    ops, parameters = OnnxOps(part.name, dtype, part.shapes, plan), Parameters(part.shapes)
     inputs = {port.name: port.name for port in part.inputs}
     outputs = part.forward(ops, Weights(parameters), inputs)
     idle = set(part.shapes) - set(parameters.used)
@@ -150,10 +165,11 @@ def record(part: Component, dtype: str) -> Recorded:
     return Recorded(part, ops, outputs, dtype)
 
 
-def graphs(source: Source, dtype: str) -> dict[str, onnx.ModelProto]:
+def graphs(source: Source, dtype: str = "fp32") -> dict[str, onnx.ModelProto]:
     """The graphs of all components without their weights: enough to check ops against a target."""
     nothing = Written({}, "", 0)
-    return {p.name: record(p, dtype).model("", nothing) for p in vlm.components(source.model)}
+    parts = vlm.components(source.model)
+    return {p.name: record(p, dtype, source.plan).model("", nothing) for p in parts}
 
 
 def _value(port: Port, dtype: str) -> onnx.ValueInfoProto:
@@ -165,10 +181,16 @@ def _write_weights(
     path: Path, recorded: Recorded, weights: Mapping[str, Array], dtype: str
 ) -> Written:
     tables = recorded.ops.constants
+    forms = {name + form.suffix: (name, form) for name, form in recorded.ops.stored.forms.items()}
 
     def produce(tensor: Planned) -> Blocks:
         if tensor.name in tables:
             return row_blocks(tables[tensor.name])
+        few = forms.get(tensor.name.removesuffix(blocks.SCALE))
+        if few is not None:
+            name, form = few
+            rows = weights[name].T if form.turned else weights[name]
+            return blocks.pieces(rows, form.bits, scales=tensor.name.endswith(blocks.SCALE))
         if isinstance(weights, RandomWeights):
             return weights.blocks(tensor.name)
         return row_blocks(weights[tensor.name])

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolkit import blocks
 from toolkit import config as model_config
 from toolkit.artifact import sha256_of
 from toolkit.config import ModelConfig
@@ -89,28 +90,44 @@ def record_file(path: Path) -> FileRecord:
 
 
 class Tensors(Mapping[str, Array]):
-    """A component's weights, mapped from the file: what NumpyOps runs on, half precision or not."""
+    """A component's weights, mapped from the file: what NumpyOps runs on, in whatever precision.
+
+    Weights in 8 or 4 bits come back under their own names, as the floats that they stand for.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = SafetensorsFile(path)
+        stored = self._file.entries
+        self._forms = {
+            name.removesuffix(form.suffix): form
+            for form in blocks.FORMS
+            for name in stored
+            if name.endswith(form.suffix) and name + blocks.SCALE in stored
+        }
+        packed = {key + form.suffix for key, form in self._forms.items()}
+        packed |= {name + blocks.SCALE for name in packed}
+        self._names = [*(name for name in stored if name not in packed), *self._forms]
 
     def __getitem__(self, key: str) -> Array:
-        if key not in self._file.entries:
-            raise KeyError(key)
-        return self._file.read(key)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of one tensor, without reading it."""
-        return self._file.shape(key)
+        form = self._forms.get(key)
+        if form is None:
+            if key not in self._file.entries:
+                raise KeyError(key)
+            return self._file.read(key)
+        stored, scales = (
+            self._file.read(f"{key}{form.suffix}{part}") for part in ("", blocks.SCALE)
+        )
+        rows = blocks.dequantize(stored, scales, form.bits)
+        return rows.T if form.turned else rows
 
     def __contains__(self, key: object) -> bool:
-        return key in self._file.entries
+        return key in self._forms or key in self._file.entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file.entries)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._file.entries)
+        return len(self._names)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
-Precision = Literal["float", "int8"]
+# int8: inputs and weights; int8_weights, int4_weights: weights alone, see toolkit/blocks.py
+Precision = Literal["float", "int8", "int8_weights", "int4_weights"]
+WEIGHT_BITS: dict[Precision, Literal[8, 4]] = {"int8_weights": 8, "int4_weights": 4}
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,11 @@ class PrecisionPlan:
             if fnmatchcase(place, rule.places):
                 chosen = rule.precision
         return chosen
+
+    def weight_bytes(self, place: str, wide: int) -> float:
+        """Bytes that a weight of this place takes; `wide`: what one in float takes."""
+        chosen = self.at(place)
+        scale = wide / 128  # of a block; smaller blocks are those of tiny models
+        if chosen in WEIGHT_BITS:
+            return WEIGHT_BITS[chosen] / 8 + scale
+        return wide

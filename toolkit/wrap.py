@@ -81,12 +81,12 @@ class Quantize(Wrapper[T]):
         self._weights = weights
 
     def linear(self, x: T, w: Weights[T]) -> T:
-        if self._plan.at(self.place(w)) == "float":
+        if self._plan.at(self.place(w)) != "int8":
             return self.inner.linear(x, w)
         return self.inner.linear(self._input(x, w), self._weight(w, axis=1))
 
     def conv(self, x: T, w: Weights[T], **sizes: int) -> T:
-        if self._plan.at(self.place(w)) == "float":
+        if self._plan.at(self.place(w)) != "int8":
             return self.inner.conv(x, w, **sizes)
         return self.inner.conv(self._input(x, w), self._weight(w, axis=0), **sizes)
 

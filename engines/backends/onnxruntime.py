@@ -20,7 +20,7 @@ from engines.backends.common import best_seconds, link
 from toolkit.bundle import Bundle, ComponentRecord
 from toolkit.errors import BuildError, MissingExtra
 from toolkit.ops import Array
-from toolkit.safetensors_io import Planned, row_blocks, write_safetensors
+from toolkit.safetensors_io import Planned, SafetensorsFile, row_blocks, write_safetensors
 from toolkit.target import Target, this_cpu, threads_here
 
 if TYPE_CHECKING:
@@ -67,22 +67,28 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
         link(bundle.path / record.weights, folder / record.weights)
     lower.check_allowed(record.name, model, target)
     (folder / record.graph).write_bytes(model.SerializeToString())
-    return Compiled(record, (record.graph, record.weights), notes=tuple(notes))
+    rounds = any(node.op_type == "MatMulNBits" for node in model.graph.node)
+    precision = "int8" if rounds else "fp32"
+    return Compiled(record, (record.graph, record.weights), precision, tuple(notes))
 
 
 def _widen_weights(
     bundle: Bundle, record: ComponentRecord, folder: Path, model: onnx.ModelProto
 ) -> None:
-    """Write the weights again as float32 and point the graph's tensors at them."""
-    tensors = bundle.tensors(record.name)
-    plan = [Planned(name, "fp32", tensors.shape(name)) for name in tensors]
+    """Write the weights again, floats as float32, and point the graph's tensors at them."""
+    file = SafetensorsFile(bundle.path / record.weights)
+    plan = [
+        Planned(name, "fp32" if e.dtype in ("fp16", "bf16") else e.dtype, e.shape)
+        for name, e in file.entries.items()
+    ]
     written = write_safetensors(
-        folder / record.weights, plan, lambda t: row_blocks(tensors[t.name])
+        folder / record.weights, plan, lambda t: row_blocks(file.read(t.name))
     )
+    moved = {e.offset: written.entries[name] for name, e in file.entries.items()}
     for tensor in model.graph.initializer:
-        if tensor.name not in written.entries:
+        if tensor.data_location != tensor.EXTERNAL:
             continue
-        entry = written.entries[tensor.name]
+        entry = moved[next(int(d.value) for d in tensor.external_data if d.key == "offset")]
         span = {"location": record.weights, "offset": entry.offset, "length": entry.nbytes}
         del tensor.external_data[:]
         for key, value in span.items():

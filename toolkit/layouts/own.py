@@ -24,4 +24,4 @@ def load(folder: Path, options: Options) -> Source:
     weights = {part.name: bundle.tensors(part.name) for part in components(model)}
     text = (folder / TOKENIZER).read_text(encoding="utf-8")
     origin = {**bundle.manifest.source, "rerecorded_from": bundle.sha256}
-    return Source(model, weights, text, origin)
+    return Source(model, weights, text, origin, bundle.manifest.plan)

@@ -13,6 +13,7 @@ from toolkit.config import ModelConfig, Part
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.models.vlm import components
 from toolkit.ops import Array
+from toolkit.precision import PrecisionPlan
 from toolkit.strict import Reader, read_json
 from toolkit.tokenizer import Tokenizer, from_sentencepiece
 from toolkit.weights import (
@@ -39,12 +40,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """A model ready to be written or run: weights are read when asked for."""
+    """A model ready to be written or run: weights are read when asked for.
+
+    plan: in which precision they are to be recorded; a bundle keeps its own.
+    """
 
     model: ModelConfig
     weights: Mapping[str, Mapping[str, Array]]
     tokenizer: str
     origin: Mapping[str, Any]
+    plan: PrecisionPlan = PrecisionPlan()
 
 
 def random_source(model: ModelConfig, seed: int, tokenizer: str, preset: str) -> Source:

@@ -1,0 +1,160 @@
+"""Recording weights in 8 or 4 bits: which they are, how they are stored, and their functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from export.nodes import function, ints, node
+from toolkit.blocks import LINEAR, MIDDLE, SCALE, TABLE, Bits, Form, block_of, pack
+from toolkit.precision import WEIGHT_BITS, PrecisionPlan
+from toolkit.safetensors_io import Planned
+
+CODES: dict[Bits, int] = {8: onnx.TensorProto.UINT8, 4: onnx.TensorProto.UINT4}
+
+
+class Emitter(Protocol):
+    """What is needed of a recorder."""
+
+    small: dict[str, onnx.TensorProto]
+
+    def one(self, kind: str, inputs: Sequence[str], name: str = "", **attrs: Any) -> str: ...
+
+
+class Stored:
+    """The weights of one component that its graph takes in few bits, by key."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self.forms: dict[str, Form] = {}
+
+    def use(self, weight: str, form: Form) -> bool:
+        """Store `weight` in this form; False where no block divides its inputs."""
+        if block_of(self._rows(weight, form)[1]) is None:
+            return False
+        self.forms[weight] = form
+        return True
+
+    def _rows(self, weight: str, form: Form) -> tuple[int, int]:
+        first, second = self.shapes[weight]
+        return (second, first) if form.turned else (first, second)
+
+    def sizes(self, weight: str) -> tuple[int, int, int]:
+        """Outputs, inputs and block of a weight in use."""
+        outputs, inputs = self._rows(weight, self.forms[weight])
+        block = block_of(inputs)
+        assert block is not None
+        return outputs, inputs, block
+
+    def planned(self, weight: str, dtype: str) -> list[Planned]:
+        """The two tensors of a weight in the weights file."""
+        form, (outputs, inputs, block) = self.forms[weight], self.sizes(weight)
+        name = weight + form.suffix
+        return [
+            Planned(name, "uint8", (outputs, inputs * form.bits // 8)),
+            Planned(name + SCALE, dtype, (outputs, inputs // block)),
+        ]
+
+    def declared(self, name: str) -> tuple[int, tuple[int, ...]] | None:
+        """ONNX type and shape of a stored tensor's codes; None for any other tensor."""
+        for weight, form in self.forms.items():
+            if name == weight + form.suffix:
+                return CODES[form.bits], self.sizes(weight)[:2]
+        return None
+
+
+def linear_form(plan: PrecisionPlan, place: str) -> Form | None:
+    """How the plan wants the weight of a linear stored; None in float."""
+    bits = WEIGHT_BITS.get(plan.at(place))
+    return None if bits is None else LINEAR[bits]
+
+
+def table_form(plan: PrecisionPlan, place: str) -> Form | None:
+    """The same of an embedding table, for which there is only one form."""
+    return TABLE if plan.at(place) in WEIGHT_BITS else None
+
+
+def product(e: Emitter, stored: Stored, x: str, weight: str, place: str) -> str:
+    """x times a stored weight."""
+    form, (outputs, inputs, block) = stored.forms[weight], stored.sizes(weight)
+    name = weight + form.suffix
+    return e.one(
+        "edgevlm.BlockedLinear",
+        [x, name, name + SCALE, _middle(e, form.bits, (outputs, inputs // block))],
+        place,
+        bits=form.bits,
+        block=block,
+        K=inputs,
+        N=outputs,
+    )
+
+
+def rows(e: Emitter, stored: Stored, ids: str, weight: str, place: str) -> str:
+    """Rows of a stored table."""
+    name, (_, _, block) = weight + stored.forms[weight].suffix, stored.sizes(weight)
+    inputs = [ids, name, name + SCALE]
+    return e.one("edgevlm.BlockedEmbed", inputs, place, split=[0, 0, -1, block])
+
+
+def _middle(e: Emitter, bits: Bits, shape: tuple[int, int]) -> str:
+    """The zero points of all blocks, shared by weights of one shape."""
+    name, count = f"middle.uint{bits}.{shape[0]}x{shape[1]}", shape[0] * shape[1]
+    if name not in e.small:
+        codes = np.full(count + count % 2, MIDDLE[bits], np.uint8)
+        content = (codes[:count] if bits == 8 else pack(codes)).tobytes()
+        e.small[name] = helper.make_tensor(name, CODES[bits], shape, content, raw=True)
+    return name
+
+
+def blocked_linear() -> onnx.FunctionProto:
+    """x @ weight^T, the weight [outputs, inputs] in few bits with a scale per `block` of inputs."""
+    return function(
+        "BlockedLinear",
+        ["x", "stored", "scale", "middle"],
+        ["y"],
+        ["bits", "block", "K", "N"],
+        [
+            node(
+                "DequantizeLinear",
+                ["stored", "scale", "middle"],
+                ["weight"],
+                axis=1,
+                block_size="@block:INT",
+            ),
+            node("Transpose", ["weight"], ["turned"], perm=[1, 0]),
+            node("MatMul", ["x", "turned"], ["y"]),
+        ],
+    )
+
+
+def blocked_embed() -> onnx.FunctionProto:
+    """Rows of a table in 8 bits; only those asked for are made floats.
+
+    split: [0, 0, -1, block].
+    """
+    return function(
+        "BlockedEmbed",
+        ["ids", "stored", "scale"],
+        ["y"],
+        ["split"],
+        [
+            node("Gather", ["stored", "ids"], ["codes"], axis=0),
+            node("Cast", ["codes"], ["wide"], to=onnx.TensorProto.FLOAT),
+            node("Constant", [], ["middle"], value_float=128.0),
+            node("Sub", ["wide", "middle"], ["steps"]),
+            node("Constant", [], ["split_shape"], value_ints="@split:INTS"),
+            node("Reshape", ["steps", "split_shape"], ["blocks"], allowzero=0),
+            node("Gather", ["scale", "ids"], ["scales"], axis=0),
+            node("Cast", ["scales"], ["scales_wide"], to=onnx.TensorProto.FLOAT),
+            ints("last", -1),
+            node("Unsqueeze", ["scales_wide", "last"], ["column"]),
+            node("Mul", ["blocks", "column"], ["values"]),
+            ints("flat", 0, 0, -1),
+            node("Reshape", ["values", "flat"], ["joined"], allowzero=0),
+            node("CastLike", ["joined", "scale"], ["y"]),
+        ],
+    )
