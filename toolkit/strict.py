@@ -89,7 +89,9 @@ class Reader:
         known = list(allowed)
         if value is _REQUIRED:
             raise ConfigError(f"{self.where} lacks the key {key!r}")
-        if value not in known:
+        if not any(
+            value == one and isinstance(value, bool) is isinstance(one, bool) for one in known
+        ):
             names = ", ".join(repr(name) for name in known)
             raise ConfigError(
                 f"{self.where}: {key} = {value!r} is not implemented",
