@@ -16,7 +16,7 @@ from engines.clock import Clock, Span
 from engines.engine import Engine
 from engines.session import Session
 from toolkit import images, prompts
-from toolkit.cost import count
+from toolkit.cost import count, picture_axes
 from toolkit.errors import InputError
 from toolkit.images import Picture
 from toolkit.models import vlm
@@ -198,32 +198,37 @@ def _layers(folder: Path, plan: Plan) -> tuple[LayerShare, ...]:
 # -- the floor -------------------------------------------------------------------------------
 
 
-def roofline(made: Engine, peaks: Peaks, prompt: int, medians: dict[str, float]) -> Roofline:
+def roofline(made: Engine, peaks: Peaks, run: _Run, medians: dict[str, float]) -> Roofline:
     """Each stage's floor on this machine, and how near the measurement came."""
-    model = made.parsed_model()
+    model, prompt = made.parsed_model(), run.prompt_tokens
+    encoders = {f"encoder.{part.name}" for part in model.encoders}
+    views = max(sum(span.stage == name for span in run.spans) for name in encoders)
+    axes = picture_axes(model, views, run.image_tokens) | {"context": prompt}
     bounds = []
     for part in vlm.components(model):
-        calls = (
-            [(part.name, prompt)]
-            if part.name != model.lm.name
-            else [("prefill", prompt), ("decode", 1)]
-        )
+        if part.name in encoders:  # an encoder sees one view at a time
+            counter = count(part, axes | {"tiles": 1})
+            bounds.append(_bound(part.name, counter, peaks, medians.get(part.name, 0.0), views))
+            continue
+        calls = [(part.name, 1)]
+        if part.name == model.lm.name:
+            calls = [("prefill", prompt), ("decode", 1)]
         for stage, length in calls:
-            axes = {"tiles": 1, "rows": 1, "batch": 1, "scored": 1, "sequence": length}
-            counter = count(part, axes | {"context": prompt})
+            counter = count(part, axes | {"sequence": length})
             bounds.append(_bound(stage, counter, peaks, medians.get(stage, 0.0)))
     return Roofline(peaks.gflop_s, peaks.gb_s, tuple(bounds))
 
 
-def _bound(stage: str, counter: Count, peaks: Peaks, measured_ms: float) -> Bound:
+def _bound(stage: str, counter: Count, peaks: Peaks, measured_ms: float, calls: int = 1) -> Bound:
     """Weights are read once a call; activations are taken to stay in the cache."""
-    nbytes = 4 * sum(cost.weight_elements for cost in counter.costs)
-    arithmetic = counter.flops / peaks.gflop_s / 1e6
+    nbytes = calls * 4 * sum(cost.weight_elements for cost in counter.costs)
+    flops = calls * counter.flops
+    arithmetic = flops / peaks.gflop_s / 1e6
     traffic = nbytes / peaks.gb_s / 1e6
     floor = max(arithmetic, traffic)
     return Bound(
         stage,
-        round(counter.flops / 1e9, 3),
+        round(flops / 1e9, 3),
         round(nbytes / 1e9, 3),
         round(floor, 3),
         "arithmetic" if arithmetic >= traffic else "memory",
@@ -269,7 +274,7 @@ def _summarise(
         prompt_tokens=runs[0].prompt_tokens,
         image_tokens=runs[0].image_tokens,
         generated_tokens=generated,
-        roofline=roofline(session.engine, peaks, runs[0].prompt_tokens, medians),
+        roofline=roofline(session.engine, peaks, runs[0], medians),
         device=_device(session),
         samples={stage: [round(ms, 3) for ms in values] for stage, values in samples.items()},
         layers=layers,

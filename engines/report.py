@@ -170,7 +170,7 @@ def _text(value: object) -> str:
 
 def _waterfall(p: Profile) -> str:
     """A bar per stage up to the first token; decode as one bar behind it."""
-    end = max(s.start_ms + s.ms for s in p.spans)
+    end = max(s.start_ms + s.ms for s in p.spans) or 1.0
     names = list(dict.fromkeys(s.stage for s in p.spans))
     bars = []
     for span in p.spans:
@@ -189,7 +189,7 @@ def _waterfall(p: Profile) -> str:
 
 
 def _timeline(values: Sequence[float]) -> str:
-    top, step = max(values), 960 / max(len(values) - 1, 1)
+    top, step = max(values) or 1.0, 960 / max(len(values) - 1, 1)
     points = " ".join(f"{i * step:.1f},{120 - 110 * v / top:.1f}" for i, v in enumerate(values))
     line = f"<polyline points='{points}' fill='none' stroke='{_COLOURS[0]}'/>"
     return _svg(970, 130, [line, f"<text x='0' y='12' font-size='12'>{top:.2f} ms</text>"])

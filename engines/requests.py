@@ -12,7 +12,7 @@ from typing import Any
 from engines.session import Answer, Question, Session
 from toolkit.console import Console
 from toolkit.errors import InputError, ToolkitError
-from toolkit.strict import Reader, to_plain
+from toolkit.strict import BOOKKEEPING, Reader, to_plain
 
 
 def gather(given: Question, file: Path | None) -> list[Question]:
@@ -27,9 +27,11 @@ def gather(given: Question, file: Path | None) -> list[Question]:
     if given.prompt or given.images:
         raise InputError("--input brings its own prompts and images: drop PROMPT and --image")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as refused:
         raise InputError(f"{file} cannot be read: {refused.strerror}") from None
+    except UnicodeDecodeError as odd:
+        raise InputError(f"{file} cannot be read as UTF-8: {odd.reason}") from None
     found = [
         _question(line, f"{file} line {number}", given, file.parent)
         for number, line in enumerate(lines, 1)
@@ -47,20 +49,24 @@ def _question(line: str, where: str, given: Question, folder: Path) -> Question:
         raise InputError(f"{where} is not JSON: {broken}") from None
     if not isinstance(data, dict):
         raise InputError(f"{where} is not a JSON object")
+    keys = "prompt (or messages), images (or image), max_tokens, template, stop"
     try:
+        settled = sorted(BOOKKEEPING & set(data))  # a Reader takes them for a model's own
+        if settled:
+            raise InputError(f"{where}: {', '.join(settled)} cannot be set for one request")
         return _read(Reader(data, where), given, folder)
     except ToolkitError as odd:
-        keys = "prompt (or messages), images (or image), max_tokens, template, stop"
         raise InputError(odd.message, hint=f"a request has the keys: {keys}") from None
 
 
 def _read(r: Reader, given: Question, folder: Path) -> Question:
     prompt, history = _turns(r)
-    images = r.take("images", list, [])
-    single = r.optional("image", str)
-    files = [str(folder / name) for name in ([single] if single else images)]
+    images, single = _texts(r, "images"), r.optional("image", str)
+    if single is not None and images:
+        raise InputError(f"{r.where} has both image and images")
+    files = [str(folder / name) for name in (images if single is None else [single])]
     max_tokens = r.take("max_tokens", int, given.max_tokens)
-    template, stop = r.take("template", str, given.template), r.take("stop", list, [])
+    template, stop = r.take("template", str, given.template), _texts(r, "stop")
     r.skip("id")
     r.done()
     return replace(
@@ -74,6 +80,13 @@ def _read(r: Reader, given: Question, folder: Path) -> Question:
     )
 
 
+def _texts(r: Reader, key: str) -> list[str]:
+    found = r.take(key, list, [])
+    if not all(isinstance(item, str) for item in found):
+        raise InputError(f"{r.where}: {key} = {found!r} is not a list of texts")
+    return found
+
+
 def _turns(r: Reader) -> tuple[str, list[str]]:
     """The question and the turns before it, from "prompt" or from "messages" as chat APIs have."""
     if not r.has("messages"):
@@ -83,7 +96,10 @@ def _turns(r: Reader) -> tuple[str, list[str]]:
         role = "assistant" if number % 2 else "user"
         if not isinstance(message, dict) or message.get("role") != role:
             raise InputError(f"{r.where}: messages[{number}] is not of role {role!r}")
-        said.append(str(message.get("content", "")))
+        content = message.get("content")
+        if not isinstance(content, str):
+            raise InputError(f"{r.where}: messages[{number}] has content {content!r}, not a text")
+        said.append(content)
     if len(said) % 2 == 0:
         raise InputError(f"{r.where}: messages do not end with the user's")
     return said[-1], said[:-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,12 +25,14 @@ class Sampling:
 
     def check(self) -> None:
         """Raise ConfigError for values without a meaning."""
-        if self.temperature < 0:
-            raise ConfigError(f"--temperature {self.temperature} is negative")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"--temperature {self.temperature} is not a number from 0 on")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p {self.top_p} is not in (0, 1]")
         if self.top_k < 0:
             raise ConfigError(f"--top-k {self.top_k} is negative")
+        if self.seed is not None and self.seed < 0:
+            raise ConfigError(f"--seed {self.seed} is negative")
         if self.temperature == 0 and (self.top_k, self.top_p) != (0, 1.0):
             raise ConfigError(
                 "--top-k and --top-p have no effect at --temperature 0",
@@ -54,6 +57,7 @@ def _draw(logits: Array, sampling: Sampling, generator: np.random.Generator) -> 
     weights = np.exp(scaled[order] - scaled[order[0]])
     probabilities = weights / weights.sum()
     # Nucleus: the smallest set of best tokens that reaches top_p (Holtzman et al., 1904.09751).
-    kept = int(np.searchsorted(probabilities.cumsum(), sampling.top_p)) + 1
-    order, probabilities = order[:kept], probabilities[:kept]
+    if sampling.top_p < 1:
+        kept = int(np.searchsorted(probabilities.cumsum(), sampling.top_p)) + 1
+        order, probabilities = order[:kept], probabilities[:kept]
     return int(generator.choice(order, p=probabilities / probabilities.sum()))

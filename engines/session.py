@@ -286,7 +286,7 @@ class StoppingText:
 
     def add_stop(self, stop: str) -> None:
         """One more stop string (the template's)."""
-        self._stops.append(stop)
+        self._stops += [stop] if stop else []
 
     def push(self, token: int) -> str:
         """The text that is certain to belong to the answer after this token."""
@@ -300,9 +300,9 @@ class StoppingText:
         if self.stopped:
             return ""
         text = self._held + new
-        found = [at for at in (text.find(s) for s in self._stops) if at >= 0]
-        if found:
-            self.stopped, self._held, out = True, "", text[: min(found)]
+        found = [(text.find(s) + len(s), text.find(s)) for s in self._stops if s in text]
+        if found:  # the one that is complete first, however the text came in tokens
+            self.stopped, self._held, out = True, "", text[: min(found)[1]]
         else:
             keep = 0 if final else max((_overlap(text, s) for s in self._stops), default=0)
             self._held, out = text[len(text) - keep :], text[: len(text) - keep]

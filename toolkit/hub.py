@@ -19,7 +19,8 @@ def locate(source: str, *, revision: str | None, offline: bool) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith((".", "/")):
+    names_model = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith((".", "/"))
+    if folder.exists() or not names_model:
         kind = "is not a folder" if folder.exists() else "does not exist"
         raise CheckpointError(
             f"{source} {kind}, and it is not a model id (ORGANISATION/NAME)",
@@ -40,7 +41,7 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
         )
     except Exception as refused:  # the package's tree of errors is wide; the reason is in the text
         where = "is not in the local cache" if offline else "could not be fetched"
-        reason = str(refused).strip().splitlines()[0]
+        reason = (str(refused).strip() or type(refused).__name__).splitlines()[0]
         raise CheckpointError(
             f"{name} {where} ({HF_HUB_CACHE}): {reason}",
             hint="without --offline it is downloaded" if offline else "check the name and network",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 100_000_000  # a 30000 x 30000 picture would take 2.7 GB decoded
 MAX_SIDE = 16_384  # padding to a square of this side already takes 0.8 GB
 MAX_RATIO = 200  # beyond this, resizing the short edge makes a picture of hundreds of megapixels
+_ORIENTATION = 0x0112  # the EXIF tag
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _CROPPING = ("CLIP", "LlavaNext", "LlavaImage", "Bit")
 _PROCESSORS = (
@@ -109,13 +110,16 @@ def read_preprocess(r: Reader) -> Preprocess:
         r.choice(switch, [True], True)
     r.choice("do_convert_rgb", [True], True)
     short, exact = _read_size(r.raw("size"), r.where)
-    crops = r.take("do_center_crop", bool, kind.startswith(_CROPPING))
-    crop = _read_crop(r.raw("crop_size"), r.where) if crops else None
+    crops, crop_size = (
+        r.take("do_center_crop", bool, kind.startswith(_CROPPING)),
+        r.raw("crop_size"),
+    )
+    crop = _read_crop(crop_size, r.where) if crops else None
     found = Preprocess(
         resample=_resample(r.choice("resample", list(_RESAMPLE), 3)),
         scale=r.take("rescale_factor", float, 1 / 255),
         mean=_three(r.raw("image_mean"), f"{r.where}: image_mean"),
-        std=_three(r.raw("image_std"), f"{r.where}: image_std"),
+        std=_three(r.raw("image_std"), f"{r.where}: image_std", nonzero=True),
         short_edge=short,
         exact=exact,
         crop=crop,
@@ -129,27 +133,34 @@ def _resample(code: int) -> Resample:
 
 
 def _read_size(size: Any, where: str) -> tuple[int | None, tuple[int, int] | None]:
-    if isinstance(size, int):
-        return size, None
+    where = f"{where}: size"
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:
-        return int(size["shortest_edge"]), None
+        return _edge(size["shortest_edge"], size, where), None
     if isinstance(size, dict) and set(size) == {"height", "width"}:
-        return None, (int(size["height"]), int(size["width"]))
-    raise ConfigError(f"{where}: size = {size!r} is not implemented")
+        return None, (_edge(size["height"], size, where), _edge(size["width"], size, where))
+    return _edge(size, size, where), None
 
 
 def _read_crop(size: Any, where: str) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
+    where = f"{where}: crop_size"
     if isinstance(size, dict) and {"height", "width"} <= set(size):
-        return int(size["height"]), int(size["width"])
-    raise ConfigError(f"{where}: crop_size = {size!r} is not implemented")
+        return _edge(size["height"], size, where), _edge(size["width"], size, where)
+    edge = _edge(size, size, where)
+    return edge, edge
 
 
-def _three(value: Any, where: str) -> tuple[float, float, float]:
-    if not isinstance(value, list) or len(value) != 3:
+def _edge(value: Any, size: Any, where: str) -> int:
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{where} = {size!r} is not implemented")
+    return value
+
+
+def _three(value: Any, where: str, *, nonzero: bool = False) -> tuple[float, float, float]:
+    numbers = value if isinstance(value, list) else []
+    fine = all(type(n) in (int, float) and (n or not nonzero) for n in numbers)
+    if len(numbers) != 3 or not fine:
         raise ConfigError(f"{where} = {value!r}, expected three numbers")
-    return float(value[0]), float(value[1]), float(value[2])
+    return float(numbers[0]), float(numbers[1]), float(numbers[2])
 
 
 # -- decoding ------------------------------------------------------------------------------
@@ -167,16 +178,18 @@ def load(source: str | Path | bytes, *, upright: bool = True) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns where we refuse
-            file = Image.open(BytesIO(source) if isinstance(source, bytes) else source)
-            _refuse_odd_sizes(file.size, name)
-            return _to_rgb(file, upright)
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as file:
+                _refuse_odd_sizes(file.size, name)
+                return _to_rgb(file, upright)
     except FileNotFoundError:
         raise InputError(f"image {name} does not exist") from None
     except IsADirectoryError:
         raise InputError(f"image {name} is a folder") from None
     except (UnidentifiedImageError, Image.DecompressionBombError) as refused:
         raise InputError(_why_unreadable(source, name, refused)) from None
-    except (OSError, SyntaxError, ValueError) as broken:
+    except InputError:
+        raise
+    except Exception as broken:  # decoders raise anything when a file is damaged
         raise InputError(f"image {name} cannot be decoded: {broken}") from None
 
 
@@ -207,31 +220,25 @@ def _refuse_odd_sizes(size: tuple[int, int], name: str) -> None:
 
 
 def _to_rgb(file: Image, upright: bool) -> Picture:
+    from PIL import ImageOps
 
     notes = []
     if getattr(file, "is_animated", False):
         notes.append(f"animation: first of {getattr(file, 'n_frames', 1)} frames used")
-    if _orientation(file) not in (None, 1):
+    if file.getexif().get(_ORIENTATION) in range(2, 9):  # asked first: TIFF forgets it when loaded
         notes.append(f"EXIF orientation {'applied' if upright else 'ignored'}")
-        file = _turned(file) if upright else file
-    if file.mode in ("I;16", "I;16B", "I;16L", "I"):
+    shown = ImageOps.exif_transpose(file) if upright else file
+    if shown.mode in ("I;16", "I;16B", "I;16L", "I"):
         notes.append("16-bit grey scaled to 8 bits")
-        wide = np.asarray(file).astype(np.int64)
+        wide = np.asarray(shown).astype(np.int64)
         return Picture(_grey(np.clip(wide >> 8, 0, 255).astype(np.uint8)), tuple(notes))
-    if file.mode in ("CMYK", "P", "RGBA", "LA", "PA"):
-        kind = {"CMYK": "CMYK", "P": "palette"}.get(file.mode, "transparency")
-        notes.append(f"{kind} converted to RGB" if kind != "transparency" else "alpha dropped")
-    return Picture(file.convert("RGB"), tuple(notes))
-
-
-def _orientation(file: Image) -> int | None:
-    return file.getexif().get(0x0112)
-
-
-def _turned(file: Image) -> Image:
-    from PIL import ImageOps
-
-    return ImageOps.exif_transpose(file)
+    if shown.mode in ("CMYK", "P", "PA"):
+        kind = "CMYK" if shown.mode == "CMYK" else "palette"
+        notes.append(f"{kind} converted to RGB")
+    if shown.has_transparency_data:
+        notes.append("alpha dropped")
+        shown.info.pop("transparency", None)
+    return Picture(shown.convert("RGB"), tuple(notes))
 
 
 def _grey(pixels: Array) -> Image:

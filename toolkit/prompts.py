@@ -92,6 +92,11 @@ def render(rules: PromptRules, turns: Sequence[str], images: int, template: str)
                 hint="leave --template at auto, or give the whole prompt as one text",
             )
         return Rendered(turns[0])
+    if len(turns) % 2 == 0:
+        raise InputError(
+            f"the conversation has {len(turns)} turns; it must end with the user's question",
+            hint="turns alternate: user, assistant, user",
+        )
     chosen = templates.find(rules.template if template == "auto" else template)
     said = list(turns)
     if images and not any(rules.placeholder in text for text in said):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -226,16 +227,29 @@ def _stored(array: Array, tensor: Planned) -> memoryview:
 
 
 def _narrow(array: Array, tensor: Planned) -> Array:
+    kind = STORAGE[tensor.dtype]
+    extremes = _extremes(array)
+    if kind.kind == "f" and not np.isfinite(extremes).all():
+        extremes = _extremes(array[np.isfinite(array)])  # infinities and NaN stay what they are
     with np.errstate(over="ignore"):
-        narrow = array.astype(STORAGE[tensor.dtype])
-        extremes = np.asarray([array.min(), array.max()]) if array.size else np.zeros(2)
-        fits = np.isfinite(extremes.astype(narrow.dtype)).all()
-    if not fits and np.isfinite(extremes).all():
-        raise CheckpointError(
-            f"{tensor.name} holds {float(np.abs(extremes).max()):.6g}, too large for fp16",
-            hint="export with --dtype bf16 or --dtype fp32",
-        )
-    return narrow
+        if not _fit(extremes, kind):
+            raise CheckpointError(
+                f"{tensor.name} holds {extremes[np.abs(extremes).argmax()]:.6g}, "
+                f"which does not fit {tensor.dtype}",
+                hint="export with --dtype bf16 or --dtype fp32",
+            )
+        return array.astype(kind)
+
+
+def _extremes(array: Array) -> Array:
+    return np.asarray([array.min(), array.max()]) if array.size else np.zeros(2)
+
+
+def _fit(extremes: Array, kind: np.dtype[Any]) -> bool:
+    if kind.kind == "f":
+        return bool(np.isfinite(extremes.astype(kind)).all())
+    low, high = (0, 1) if kind.kind == "b" else (np.iinfo(kind).min, np.iinfo(kind).max)
+    return bool(low <= extremes[0] and extremes[1] <= high)
 
 
 def to_bfloat16(array: Array) -> Array:

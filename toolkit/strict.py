@@ -89,7 +89,9 @@ class Reader:
         known = list(allowed)
         if value is _REQUIRED:
             raise ConfigError(f"{self.where} lacks the key {key!r}")
-        if value not in known:
+        if not any(
+            value == one and isinstance(value, bool) is isinstance(one, bool) for one in known
+        ):
             names = ", ".join(repr(name) for name in known)
             raise ConfigError(
                 f"{self.where}: {key} = {value!r} is not implemented",
@@ -154,7 +156,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         plain = [a for a in args if a in (int, str) and type(data) is a]
         return _decode((plain or [a for a in args if a is not type(None)])[0], data, where)
     if origin is typing.Literal:
-        if data not in args:
+        if not any(data == one and type(data) is type(one) for one in args):
             raise ConfigError(f"{where} = {data!r}, expected one of {args}")
         return data
     if origin is tuple:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -70,13 +71,14 @@ def parse(text: str) -> Target:
         return Target("reference", (), machine())
     if text in DEVICES:
         return DEVICES[text].target
-    backend, _, arch = text.partition("/")
-    backend, _, version = backend.partition("@")
-    if backend in BACKENDS and arch:
-        try:
-            return Target(backend, tuple(int(n) for n in version.split(".") if n), arch)
-        except ValueError:
-            raise ConfigError(f"{version!r} in the target {text!r} is not a version") from None
+    form = re.fullmatch(r"([a-z]+)(?:@([^/]*))?/(.+)", text)
+    if form and form[1] in BACKENDS:
+        version = form[2]
+        if version is None:
+            return Target(form[1], (), form[3])
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
+            raise ConfigError(f"{version!r} in the target {text!r} is not a version")
+        return Target(form[1], tuple(map(int, version.split("."))), form[3])
     known = ["cpu", "reference", *DEVICES]
     close = difflib.get_close_matches(text, known, 3) or known
     raise ConfigError(

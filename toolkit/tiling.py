@@ -53,9 +53,9 @@ class TokenLayout:
 
     order: "flat" view after view, or "spatial": the base view, then the tiles as one map. Of the
     map: unpad removes the padding's rows or columns, newline ends every row with the learned
-    token (and a lone view), pool takes the maximum of 2 x 2 tokens, max_tiles > 0 shrinks it
-    bilinearly to about that many tiles (anyres_max_N). base: whether the base view stands in
-    front. rounded: lengths are rounded to 7 digits first, as transformers does.
+    token (and a lone view), pool takes the maximum of 2 x 2 tokens (its rows have no newline),
+    max_tiles > 0 shrinks it bilinearly to about that many tiles (anyres_max_N). base: whether the
+    base view stands in front. rounded: lengths are rounded to 7 digits first, as transformers does.
     """
 
     side: int
@@ -155,7 +155,7 @@ def arrange(layout: TokenLayout, views: int, grid: Size | None, size: Size) -> A
         lone = np.arange(each)
         return _plain(np.append(lone, newline) if layout.newline else lone)
     found = _map(layout, grid, size)
-    if layout.newline:
+    if layout.newline and not layout.pool:
         ends = np.full((found.rows.shape[0], 1, 4), newline)
         found = Arrangement(
             np.concatenate([found.rows, ends], 1),

@@ -49,7 +49,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of `text`; `special` adds what the tokenizer puts around a text (BOS)."""
-        if self._doubled_blank and text.startswith(" "):
+        if self._doubled_blank and text.startswith((" ", _PREFIX)):
             text = " " + text
         return list(self._inner.encode(text, add_special_tokens=special).ids)
 
@@ -60,40 +60,48 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns ids into text as they come; the pieces joined are exactly decode(all ids)."""
+    """Turns ids into text as they come; whole characters joined are exactly decode(all ids).
+
+    Bytes that are no character are a replacement sign each; what was said before them stays said.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._said = ""
         self._settled = 0  # ids before this one have been printed whole
         self._printed = 0  # ids before this one have been printed
 
     def push(self, token: int) -> str:
         """The text that became certain with this id, often "" within a character."""
         self._ids.append(token)
-        before = self._tokenizer.decode(self._ids[self._settled : self._printed])
-        now = self._tokenizer.decode(self._ids[self._settled :])
-        if now.endswith(_BROKEN) or not now.startswith(before) or len(now) <= len(before):
+        before, now = self._window()
+        if now.endswith(_BROKEN) or len(now) <= len(before):
             return ""
         self._settled, self._printed = self._printed, len(self._ids)
-        return self._say(now[len(before) :])
+        return now[len(before) :]
 
     def finish(self) -> str:
         """What is left: an unfinished character stays the replacement sign."""
-        whole = self._tokenizer.decode(self._ids)
-        return self._say(whole[len(self._said) :])
+        before, now = self._window()
+        self._settled = self._printed = len(self._ids)
+        return now[len(before) :]
 
-    def _say(self, piece: str) -> str:
-        self._said += piece
-        return piece
+    def _window(self) -> tuple[str, str]:
+        """The text that was printed last, and the same with what came since."""
+        before = self._tokenizer.decode(self._ids[self._settled : self._printed])
+        now = self._tokenizer.decode(self._ids[self._settled :])
+        if now.startswith(before):
+            return before, now
+        # Next to bytes that are no character, decoding takes back the bytes that were one.
+        return "", self._tokenizer.decode(self._ids[self._printed :])
 
 
 # -- sentencepiece ---------------------------------------------------------------------------
 
 
-def from_sentencepiece(model: Path, config: dict[str, Any]) -> str:
-    """The text of a tokenizer.json that encodes as the slow Llama tokenizer of `model` does.
+def from_sentencepiece(model: Path, config: dict[str, Any]) -> tuple[str, bool]:
+    """The text of a tokenizer.json that encodes as the slow Llama tokenizer of `model` does, and
+    whether it needs `doubled_blank` for that.
 
     `config` is tokenizer_config.json: `legacy` decides whether text after a special token gets
     a blank of its own. Raises CheckpointError for models other than byte-fallback BPE.
@@ -117,8 +125,9 @@ def from_sentencepiece(model: Path, config: dict[str, Any]) -> str:
         special[int(number)] = item["content"] if isinstance(item, dict) else str(item)
     merges = _merges(normal, vocab, [spm.get_score(i) for i in range(len(pieces))])
     bos = pieces[spm.bos_id()] if config.get("add_bos_token", True) else None
-    scheme = "always" if config.get("legacy", True) else "first"
-    return json.dumps(_llama_tokenizer(vocab, merges, special, bos, scheme), ensure_ascii=False)
+    legacy = config.get("legacy") is not False
+    built = _llama_tokenizer(vocab, merges, special, bos, legacy=legacy)
+    return json.dumps(built, ensure_ascii=False), not legacy
 
 
 def _merges(
@@ -135,25 +144,38 @@ def _merges(
     return [[left, right] for *_, left, right in ranked]
 
 
+# A blank in front of every stretch between special tokens, be there one already.
+_BLANKS_ALWAYS = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": _PREFIX},
+        {"type": "Replace", "pattern": {"String": " "}, "content": _PREFIX},
+    ],
+}
+# A blank in front of the text, unless there is one (`doubled_blank` sees to that).
+_BLANK_FIRST = {
+    "type": "Metaspace",
+    "replacement": _PREFIX,
+    "prepend_scheme": "first",
+    "split": False,
+}
+
+
 def _llama_tokenizer(
     vocab: dict[str, int],
     merges: list[list[str]],
     special: dict[int, str],
     bos: str | None,
-    scheme: str,
+    *,
+    legacy: bool,
 ) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [{"id": i, "content": t, **flags, "special": True} for i, t in sorted(special.items())]
     return {
         "version": "1.0",
         "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Metaspace",
-            "replacement": _PREFIX,
-            "prepend_scheme": scheme,
-            "split": False,
-        },
+        "normalizer": _BLANKS_ALWAYS if legacy else None,
+        "pre_tokenizer": None if legacy else _BLANK_FIRST,
         "post_processor": None if bos is None else _prepend_bos(bos, vocab[bos]),
         "decoder": {
             "type": "Sequence",
@@ -169,7 +191,7 @@ def _llama_tokenizer(
             "unk_token": special.get(0, "<unk>"),
             "fuse_unk": True,
             "byte_fallback": True,
-            "vocab": vocab,
+            "vocab": vocab | {content: i for i, content in special.items()},
             "merges": merges,
         },
     }
@@ -214,7 +236,8 @@ def byte_tokenizer(special: dict[str, int]) -> str:
     ]
     taken = set(special.values())
     free = [i for i in range(256 + len(taken)) if i not in taken][:256]
-    vocab = dict(zip(alphabet, free, strict=True))
+    # An added token keeps its id only if the vocabulary has it too.
+    vocab = dict(zip(alphabet, free, strict=True)) | special
     layer = {
         "type": "ByteLevel",
         "add_prefix_space": False,

@@ -7,7 +7,6 @@ A `Recipe` says how one tensor is made from a checkpoint's; `Recipes` applies a 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import numpy as np
 from toolkit.errors import CheckpointError
 from toolkit.ops import Array
 from toolkit.safetensors_io import BLOCK_BYTES, SafetensorsFile
+from toolkit.strict import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -103,7 +103,7 @@ def open_checkpoint(folder: Path, torch_reader: TorchReader | None = None) -> Ch
     """The weights in `folder`: safetensors first, else torch files through `torch_reader`.
 
     Raises CheckpointError if there are none, a shard is missing, or only torch files exist and
-    no reader for them was handed in.
+    no reader for them was handed in; ConfigError if the index of the shards is no JSON object.
     """
     for stem, read in (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", torch_reader)):
         files = _shards(folder, stem)
@@ -124,7 +124,10 @@ def _shards(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.index.json"
     if not index.exists():
         return [folder / stem] if (folder / stem).exists() else []
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files")
+    names = sorted(set(places.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise CheckpointError(f"{index} names files that are not there: {', '.join(missing)}")
@@ -201,7 +204,7 @@ def _misshapen(table: Mapping[str, Recipe], shapes: Shapes, checkpoint: Checkpoi
         stored = checkpoint.shape(recipe.sources[0])
         if stored[::turn] != shapes[name]:
             faults.append(f"{recipe.sources[0]} is {stored}, expected {shapes[name][::turn]}")
-    return [f"{len(faults)} mis-shaped: {', '.join(faults[:3])}"] if faults else []
+    return _listed("mis-shaped", faults)
 
 
 class RandomWeights(Mapping[str, Array]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from toolkit.errors import CheckpointError
 from toolkit.ops import Array
@@ -22,13 +23,12 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         import torch
 
-        try:
-            self._tensors: dict[str, Any] = torch.load(
-                path, map_location="cpu", mmap=True, weights_only=True
-            )
+        try:  # files from before torch 1.6 are no zip archives; they cannot be mapped
+            found = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
         except Exception as broken:  # unpickling raises anything
-            reason = str(broken).splitlines()[0]
+            reason = (str(broken) or type(broken).__name__).splitlines()[0]
             raise CheckpointError(f"{path} cannot be read as torch weights: {reason}") from None
+        self._tensors = _named_tensors(found, path)
 
     def keys(self) -> list[str]:
         """Names of the tensors."""
@@ -42,8 +42,22 @@ class TorchFile:
         """One tensor; bfloat16 comes back as float32."""
         import torch
 
-        tensor = self._tensors[key]
+        tensor = self._tensors[key].detach()
         if tensor.dtype == torch.bfloat16:
             tensor = tensor.float()
         array: Array = tensor.contiguous().numpy().copy()
         return array
+
+
+def _named_tensors(found: Any, path: Path) -> dict[str, Any]:
+    """The file's content, if it is nothing but tensors by name."""
+    import torch
+
+    hint = "save the state dict alone: torch.save(model.state_dict(), PATH)"
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, not tensors", hint=hint)
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            kind = type(value).__name__
+            raise CheckpointError(f"{path}: {name!r} is a {kind}, not a named tensor", hint=hint)
+    return found

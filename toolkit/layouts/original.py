@@ -98,7 +98,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
     r.skip(*TRAINING_KEYS)
     r.done()
 
-    text, slow = read_tokenizer(folder, slow=True)
+    text, doubled = read_tokenizer(folder, slow=True)
     text = add_tokens(text, extra, lm.config.vocab)
     rows = check_tokenizer(text, lm.config.vocab, str(folder))
     checkpoint = open_checkpoint(folder, options.torch_reader)
@@ -125,7 +125,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
             "pieces",
             read_eos(folder, config),
             image_text=image_text,
-            doubled_blank=slow,
+            doubled_blank=doubled,
         ),
     )
     origin = {"layout": "llava", "tower": str(config["mm_vision_tower"])}

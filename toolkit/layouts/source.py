@@ -114,7 +114,7 @@ def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tup
 
 
 def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, bool]:
-    """The text of a tokenizer.json, and whether it stands for a sentencepiece tokenizer.
+    """The text of a tokenizer.json, and whether it needs `doubled_blank` (see Tokenizer).
 
     slow: the system uses sentencepiece's own tokenizer where its model file is there; fast
     conversions by older versions of transformers tokenize differently after special tokens.
@@ -123,7 +123,7 @@ def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, bool]:
     settings = folder / "tokenizer_config.json"
     config = read_json(settings) if settings.exists() else {}
     if model.exists() and (slow or not path.exists()):
-        return from_sentencepiece(model, config), True
+        return from_sentencepiece(model, config)
     if not path.exists():
         raise CheckpointError(
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)",

@@ -64,7 +64,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     wrapped = r.take("use_im_start_end", bool, True)
     template = r.take("template", str, original.TEMPLATES[lm.kind])
     r.done()
-    text, slow = _tokenizer(lm_folder, lm, wrapped)
+    text, doubled = _tokenizer(lm_folder, lm, wrapped)
 
     stored = {f"encoder.{name}": _tower(eye, places[name], options) for name, eye in eyes.items()}
     file = models.lm(lm.kind)
@@ -87,7 +87,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
             "pieces",
             read_eos(lm_folder, read_json(lm_folder / "config.json")),
             image_text="<im_start><image><im_end>" if wrapped else "<image>",
-            doubled_blank=slow,
+            doubled_blank=doubled,
         ),
     )
     weights = {p.name: stored[p.name].weights() for p in vlm.components(model)}
@@ -197,7 +197,7 @@ def _pixels(
 
 
 def _tokenizer(folder: Path, lm: Part, wrapped: bool) -> tuple[str, bool]:
-    text, slow = read_tokenizer(folder, slow=True)
+    text, doubled = read_tokenizer(folder, slow=True)
     text = add_tokens(text, ["<im_start>", "<im_end>"] * wrapped, lm.config.vocab)
     check_tokenizer(text, lm.config.vocab, str(folder))
     if wrapped and '"<im_start>"' not in text:
@@ -205,7 +205,7 @@ def _tokenizer(folder: Path, lm: Part, wrapped: bool) -> tuple[str, bool]:
             f"{folder}: the model has no row for <im_start>, which surrounds pictures",
             hint="set use_im_start_end to false in config.json if it was trained without",
         )
-    return text, slow
+    return text, doubled
 
 
 def _preset(name: str, lm: llama.Config) -> ModelConfig:

@@ -1,0 +1,176 @@
+"""Configurations to JSON and back, and everything that is refused on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from toolkit import models
+from toolkit.config import from_json, to_json
+from toolkit.errors import ConfigError
+from toolkit.precision import PrecisionPlan, Rule
+from toolkit.strict import Reader, from_plain, read_json, to_plain
+from toolkit.systems import find, presets
+
+ARCHITECTURES = [
+    *(("encoder", kind) for kind in models.kinds("encoders")),
+    *(("merger", kind) for kind in models.kinds("mergers")),
+    *(("lm", kind) for kind in models.kinds("lms")),
+]
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_survives_json(name: str) -> None:
+    model = find(presets()[name]).PRESETS[name]()
+    text = json.dumps(to_json(model))
+    assert from_json(json.loads(text), "manifest") == model
+
+
+@pytest.mark.parametrize(("room", "kind"), ARCHITECTURES)
+def test_every_architecture_survives_json(room: str, kind: str) -> None:
+    found: Any = getattr(models, room)(kind)
+    tiny = found.tiny()
+    config = tiny.config if hasattr(tiny, "config") else tiny
+    assert is_dataclass(config)
+    plain = json.loads(json.dumps(to_plain(config)))
+    assert from_plain(found.Config, plain, kind) == config
+    with pytest.raises(ConfigError, match="surprise"):
+        from_plain(found.Config, plain | {"surprise": 1}, kind)
+
+
+def test_a_plan_survives_json() -> None:
+    plan = PrecisionPlan("int8", (Rule("lm/*", "float"),), {"a/b": 1.5}, "minmax", 3)
+    assert from_plain(PrecisionPlan, json.loads(json.dumps(to_plain(plan))), "plan") == plan
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: tuple[int, int]
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outer:
+    count: int
+    share: float
+    flag: bool
+    kind: Literal["a", "b", 1]
+    inner: Inner | None = None
+    axis: int | str = 0
+    table: Mapping[str, Inner] = field(default_factory=dict)
+    rest: Any = None
+
+
+GOOD: dict[str, Any] = {"count": 1, "share": 0.5, "flag": True, "kind": "a"}
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    assert from_plain(Outer, GOOD, "x") == Outer(1, 0.5, True, "a")
+
+
+def test_nested_values_become_what_they_were() -> None:
+    value = Outer(1, 2.0, False, "b", Inner((1, 2), ("n",)), "tokens", {"t": Inner((3, 4))}, [1])
+    assert from_plain(Outer, json.loads(json.dumps(to_plain(value))), "x") == value
+
+
+def test_an_int_will_do_for_a_float_only() -> None:
+    found = from_plain(Outer, GOOD | {"share": 2}, "x")
+    assert (found.share, type(found.share)) == (2.0, float)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"count": True}, r"x\.count = True, expected int"),
+        ({"count": 1.0}, r"x\.count"),
+        ({"count": "1"}, r"x\.count"),
+        ({"count": None}, r"x\.count"),
+        ({"share": True}, r"x\.share"),
+        ({"share": "0.5"}, r"x\.share"),
+        ({"flag": 1}, r"x\.flag"),
+        ({"kind": "c"}, r"x\.kind"),
+        ({"kind": True}, r"x\.kind"),
+        ({"axis": True}, r"x\.axis"),
+        ({"axis": 1.5}, r"x\.axis"),
+        ({"inner": {"size": [1]}}, r"x\.inner\.size .* 2 values"),
+        ({"inner": {"size": [1, "2"]}}, r"x\.inner\.size\[1\]"),
+        ({"inner": {"size": [1, 2], "names": "ab"}}, r"x\.inner\.names"),
+        ({"inner": {}}, r"x\.inner lacks: size"),
+        ({"inner": [1]}, r"x\.inner"),
+        ({"table": {"t": 1}}, r"x\.table\.t"),
+        ({"table": []}, r"x\.table"),
+        ({"extra": 1, "more": 2}, "x has keys we do not know: extra, more"),
+    ],
+)
+def test_odd_values_are_named(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        from_plain(Outer, GOOD | change, "x")
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match="x lacks: flag, kind, share"):
+        from_plain(Outer, {"count": 1}, "x")
+
+
+# -- published configurations --------------------------------------------------------------
+
+
+def test_a_reader_refuses_what_nobody_asked_for() -> None:
+    r = Reader({"a": 1, "b": 2, "c": 3, "d": 4, "model_type": "x"}, "config.json", ["d"])
+    assert r.take("a", int) == 1
+    r.skip("b")
+    with pytest.raises(ConfigError, match="config.json has keys we do not know: c") as refused:
+        r.done()
+    assert "--ignore-key c" in refused.value.hint
+    assert r.raw("c") == 3
+    r.done()
+
+
+def test_types_are_exact() -> None:
+    r = Reader({"yes": True, "one": 1, "half": 0.5, "text": "t", "none": None}, "c")
+    assert r.take("one", float) == 1.0
+    assert type(r.take("one", float)) is float
+    assert r.take("yes", bool) is True
+    assert (r.take("none", int, 7), r.take("gone", int, 8)) == (7, 8)
+    assert (r.optional("none", int), r.optional("one", int)) == (None, 1)
+    assert (r.has("none"), r.given("none"), r.given("gone")) == (False, True, False)
+    for key, kind in (("yes", int), ("yes", float), ("half", int), ("text", int), ("one", str)):
+        with pytest.raises(ConfigError, match=rf"c: {key} = .*expected {kind.__name__}"):
+            r.take(key, kind)
+    for key in ("none", "gone"):
+        with pytest.raises(ConfigError, match=f"lacks the key '{key}'"):
+            r.take(key, int)
+
+
+def test_choices_are_exact_too() -> None:
+    r = Reader({"yes": True, "one": 1, "two": "two", "whole": 1.0}, "c")
+    assert r.choice("yes", [True]) is True
+    assert r.choice("one", [1, 2]) == 1
+    assert r.choice("gone", ["a"], "a") == "a"
+    for key, allowed in (("yes", [1]), ("one", [True, False]), ("two", ["one"]), ("gone", ["a"])):
+        with pytest.raises(ConfigError, match=f"c.*{key}"):
+            r.choice(key, allowed)
+
+
+def test_objects_within_are_read_alike() -> None:
+    r = Reader({"sub": {"a": 1, "b": 2}}, "c", ["b"]).sub("sub")
+    assert r.where == "c: sub"
+    with pytest.raises(ConfigError, match="c: sub has keys we do not know: a"):
+        r.done()
+    r.take("a", int)
+    r.done()
+
+
+def test_files_that_are_no_objects_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for data, reason in ((b"[1]", "list"), (b"{", "not valid JSON"), (b'{"a": "\xff"}', "valid")):
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match=reason):
+            read_json(path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_json(tmp_path / "missing.json")
