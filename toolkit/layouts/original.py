@@ -85,8 +85,10 @@ def says_mlcd(config: Mapping[str, Any]) -> bool:
 
 def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules) -> Source:
     """Read a checkpoint. Raises ConfigError and CheckpointError naming what does not fit."""
+    kind = LMS[str(config["model_type"])]
+    if kind == "qwen2":  # its original class drops this key whatever it says
+        config = {**config, "rope_scaling": None}
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
-    kind = LMS[r.take("model_type", str)]
     lm = Part("lm", kind, models.lm(kind).Config.read(r))
     tower = towers.open_tower(folder, r, options, rules.taps)
     merger = rules.merger(r, tower.part, lm.config.width)
@@ -137,7 +139,10 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
 def _stored(lm: Part, merger: Part, newline: bool, checkpoint: Checkpoint) -> dict[str, Stored]:
     """The language model's and the projector's weights in the LLaVA folder."""
     file, projector = models.lm(lm.kind), models.merger(merger.kind)
-    table = below(projector.names(merger.config), "model.mm_projector.")
+    table = dict(projector.names(merger.config))
+    if table:  # a lone linear has a number where the type says mlp1x_gelu, and none if linear
+        places = ("model.mm_projector.", "model.mm_projector.0.")
+        table = below(table, find_prefix(table, checkpoint, *places))
     shapes = dict(projector.shapes(merger.config))
     if newline:
         table["newline"] = keep("model.image_newline")
