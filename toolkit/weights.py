@@ -122,8 +122,10 @@ def open_checkpoint(folder: Path, torch_reader: TorchReader | None = None) -> Ch
 
 def _shards(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.index.json"
+    if (folder / stem).exists():  # before an index, as transformers looks for them
+        return [folder / stem]
     if not index.exists():
-        return [folder / stem] if (folder / stem).exists() else []
+        return []
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
