@@ -99,7 +99,9 @@ def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tup
     for name in models.kinds("encoders"):
         if kind in getattr(models.encoder(name), "MODEL_TYPES", ()):
             reader = Reader(config, where, options.ignore_keys)
-            return name, reader.sub("vision_config") if nested else reader
+            reader = reader.sub("vision_config") if nested else reader
+            reader.skip("tie_word_embeddings", "vocab_size")  # a tower has no words
+            return name, reader
     known = [t for n in models.kinds("encoders") for t in models.encoder(n).MODEL_TYPES]
     raise ConfigError(
         f"{where}: model_type = {kind!r} is not an encoder we implement",

@@ -36,7 +36,7 @@ class Config:
     @classmethod
     def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
         """From a CLIPVisionConfig; `taps` as in hidden_states[...], negative from the end."""
-        r.skip("projection_dim", "dropout", "vocab_size")  # none acts on features
+        r.skip("projection_dim", "dropout")
         r.choice("num_channels", [3], 3)
         config = cls(
             width=r.take("hidden_size", int, 768),

@@ -35,7 +35,7 @@ class Config:
     @classmethod
     def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
         """From a SiglipVisionConfig. There is no class token, whatever is asked for."""
-        r.skip("vision_use_head", "projection_dim", "vocab_size")
+        r.skip("vision_use_head", "projection_dim")
         r.choice("num_channels", [3], 3)
         config = cls(
             width=r.take("hidden_size", int, 768),
