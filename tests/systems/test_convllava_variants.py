@@ -50,23 +50,18 @@ VARIANTS = {
     "size no multiple of the stride, wide": Variant(
         (1, 1, 1, 1, 1), (6, 10, 14, 18, 22), 203, picture=(203, 40), shards=2
     ),
-    "no padding, tall": Variant(
-        (1, 1, 1, 1, 1), (6, 10, 14, 18, 22), 150, {"image_aspect_ratio": None}, picture=(40, 120)
+    "no padding, tall, class tokens asked for": Variant(
+        (1, 1, 1, 1, 1), (6, 10, 14, 18, 22), 150,
+        {"image_aspect_ratio": None, "mm_vision_select_feature": "cls_patch"}, picture=(40, 120),
     ),
-    "class tokens asked for": Variant(
-        (1, 1, 1, 1), (6, 10, 14, 18), 64, {"mm_vision_select_feature": "cls_patch"}
-    ),
-    "torch files, id of the hub, inside": Variant(
-        (1, 1, 1, 1, 1), (6, 10, 14, 18, 22), 128,
+    "torch files, id of the hub, inside, one linear with a number": Variant(
+        (1, 1, 1, 1, 1), (6, 10, 14, 18, 22), 128, {"mm_projector_type": "mlp1x_gelu"},
         tower="ConvLLaVA/ConvLLaVA-ConvNeXt-768", place="ConvLLaVA-ConvNeXt-768",
         torch_files=True, shards=3,
     ),
     "linear, one kv head, heads of 20": Variant(
         (1, 1, 1, 1), (6, 10, 14, 18), 64, {"mm_projector_type": "linear"},
         {"num_key_value_heads": 1, "hidden_size": 40, "num_attention_heads": 2},
-    ),
-    "one linear with a number": Variant(
-        (1, 1, 1, 1), (6, 10, 14, 18), 64, {"mm_projector_type": "mlp1x_gelu"}
     ),
     "no layer scale, identity": Variant(
         (1, 1, 1, 1), (6, 10, 14, 48), 64, {"mm_projector_type": "identity"}, scaled=False

@@ -70,15 +70,12 @@ VARIANTS = {
         "next", config={"vision_feature_layer": [-2, -1], "image_grid_pinpoints": PINPOINTS},
         lm="mistral", split=True, pictures=(HIGH,),
     ),
-    "next, siglip": Variant(
-        "next", config=LAST | {"image_grid_pinpoints": PINPOINTS}, tower="siglip", lm="qwen2",
-        pictures=(HIGH, SQUARE),
+    "next, siglip, tied above": Variant(
+        "next", config=LAST | TIED | {"image_grid_pinpoints": PINPOINTS}, tower="siglip",
+        lm="qwen2", pictures=(HIGH, SQUARE),
     ),
     "next, tied in the text's config": Variant(
         "next", text=TIED, config={"image_grid_pinpoints": PINPOINTS}, lm="qwen2"
-    ),
-    "next, tied above": Variant(
-        "next", config={"image_grid_pinpoints": PINPOINTS} | TIED, lm="qwen2"
     ),
     "onevision, tied, sharded": Variant(
         "onevision", {"patch_size": 8}, TIED, {"image_grid_pinpoints": PINPOINTS}, "qwen2",

@@ -47,21 +47,28 @@ VARIANTS = {
     "one head of 12, grid of five, two shards": Variant(
         width=192, side=5, shards=2, lm={"num_key_value_heads": 1}
     ),
-    "seven shards, levels as text": Variant(shards=7, levels="list-7/-5/-4/-3/-2"),
-    "levels from the front, out of order": Variant(levels=[1, 4, 2, 0, 5], picture=(40, 90)),
-    "levels between are ignored": Variant(levels=[-6, -5, -4, -3, -7, 0, -1]),
-    "linear, torch files": Variant(projector="linear", torch_files=True, shards=3),
-    "mlp1": Variant(projector="mlp1x_gelu", width=48),
-    "mlp3": Variant(projector="mlp3x_gelu", width=48, side=4),
-    "identity": Variant(projector="identity", width=48),
-    "no padding": Variant(config={"image_aspect_ratio": "square"}, picture=(70, 160)),
-    "a tower called otherwise": Variant(tower="towers/eyes-large"),
+    "seven shards, levels as text, mlp3": Variant(
+        shards=7, levels="list-7/-5/-4/-3/-2", projector="mlp3x_gelu", width=48, side=4
+    ),
+    "levels from the front, out of order, mlp1": Variant(
+        levels=[1, 4, 2, 0, 5], picture=(40, 90), projector="mlp1x_gelu", width=48
+    ),
+    "levels between are ignored, a tower called otherwise": Variant(
+        levels=[-6, -5, -4, -3, -7, 0, -1], tower="towers/eyes-large"
+    ),
+    "linear, torch files, heads of 52": Variant(
+        projector="linear", torch_files=True, shards=3,
+        lm={"hidden_size": 104, "num_attention_heads": 2},
+    ),
+    "identity, no padding": Variant(
+        projector="identity", width=48, config={"image_aspect_ratio": "square"}, picture=(70, 160)
+    ),
     "tower inside is ignored": Variant(inside=True),
     "tower inside counts when it was trained": Variant(
         inside=True, config={"unfreeze_mm_vision_tower": True}
     ),
     "two pictures": Variant(side=2, pictures=2),
-}
+}  # fmt: skip
 
 
 def make_tower(v: Variant, seed: int) -> Any:
@@ -151,7 +158,7 @@ def numbers(v: Variant) -> list[int]:
 def write(work: Path, v: Variant) -> tuple[Any, Any, torch.nn.Module, dict[str, torch.Tensor]]:
     """The checkpoint; language model, the tower that counts, projector and fuser."""
     lm, tower, w = joined.language_model(**v.lm), make_tower(v, 3), fuser_tensors(v.width)
-    projector = projector_of(v, 48)
+    projector = projector_of(v, lm.config.hidden_size)
     tensors = {f"model.mm_projector.0.{k}": t for k, t in w.items()}
     for key, tensor in projector.state_dict().items():
         number, leaf = key.split(".")

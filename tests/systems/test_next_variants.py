@@ -79,7 +79,11 @@ VARIANTS = {
         "mlcd", "clip", LARGE, "qwen2", RANGE | {"mm_patch_merge_type": "spatial_unpad"},
         LARGE_TILES, {"num_hidden_layers": 3}, INSIDE, sizes=((300, 190), (100, 400)),
     ),
-    "mlcd rope, range, flat": Variant("mlcd", "mlcd", BIGG, "qwen2", RANGE, LARGE_TILES),
+    "mlcd rope, heads of 104, range, flat, rope scaling dropped": Variant(
+        "mlcd", "mlcd", BIGG, "qwen2",
+        RANGE | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        LARGE_TILES | {"hidden_size": 208, "num_attention_heads": 2},
+    ),
     "pinpoints as text, spatial": Variant(
         "llava_next", "clip", "openai/clip-vit-large-patch14-336", "llama",
         ANYRES | {"mm_patch_merge_type": "spatial", "image_grid_pinpoints": str(GRIDS)},
@@ -89,9 +93,10 @@ VARIANTS = {
         "llava_next", "clip", "clip-vit", "mistral", ANYRES, together=True,
         sizes=((60, 20), (80, 81)), text={"sliding_window": None, "rope_theta": 1e6},
     ),
-    "flat tiles with class tokens": Variant(
+    "flat tiles with class tokens, rope scaling counts for llama": Variant(
         "llava_next", "clip", "clip-vit", "llama",
         ANYRES | {"mm_vision_select_feature": "cls_patch"},
+        text={"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     ),
     "mistral with a window": Variant(
         "llava_next", "clip", "clip-vit", "mistral", UNPAD, text={"sliding_window": 9},
@@ -104,18 +109,14 @@ VARIANTS = {
         "llava_next", "clip", "clip-vit", "qwen2",
         ANYRES | {"mm_patch_merge_type": "spatial_maxpool2x2"}, sizes=((130, 31), (40, 90)),
     ),
-    "pooled, without base": Variant(
-        "llava_next", "clip", "clip-vit", "llama",
-        ANYRES | {"mm_patch_merge_type": "spatial_maxpool2x2_nobase"},
-    ),
     "siglip, anyres_max": Variant(
         "llava_next", "siglip", "google/siglip-so400m-patch14-384", "qwen2",
         UNPAD | {"image_aspect_ratio": "anyres_max_2"}, {"patch_size": 7},
         TIED, INSIDE + "vision_model.", sizes=((200, 90), (31, 90)),
     ),
-    "siglip, pad": Variant(
+    "siglip, pad, heads of 40": Variant(
         "llava", "siglip", "siglip-base", "llama", {"image_aspect_ratio": "pad"},
-        {"image_size": 45},
+        {"image_size": 45}, {"hidden_size": 80, "num_attention_heads": 2},
     ),
     "lone views end with a newline": Variant(
         "mlcd", "mlcd", BIGG, "qwen2",
@@ -134,13 +135,6 @@ VARIANTS = {
         "llava_next", "clip", "clip-vit", "qwen2",
         ANYRES | {"image_grid_pinpoints": [[84, 168], [168, 84]]},
         {"image_size": 84, "patch_size": 21}, projector="pooler",
-    ),
-    "rope scaling is dropped for qwen": Variant(
-        "mlcd", "mlcd", BIGG, "qwen2", {"rope_scaling": {"type": "linear", "factor": 4.0}},
-    ),
-    "rope scaling counts for llama": Variant(
-        "llava_next", "clip", "clip-vit", "llama", ANYRES,
-        text={"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     ),
 }  # fmt: skip
 
