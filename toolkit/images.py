@@ -109,6 +109,7 @@ def read_preprocess(r: Reader) -> Preprocess:
     for switch in ("do_rescale", "do_normalize", "do_resize"):
         r.choice(switch, [True], True)
     r.choice("do_convert_rgb", [True], True)
+    r.choice("aspect_ratio_setting", ["anyres"], "anyres")
     short, exact = _read_size(r.raw("size"), r.where)
     crops, crop_size = (
         r.take("do_center_crop", bool, kind.startswith(_CROPPING)),

@@ -23,7 +23,8 @@ _REQUIRED: Any = object()
 # in a single forward pass (generation defaults, bookkeeping, training switches).
 BOOKKEEPING = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention
+    _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
+    _name_or_path add_cross_attention attn_implementation
     architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens bos_token_id
     chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
     do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id

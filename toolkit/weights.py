@@ -122,8 +122,10 @@ def open_checkpoint(folder: Path, torch_reader: TorchReader | None = None) -> Ch
 
 def _shards(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.index.json"
+    if (folder / stem).exists():  # before an index, as transformers looks for them
+        return [folder / stem]
     if not index.exists():
-        return [folder / stem] if (folder / stem).exists() else []
+        return []
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files")

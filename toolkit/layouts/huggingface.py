@@ -7,7 +7,7 @@ and model.language_model.* (inside 5).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Rules:
     """What one model class does. pictures: image rules from config.json and the preprocessing.
 
     layer, strategy: what a configuration without vision_feature_layer and -_select_strategy
-    means.
+    means. ties_by_text: whether text_config alone can tie the two ends of the language model.
     """
 
     system: str
@@ -54,6 +54,13 @@ class Rules:
     templates: Mapping[str, str]
     layer: int = -2
     strategy: str = "default"
+    ties_by_text: bool = True
+
+
+def says(config: Mapping[str, Any], *kinds: str) -> bool:
+    """Whether a config.json is of this layout and of one of these model types."""
+    own = "text_config" in config and "mm_vision_tower" not in config
+    return own and config.get("model_type") in kinds
 
 
 def one_view(r: Reader, encoder: Part, rule: Preprocess) -> ImageRules:
@@ -69,15 +76,16 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
     rule = read_processor(folder, options)
     towers.check_size(rule, encoder, str(folder))
     images = rules.pictures(r, encoder, rule)
-    token = _image_token(r)
-    r.skip("image_seq_length", "ignore_index", "vocab_size", "tie_word_embeddings",
-           "video_token_index", "video_token_id")  # fmt: skip
+    token, ties = _image_token(r), r.take("tie_word_embeddings", bool, False)
+    r.skip("image_seq_length", "ignore_index", "vocab_size", "video_token_index",
+           "video_token_id")  # fmt: skip
     r.done()
     text, _ = read_tokenizer(folder, slow=False)
     check_tokenizer(text, lm.config.vocab, str(folder))
     placeholder = token_of(text, token)
 
     checkpoint = open_checkpoint(folder, options.torch_reader)
+    lm = _tied(lm, ties, rules, checkpoint)
     newline = images.layout is not None and images.layout.newline
     stored = _stored(lm, encoder, merger, newline, checkpoint)
     check(stored.values(), _unused(lm, encoder))
@@ -91,7 +99,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
         PromptRules(
             rules.templates[lm.kind],
             "token",
-            read_eos(folder, config["text_config"]),
+            read_eos(folder, config["text_config"], lm.kind),
             placeholder=placeholder,
             image_text=placeholder,
         ),
@@ -106,6 +114,15 @@ def _read_lm(r: Reader) -> Part:
     config = models.lm(kind).Config.read(text)
     text.done()
     return Part("lm", kind, config)
+
+
+def _tied(lm: Part, ties: bool, rules: Rules, checkpoint: Checkpoint) -> Part:
+    """The language model with one table for both ends, or two: transformers 5 asks the whole
+    configuration, 4 asked text_config and stored no head then.
+    """
+    head = any(key.endswith("lm_head.weight") for key in checkpoint.keys())  # noqa: SIM118
+    by_text = lm.config.tied and (rules.ties_by_text or not head)
+    return replace(lm, config=replace(lm.config, tied=ties or by_text))
 
 
 def _read_encoder(r: Reader, options: Options, rules: Rules) -> Part:
@@ -148,7 +165,9 @@ def read_processor(folder: Path, options: Options) -> Preprocess:
     if path.exists():
         settings = Reader(read_json(path), str(path), options.ignore_keys)
     elif combined.exists() and "image_processor" in read_json(combined):
-        settings = Reader(read_json(combined), str(combined)).sub("image_processor")
+        settings = Reader(read_json(combined), str(combined), options.ignore_keys).sub(
+            "image_processor"
+        )
     else:
         raise CheckpointError(
             f"{folder} does not say how pictures become pixels (preprocessor_config.json)",

@@ -40,19 +40,30 @@ LMS = {
     "llava_qwen": "qwen2",
     "llava_mistral": "mistral",
 }
+ARCHITECTURES = {
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaQwenForCausalLM": "qwen2",
+    "LlavaMistralForCausalLM": "mistral",
+}
 TEMPLATES = {"llama": "vicuna_v1", "qwen2": "qwen_1_5", "mistral": "mistral_instruct"}
 IN_CHECKPOINT = "model.vision_tower.vision_tower."
 
 # Written by the training scripts, read by no forward pass of ours: bookkeeping, training switches,
-# video settings, and resamplers, which the originals build but never apply to pictures.
+# video settings, resamplers, which the originals build but never apply to pictures, and keys of
+# Hugging Face's layout that some releases carry beside their own.
 TRAINING_KEYS = (
     "add_faster_video add_time_instruction faster_token_stride force_sample freeze_backbone "
-    "freeze_mm_mlp_adapter freeze_mm_vision_resampler image_crop_resolution "
-    "image_split_resolution max_sequence_length mm_newline_position mm_projector_lr "
+    "freeze_mm_mlp_adapter freeze_mm_vision_resampler ignore_index image_crop_resolution "
+    "image_split_resolution image_token_index max_sequence_length mm_mask_drop_mode "
+    "mm_mask_drop_ratio mm_mask_drop_ratio_lower mm_mask_drop_ratio_upper "
+    "mm_mask_drop_skip_percentage mm_newline_position mm_perceiver_depth mm_perceiver_ff_mult "
+    "mm_perceiver_latents mm_perceiver_pretrained mm_projector_lr mm_qformer_depth "
+    "mm_qformer_latents mm_qformer_pretrained mm_spatial_pool_out_channels "
     "mm_resampler_type mm_spatial_pool_mode mm_spatial_pool_stride mm_tunable_parts "
-    "mm_vision_tower_lr ms_cross_attn_lr pos_skipping_range tokenizer_model_max_length "
-    "tokenizer_padding_side tune_entire_model tune_mm_mlp_adapter tune_mm_vision_resampler "
-    "tune_vision_tower tune_vit_from_layer use_mm_proj use_pos_skipping vision_tower_lr "
+    "mm_vision_tower_lr ms_cross_attn_lr pos_skipping_range projector_hidden_act text_config "
+    "tokenizer_model_max_length tokenizer_padding_side tune_entire_model tune_mm_mlp_adapter "
+    "tune_mm_vision_resampler tune_vision_tower tune_vit_from_layer use_mm_proj use_pos_skipping "
+    "vision_config vision_feature_layer vision_feature_select_strategy vision_tower_lr "
     "vision_tower_pretrained"
 ).split()
 
@@ -78,6 +89,13 @@ def is_original(config: Mapping[str, Any]) -> bool:
     return "mm_vision_tower" in config and config.get("model_type") in LMS
 
 
+def lm_kind(config: Mapping[str, Any]) -> str:
+    """The language model's file; "llava" alone is any of them, and the class says which."""
+    named = [ARCHITECTURES.get(str(name)) for name in config.get("architectures") or ()]
+    generic = config["model_type"] == "llava"
+    return (generic and named and named[0]) or LMS[str(config["model_type"])]
+
+
 def says_mlcd(config: Mapping[str, Any]) -> bool:
     """Whether the tower's name says MLCD, by which that fork chooses its tower class."""
     return "mlcd" in str(config.get("mm_vision_tower", "")).lower()
@@ -85,13 +103,17 @@ def says_mlcd(config: Mapping[str, Any]) -> bool:
 
 def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules) -> Source:
     """Read a checkpoint. Raises ConfigError and CheckpointError naming what does not fit."""
+    kind = lm_kind(config)
+    if kind == "qwen2":  # its original class drops this key whatever it says
+        config = {**config, "rope_scaling": None}
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
-    kind = LMS[r.take("model_type", str)]
     lm = Part("lm", kind, models.lm(kind).Config.read(r))
     tower = towers.open_tower(folder, r, options, rules.taps)
     merger = rules.merger(r, tower.part, lm.config.width)
     images = pictures.read_rules(r, tower.part, merger, tower.rule)
     wins = r.take("unfreeze_mm_vision_tower", bool, False) or rules.tower_wins
+    r.choice("s2", [False], False)
+    r.skip("s2_scales")
     wrapped = r.take("mm_use_im_start_end", bool, False)
     extra = ["<im_patch>"] * r.take("mm_use_im_patch_token", bool, True)
     extra += ["<im_start>", "<im_end>"] * wrapped
@@ -123,7 +145,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
         PromptRules(
             rules.templates[kind],
             "pieces",
-            read_eos(folder, config),
+            read_eos(folder, config, kind),
             image_text=image_text,
             doubled_blank=doubled,
         ),
@@ -137,7 +159,10 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
 def _stored(lm: Part, merger: Part, newline: bool, checkpoint: Checkpoint) -> dict[str, Stored]:
     """The language model's and the projector's weights in the LLaVA folder."""
     file, projector = models.lm(lm.kind), models.merger(merger.kind)
-    table = below(projector.names(merger.config), "model.mm_projector.")
+    table = dict(projector.names(merger.config))
+    if table:  # a lone linear has a number where the type says mlp1x_gelu, and none if linear
+        places = ("model.mm_projector.", "model.mm_projector.0.")
+        table = below(table, find_prefix(table, checkpoint, *places))
     shapes = dict(projector.shapes(merger.config))
     if newline:
         table["newline"] = keep("model.image_newline")

@@ -34,30 +34,33 @@ def read_rules(r: Reader, encoder: Part, merger: Part, rule: Preprocess) -> Imag
         tiling = Tiling(read_pinpoints(pinpoints, rule.size[0], r.where), rule.size[0])
     elif layout is not None and not layout.newline:
         layout = None  # a lone view without a newline: its tokens as they come
+    if layout is not None and layout.side == 0:
+        raise ConfigError(f"{r.where}: {merge} needs a tower with a fixed grid of patches only")
     return ImageRules({encoder.name: own}, tiling, layout)
 
 
 def _side(encoder: Part, merger: Part) -> int:
-    """Tokens per row of a view behind the merger; 0 where it changes with the picture."""
+    """Tokens per row of a view behind the merger; 0 where they are no fixed square of patches."""
     tokens = encoder.config.tokens
-    if not isinstance(tokens, int):
+    side = math.isqrt(tokens) if isinstance(tokens, int) else 0
+    if side * side != tokens:
         return 0
-    side = math.isqrt(tokens)
     return side // 2 if merger.kind == "pooler" else side
 
 
 def read_layout(r: Reader, merge: str, side: int, max_tiles: int) -> TokenLayout | None:
-    """The order of tokens that a merge type names; max_tiles of anyres_max_N, 0 for none."""
+    """The order of tokens that a merge type names, None if flat: view after view as they come.
+
+    max_tiles of anyres_max_N, 0 for none.
+    """
     if merge == "flat":
-        return TokenLayout(side)
+        return None
     words = merge.split("_")
     if words[0] != "spatial" or not set(words[1:]) <= {"unpad", "maxpool2x2", "nobase"}:
         raise ConfigError(
             f"{r.where}: mm_patch_merge_type = {merge!r} is not implemented",
             hint="implemented: flat, spatial, with any of _unpad, _maxpool2x2, _nobase",
         )
-    if side == 0:
-        raise ConfigError(f"{r.where}: {merge} needs a tower with a fixed grid of tokens")
     pool = "maxpool2x2" in words
     unpad = "unpad" in words
     return TokenLayout(

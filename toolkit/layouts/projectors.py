@@ -18,13 +18,18 @@ def linears(r: Reader, encoder: Part, outputs: int) -> Part:
         side = math.isqrt(encoder.config.tokens)
         return Part("merger", "pooler", pooler.Config(sum(inputs), outputs, side))
     layers, blocks = depth(r, name)
-    if layers == 0 and sum(inputs) != outputs:
+    check_identity(r, layers, sum(inputs), outputs)
+    return Part("merger", "mlp", mlp.Config(inputs, outputs, layers, blocks=blocks))
+
+
+def check_identity(r: Reader, layers: int, inputs: int, outputs: int) -> None:
+    """Raise ConfigError if no linear stands between channels of another number."""
+    if layers == 0 and inputs != outputs:
         raise ConfigError(
-            f"{r.where}: an identity projector joins {sum(inputs)} channels to the language "
+            f"{r.where}: an identity projector joins {inputs} channels to the language "
             f"model's {outputs}",
             hint="the tower or the language model belongs to another checkpoint",
         )
-    return Part("merger", "mlp", mlp.Config(inputs, outputs, layers, blocks=blocks))
 
 
 def read_name(r: Reader, encoder: Part) -> str:

@@ -105,7 +105,9 @@ def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tup
     for name in models.kinds("encoders"):
         if kind in getattr(models.encoder(name), "MODEL_TYPES", ()):
             reader = Reader(config, where, options.ignore_keys)
-            return name, reader.sub("vision_config") if nested else reader
+            reader = reader.sub("vision_config") if nested else reader
+            reader.skip("tie_word_embeddings", "vocab_size")  # a tower has no words
+            return name, reader
     known = [t for n in models.kinds("encoders") for t in models.encoder(n).MODEL_TYPES]
     raise ConfigError(
         f"{where}: model_type = {kind!r} is not an encoder we implement",
@@ -122,6 +124,9 @@ def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, bool]:
     path, model = folder / "tokenizer.json", folder / "tokenizer.model"
     settings = folder / "tokenizer_config.json"
     config = read_json(settings) if settings.exists() else {}
+    older = folder / "added_tokens.json"
+    if older.exists() and not config.get("added_tokens_decoder"):
+        config["added_tokens_decoder"] = {n: token for token, n in read_json(older).items()}
     if model.exists() and (slow or not path.exists()):
         return from_sentencepiece(model, config)
     if not path.exists():
@@ -164,11 +169,15 @@ def check_tokenizer(text: str, vocab: int, where: str) -> int:
     return size
 
 
-def read_eos(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """End-of-answer ids: generation_config.json, else config.json; none if neither names any."""
+def read_eos(folder: Path, config: Mapping[str, Any], kind: str) -> tuple[int, ...]:
+    """End-of-answer ids: generation_config.json, else config.json, else what its class means.
+
+    An empty tuple if there is none. kind: the language model's file.
+    """
     path = folder / "generation_config.json"
     generation = json.loads(path.read_text()) if path.exists() else {}
-    found = generation.get("eos_token_id", config.get("eos_token_id"))
+    default = None if kind == "qwen2" else 2  # the defaults of the configuration classes
+    found = generation.get("eos_token_id", config.get("eos_token_id", default))
     if found is None:
         return ()
     return tuple(found) if isinstance(found, list) else (int(found),)

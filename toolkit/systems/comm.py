@@ -85,7 +85,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
         PromptRules(
             template,
             "pieces",
-            read_eos(lm_folder, read_json(lm_folder / "config.json")),
+            read_eos(lm_folder, read_json(lm_folder / "config.json"), lm.kind),
             image_text="<im_start><image><im_end>" if wrapped else "<image>",
             doubled_blank=doubled,
         ),

@@ -23,7 +23,7 @@ _HUGGINGFACE = huggingface.Rules("llava", huggingface.one_view, original.TEMPLAT
 
 def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
     """Whether a checkpoint folder is of this system: one level of one CLIP or SigLIP, one view."""
-    if config.get("model_type") == "llava" and "text_config" in config:
+    if huggingface.says(config, "llava"):
         return True
     if not original.is_original(config) or original.says_mlcd(config):
         return False
@@ -35,9 +35,9 @@ def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
 
 def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     """Read a checkpoint folder of either layout."""
-    if "text_config" in config:
-        return huggingface.load(folder, config, options, _HUGGINGFACE)
-    return original.load(folder, config, options, _ORIGINAL)
+    if original.is_original(config):
+        return original.load(folder, config, options, _ORIGINAL)
+    return huggingface.load(folder, config, options, _HUGGINGFACE)
 
 
 def _preset(name: str, lm: llama.Config) -> ModelConfig:

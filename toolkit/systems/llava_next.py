@@ -28,7 +28,7 @@ _ORIGINAL = original.Rules("llava_next", projectors.linears, tower_wins=True)
 
 def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
     """Whether a checkpoint folder is of this system: AnyRes over one CLIP or SigLIP."""
-    if config.get("model_type") in ("llava_next", "llava_onevision") and "text_config" in config:
+    if huggingface.says(config, "llava_next", "llava_onevision"):
         return True
     if not original.is_original(config) or original.says_mlcd(config):
         return False
@@ -38,12 +38,14 @@ def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
 
 def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     """Read a checkpoint folder of any of the layouts."""
-    if "text_config" not in config:
+    if original.is_original(config):
         return original.load(folder, config, options, _ORIGINAL)
     if config["model_type"] == "llava_onevision":
         rules = huggingface.Rules("llava_next", _onevision_pictures, original.TEMPLATES, -1, "full")
     else:
-        rules = huggingface.Rules("llava_next", _next_pictures, original.TEMPLATES)
+        rules = huggingface.Rules(
+            "llava_next", _next_pictures, original.TEMPLATES, ties_by_text=False
+        )
     return huggingface.load(folder, config, options, rules)
 
 
@@ -71,6 +73,7 @@ def _next_pictures(r: Reader, encoder: Part, rule: Preprocess) -> ImageRules:
 
 
 def _onevision_pictures(r: Reader, encoder: Part, rule: Preprocess) -> ImageRules:
+    r.choice("use_image_newline_parameter", [True], True)
     aspect = r.take("vision_aspect_ratio", str, "anyres_max_9")
     match = re.fullmatch(r"anyres_max_(\d+)", aspect)
     if match is None:

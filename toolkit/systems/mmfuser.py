@@ -56,6 +56,7 @@ def _merger(r: Reader, encoder: Part, outputs: int) -> Part:
     layers, blocks = projectors.depth(r, projectors.read_name(r, encoder))
     if blocks:
         raise ConfigError(f"{r.where}: residual blocks behind the fuser are not implemented")
+    projectors.check_identity(r, layers, config.width, outputs)
     side = math.isqrt(config.tokens)
     return Part("merger", "mmfuser", mmfuser.Config(config.width, side, outputs, layers))
 

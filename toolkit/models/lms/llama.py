@@ -77,7 +77,7 @@ def read(
     `defaults`: what a missing key means, where the three disagree.
     """
     r.choice("hidden_act", ["silu"], "silu")
-    r.choice("pretraining_tp", [1], 1)
+    r.skip("pretraining_tp")  # in how many pieces training summed: the same sum
     heads, width = r.take("num_attention_heads", int, 32), r.take("hidden_size", int, 4096)
     theta, scaling = _read_rope(r)
     return Config(
