@@ -13,16 +13,13 @@ from engines import backends
 from engines.backends import Peaks
 from engines.build import peak_rss_mb
 from engines.clock import Clock, Span
-from engines.engine import Engine
+from engines.roofline import Roofline, Work, roofline
 from engines.session import Session
 from toolkit import images, prompts
-from toolkit.cost import count, picture_axes
 from toolkit.errors import InputError
 from toolkit.images import Picture
-from toolkit.models import vlm
 from toolkit.prompts import Prompt
 from toolkit.target import installed, threads_here
-from toolkit.wrap import Count
 
 Progress = Callable[[str], None]
 
@@ -48,27 +45,6 @@ class Spread:
     p90_ms: float
     p99_ms: float
     mean_ms: float
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A stage beside its floor: the larger of its arithmetic and its memory traffic at peak."""
-
-    stage: str
-    gflops: float
-    gbytes: float
-    floor_ms: float
-    limited_by: str
-    reached: float
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """Peaks of this machine, measured with the backend's own kernels, and what they allow."""
-
-    peak_gflop_s: float
-    peak_gb_s: float
-    stages: tuple[Bound, ...]
 
 
 @dataclass(frozen=True)
@@ -195,47 +171,6 @@ def _layers(folder: Path, plan: Plan) -> tuple[LayerShare, ...]:
     return tuple(sorted(found, key=lambda layer: -layer.ms))
 
 
-# -- the floor -------------------------------------------------------------------------------
-
-
-def roofline(made: Engine, peaks: Peaks, run: _Run, medians: dict[str, float]) -> Roofline:
-    """Each stage's floor on this machine, and how near the measurement came."""
-    model, prompt = made.parsed_model(), run.prompt_tokens
-    encoders = {f"encoder.{part.name}" for part in model.encoders}
-    views = max(sum(span.stage == name for span in run.spans) for name in encoders)
-    axes = picture_axes(model, views, run.image_tokens) | {"context": prompt}
-    bounds = []
-    for part in vlm.components(model):
-        if part.name in encoders:  # an encoder sees one view at a time
-            counter = count(part, axes | {"tiles": 1})
-            bounds.append(_bound(part.name, counter, peaks, medians.get(part.name, 0.0), views))
-            continue
-        calls = [(part.name, 1)]
-        if part.name == model.lm.name:
-            calls = [("prefill", prompt), ("decode", 1)]
-        for stage, length in calls:
-            counter = count(part, axes | {"sequence": length})
-            bounds.append(_bound(stage, counter, peaks, medians.get(stage, 0.0)))
-    return Roofline(peaks.gflop_s, peaks.gb_s, tuple(bounds))
-
-
-def _bound(stage: str, counter: Count, peaks: Peaks, measured_ms: float, calls: int = 1) -> Bound:
-    """Weights are read once a call; activations are taken to stay in the cache."""
-    nbytes = calls * 4 * sum(cost.weight_elements for cost in counter.costs)
-    flops = calls * counter.flops
-    arithmetic = flops / peaks.gflop_s / 1e6
-    traffic = nbytes / peaks.gb_s / 1e6
-    floor = max(arithmetic, traffic)
-    return Bound(
-        stage,
-        round(flops / 1e9, 3),
-        round(nbytes / 1e9, 3),
-        round(floor, 3),
-        "arithmetic" if arithmetic >= traffic else "memory",
-        round(floor / measured_ms, 3) if measured_ms else 0.0,
-    )
-
-
 # -- summary ---------------------------------------------------------------------------------
 
 
@@ -258,6 +193,9 @@ def _summarise(
     samples["decode"] = [ms for run in runs for ms in run.decode_ms]
     stages = {stage: _spread(values) for stage, values in samples.items()}
     medians = {stage: spread.p50_ms for stage, spread in stages.items()}
+    made, encoders = session.engine, [f"encoder.{part.name}" for part in session.model.encoders]
+    views = max(sum(span.stage == name for span in runs[0].spans) for name in encoders)
+    work = Work(views, runs[0].image_tokens, runs[0].prompt_tokens)
     first = float(np.median([run.first_ms for run in runs]))
     latency = float(np.median([run.latency_ms for run in runs]))
     generated = len(runs[0].decode_ms) + 1
@@ -274,7 +212,7 @@ def _summarise(
         prompt_tokens=runs[0].prompt_tokens,
         image_tokens=runs[0].image_tokens,
         generated_tokens=generated,
-        roofline=roofline(session.engine, peaks, runs[0], medians),
+        roofline=roofline(session.model, made.plan, peaks, work, medians),
         device=_device(session),
         samples={stage: [round(ms, 3) for ms in values] for stage, values in samples.items()},
         layers=layers,
@@ -295,7 +233,7 @@ def _device(session: Session) -> dict[str, str]:
         "threads": str(threads_here()),
         "system": f"{platform.system()} {platform.release()}",
         "backend": ".".join(map(str, installed("onnxruntime"))),
-        "precision": made.dtype,
+        "precision": made.precision or made.dtype,
         "python": platform.python_version(),
     }
 

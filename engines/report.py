@@ -151,6 +151,7 @@ def _section(p: Profile, layers: int) -> str:
         f"<h3>Milliseconds per token, in order</h3>{_timeline(p.samples['decode'])}"
         f"<h3>How often each latency</h3>{_histogram(p.samples['decode'])}"
         f"<h3>Against the machine's limits (measured: {p.roofline.peak_gflop_s:.0f} GFLOP/s, "
+        f"{p.roofline.peak_int8_gop_s:.0f} GOP/s in 8 bits, "
         f"{p.roofline.peak_gb_s:.1f} GB/s)</h3>{roof}"
         + (f"<h3>Slowest layers</h3>{top}" if p.layers else "")
     )

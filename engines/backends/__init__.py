@@ -35,9 +35,10 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class Peaks:
-    """A machine's limits in float32: arithmetic and reading memory."""
+    """A machine's limits: arithmetic in float32, products of 8-bit weights, reading memory."""
 
     gflop_s: float
+    int8_gop_s: float
     gb_s: float
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines.backends import Compiled, LayerTime, Peaks, RunnerOptions
-from engines.backends.common import best_seconds, link
+from engines.backends import Compiled, LayerTime, Peaks, RunnerOptions, probes
+from engines.backends.common import link
 from toolkit.bundle import Bundle, ComponentRecord
 from toolkit.errors import BuildError, MissingExtra
 from toolkit.ops import Array
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 _TYPES = {"float": np.float32, "int64": np.int64}
 _KEPT_BINDINGS = 4
-PROBES = ("probe-arithmetic.onnx", "probe-memory.onnx")
-_PROBE_WIDTH = 2048
 
 
 def here() -> Target:
@@ -96,44 +94,17 @@ def _widen_weights(
 
 
 def extras(folder: Path) -> tuple[str, ...]:
-    """Two bare products, by which a profile measures what this machine can do at best.
-
-    The first has its right side fixed, so that ONNX Runtime packs it once as it packs weights;
-    the second reads its right side from memory.
-    """
-    from onnx import TensorProto, helper
-
-    def write(name: str, inputs: list[str], nodes: list[onnx.NodeProto]) -> None:
-        ports = [
-            helper.make_tensor_value_info(port, TensorProto.FLOAT, [None, None])
-            for port in (*inputs, "y")
-        ]
-        size = helper.make_tensor("size", TensorProto.INT64, [2], [_PROBE_WIDTH, _PROBE_WIDTH])
-        graph = helper.make_graph(nodes, name, ports[:-1], ports[-1:], [size])
-        opset = [helper.make_opsetid("", 21)]
-        model = helper.make_model(graph, opset_imports=opset, ir_version=10)
-        (folder / name).write_bytes(model.SerializeToString())
-
-    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
-    weight = helper.make_node("ConstantOfShape", ["size"], ["w"], value=one)
-    write(PROBES[0], ["x"], [weight, helper.make_node("MatMul", ["x", "w"], ["y"])])
-    write(PROBES[1], ["x", "w"], [helper.make_node("MatMul", ["x", "w"], ["y"])])
-    return PROBES
+    """The probes of `peaks`."""
+    return probes.write(folder)
 
 
 def peaks(folder: Path) -> Peaks:
-    """Arithmetic of a product with a packed weight; memory rate of one row against 256 MB."""
-    ort = _load_package()
-    options = _session_options(RunnerOptions(context=1))
-    first, second = (
-        ort.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
-        for name in PROBES
+    """Arithmetic in both precisions, and the memory rate."""
+    ort, options = _load_package(), _session_options(RunnerOptions(context=1))
+    providers = ["CPUExecutionProvider"]
+    return probes.measure(
+        folder, lambda path: ort.InferenceSession(path, options, providers=providers)
     )
-    tall, row = (np.ones((rows, _PROBE_WIDTH), np.float32) for rows in (2048, 1))
-    wide = np.ones((_PROBE_WIDTH, 32768), np.float32)
-    product = best_seconds(lambda: first.run(None, {"x": tall}))
-    reading = best_seconds(lambda: second.run(None, {"x": row, "w": wide}))
-    return Peaks(2 * tall.size * _PROBE_WIDTH / product / 1e9, wide.nbytes / reading / 1e9)
 
 
 # -- run -------------------------------------------------------------------------------------

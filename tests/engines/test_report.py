@@ -12,7 +12,8 @@ import pytest
 
 from engines import report
 from engines.clock import Span
-from engines.profile import Bound, LayerShare, Profile, Roofline, Spread
+from engines.profile import LayerShare, Profile, Spread
+from engines.roofline import Bound, Roofline
 from toolkit.errors import OutputError
 
 EVIL = "<script>alert('x')</script>&\"é🙂"
@@ -37,7 +38,7 @@ def profile(name: str) -> Profile:
         prompt_tokens=30,
         image_tokens=20,
         generated_tokens=4,
-        roofline=Roofline(50.0, 10.0, bounds),
+        roofline=Roofline(50.0, 200.0, 10.0, bounds),
         device={"processor": name, "threads": "2", "target": name, "precision": "fp32"},
         samples={name: [1.5, 1.5], "prefill": [1.0, 2.0], "decode": [1.5, 1.6, 1.4]},
         layers=(LayerShare(name, name, name, 3.25, 2),),

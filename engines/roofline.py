@@ -1,0 +1,105 @@
+"""The time that a machine cannot go below: each stage's arithmetic and memory traffic at peak.
+
+(Williams et al., "Roofline", CACM 2009.) Weights are read once a call; activations are taken to
+stay in the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engines.backends import Peaks
+from toolkit.config import ModelConfig
+from toolkit.cost import count, picture_axes
+from toolkit.models import vlm
+from toolkit.precision import WEIGHT_BITS, PrecisionPlan
+from toolkit.wrap import Cost, Count
+
+_PRODUCTS = ("linear", "unembed")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One question: views of its picture, the picture's tokens, positions of the whole prompt."""
+
+    views: int
+    image_tokens: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A stage beside its floor: the larger of its arithmetic and its memory traffic at peak."""
+
+    stage: str
+    gflops: float
+    gbytes: float
+    floor_ms: float
+    limited_by: str
+    reached: float
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Peaks of this machine, measured with the backend's own kernels, and what they allow."""
+
+    peak_gflop_s: float
+    peak_int8_gop_s: float
+    peak_gb_s: float
+    stages: tuple[Bound, ...]
+
+
+def roofline(
+    model: ModelConfig,
+    plan: PrecisionPlan,
+    peaks: Peaks,
+    work: Work,
+    measured_ms: Mapping[str, float],
+) -> Roofline:
+    """Every stage's floor, and how near its measured median came (0 where there is none)."""
+    bounds = [
+        _bound(stage, calls, counter, plan, peaks, measured_ms.get(stage, 0.0))
+        for stage, calls, counter in _stages(model, work)
+    ]
+    return Roofline(peaks.gflop_s, peaks.int8_gop_s, peaks.gb_s, tuple(bounds))
+
+
+def _stages(model: ModelConfig, work: Work) -> list[tuple[str, int, Count]]:
+    """Name, calls and cost of a call. An encoder sees one view at a time."""
+    axes = picture_axes(model, work.views, work.image_tokens) | {"context": work.prompt_tokens}
+    encoders = {f"encoder.{part.name}" for part in model.encoders}
+    found = []
+    for part in vlm.components(model):
+        if part.name in encoders:
+            found.append((part.name, work.views, count(part, axes | {"tiles": 1})))
+        elif part.name == model.lm.name:
+            for stage, length in (("prefill", work.prompt_tokens), ("decode", 1)):
+                found.append((stage, 1, count(part, axes | {"sequence": length})))
+        else:
+            found.append((part.name, 1, count(part, axes)))
+    return found
+
+
+def _bound(
+    stage: str, calls: int, counter: Count, plan: PrecisionPlan, peaks: Peaks, measured_ms: float
+) -> Bound:
+    nbytes = calls * sum(c.weight_elements * plan.weight_bytes(c.site, 4) for c in counter.costs)
+    narrow = calls * sum(c.flops for c in counter.costs if _rounds(c, plan))
+    flops = calls * counter.flops
+    arithmetic = ((flops - narrow) / peaks.gflop_s + narrow / peaks.int8_gop_s) / 1e6
+    traffic = nbytes / peaks.gb_s / 1e6
+    floor = max(arithmetic, traffic)
+    return Bound(
+        stage,
+        round(flops / 1e9, 3),
+        round(nbytes / 1e9, 3),
+        round(floor, 3),
+        "arithmetic" if arithmetic >= traffic else "memory",
+        round(floor / measured_ms, 3) if measured_ms else 0.0,
+    )
+
+
+def _rounds(cost: Cost, plan: PrecisionPlan) -> bool:
+    """Whether an op multiplies in 8 bits."""
+    return cost.op in _PRODUCTS and plan.at(cost.site) in WEIGHT_BITS
