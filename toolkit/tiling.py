@@ -28,11 +28,13 @@ class Tiling:
     """pinpoints: allowed resolutions as (width, height), multiples of `tile`.
 
     several: what a question with more than one picture makes of each: tiles, or one padded view.
+    base: side of the squashed whole picture, if the processor resizes to another than it crops.
     """
 
     pinpoints: tuple[Size, ...]
     tile: int
     several: Literal["tile", "pad"] = "tile"
+    base: int | None = None
 
     def limited(self, tiles: int) -> Tiling:
         """The same with the resolutions of at most `tiles` tiles. Raises ConfigError if none is."""
@@ -115,7 +117,8 @@ def cut(picture: Image, tiling: Tiling) -> Views:
         for y in range(0, tall, side)
         for x in range(0, wide, side)
     ]
-    base = picture.resize((side, side), _bicubic())
+    whole = tiling.base or side
+    base = picture.resize((whole, whole), _bicubic())
     return Views((base, *tiles), (wide // side, tall // side))
 
 

@@ -74,8 +74,8 @@ VARIANTS = {
         "next", config=LAST | TIED | {"image_grid_pinpoints": PINPOINTS}, tower="siglip",
         lm="qwen2", pictures=(HIGH, SQUARE),
     ),
-    "next, tied in the text's config": Variant(
-        "next", text=TIED, config={"image_grid_pinpoints": PINPOINTS}, lm="qwen2"
+    "next, mlcd, tied in the text's config": Variant(
+        "next", text=TIED, config={"image_grid_pinpoints": PINPOINTS}, lm="qwen2", tower="mlcd"
     ),
     "onevision, tied, sharded": Variant(
         "onevision", {"patch_size": 8}, TIED, {"image_grid_pinpoints": PINPOINTS}, "qwen2",
@@ -115,7 +115,8 @@ def image_processor(v: Variant, size: int) -> Any:
 def save(folder: Path, v: Variant) -> tuple[Any, Any]:
     """A random model and its processor, both saved by transformers."""
     torch.manual_seed(21)
-    towers = {"clip": hf.CLIPVisionConfig, "siglip": hf.SiglipVisionConfig}
+    towers = {"clip": hf.CLIPVisionConfig, "siglip": hf.SiglipVisionConfig,
+              "mlcd": hf.MLCDVisionConfig}  # fmt: skip
     vision = towers[v.tower](**(CLIP | v.vision))
     text = hf.AutoConfig.for_model(v.lm, **(TEXT | v.text))
     names = {"llava": "Llava", "next": "LlavaNext", "onevision": "LlavaOnevision"}
@@ -137,7 +138,7 @@ def save(folder: Path, v: Variant) -> tuple[Any, Any]:
         tokenizer=tokenizer,
         chat_template=TEMPLATE,
         patch_size=vision.patch_size,
-        num_additional_image_tokens=int(v.tower == "clip"),
+        num_additional_image_tokens=int(v.tower != "siglip"),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
     )
     (pictures if v.split else processor).save_pretrained(folder)

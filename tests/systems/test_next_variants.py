@@ -44,7 +44,8 @@ BIGG, LARGE = "mlcd-vit-bigG-patch14-42", "DeepGlint-AI/mlcd-vit-large-patch14-3
 class Variant:
     """One checkpoint. inside: prefix of other tower weights in it, which override the folder's.
 
-    sizes: pictures, each asked about alone. together: also all in one question.
+    sizes: pictures, each asked about alone. together: also all in one question. edge: the
+    processor resizes to this, and crops.
     """
 
     system: str
@@ -58,6 +59,7 @@ class Variant:
     shards: int = 1
     sizes: tuple[tuple[int, int], ...] = ((100, 61),)
     together: bool = False
+    edge: int | None = None
     projector: str = "mlp2x_gelu"
 
 
@@ -131,6 +133,9 @@ VARIANTS = {
         "mlcd", "clip", LARGE, "qwen2",
         {"mm_vision_select_feature": "slice_m25811_f6_patch", "image_aspect_ratio": "square"}, DEEP,
     ),
+    "resized to more than is cropped": Variant(
+        "llava_next", "clip", "clip-vit", "mistral", UNPAD, edge=53
+    ),
     "pooler": Variant(
         "llava_next", "clip", "clip-vit", "qwen2",
         ANYRES | {"image_grid_pinpoints": [[84, 168], [168, 84]]},
@@ -171,7 +176,9 @@ def processor(v: Variant, size: int) -> Any:
     if v.kind != "siglip":
         from tests.systems.test_huggingface import clip_processor
 
-        return clip_processor(size)
+        made = clip_processor(size)
+        made.size = type(made.size)(shortest_edge=v.edge or size)
+        return made
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     return SiglipImageProcessorPil(size={"height": size, "width": size}, resample=3)
@@ -220,7 +227,8 @@ def views(v: Variant, path: Path, tile: int) -> tuple[list[Any], tuple[int, int]
     canvas.paste(shown.resize(fitted), ((wide - fitted[0]) // 2, (tall - fitted[1]) // 2))
     boxes = [(x, y, x + tile, y + tile) for y in range(0, tall, tile) for x in range(0, wide, tile)]
     tiles = [canvas.crop(box) for box in boxes]
-    return [shown.resize((tile, tile)), *tiles], (wide // tile, tall // tile)
+    whole = v.edge or tile
+    return [shown.resize((whole, whole)), *tiles], (wide // tile, tall // tile)
 
 
 def chosen(v: Variant, states: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -341,8 +349,12 @@ def test_text_alone(tmp_path: Path) -> None:
 
 
 def test_where_tower_weights_come_from(tmp_path: Path) -> None:
-    for number, (inside, place) in enumerate([(None, "tower folder"), (INSIDE, "checkpoint")]):
+    late: dict[str, Any] = {"delay_load": True, "mm_tunable_parts": "mm_mlp_adapter"}
+    cases: list[tuple[str | None, dict[str, Any], str]]
+    cases = [(None, {}, "tower folder"), (INSIDE, {}, "checkpoint"), (INSIDE, late, "tower folder"),
+             (INSIDE, {"delay_load": True}, "checkpoint")]  # fmt: skip
+    for number, (inside, changes, place) in enumerate(cases):
         work = tmp_path / str(number)
-        write(work, Variant("mlcd", "mlcd", BIGG, "qwen2", UNPAD, inside=inside))
+        write(work, Variant("mlcd", "mlcd", BIGG, "qwen2", UNPAD | changes, inside=inside))
         source = systems.load(work / "checkpoint", Options())
         assert source.origin["tower_weights"] == place

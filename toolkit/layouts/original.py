@@ -111,7 +111,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
     tower = towers.open_tower(folder, r, options, rules.taps)
     merger = rules.merger(r, tower.part, lm.config.width)
     images = pictures.read_rules(r, tower.part, merger, tower.rule)
-    wins = r.take("unfreeze_mm_vision_tower", bool, False) or rules.tower_wins
+    wins = _tower_wins(r, rules)
     r.choice("s2", [False], False)
     r.skip("s2_scales")
     wrapped = r.take("mm_use_im_start_end", bool, False)
@@ -154,6 +154,16 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
     origin["tower_weights"] = "checkpoint" if inside else "tower folder"
     weights = {p.name: stored[p.name].weights() for p in vlm.components(model) if p.shapes}
     return Source(model, weights, text, origin)
+
+
+def _tower_wins(r: Reader, rules: Rules) -> bool:
+    """Whether tower weights inside the checkpoint override the folder's, which is read first
+    unless delay_load is set and the tower was not trained.
+    """
+    trained = r.take("unfreeze_mm_vision_tower", bool, False)
+    late = r.take("delay_load", bool, False)
+    tuned = "mm_vision_tower" in str(r.raw("mm_tunable_parts"))
+    return trained or (rules.tower_wins and (tuned or not late))
 
 
 def _stored(lm: Part, merger: Part, newline: bool, checkpoint: Checkpoint) -> dict[str, Stored]:

@@ -31,7 +31,8 @@ def read_rules(r: Reader, encoder: Part, merger: Part, rule: Preprocess) -> Imag
     layout = read_layout(r, merge, _side(encoder, merger), int(match[1] or 0) if match else 0)
     tiling = None
     if match:
-        tiling = Tiling(read_pinpoints(pinpoints, rule.size[0], r.where), rule.size[0])
+        side = rule.size[0]
+        tiling = Tiling(read_pinpoints(pinpoints, side, r.where), side, base=rule.short_edge)
     elif layout is not None and not layout.newline:
         layout = None  # a lone view without a newline: its tokens as they come
     if layout is not None and layout.side == 0:

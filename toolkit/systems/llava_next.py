@@ -57,19 +57,21 @@ def _pinpoints(r: Reader) -> tuple[tuple[int, int], ...]:
 
 def _side(r: Reader, encoder: Part) -> int:
     """Tokens per row of a view, which must be patches only."""
-    side, tokens = encoder.config.image // encoder.config.patch, encoder.config.tokens
+    tokens = encoder.config.tokens
+    side = math.isqrt(tokens) if isinstance(tokens, int) else 0
     if side * side != tokens:
         raise ConfigError(
-            f"{r.where}: the tower gives {tokens} tokens, tiles need {side} x {side}",
+            f"{r.where}: the tower gives {tokens} tokens, tiles need a square of patches",
             hint="set vision_feature_select_strategy to default",
         )
-    return math.isqrt(tokens)
+    return side
 
 
 def _next_pictures(r: Reader, encoder: Part, rule: Preprocess) -> ImageRules:
     r.choice("use_image_newline_parameter", [True], True)
     layout = TokenLayout(_side(r, encoder), "spatial", unpad=True, newline=True, rounded=True)
-    return ImageRules({encoder.name: rule}, Tiling(_pinpoints(r), rule.size[0]), layout)
+    tiling = Tiling(_pinpoints(r), rule.size[0], base=rule.short_edge)
+    return ImageRules({encoder.name: rule}, tiling, layout)
 
 
 def _onevision_pictures(r: Reader, encoder: Part, rule: Preprocess) -> ImageRules:
