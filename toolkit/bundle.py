@@ -120,6 +120,15 @@ class Tensors(Mapping[str, Array]):
         rows = blocks.dequantize(stored, scales, form.bits)
         return rows.T if form.turned else rows
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        form = self._forms.get(key)
+        if form is None:
+            return self._file.shape(key)
+        outputs, stored = self._file.shape(key + form.suffix)
+        inputs = stored * 8 // form.bits
+        return (inputs, outputs) if form.turned else (outputs, inputs)
+
     def __contains__(self, key: object) -> bool:
         return key in self._forms or key in self._file.entries
 

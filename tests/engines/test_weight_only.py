@@ -124,6 +124,7 @@ def test_a_quantized_bundle_keeps_its_plan_and_its_values(bundle: Path, tmp_path
     assert list(first) == list(second)
     assert "layers.0.mlp.up.weight" in first
     for key in first:
+        assert first[key].shape == first.shape(key)
         np.testing.assert_allclose(first[key], second[key], rtol=1e-5, atol=1e-7)
 
 
