@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines import backends, engine
+from engines import backends, engine, memory
 from engines.backends import Backend, Compiled, RunnerOptions
 from engines.engine import Built, Decided, Engine
 from toolkit import config as model_config
@@ -87,6 +87,8 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     progress("checking the bundle's files")
     bundle.verify()
     require_space(out, _new_bytes(bundle, request))
+    plan = request.again.plan if request.again else bundle.manifest.plan
+    memory.require_component(bundle, plan, request.target)
     origin = bundle
     with writing(out, force=request.force) as folder, ExitStack() as stack:
         if request.again is not None:

@@ -21,6 +21,7 @@ from toolkit.target import Target, check_runs_here, parse
 
 FORMAT = 1
 DESCRIPTION = "engine.json"
+PIECE = 256  # tokens of a prompt that the language model reads at a time
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,24 @@
-"""How much memory and time an engine will take, before it is built or opened."""
+"""How much memory an engine takes: estimated before it is built, checked before it is opened."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
+from engines.engine import PIECE, Engine
 from toolkit.bundle import Bundle
 from toolkit.config import ModelConfig
+from toolkit.console import human_bytes
 from toolkit.cost import count, picture_axes
+from toolkit.errors import OutOfMemory
 from toolkit.models import vlm
+from toolkit.precision import WEIGHT_BITS, PrecisionPlan
 from toolkit.target import Target
 
 _FUSED = ("causal_mask", "attention_cached")
+_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of a container: cgroup v2, v1
+_USED = ("memory.current", "memory/memory.usage_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -28,27 +36,64 @@ class Estimate:
         return self.weights_bytes + self.cache_bytes + self.activations_bytes
 
 
-def estimate(bundle: Bundle, target: Target, context: int) -> Estimate:
-    """Memory of an engine at a context length; activations for one picture and a full prompt.
+def estimate(
+    bundle: Bundle, target: Target, context: int, plan: PrecisionPlan | None = None
+) -> Estimate:
+    """Memory of an engine at a context length, for one picture and a full prompt.
 
-    Activations: twice the inputs and outputs of the op that has most of them, which leaves room
-    for the residual stream. Not known here, and not in it: what kernels allocate for themselves,
-    and masks and scores of attention where a target has no kernel that does without them.
+    plan: in place of the bundle's own. Activations: twice the inputs and outputs of the op that
+    has most of them, which leaves room for the residual stream, and the scores of attention over
+    the cache for one piece of the prompt. Not known here, and not in it: what kernels allocate
+    for themselves.
     """
     wide = target.backend in ("onnxruntime", "reference")
     size = 4 if wide or bundle.manifest.dtype == "fp32" else 2
-    lm = bundle.model.lm.config
+    weights = weights_bytes(bundle.model, plan or bundle.manifest.plan, size)
+    return _with_weights(bundle.model, weights, context, size)
+
+
+def of_engine(made: Engine) -> Estimate:
+    """The same for an engine that stands on disk; the weights are those of its files."""
+    weights = sum(made.files[c.weights].nbytes for c in made.components)
+    return _with_weights(made.parsed_model(), weights, made.context, 4)
+
+
+def _with_weights(model: ModelConfig, weights: int, context: int, size: int) -> Estimate:
+    lm, piece = model.lm.config, min(context, PIECE)
     cache = 2 * lm.depth * lm.kv_heads * lm.head_dim * context * size
-    params = sum(c.params for c in bundle.manifest.components)
-    return Estimate(params * size, cache, 2 * _largest(bundle.model, context) * size, context)
+    scores = lm.heads * piece * context
+    return Estimate(weights, cache, (2 * _largest(model, context) + scores) * size, context)
+
+
+def weights_bytes(model: ModelConfig, plan: PrecisionPlan, wide: int) -> int:
+    """Bytes of all weights; `wide`: of one that the plan leaves in float."""
+    total = 0.0
+    for part in vlm.components(model):
+        few = {
+            c.site: c.weight_elements
+            for c in count(part, _axes(model, 1)).costs
+            if c.op == "linear" and plan.at(c.site) in WEIGHT_BITS
+        }
+        if plan.at(f"{part.name}/embed") in WEIGHT_BITS and "embed.weight" in part.shapes:
+            few[f"{part.name}/embed"] = math.prod(part.shapes["embed.weight"])
+        every = sum(math.prod(shape) for shape in part.shapes.values())
+        total += (every - sum(few.values())) * wide
+        total += sum(n * plan.weight_bytes(site, wide) for site, n in few.items())
+    return round(total)
+
+
+def _axes(model: ModelConfig, context: int) -> dict[str, int]:
+    """One question with the most views that a picture can have, read in pieces."""
+    tiling = model.images.tiling
+    points = tiling.pinpoints if tiling else ()
+    views = 1 + max((w * h // tiling.tile**2 for w, h in points if tiling), default=0)
+    lengths = {"context": context, "sequence": min(context, PIECE)}
+    return picture_axes(model, views, context) | lengths
 
 
 def _largest(model: ModelConfig, context: int) -> int:
     """Elements that an op reads and writes at most. Encoders see one view, the rest all views."""
-    tiling = model.images.tiling
-    points = tiling.pinpoints if tiling else ()
-    views = 1 + max((w * h // tiling.tile**2 for w, h in points if tiling), default=0)
-    axes = picture_axes(model, views, context) | {"context": context, "sequence": context}
+    axes = _axes(model, context)
     encoders = {f"encoder.{part.name}" for part in model.encoders}
     return max(
         cost.activation_elements
@@ -56,3 +101,50 @@ def _largest(model: ModelConfig, context: int) -> int:
         for cost in count(part, axes | {"tiles": 1} if part.name in encoders else axes).costs
         if cost.op not in _FUSED
     )
+
+
+# -- what there is -----------------------------------------------------------------------------
+
+
+def available_bytes() -> int | None:
+    """Memory that this process may still take, None where the system does not tell."""
+    found = [n for n in (_free(), _left_in_container(Path("/sys/fs/cgroup"))) if n is not None]
+    return min(found, default=None)
+
+
+def _free() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(s.split()[1]) for s in lines if s.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _left_in_container(root: Path) -> int | None:
+    for limit, used in zip(_LIMITS, _USED, strict=True):
+        try:
+            return int((root / limit).read_text()) - int((root / used).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return None
+
+
+def require(needed: Estimate, what: str) -> None:
+    """Raise OutOfMemory if `what` cannot be held, with the settings that lower the need."""
+    had = available_bytes()
+    if had is not None and needed.total_bytes > had:
+        raise OutOfMemory(
+            f"{what} needs about {human_bytes(needed.total_bytes)} of memory "
+            f"({human_bytes(needed.weights_bytes)} weights, {human_bytes(needed.cache_bytes)} KV "
+            f"cache of {needed.context} positions), {human_bytes(had)} are free",
+            hint="build with --precision int8 or int4, with a smaller --max-context, or with "
+            "--max-image-tiles",
+        )
+
+
+def require_component(bundle: Bundle, plan: PrecisionPlan, target: Target) -> None:
+    """The same for a build, which holds one component at a time."""
+    size = 4 if target.backend in ("onnxruntime", "reference") else 2
+    shares = [c.params for c in bundle.manifest.components]
+    largest = round(weights_bytes(bundle.model, plan, size) * max(shares) / max(sum(shares), 1))
+    require(Estimate(largest, 0, 0, 0), "building the largest component")

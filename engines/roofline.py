@@ -7,13 +7,18 @@ stay in the caches.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from engines import backends
 from engines.backends import Peaks
 from toolkit.config import ModelConfig
-from toolkit.cost import count, picture_axes
+from toolkit.cost import count, outputs, picture_axes
 from toolkit.models import vlm
 from toolkit.precision import WEIGHT_BITS, PrecisionPlan
+from toolkit.target import Target
+from toolkit.tiling import arrange, best_resolution
 from toolkit.wrap import Cost, Count
 
 _PRODUCTS = ("linear", "unembed")
@@ -63,6 +68,50 @@ def roofline(
         for stage, calls, counter in _stages(model, work)
     ]
     return Roofline(peaks.gflop_s, peaks.int8_gop_s, peaks.gb_s, tuple(bounds))
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What a machine allows at best: one picture of 640 x 480 and 32 tokens of text."""
+
+    time_to_first_token_ms: float
+    inter_token_latency_ms: float
+    prompt_tokens: int
+    image_tokens: int
+    peak_gflop_s: float
+    peak_int8_gop_s: float
+    peak_gb_s: float
+
+
+def floors(model: ModelConfig, plan: PrecisionPlan, target: Target) -> Floors:
+    """The floors of an engine that has not been built, from peaks measured now."""
+    backend = backends.backend(target)
+    with TemporaryDirectory() as folder:
+        backend.extras(Path(folder))
+        peaks = backend.peaks(Path(folder))
+    work = question(model)
+    stages = {
+        bound.stage: bound.floor_ms for bound in roofline(model, plan, peaks, work, {}).stages
+    }
+    token = stages.pop("decode")
+    first = round(sum(stages.values()), 3)
+    return Floors(first, token, work.prompt_tokens, work.image_tokens, *astuple(peaks))
+
+
+def question(model: ModelConfig, size: tuple[int, int] = (640, 480), text: int = 32) -> Work:
+    """The work of one picture of `size` (width, height) and so many tokens of text."""
+    rules = model.images
+    grid = None
+    if rules.tiling is not None:
+        wide, tall = best_resolution(size, rules.tiling.pinpoints)
+        grid = (wide // rules.tiling.tile, tall // rules.tiling.tile)
+    views = 1 + grid[0] * grid[1] if grid else 1
+    if rules.layout is not None:
+        tokens = len(arrange(rules.layout, views, grid, size).rows)
+    else:
+        merger = next(part for part in vlm.components(model) if part.name == "merger")
+        tokens = outputs(merger, picture_axes(model, views, 1))["features"].shape[0]
+    return Work(views, tokens, tokens + text)
 
 
 def _stages(model: ModelConfig, work: Work) -> list[tuple[str, int, Count]]:

@@ -15,11 +15,11 @@ from typing import Literal
 
 import numpy as np
 
-from engines import backends, engine
+from engines import backends, engine, memory
 from engines.backends import LayerTime, Runner, RunnerOptions
 from engines.build import peak_rss_mb
 from engines.clock import Clock
-from engines.engine import Engine
+from engines.engine import PIECE, Engine
 from engines.sampling import Sampling, sampler
 from engines.vision import Vision, side_by_side
 from toolkit import images, prompts
@@ -31,7 +31,6 @@ from toolkit.target import threads_here
 from toolkit.tokenizer import TextStream, Tokenizer
 
 Finish = Literal["stop", "length"]
-PIECE = 256  # tokens of a prompt that the language model reads at a time
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,7 @@ class Session:
         started = time.perf_counter()
         made = engine.read(folder)
         engine.check(folder, made)
+        memory.require(memory.of_engine(made), f"opening {folder}")
         backend = backends.backend(made.parsed_target())
         encoders, cores = len(made.parsed_model().encoders), threads or threads_here()
         together = side_by_side(encoders, cores)

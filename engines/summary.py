@@ -12,6 +12,7 @@ from engines import build as builder
 from engines import engine as engines
 from engines.engine import Engine
 from engines.memory import estimate
+from engines.roofline import Floors, floors
 from toolkit import systems
 from toolkit.bundle import MANIFEST, Bundle, ComponentRecord, Manifest
 from toolkit.console import human_bytes, human_count, table
@@ -109,13 +110,16 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
     """What `build` would do: memory by use, and the lowering table on demand."""
     bundle = Bundle.open(path)
     context, _ = builder.settled(bundle, request)
-    memory = estimate(bundle, request.target, context)
+    plan = request.again.plan if request.again else bundle.manifest.plan
+    memory = estimate(bundle, request.target, context, plan)
+    time = floors(bundle.model, plan, request.target)
     decisions = builder.lowering(bundle, request)
     data = {
         "bundle": str(path),
         "target": str(request.target),
         "written": False,
         "memory": asdict(memory) | {"total_bytes": memory.total_bytes},
+        "time": to_plain(time),
         "lowering": [to_plain(d) for d in decisions],
     }
     rows = [
@@ -124,8 +128,17 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
         ("activations", human_bytes(memory.activations_bytes)),
         ("in all", human_bytes(memory.total_bytes)),
     ]
-    lines = table(("memory", "at most"), rows)
+    lines = [*table(("memory", "about"), rows), "", *_floor_lines(time)]
     return data, [*lines, *(_explained(decisions) if explain else [])], ""
+
+
+def _floor_lines(time: Floors) -> list[str]:
+    return [
+        f"at best, by this machine's {time.peak_gflop_s:.0f} GFLOP/s, {time.peak_int8_gop_s:.0f} "
+        f"GOP/s in 8 bits and {time.peak_gb_s:.1f} GB/s: first token after "
+        f"{time.time_to_first_token_ms:.0f} ms ({time.prompt_tokens} prompt tokens, "
+        f"{time.image_tokens} of them image), then {time.inter_token_latency_ms:.2f} ms a token"
+    ]
 
 
 def built_engine(made: Engine, out: Path, worked: bool, explain: bool) -> Result:

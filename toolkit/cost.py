@@ -29,10 +29,14 @@ def picture_axes(model: ModelConfig, views: int, placed: int) -> dict[str, int]:
         found |= {"height": height, "width": width}
         if isinstance(encoder.config.tokens, str):
             part = vlm.encoder_component(encoder)
-            inputs = _inputs(part, found | {"tiles": 1})
-            seen = part.forward(ShapeOps(), Weights(Specs(part.shapes)), inputs)
+            seen = outputs(part, found | {"tiles": 1})
             found["tokens"] = seen[part.outputs[0].name].shape[1]
     return found
+
+
+def outputs(part: Component, axes: Mapping[str, int]) -> dict[str, Spec]:
+    """Shapes of a component's outputs."""
+    return part.forward(ShapeOps(), Weights(Specs(part.shapes)), _inputs(part, axes))
 
 
 def _inputs(part: Component, axes: Mapping[str, int]) -> dict[str, Spec]:
