@@ -16,7 +16,7 @@ from engines import backends, engine
 from engines.backends import Backend, Compiled, RunnerOptions
 from engines.engine import Built, Decided, Engine
 from toolkit import goldens
-from toolkit.artifact import refuse_existing, require_space, writing
+from toolkit.artifact import refuse_existing, refuse_source, require_space, writing
 from toolkit.bundle import GOLDENS, TOKENIZER, Bundle, FileRecord, record_file
 from toolkit.errors import AccuracyError, ConfigError, MissingExtra, TargetMismatch
 from toolkit.goldens import AXES, Golden
@@ -51,11 +51,12 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     """
     started = time.perf_counter()
     bundle = Bundle.open(path)
-    context = _context(bundle, request.context)
+    context = context_of(bundle, request.context)
     backend = _backend_here(request.target, path, out)
     found = existing(bundle, out, request.target, context)
     if found is not None and not request.force:
         return found, False
+    refuse_source(out, path)
     refuse_existing(out, force=request.force)
     progress("checking the bundle's files")
     bundle.verify()
@@ -120,7 +121,8 @@ def lint(graphs: Mapping[str, onnx.ModelProto], target: Target) -> None:
         decide(name, model, target)
 
 
-def _context(bundle: Bundle, asked: int | None) -> int:
+def context_of(bundle: Bundle, asked: int | None) -> int:
+    """Positions of an engine's cache: `asked`, or all. Raises ConfigError for more than that."""
     limit: int = bundle.model.lm.config.context
     if asked is None:
         return limit

@@ -78,7 +78,7 @@ class Engine:
 
 def write(folder: Path, engine: Engine) -> None:
     """Write engine.json."""
-    text = json.dumps(to_plain(engine), indent=1, ensure_ascii=False)
+    text = json.dumps(to_plain(engine), indent=1)  # ASCII: a path need not be UTF-8
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 

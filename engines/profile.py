@@ -39,6 +39,14 @@ class Plan:
     threads: int = 0
     layers: bool = False
 
+    def check(self) -> None:
+        """Raise InputError for a number below the least that can be measured."""
+        least = {"runs": 1, "max_tokens": 2, "prompt_tokens": 1, "warmup": 0}
+        for name, smallest in least.items():
+            if (value := getattr(self, name)) < smallest:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} {value} is less than {smallest}")
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -107,8 +115,7 @@ class Profile:
 
 def profile(folder: Path, plan: Plan, progress: Progress) -> Profile:
     """Open an engine and measure it: warm-up runs first, then `runs` timed ones."""
-    if plan.runs < 1 or plan.max_tokens < 2:
-        raise InputError("profile needs --runs of at least 1 and --max-tokens of at least 2")
+    plan.check()
     session = Session.open(folder, threads=plan.threads)
     progress(
         f"opened in {session.load_ms:.0f} ms; {plan.warmup} warm-up and {plan.runs} timed runs"
@@ -179,7 +186,7 @@ def _picture(plan: Plan, number: int) -> Picture:
 
 def _token_ids(session: Session, count: int) -> tuple[int, ...]:
     vocab: int = session.model.lm.config.vocab
-    return tuple(int(i) for i in np.random.default_rng(0).integers(0, vocab, max(count, 1)))
+    return tuple(int(i) for i in np.random.default_rng(0).integers(0, vocab, count))
 
 
 def _layers(folder: Path, plan: Plan) -> tuple[LayerShare, ...]:

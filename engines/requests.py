@@ -27,9 +27,9 @@ def gather(given: Question, file: Path | None) -> list[Question]:
     if given.prompt or given.images:
         raise InputError("--input brings its own prompts and images: drop PROMPT and --image")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as refused:
-        raise InputError(f"{file} cannot be read: {refused.strerror}") from None
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as refused:
+        raise InputError(f"{file} cannot be read: {refused}") from None
     found = [
         _question(line, f"{file} line {number}", given, file.parent)
         for number, line in enumerate(lines, 1)
@@ -43,7 +43,7 @@ def gather(given: Question, file: Path | None) -> list[Question]:
 def _question(line: str, where: str, given: Question, folder: Path) -> Question:
     try:
         data = json.loads(line)
-    except json.JSONDecodeError as broken:
+    except (ValueError, RecursionError) as broken:
         raise InputError(f"{where} is not JSON: {broken}") from None
     if not isinstance(data, dict):
         raise InputError(f"{where} is not a JSON object")
@@ -56,11 +56,12 @@ def _question(line: str, where: str, given: Question, folder: Path) -> Question:
 
 def _read(r: Reader, given: Question, folder: Path) -> Question:
     prompt, history = _turns(r)
-    images = r.take("images", list, [])
-    single = r.optional("image", str)
-    files = [str(folder / name) for name in ([single] if single else images)]
-    max_tokens = r.take("max_tokens", int, given.max_tokens)
-    template, stop = r.take("template", str, given.template), r.take("stop", list, [])
+    images, single = _texts(r, "images"), r.optional("image", str)
+    if single is not None and images:
+        raise InputError(f"{r.where} has both image and images")
+    files = [str(folder / name) for name in (images if single is None else [single])]
+    max_tokens = r.count("max_tokens", given.max_tokens)
+    template, stop = r.take("template", str, given.template), _texts(r, "stop")
     r.skip("id")
     r.done()
     return replace(
@@ -74,6 +75,13 @@ def _read(r: Reader, given: Question, folder: Path) -> Question:
     )
 
 
+def _texts(r: Reader, key: str) -> list[str]:
+    found = r.take(key, list, [])
+    if not all(isinstance(item, str) for item in found):
+        raise InputError(f"{r.where}: {key} = {found!r}, expected a list of texts")
+    return found
+
+
 def _turns(r: Reader) -> tuple[str, list[str]]:
     """The question and the turns before it, from "prompt" or from "messages" as chat APIs have."""
     if not r.has("messages"):
@@ -83,7 +91,9 @@ def _turns(r: Reader) -> tuple[str, list[str]]:
         role = "assistant" if number % 2 else "user"
         if not isinstance(message, dict) or message.get("role") != role:
             raise InputError(f"{r.where}: messages[{number}] is not of role {role!r}")
-        said.append(str(message.get("content", "")))
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"{r.where}: messages[{number}] has no text as its content")
+        said.append(message["content"])
     if len(said) % 2 == 0:
         raise InputError(f"{r.where}: messages do not end with the user's")
     return said[-1], said[:-1]

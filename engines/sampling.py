@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,12 +25,14 @@ class Sampling:
 
     def check(self) -> None:
         """Raise ConfigError for values without a meaning."""
-        if self.temperature < 0:
-            raise ConfigError(f"--temperature {self.temperature} is negative")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"--temperature {self.temperature} is not a number from 0 up")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p {self.top_p} is not in (0, 1]")
         if self.top_k < 0:
             raise ConfigError(f"--top-k {self.top_k} is negative")
+        if self.seed is not None and self.seed < 0:
+            raise ConfigError(f"--seed {self.seed} is negative")
         if self.temperature == 0 and (self.top_k, self.top_p) != (0, 1.0):
             raise ConfigError(
                 "--top-k and --top-p have no effect at --temperature 0",
@@ -47,7 +50,9 @@ def sampler(sampling: Sampling) -> Sampler:
 
 
 def _draw(logits: Array, sampling: Sampling, generator: np.random.Generator) -> int:
-    scaled = logits.astype(np.float64) / sampling.temperature
+    best = logits.astype(np.float64) - float(logits.max())
+    with np.errstate(over="ignore"):  # next to 0 the rest falls to -inf, which weighs nothing
+        scaled = best / sampling.temperature
     order = np.argsort(-scaled, kind="stable")
     if sampling.top_k:
         order = order[: sampling.top_k]

@@ -79,7 +79,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json."""
-    text = json.dumps(to_plain(manifest), indent=1, ensure_ascii=False)
+    text = json.dumps(to_plain(manifest), indent=1)  # ASCII: a path need not be UTF-8
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

@@ -231,8 +231,9 @@ def _narrow(array: Array, tensor: Planned) -> Array:
         extremes = np.asarray([array.min(), array.max()]) if array.size else np.zeros(2)
         fits = np.isfinite(extremes.astype(narrow.dtype)).all()
     if not fits and np.isfinite(extremes).all():
+        largest = float(np.abs(extremes).max())
         raise CheckpointError(
-            f"{tensor.name} holds {float(np.abs(extremes).max()):.6g}, too large for fp16",
+            f"{tensor.name} holds {largest:.6g}, too large for {tensor.dtype}",
             hint="export with --dtype bf16 or --dtype fp32",
         )
     return narrow

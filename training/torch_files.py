@@ -23,12 +23,19 @@ class TorchFile:
         import torch
 
         try:
-            self._tensors: dict[str, Any] = torch.load(
-                path, map_location="cpu", mmap=True, weights_only=True
-            )
+            found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as broken:  # unpickling raises anything
-            reason = str(broken).splitlines()[0]
-            raise CheckpointError(f"{path} cannot be read as torch weights: {reason}") from None
+            reason = (str(broken) or type(broken).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"{path} cannot be read as torch weights: {reason}",
+                hint="the file is damaged, or holds more than tensors; safetensors are safer",
+            ) from None
+        if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
+            raise CheckpointError(
+                f"{path} is not a table of tensors",
+                hint="save the model's state_dict alone into a file",
+            )
+        self._tensors: dict[str, Any] = found
 
     def keys(self) -> list[str]:
         """Names of the tensors."""
