@@ -225,7 +225,8 @@ def profile(
     plan = profiler.Plan(
         image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
     )
-    found = [profiler.profile(e, plan, console.step) for e in [engine, *(compare or [])]]
+    report.check_files(layers, html, trace)
+    found = profiler.profile_all([engine, *(compare or [])], plan, console.step)
     report.write_files(found, html, trace)
     console.result(*report.result(found, layers))
 
@@ -303,6 +304,8 @@ def _guarded(debug: bool) -> int:
         return _fail("out of memory", "lower --max-context, or use a smaller model", 1)
     except BrokenPipeError:
         return 1
+    except OSError as refused:
+        return _fail(f"{refused.filename or 'a file'}: {refused.strerror or refused}", "", 1)
     except Exception as error:
         return _unexpected(error, debug)
 

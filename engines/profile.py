@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines import backends
+from engines import backends, engine
 from engines.backends import Peaks
 from engines.build import peak_rss_mb
 from engines.clock import Clock, Span
@@ -113,9 +113,16 @@ class Profile:
     spans: tuple[Span, ...]
 
 
+def profile_all(folders: Sequence[Path], plan: Plan, progress: Progress) -> list[Profile]:
+    """Measure several engines; all are looked at before the first is measured."""
+    plan.check()
+    for folder in folders:
+        engine.check(folder, engine.read(folder))
+    return [profile(folder, plan, progress) for folder in folders]
+
+
 def profile(folder: Path, plan: Plan, progress: Progress) -> Profile:
     """Open an engine and measure it: warm-up runs first, then `runs` timed ones."""
-    plan.check()
     session = Session.open(folder, threads=plan.threads)
     progress(
         f"opened in {session.load_ms:.0f} ms; {plan.warmup} warm-up and {plan.runs} timed runs"

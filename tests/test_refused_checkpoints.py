@@ -305,6 +305,12 @@ def test_preprocessing_that_is_not_implemented_is_refused(
     assert reason in export_refused(source)[0]
 
 
+@pytest.mark.parametrize("odd", ["text", {"one": "<s>"}, {"1": {"special": True}}, [1]])
+def test_added_tokens_that_are_none_are_refused(odd: Any, source: Path) -> None:
+    edit(source / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder=odd))
+    assert "tokenizer_config.json: added_tokens_decoder" in export_refused(source)[0]
+
+
 # -- the tokenizer and the tower ---------------------------------------------------------------
 
 

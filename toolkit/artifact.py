@@ -43,7 +43,13 @@ def writing(out: Path, *, force: bool) -> Iterator[Path]:
 
 
 def refuse_existing(out: Path, *, force: bool) -> None:
-    """Raise OutputError where writing to `out` would destroy something."""
+    """Raise OutputError where writing to `out` would destroy something, or cannot be done."""
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError:  # the packages that read graphs cannot open it
+        raise OutputError(
+            f"{ascii(str(out))} is not a name in UTF-8", hint="choose another name"
+        ) from None
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir() or (found := _artifact_files(out)) is None:
