@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from toolkit.console import Console
 
 __version__ = "0.1.0"
+_INTERRUPTED = "interrupted; nothing half-written was left behind"
 
 app = typer.Typer(
     help="Deploy multi-encoder vision-language models: export, build, run, profile.",
@@ -86,6 +87,7 @@ def export(
     from engines import summary
     from export import available
     from toolkit import hub, systems
+    from toolkit.artifact import refuse_source
     from toolkit.layouts.source import Options
     from toolkit.target import parse
     from training import torch_files
@@ -112,6 +114,7 @@ def export(
         return
     from export import write
 
+    refuse_source(out, Path(source))
     if target is not None:
         builder.lint(write.graphs(model, dtype), target)
     made_by = f"edgevlm {__version__}"
@@ -243,7 +246,8 @@ def profile(
     plan = profiler.Plan(
         image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
     )
-    found = [profiler.profile(e, plan, console.step) for e in [engine, *(compare or [])]]
+    report.check_files(layers, html, trace)
+    found = profiler.profile_all([engine, *(compare or [])], plan, console.step)
     report.write_files(found, html, trace)
     console.result(*report.result(found, layers))
 
@@ -285,10 +289,20 @@ def _version(
 
 def main() -> None:
     """Entry point: errors become one line and a hint; 1 for ours, 2 for usage, 130 for Ctrl-C."""
+    import io
+    import os
     import signal
 
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(_guarded("--debug" in sys.argv[1:]))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name or an answer may not fit the terminal
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code = _guarded("--debug" in sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on; the interpreter's own flush must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or 1
+    sys.exit(code)
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -300,17 +314,19 @@ def _guarded(debug: bool) -> int:
 
     try:
         code = app(standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        return _fail(_INTERRUPTED, "", 130) if code == 130 else int(code or 0)
     except ToolkitError as error:
         if debug:
             raise
         return _fail(error.message, error.hint, 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing half-written was left behind", "", 130)
+        return _fail(_INTERRUPTED, "", 130)
     except MemoryError:
         return _fail("out of memory", "lower --max-context, or use a smaller model", 1)
     except BrokenPipeError:
-        return 0
+        return 1
+    except OSError as refused:
+        return _fail(f"{refused.filename or 'a file'}: {refused.strerror or refused}", "", 1)
     except Exception as error:
         return _unexpected(error, debug)
 
@@ -324,7 +340,7 @@ def _unexpected(error: Exception, debug: bool) -> int:
     if format_message is not None:
         return _fail(format_message(), "edgevlm --help, or edgevlm VERB --help", 2)
     if type(error).__name__ == "Abort":
-        return _fail("interrupted; nothing half-written was left behind", "", 130)
+        return _fail(_INTERRUPTED, "", 130)
     if debug:
         raise error
     kind = type(error).__name__
@@ -332,9 +348,9 @@ def _unexpected(error: Exception, debug: bool) -> int:
 
 
 def _fail(message: str, hint: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.splitlines()), file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print("hint:", " ".join(hint.splitlines()), file=sys.stderr)
     return code
 
 

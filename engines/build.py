@@ -19,7 +19,7 @@ from engines.backends import Backend, Compiled, RunnerOptions
 from engines.engine import Built, Decided, Engine
 from toolkit import config as model_config
 from toolkit import goldens
-from toolkit.artifact import refuse_existing, require_space, writing
+from toolkit.artifact import refuse_existing, refuse_source, require_space, writing
 from toolkit.bundle import GOLDENS, TOKENIZER, Bundle, FileRecord, record_file
 from toolkit.errors import AccuracyError, ConfigError, MissingExtra, TargetMismatch
 from toolkit.goldens import AXES, Golden
@@ -83,6 +83,7 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     found = existing(bundle, out, request, context, model)
     if found is not None and not request.force:
         return found, False
+    refuse_source(out, path)
     refuse_existing(out, force=request.force)
     progress("checking the bundle's files")
     bundle.verify()

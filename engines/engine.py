@@ -11,7 +11,7 @@ from typing import Any
 
 from engines import backends
 from toolkit import config as model_config
-from toolkit.bundle import ComponentRecord, FileRecord
+from toolkit.bundle import ComponentRecord, FileRecord, check_parts
 from toolkit.config import ModelConfig
 from toolkit.errors import BundleError, ConfigError
 from toolkit.models.vlm import Edge
@@ -91,7 +91,7 @@ class Engine:
 
 def write(folder: Path, engine: Engine) -> None:
     """Write engine.json."""
-    text = json.dumps(to_plain(engine), indent=1, ensure_ascii=False)
+    text = json.dumps(to_plain(engine), indent=1)  # ASCII: a path need not be UTF-8
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 
@@ -105,7 +105,9 @@ def read(folder: Path) -> Engine:
         if data.get("format") != FORMAT:
             raise ConfigError(f"{path} has format {data.get('format')!r}, expected {FORMAT}")
         found = from_plain(Engine, data, str(path))
-        found.parsed_model()
+        check_parts(str(path), found.parsed_model(), found.components, found.edges, found.files)
+        if found.context < 1:
+            raise ConfigError(f"{path}: context = {found.context}, expected at least 1")
         return found
     except ConfigError as odd:
         raise BundleError(odd.message, hint="build the engine again") from None

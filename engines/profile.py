@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines import backends
+from engines import backends, engine
 from engines.backends import Peaks
 from engines.build import peak_rss_mb
 from engines.clock import Clock, Span
@@ -35,6 +35,14 @@ class Plan:
     warmup: int = 1
     threads: int = 0
     layers: bool = False
+
+    def check(self) -> None:
+        """Raise InputError for a number below the least that can be measured."""
+        least = {"runs": 1, "max_tokens": 2, "prompt_tokens": 1, "warmup": 0}
+        for name, smallest in least.items():
+            if (value := getattr(self, name)) < smallest:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} {value} is less than {smallest}")
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,16 @@ class Profile:
     spans: tuple[Span, ...]
 
 
+def profile_all(folders: Sequence[Path], plan: Plan, progress: Progress) -> list[Profile]:
+    """Measure several engines; all are looked at before the first is measured."""
+    plan.check()
+    for folder in folders:
+        engine.check(folder, engine.read(folder))
+    return [profile(folder, plan, progress) for folder in folders]
+
+
 def profile(folder: Path, plan: Plan, progress: Progress) -> Profile:
     """Open an engine and measure it: warm-up runs first, then `runs` timed ones."""
-    if plan.runs < 1 or plan.max_tokens < 2:
-        raise InputError("profile needs --runs of at least 1 and --max-tokens of at least 2")
     session = Session.open(folder, threads=plan.threads)
     progress(
         f"opened in {session.load_ms:.0f} ms; {plan.warmup} warm-up and {plan.runs} timed runs"
@@ -155,7 +169,7 @@ def _picture(plan: Plan, number: int) -> Picture:
 
 def _token_ids(session: Session, count: int) -> tuple[int, ...]:
     vocab: int = session.model.lm.config.vocab
-    return tuple(int(i) for i in np.random.default_rng(0).integers(0, vocab, max(count, 1)))
+    return tuple(int(i) for i in np.random.default_rng(0).integers(0, vocab, count))
 
 
 def _layers(folder: Path, plan: Plan) -> tuple[LayerShare, ...]:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import html
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engines.profile import Profile
 from toolkit.console import table
-from toolkit.errors import OutputError
+from toolkit.errors import InputError, OutputError
 from toolkit.strict import to_plain
 
 _COLOURS = ("#3266ad", "#d9822b", "#4a9c5d", "#b1478f", "#c23b3b", "#6b6bc9", "#8c8c3a", "#3aa3a3")
+
+
+def check_files(layers: int, *files: Path | None) -> None:
+    """Raise before anything is measured if the report could not be shown or written."""
+    if layers < 0:
+        raise InputError(f"--layers {layers} is negative", hint="0 shows none")
+    for file in files:
+        if file is None:
+            continue
+        if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+            raise OutputError(f"{file} cannot be written", hint="name a file in a folder of yours")
 
 
 def write_files(profiles: Sequence[Profile], page: Path | None, events: Path | None) -> None:

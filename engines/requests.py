@@ -45,7 +45,7 @@ def gather(given: Question, file: Path | None) -> list[Question]:
 def _question(line: str, where: str, given: Question, folder: Path) -> Question:
     try:
         data = json.loads(line)
-    except json.JSONDecodeError as broken:
+    except (ValueError, RecursionError) as broken:
         raise InputError(f"{where} is not JSON: {broken}") from None
     if not isinstance(data, dict):
         raise InputError(f"{where} is not a JSON object")
@@ -65,7 +65,7 @@ def _read(r: Reader, given: Question, folder: Path) -> Question:
     if single is not None and images:
         raise InputError(f"{r.where} has both image and images")
     files = [str(folder / name) for name in (images if single is None else [single])]
-    max_tokens = r.take("max_tokens", int, given.max_tokens)
+    max_tokens = r.count("max_tokens", given.max_tokens)
     template, stop = r.take("template", str, given.template), _texts(r, "stop")
     r.skip("id")
     r.done()
@@ -83,7 +83,7 @@ def _read(r: Reader, given: Question, folder: Path) -> Question:
 def _texts(r: Reader, key: str) -> list[str]:
     found = r.take(key, list, [])
     if not all(isinstance(item, str) for item in found):
-        raise InputError(f"{r.where}: {key} = {found!r} is not a list of texts")
+        raise InputError(f"{r.where}: {key} = {found!r}, expected a list of texts")
     return found
 
 
@@ -96,10 +96,9 @@ def _turns(r: Reader) -> tuple[str, list[str]]:
         role = "assistant" if number % 2 else "user"
         if not isinstance(message, dict) or message.get("role") != role:
             raise InputError(f"{r.where}: messages[{number}] is not of role {role!r}")
-        content = message.get("content")
-        if not isinstance(content, str):
-            raise InputError(f"{r.where}: messages[{number}] has content {content!r}, not a text")
-        said.append(content)
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"{r.where}: messages[{number}] has no text as its content")
+        said.append(message["content"])
     if len(said) % 2 == 0:
         raise InputError(f"{r.where}: messages do not end with the user's")
     return said[-1], said[:-1]

@@ -50,7 +50,9 @@ def sampler(sampling: Sampling) -> Sampler:
 
 
 def _draw(logits: Array, sampling: Sampling, generator: np.random.Generator) -> int:
-    scaled = logits.astype(np.float64) / sampling.temperature
+    best = logits.astype(np.float64) - float(logits.max())
+    with np.errstate(over="ignore"):  # next to 0 the rest falls to -inf, which weighs nothing
+        scaled = best / sampling.temperature
     order = np.argsort(-scaled, kind="stable")
     if sampling.top_k:
         order = order[: sampling.top_k]

@@ -98,6 +98,8 @@ class Session:
     @classmethod
     def open(cls, folder: Path, *, threads: int = 0, profile: bool = False) -> Session:
         """Load an engine. Raises BundleError, TargetMismatch, MissingExtra or BuildError."""
+        if threads < 0:
+            raise InputError(f"--threads {threads} is negative", hint="0 takes all there are")
         started = time.perf_counter()
         made = engine.read(folder)
         engine.check(folder, made)

@@ -206,9 +206,9 @@ def _inspect_bundle(path: Path) -> tuple[Any, list[str]]:
 
 def _inspect_profile(path: Path) -> tuple[Any, list[str]]:
     data = read_json(path)
-    if "time_to_first_token_ms" not in data:
-        raise BundleError(f"{path} is not a profile")
     keys = ("engine", "time_to_first_token_ms", "inter_token_latency_ms", "peak_rss_mb")
+    if not all(key in data for key in keys):
+        raise BundleError(f"{path} is not a profile")
     rows = [(key, data[key]) for key in keys]
     return {"kind": "profile"} | data, table(("profile", "value"), rows)
 

@@ -54,3 +54,13 @@ def pytest_pyfunc_call() -> Generator[None, object, object]:
 def generator() -> np.random.Generator:
     """A generator with a fixed seed."""
     return np.random.default_rng(7)
+
+
+@pytest.fixture(scope="session")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `bundle` and `engine-cpu` of the tiny LLaVA-1.5; not to be changed."""
+    from tests.pipeline import engine_of
+
+    folder = tmp_path_factory.mktemp("ready")
+    engine_of(HERE / "goldens/e2e_llava15/llava-v1.5-tiny", folder)
+    return folder

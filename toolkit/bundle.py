@@ -9,7 +9,7 @@ tokenizer.json  golden.npz (small inputs and the oracle's outputs, see toolkit/g
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from toolkit import config as model_config
 from toolkit.artifact import sha256_of
 from toolkit.config import ModelConfig
 from toolkit.errors import BundleError, ConfigError
-from toolkit.models.vlm import Edge, Port
+from toolkit.models.vlm import Edge, Port, components, edges
 from toolkit.ops import Array
 from toolkit.precision import PrecisionPlan
 from toolkit.safetensors_io import SafetensorsFile
@@ -30,6 +30,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 GOLDENS = "golden.npz"
+DTYPES = ("fp32", "fp16", "bf16")
+_CHANGED = "the manifest was changed; export it again"
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json."""
-    text = json.dumps(to_plain(manifest), indent=1, ensure_ascii=False)
+    text = json.dumps(to_plain(manifest), indent=1)  # ASCII: a path need not be UTF-8
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -157,7 +159,15 @@ class Bundle:
                 hint=f"make one: edgevlm export CHECKPOINT {path}",
             )
         manifest = read_manifest(file)
-        return cls(path, manifest, model_config.from_json(dict(manifest.model), f"{file}: model"))
+        try:
+            model = model_config.from_json(dict(manifest.model), f"{file}: model")
+            check_parts(str(file), model, manifest.components, manifest.edges, manifest.files)
+            for record in manifest.components:
+                if record.graph not in manifest.files:
+                    raise ConfigError(f"{file}: files lacks {record.graph}")
+        except ConfigError as odd:
+            raise BundleError(odd.message, hint=_CHANGED) from None
+        return cls(path, manifest, model)
 
     @property
     def sha256(self) -> str:
@@ -205,6 +215,39 @@ def read_manifest(file: Path) -> Manifest:
                 f"{file} has format {data.get('format')!r}, this version reads {FORMAT}",
                 hint="export the model again with this version",
             )
-        return from_plain(Manifest, data, str(file))
+        found = from_plain(Manifest, data, str(file))
+        if found.dtype not in DTYPES:
+            raise ConfigError(f"{file}: dtype = {found.dtype!r}, expected one of {DTYPES}")
+        return found
     except ConfigError as odd:
-        raise BundleError(odd.message, hint="the manifest was changed; export it again") from None
+        raise BundleError(odd.message, hint=_CHANGED) from None
+
+
+def check_parts(
+    where: str,
+    model: ModelConfig,
+    records: Sequence[ComponentRecord],
+    connections: Sequence[Edge],
+    files: Mapping[str, FileRecord],
+) -> None:
+    """Raise ConfigError unless records and connections are the model's, with listed weights."""
+    try:
+        parts = components(model)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as odd:
+        raise ConfigError(f"{where}: there is no model of this configuration ({odd})") from None
+    expected, found = [part.name for part in parts], [r.name for r in records]
+    if found != expected:
+        raise ConfigError(f"{where}: components are {found}, the model's are {expected}")
+    for part, record in zip(parts, records, strict=True):
+        if (part.inputs, part.outputs) != (record.inputs, record.outputs):
+            raise ConfigError(f"{where}: the ports of {part.name} are not those of its model")
+    if tuple(connections) != edges(model):
+        raise ConfigError(f"{where}: edges do not connect the components of its model")
+    bare = [part.name for part in model.encoders if part.name not in model.images.encoders]
+    if bare:
+        raise ConfigError(f"{where}: images.encoders lacks {bare[0]}")
+    lost = [record.weights for record in records if record.weights not in files]
+    outside = [name for name in files if Path(name).name != name]
+    if lost or outside:
+        fault = f"lacks {lost[0]}" if lost else f"names {outside[0]!r}, outside the folder"
+        raise ConfigError(f"{where}: files {fault}")

@@ -23,6 +23,7 @@ AXES = {
     "scored": 1,
     "context": 16,
 }
+GOLDEN_TOKENS = 7  # of a decoder, in three calls: its rotary tables must be as long
 _KEEP = 1 << 16  # outputs larger than this are stored as that many evenly spaced values
 
 
@@ -80,7 +81,7 @@ def _calls(component: Component, seed: int) -> Iterator[dict[str, Array]]:
         yield {n: _values(p, AXES, generator) for n, p in plain.items()}
         return
     vocab = component.outputs[0].shape[-1]
-    for start, length in ((0, 6), (6, 3), (9, 1)):
+    for start, length in ((0, 3), (3, GOLDEN_TOKENS - 4), (GOLDEN_TOKENS - 1, 1)):
         rows = np.full((1, length), -1, np.int64)
         rows[0, 1:4] = [4, 0, 2][: length - 1]
         yield {

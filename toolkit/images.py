@@ -6,6 +6,7 @@ after LLaVA's own aspect handling). What is done to unusual files is said in `Pi
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -116,11 +117,14 @@ def read_preprocess(r: Reader) -> Preprocess:
         r.raw("crop_size"),
     )
     crop = _read_crop(crop_size, r.where) if crops else None
+    std = _three(r.raw("image_std"), f"{r.where}: image_std")
+    if min(std) <= 0:
+        raise ConfigError(f"{r.where}: image_std = {list(std)} divides by what is not above 0")
     found = Preprocess(
         resample=_resample(r.choice("resample", list(_RESAMPLE), 3)),
         scale=r.take("rescale_factor", float, 1 / 255),
         mean=_three(r.raw("image_mean"), f"{r.where}: image_mean"),
-        std=_three(r.raw("image_std"), f"{r.where}: image_std", nonzero=True),
+        std=std,
         short_edge=short,
         exact=exact,
         crop=crop,
@@ -134,31 +138,36 @@ def _resample(code: int) -> Resample:
 
 
 def _read_size(size: Any, where: str) -> tuple[int | None, tuple[int, int] | None]:
-    where = f"{where}: size"
+    if type(size) is int:
+        return _side(size, f"{where}: size"), None
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:
-        return _edge(size["shortest_edge"], size, where), None
+        return _side(size["shortest_edge"], f"{where}: size"), None
     if isinstance(size, dict) and set(size) == {"height", "width"}:
-        return None, (_edge(size["height"], size, where), _edge(size["width"], size, where))
-    return _edge(size, size, where), None
+        return None, _height_width(size, f"{where}: size")
+    raise ConfigError(f"{where}: size = {size!r} is not implemented")
 
 
 def _read_crop(size: Any, where: str) -> tuple[int, int]:
-    where = f"{where}: crop_size"
+    if type(size) is int:
+        size = {"height": size, "width": size}
     if isinstance(size, dict) and {"height", "width"} <= set(size):
-        return _edge(size["height"], size, where), _edge(size["width"], size, where)
-    edge = _edge(size, size, where)
-    return edge, edge
+        return _height_width(size, f"{where}: crop_size")
+    raise ConfigError(f"{where}: crop_size = {size!r} is not implemented")
 
 
-def _edge(value: Any, size: Any, where: str) -> int:
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{where} = {size!r} is not implemented")
+def _height_width(size: Mapping[str, Any], where: str) -> tuple[int, int]:
+    return _side(size["height"], where), _side(size["width"], where)
+
+
+def _side(value: Any, where: str) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_SIDE:
+        raise ConfigError(f"{where} has a side of {value!r}, expected 1 to {MAX_SIDE} pixels")
     return value
 
 
-def _three(value: Any, where: str, *, nonzero: bool = False) -> tuple[float, float, float]:
+def _three(value: Any, where: str) -> tuple[float, float, float]:
     numbers = value if isinstance(value, list) else []
-    fine = all(type(n) in (int, float) and (n or not nonzero) for n in numbers)
+    fine = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
     if len(numbers) != 3 or not fine:
         raise ConfigError(f"{where} = {value!r}, expected three numbers")
     return float(numbers[0]), float(numbers[1]), float(numbers[2])
@@ -182,16 +191,17 @@ def load(source: str | Path | bytes, *, upright: bool = True) -> Picture:
             with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as file:
                 _refuse_odd_sizes(file.size, name)
                 return _to_rgb(file, upright)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"image {name} does not exist") from None
     except IsADirectoryError:
         raise InputError(f"image {name} is a folder") from None
     except (UnidentifiedImageError, Image.DecompressionBombError) as refused:
         raise InputError(_why_unreadable(source, name, refused)) from None
-    except InputError:
-        raise
-    except Exception as broken:  # decoders raise anything when a file is damaged
-        raise InputError(f"image {name} cannot be decoded: {broken}") from None
+    except Exception as broken:  # a damaged file makes Pillow's decoders raise anything
+        reason = str(broken) or type(broken).__name__
+        raise InputError(f"image {name} cannot be decoded: {reason}") from None
 
 
 def _why_unreadable(source: str | Path | bytes, name: str, refused: Exception) -> str:
@@ -199,7 +209,7 @@ def _why_unreadable(source: str | Path | bytes, name: str, refused: Exception) -
     if size == 0:
         return f"image {name} is empty (0 bytes)"
     if "DecompressionBomb" in type(refused).__name__:
-        return f"image {name} is too large: {refused}"
+        return f"image {name} is too large: {str(refused).split(',')[0]}"
     return f"image {name} ({size} bytes) is not a picture that Pillow can read"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from toolkit.errors import ConfigError
 
 V = TypeVar("V")
 _REQUIRED: Any = object()
+MOST_LAYERS = 4096  # every layer is listed before a file is opened: a slip must not take minutes
 
 # Written by transformers into every config.json; none of them changes what a model computes
 # in a single forward pass (generation defaults, bookkeeping, training switches).
@@ -46,7 +48,9 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as broken:
+    except OSError as refused:
+        raise ConfigError(f"{path} cannot be read: {refused.strerror}") from None
+    except (ValueError, RecursionError) as broken:  # not UTF-8, no JSON, endless digits or depth
         raise ConfigError(f"{path} is not valid JSON: {broken}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a JSON {type(data).__name__}, expected an object")
@@ -74,6 +78,32 @@ class Reader:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ConfigError(f"{self.where}: {key} = {value!r}, expected {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{self.where}: {key} = {value!r}, expected a finite number")
+        return value
+
+    def count(
+        self, key: str, default: int = _REQUIRED, *, least: int = 1, most: int = 1 << 62
+    ) -> int:
+        """The value of `key`: a size or a number of things, from `least` to `most`."""
+        value = self.take(key, int, default)
+        if not least <= value <= most:
+            limit = f"{least} to {most}" if value > least else f"at least {least}"
+            raise ConfigError(f"{self.where}: {key} = {value}, expected {limit}")
+        return value
+
+    def positive(self, key: str, default: float = _REQUIRED) -> float:
+        """The value of `key`: a finite number above 0."""
+        value = self.take(key, float, default)
+        if value <= 0:
+            raise ConfigError(f"{self.where}: {key} = {value}, expected a number above 0")
+        return value
+
+    def share(self, key: str, whole: int, default: int = _REQUIRED) -> int:
+        """The value of `key`: a count that divides `whole` without a rest."""
+        value = self.count(key, default)
+        if whole % value:
+            raise ConfigError(f"{self.where}: {key} = {value} does not divide {whole}")
         return value
 
     def optional(self, key: str, kind: type[V]) -> V | None:

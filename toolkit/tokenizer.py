@@ -111,7 +111,7 @@ def from_sentencepiece(model: Path, config: dict[str, Any]) -> tuple[str, bool]:
     except ImportError:
         raise MissingExtra("sentencepiece", "export", purpose=f"reading {model.name}") from None
     try:
-        spm = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        spm = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
     except (OSError, RuntimeError) as broken:
         raise CheckpointError(f"{model} is not a sentencepiece model: {broken}") from None
     pieces = [spm.id_to_piece(i) for i in range(spm.get_piece_size())]
@@ -120,14 +120,25 @@ def from_sentencepiece(model: Path, config: dict[str, Any]) -> tuple[str, bool]:
     vocab = {piece: i for i, piece in enumerate(pieces)}
     normal = [p for i, p in enumerate(pieces) if not (spm.is_control(i) or spm.is_byte(i))]
     special = {i: p for i, p in enumerate(pieces) if spm.is_control(i) or spm.is_unknown(i)}
-    added = config.get("added_tokens_decoder") or {}
-    for number, item in added.items():
-        special[int(number)] = item["content"] if isinstance(item, dict) else str(item)
+    special |= _added(config.get("added_tokens_decoder") or {}, model)
     merges = _merges(normal, vocab, [spm.get_score(i) for i in range(len(pieces))])
     bos = pieces[spm.bos_id()] if config.get("add_bos_token", True) else None
     legacy = config.get("legacy") is not False
     built = _llama_tokenizer(vocab, merges, special, bos, legacy=legacy)
     return json.dumps(built, ensure_ascii=False), not legacy
+
+
+def _added(table: Any, model: Path) -> dict[int, str]:
+    try:
+        return {
+            int(number): str(item["content"] if isinstance(item, dict) else item)
+            for number, item in table.items()
+        }
+    except (AttributeError, KeyError, ValueError):
+        raise ConfigError(
+            f"{model.parent / 'tokenizer_config.json'}: added_tokens_decoder = {str(table)[:80]}, "
+            "expected tokens by their ids"
+        ) from None
 
 
 def _merges(

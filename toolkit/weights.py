@@ -18,10 +18,11 @@ import numpy as np
 
 from toolkit.errors import CheckpointError
 from toolkit.ops import Array
-from toolkit.safetensors_io import BLOCK_BYTES, SafetensorsFile
+from toolkit.safetensors_io import BLOCK_BYTES, SafetensorsFile, row_blocks
 from toolkit.strict import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
+_FETCH = "the download or copy is incomplete; fetch the checkpoint again"
 
 
 class TensorSource(Protocol):
@@ -126,13 +127,14 @@ def _shards(folder: Path, stem: str) -> list[Path]:
         return [folder / stem]
     if not index.exists():
         return []
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensors to files")
-    names = sorted(set(places.values()))
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files", hint=_FETCH)
+    names = sorted(set(where.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise CheckpointError(f"{index} names files that are not there: {', '.join(missing)}")
+        named = f"{', '.join(missing[:3])}{f' and {len(missing) - 3} more' if missing[3:] else ''}"
+        raise CheckpointError(f"{index} names files that are not there: {named}", hint=_FETCH)
     return [folder / name for name in names]
 
 
@@ -155,7 +157,22 @@ class Recipes(Mapping[str, Array]):
 
     def __getitem__(self, key: str) -> Array:
         recipe = self._table[key]
-        return recipe.make(*(self._checkpoint.read(source) for source in recipe.sources))
+        return recipe.make(*(self._read(source) for source in recipe.sources))
+
+    def _read(self, source: str) -> Array:
+        """A stored tensor that can be a weight: a NaN would spoil answers, not goldens."""
+        found = self._checkpoint.read(source)
+        if found.dtype.kind != "f":
+            raise CheckpointError(
+                f"{source} is stored as {found.dtype}, a weight is a floating-point number",
+                hint="quantized checkpoints are not read; take the original's weights",
+            )
+        if not all(np.isfinite(block).all() for block in row_blocks(found)):
+            raise CheckpointError(
+                f"{source} holds NaN or infinite values",
+                hint="the file is damaged or its training diverged; fetch the checkpoint again",
+            )
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._table)

@@ -27,7 +27,10 @@ class TorchFile:
             found = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
         except Exception as broken:  # unpickling raises anything
             reason = (str(broken) or type(broken).__name__).splitlines()[0]
-            raise CheckpointError(f"{path} cannot be read as torch weights: {reason}") from None
+            raise CheckpointError(
+                f"{path} cannot be read as torch weights: {reason}",
+                hint="the file is damaged, or holds more than tensors; safetensors are safer",
+            ) from None
         self._tensors = _named_tensors(found, path)
 
     def keys(self) -> list[str]:

@@ -138,7 +138,10 @@ def open(
             str(folder / record.graph), settings, providers=["CPUExecutionProvider"]
         )
     except Exception as refused:  # ONNX Runtime raises many types of its own
-        raise BuildError(f"ONNX Runtime cannot load {record.graph}: {refused}") from None
+        raise BuildError(
+            f"ONNX Runtime cannot load {record.graph}: {refused}",
+            hint="if the engine was changed since it was built, build it again",
+        ) from None
     return OnnxRuntimeRunner(session, record, options)
 
 

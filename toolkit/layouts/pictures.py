@@ -18,7 +18,7 @@ _SIDES = (224, 336, 384, 448, 512)
 
 def read_rules(r: Reader, encoder: Part, merger: Part, rule: Preprocess) -> ImageRules:
     """Rules for a LLaVA configuration; a missing or unknown-to-nobody aspect is "square"."""
-    aspect = r.raw("image_aspect_ratio") or "square"
+    aspect = r.take("image_aspect_ratio", str, "square")
     merge = r.take("mm_patch_merge_type", str, "flat")
     pinpoints = r.raw("image_grid_pinpoints")
     match = re.fullmatch(r"anyres(?:_max_(\d+))?", str(aspect))

@@ -34,7 +34,7 @@ def check_identity(r: Reader, layers: int, inputs: int, outputs: int) -> None:
 
 def read_name(r: Reader, encoder: Part) -> str:
     """mm_projector_type, after checking that mm_hidden_size is what the encoder gives."""
-    width, given = sum(encoder.config.widths), r.take("mm_hidden_size", int)
+    width, given = sum(encoder.config.widths), r.count("mm_hidden_size")
     if given not in (width, encoder.config.widths[0]):
         raise ConfigError(
             f"{r.where}: mm_hidden_size = {given}, the tower gives {width}",

@@ -11,6 +11,7 @@ from typing import Any
 from toolkit import models
 from toolkit.config import ModelConfig, Part
 from toolkit.errors import CheckpointError, ConfigError
+from toolkit.goldens import GOLDEN_TOKENS
 from toolkit.models.vlm import components
 from toolkit.ops import Array
 from toolkit.precision import PrecisionPlan
@@ -134,13 +135,23 @@ def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, bool]:
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)",
             hint="copy the tokenizer files of the language model into the folder",
         )
+    read_json(path)  # what follows takes it for an object
     return path.read_text(encoding="utf-8"), False
 
 
 def add_tokens(text: str, extra: Sequence[str], vocab: int) -> str:
     """The tokenizer with tokens that the originals' loader adds, where the model has rows."""
-    data = json.loads(text)
-    known = {token["content"] for token in data.get("added_tokens", [])}
+    try:
+        return _with_tokens(json.loads(text), extra, vocab)
+    except (AttributeError, KeyError, TypeError) as odd:
+        raise ConfigError(
+            f"the tokenizer cannot be read: {odd} in its added_tokens or vocab"
+        ) from odd
+
+
+def _with_tokens(data: dict[str, Any], extra: Sequence[str], vocab: int) -> str:
+    data.setdefault("added_tokens", [])
+    known = {token["content"] for token in data["added_tokens"]}
     taken = [token["id"] for token in data.get("added_tokens", [])]
     taken += list(data.get("model", {}).get("vocab", {}).values())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -175,16 +186,25 @@ def read_eos(folder: Path, config: Mapping[str, Any], kind: str) -> tuple[int, .
     An empty tuple if there is none. kind: the language model's file.
     """
     path = folder / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.exists() else {}
+    generation = read_json(path) if path.exists() else {}
     default = None if kind == "qwen2" else 2  # the defaults of the configuration classes
     found = generation.get("eos_token_id", config.get("eos_token_id", default))
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, list) else (int(found),)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(number) is int and number >= 0 for number in ids):
+        where = path if "eos_token_id" in generation else folder / "config.json"
+        raise ConfigError(f"{where}: eos_token_id = {found!r}, expected an id or a list of ids")
+    return tuple(ids)
 
 
 def with_context(lm: Part, limit: int | None) -> Part:
     """The language model with rotary tables for at most `limit` positions."""
+    context = lm.config.context if limit is None else limit
+    if context < GOLDEN_TOKENS:
+        stated = "max_position_embeddings" if limit is None else "--max-context"
+        raise ConfigError(
+            f"{stated} {context} is less than {GOLDEN_TOKENS}, the tokens of a bundle's check",
+            hint="a picture alone takes tens to thousands of positions",
+        )
     if limit is None:
         return lm
     if limit > lm.config.context:

@@ -14,7 +14,7 @@ from toolkit.images import Preprocess, read_preprocess
 from toolkit.layouts.source import Options, Stored, below, find_prefix, read_encoder
 from toolkit.models.encoders import unireplknet
 from toolkit.safetensors_io import SafetensorsFile
-from toolkit.strict import Reader, read_json
+from toolkit.strict import MOST_LAYERS, Reader, read_json
 from toolkit.weights import Checkpoint, TensorSource, open_checkpoint
 
 Taps = tuple[int, ...]
@@ -64,7 +64,8 @@ def open_tower(folder: Path, r: Reader, options: Options, choose: Callable[[Taps
     path = place / "config.json"
     data = read_json(path)
     kind, reader = read_encoder(data, str(path), options)
-    depth = int(reader.raw("num_hidden_layers") or data.get("num_hidden_layers") or 12)
+    stated = reader if reader.has("num_hidden_layers") else Reader(data, str(path))
+    depth = stated.count("num_hidden_layers", 12, most=MOST_LAYERS)
     taps, class_token = read_taps(r, depth)
     config = models.encoder(kind).Config.read(reader, choose(taps), class_token)
     reader.done()

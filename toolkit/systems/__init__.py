@@ -52,6 +52,9 @@ def load(folder: Path, options: Options) -> Source:
         kind = "has no config.json" if folder.is_dir() else "does not exist"
         raise CheckpointError(f"{folder} {kind}; a checkpoint is a folder with one")
     config = read_json(folder / "config.json")
+    stated = config.get("model_type")
+    if not isinstance(stated, (str, type(None))):
+        raise ConfigError(f"{folder / 'config.json'}: model_type = {stated!r}, expected a name")
     name = options.system or _detect(folder, config, options)
     return quirks.keep(find(name).load(folder, config, options), config, options.quirks)
 

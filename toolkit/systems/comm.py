@@ -34,7 +34,7 @@ from toolkit.models.encoders import clip, dinov2
 from toolkit.models.lms import llama
 from toolkit.models.mergers import comm
 from toolkit.prompts import PromptRules
-from toolkit.strict import Reader, read_json
+from toolkit.strict import MOST_LAYERS, Reader, read_json
 from toolkit.weights import open_checkpoint
 
 MODEL_TYPE = "edgevlm_comm"
@@ -51,7 +51,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     """Read a checkpoint folder of our format."""
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     r.skip("model_type")
-    side = r.take("image_size", int, 336)
+    side = r.count("image_size", 336)
     places = {name: _beside(folder, r.take(name, str)) for name in ("clip", "dinov2")}
     lm_folder = _beside(folder, r.take("language_model", str))
     eyes = {
@@ -121,7 +121,7 @@ def _levels(r: Reader, key: str, depth: int, default: range) -> tuple[int, ...]:
 def _clip(place: Path, r: Reader, options: Options) -> Part:
     data = read_json(place / "config.json")
     reader = Reader(data, str(place / "config.json"), options.ignore_keys)
-    depth = int(data.get("num_hidden_layers", 12))
+    depth = reader.count("num_hidden_layers", 12, most=MOST_LAYERS)
     levels = _levels(r, "clip_levels", depth, range(depth))
     config = clip.Config.read(reader, tuple(n + 1 for n in levels), False)
     reader.done()
@@ -131,7 +131,7 @@ def _clip(place: Path, r: Reader, options: Options) -> Part:
 def _dinov2(place: Path, r: Reader, side: int, options: Options) -> Part:
     data = read_json(place / "config.json")
     reader = Reader(data, str(place / "config.json"), options.ignore_keys)
-    depth = int(data.get("num_hidden_layers", 12))
+    depth = reader.count("num_hidden_layers", 12, most=MOST_LAYERS)
     levels = _levels(r, "dinov2_levels", depth, range(depth * 3 // 4, depth))
     config = dinov2.Config.read(reader, tuple(n + 1 for n in levels), False, image=side)
     reader.done()
@@ -156,7 +156,7 @@ def _read_lm(folder: Path, options: Options) -> Part:
 def _read_merger(r: Reader, eyes: Mapping[str, Part], outputs: int, side: int) -> Part:
     merge = r.choice("merge", _MERGES, "norm_linear")
     scale = r.choice("scale", ("softmax", "raw"), "softmax")
-    depth, ratio = r.take("mlp_depth", int, 1), r.take("mlp_ratio", int, 4)
+    depth, ratio = r.count("mlp_depth", 1, least=0), r.count("mlp_ratio", 4)
     tokens = {eye.config.tokens for eye in eyes.values()}
     if len(tokens) != 1:
         raise ConfigError(
@@ -176,7 +176,7 @@ def _read_merger(r: Reader, eyes: Mapping[str, Part], outputs: int, side: int) -
         )
         for name, eye in eyes.items()
     )
-    eps = r.take("layer_norm_eps", float, 1e-5)
+    eps = r.positive("layer_norm_eps", 1e-5)
     return Part("merger", "comm", comm.Config(branches, outputs, math.isqrt(tokens.pop()), eps))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from toolkit.models import vit
 from toolkit.models.taps import depth_needed, resolve_taps
 from toolkit.ops import Ops, T, Weights
-from toolkit.strict import Reader
+from toolkit.strict import MOST_LAYERS, Reader
 from toolkit.weights import Recipe, keep
 
 MODEL_TYPES = ("clip_vision_model", "clip")
@@ -38,15 +38,16 @@ class Config:
         """From a CLIPVisionConfig; `taps` as in hidden_states[...], negative from the end."""
         r.skip("projection_dim", "dropout")
         r.choice("num_channels", [3], 3)
+        width = r.count("hidden_size", 768)
         config = cls(
-            width=r.take("hidden_size", int, 768),
-            depth=r.take("num_hidden_layers", int, 12),
-            heads=r.take("num_attention_heads", int, 12),
-            mlp=r.take("intermediate_size", int, 3072),
-            patch=r.take("patch_size", int, 32),
-            image=r.take("image_size", int, 224),
+            width=width,
+            depth=r.count("num_hidden_layers", 12, most=MOST_LAYERS),
+            heads=r.share("num_attention_heads", width, 12),
+            mlp=r.count("intermediate_size", 3072),
+            patch=r.count("patch_size", 32),
+            image=r.count("image_size", 224),
             activation=r.choice("hidden_act", ["quick_gelu", "gelu"], "quick_gelu"),
-            eps=r.take("layer_norm_eps", float, 1e-5),
+            eps=r.positive("layer_norm_eps", 1e-5),
             class_token=class_token,
         )
         return resolve_taps(config, taps, r.where)

@@ -39,7 +39,7 @@ class Config:
         r.choice("num_channels", [3], 3)
         r.choice("hidden_act", ["gelu"], "gelu")
         depths, dims = (tuple(r.take(key, list)) for key in ("depths", "hidden_sizes"))
-        stages = r.take("num_stages", int, len(depths))
+        stages = r.count("num_stages", len(depths))
         if not stages == len(depths) == len(dims):
             raise ConfigError(
                 f"{r.where}: num_stages {stages}, depths {list(depths)} and hidden_sizes "
@@ -56,9 +56,9 @@ class Config:
         return cls(
             depths,
             dims,
-            patch=r.take("patch_size", int, 4),
+            patch=r.count("patch_size", 4),
             scaled=r.take("layer_scale_init_value", float, 1e-6) > 0,
-            image=r.take("image_size", int, 224),
+            image=r.count("image_size", 224),
         )
 
     @property

@@ -17,7 +17,7 @@ from toolkit.models import vit
 from toolkit.models.taps import depth_needed, resolve_taps
 from toolkit.ops import Array, Ops, T, Weights
 from toolkit.resize import bicubic
-from toolkit.strict import Reader
+from toolkit.strict import MOST_LAYERS, Reader
 from toolkit.weights import Recipe, flat, flip, keep
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers")
@@ -54,22 +54,22 @@ class Config:
                "layerscale_value", "out_features", "out_indices", "stage_names",
                "apply_layernorm", "reshape_hidden_states", "use_mask_token")  # fmt: skip
         r.choice("num_channels", [3], 3)
-        width, swiglu = r.take("hidden_size", int, 768), r.take("use_swiglu_ffn", bool, False)
+        width, swiglu = r.count("hidden_size", 768), r.take("use_swiglu_ffn", bool, False)
         hidden = int(width * r.take("mlp_ratio", float, 4.0))
-        stored = r.take("image_size", int, 224)
+        stored = r.count("image_size", 224)
         config = cls(
             width=width,
-            depth=r.take("num_hidden_layers", int, 12),
-            heads=r.take("num_attention_heads", int, 12),
+            depth=r.count("num_hidden_layers", 12, most=MOST_LAYERS),
+            heads=r.share("num_attention_heads", width, 12),
             mlp=(int(hidden * 2 / 3) + 7) // 8 * 8 if swiglu else hidden,
-            patch=r.take("patch_size", int, 14),
+            patch=r.count("patch_size", 14),
             image=image or stored,
             stored=stored,
             registers=r.take("num_register_tokens", int, 0),
             swiglu=swiglu,
             qkv_bias=r.take("qkv_bias", bool, True),
             activation=r.choice("hidden_act", ["gelu"], "gelu"),
-            eps=r.take("layer_norm_eps", float, 1e-6),
+            eps=r.positive("layer_norm_eps", 1e-6),
             class_token=class_token,
         )
         return resolve_taps(config, taps, r.where)

@@ -15,7 +15,7 @@ import numpy as np
 from toolkit.models import vit
 from toolkit.models.taps import depth_needed, resolve_taps
 from toolkit.ops import Array, Ops, T, Weights
-from toolkit.strict import Reader
+from toolkit.strict import MOST_LAYERS, Reader
 from toolkit.weights import Recipe, flat, flip, keep
 
 MODEL_TYPES = ("mlcd_vision_model",)
@@ -43,18 +43,19 @@ class Config:
         r.skip("projection_dim", "rope_parameters")
         r.choice("num_channels", [3], 3)
         r.choice("num_key_value_groups", [1], 1)
-        rope = r.raw("rope_parameters") or {}
-        image = r.take("image_size", int, 336)
+        rope = r.sub("rope_parameters") if r.has("rope_parameters") else Reader({}, r.where)
+        image = r.count("image_size", 336)
+        width = r.count("hidden_size", 1664)
         config = cls(
-            width=r.take("hidden_size", int, 1664),
-            depth=r.take("num_hidden_layers", int, 48),
-            heads=r.take("num_attention_heads", int, 16),
-            mlp=r.take("intermediate_size", int, 8192),
-            patch=r.take("patch_size", int, 14),
+            width=width,
+            depth=r.count("num_hidden_layers", 48, most=MOST_LAYERS),
+            heads=r.share("num_attention_heads", width, 16),
+            mlp=r.count("intermediate_size", 8192),
+            patch=r.count("patch_size", 14),
             size=(image, image),
             activation=r.choice("hidden_act", ["gelu", "quick_gelu"], "gelu"),
-            eps=r.take("layer_norm_eps", float, 1e-5),
-            theta=float(rope.get("rope_theta", 10000.0)),
+            eps=r.positive("layer_norm_eps", 1e-5),
+            theta=rope.positive("rope_theta", 10000.0),
             class_token=class_token,
         )
         return resolve_taps(config, taps, r.where)

@@ -12,7 +12,7 @@ from toolkit.errors import ConfigError
 from toolkit.models import vit
 from toolkit.models.taps import depth_needed, resolve_taps
 from toolkit.ops import Ops, T, Weights
-from toolkit.strict import Reader
+from toolkit.strict import MOST_LAYERS, Reader
 from toolkit.weights import Recipe, keep
 
 MODEL_TYPES = ("siglip_vision_model", "siglip")
@@ -37,15 +37,16 @@ class Config:
         """From a SiglipVisionConfig. There is no class token, whatever is asked for."""
         r.skip("vision_use_head", "projection_dim")
         r.choice("num_channels", [3], 3)
+        width = r.count("hidden_size", 768)
         config = cls(
-            width=r.take("hidden_size", int, 768),
-            depth=r.take("num_hidden_layers", int, 12),
-            heads=r.take("num_attention_heads", int, 12),
-            mlp=r.take("intermediate_size", int, 3072),
-            patch=r.take("patch_size", int, 16),
-            image=r.take("image_size", int, 224),
+            width=width,
+            depth=r.count("num_hidden_layers", 12, most=MOST_LAYERS),
+            heads=r.share("num_attention_heads", width, 12),
+            mlp=r.count("intermediate_size", 3072),
+            patch=r.count("patch_size", 16),
+            image=r.count("image_size", 224),
             activation=r.choice("hidden_act", ["gelu_pytorch_tanh", "gelu"], "gelu_pytorch_tanh"),
-            eps=r.take("layer_norm_eps", float, 1e-6),
+            eps=r.positive("layer_norm_eps", 1e-6),
         )
         if config.image < config.patch:
             raise ConfigError(f"{r.where}: image_size {config.image} is less than one patch")

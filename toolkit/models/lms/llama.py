@@ -13,8 +13,9 @@ from typing import Literal
 
 import numpy as np
 
+from toolkit.errors import ConfigError
 from toolkit.ops import Array, Ops, Step, T, Weights
-from toolkit.strict import Reader
+from toolkit.strict import MOST_LAYERS, Reader
 from toolkit.weights import Recipe, flip, keep
 
 
@@ -78,18 +79,19 @@ def read(
     """
     r.choice("hidden_act", ["silu"], "silu")
     r.skip("pretraining_tp")  # in how many pieces training summed: the same sum
-    heads, width = r.take("num_attention_heads", int, 32), r.take("hidden_size", int, 4096)
+    width = r.count("hidden_size", 4096)
+    heads, head_dim = _heads(r, width)
     theta, scaling = _read_rope(r)
     return Config(
         width=width,
-        depth=r.take("num_hidden_layers", int, 32),
+        depth=r.count("num_hidden_layers", 32, most=MOST_LAYERS),
         heads=heads,
-        kv_heads=r.take("num_key_value_heads", int, defaults.get("num_key_value_heads", heads)),
-        head_dim=r.take("head_dim", int, width // heads),
-        mlp=r.take("intermediate_size", int, defaults["intermediate_size"]),
-        vocab=r.take("vocab_size", int, defaults["vocab_size"]),
-        context=r.take("max_position_embeddings", int, defaults["max_position_embeddings"]),
-        eps=r.take("rms_norm_eps", float, 1e-6),
+        kv_heads=r.share("num_key_value_heads", heads, defaults.get("num_key_value_heads", heads)),
+        head_dim=head_dim,
+        mlp=r.count("intermediate_size", defaults["intermediate_size"]),
+        vocab=r.count("vocab_size", defaults["vocab_size"]),
+        context=r.count("max_position_embeddings", defaults["max_position_embeddings"]),
+        eps=r.positive("rms_norm_eps", 1e-6),
         theta=theta,
         scaling=scaling,
         qkv_bias=qkv_bias,
@@ -100,27 +102,39 @@ def read(
     )
 
 
+def _heads(r: Reader, width: int) -> tuple[int, int]:
+    """Attention heads and their channels, which rotate in pairs."""
+    given = r.has("head_dim")
+    heads = (
+        r.count("num_attention_heads", 32) if given else r.share("num_attention_heads", width, 32)
+    )
+    head_dim = r.count("head_dim", width // heads)
+    if head_dim % 2:
+        raise ConfigError(f"{r.where}: heads of {head_dim} channels cannot be rotated in pairs")
+    return heads, head_dim
+
+
 def _read_rope(r: Reader) -> tuple[float, RopeScaling | None]:
     """rope_theta and rope_scaling (transformers 4), or rope_parameters holding both (5)."""
-    theta = r.optional("rope_theta", float)
+    theta = r.positive("rope_theta", 10000.0)
     old, new = r.raw("rope_scaling"), r.raw("rope_parameters")
     if not (new or old):
-        return theta or 10000.0, None
-    s = Reader(new or old, f"{r.where}: rope_parameters" if new else f"{r.where}: rope_scaling")
-    theta = s.optional("rope_theta", float) or theta or 10000.0
+        return theta, None
+    s = r.sub("rope_parameters" if new else "rope_scaling")
+    theta = s.positive("rope_theta", theta)
     key = "rope_type" if s.has("rope_type") else "type"
     kind = s.choice(key, ["default", "linear", "llama3"], "default")
     s.skip("type", "rope_type")
     scaling = None
     if kind == "linear":
-        scaling = RopeScaling("linear", s.take("factor", float))
+        scaling = RopeScaling("linear", s.positive("factor"))
     elif kind == "llama3":
         scaling = RopeScaling(
             "llama3",
-            s.take("factor", float),
-            s.take("low_freq_factor", float),
-            s.take("high_freq_factor", float),
-            s.take("original_max_position_embeddings", int),
+            s.positive("factor"),
+            s.positive("low_freq_factor"),
+            s.positive("high_freq_factor"),
+            s.count("original_max_position_embeddings"),
         )
     s.done()
     return theta, scaling
