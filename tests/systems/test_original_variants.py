@@ -27,7 +27,7 @@ MEAN = (122, 116, 104)
 
 @dataclass(frozen=True)
 class Variant:
-    """One checkpoint. rows: embedding rows beyond the tokenizer's 1000."""
+    """One checkpoint. rows: embedding rows beyond the tokenizer's 1000. newline: it holds one."""
 
     vision: dict[str, Any]
     text: dict[str, Any]
@@ -36,6 +36,7 @@ class Variant:
     tower_place: str = "beside"
     torch_files: bool = False
     rows: int = 0
+    newline: bool = False
 
 
 BASE = {
@@ -62,6 +63,9 @@ VARIANTS = {
     "layer as text": Variant(CLIP, TEXT, BASE | {"mm_vision_select_layer": "-2"}),
     "three shards, tower inside": Variant(CLIP, TEXT, BASE, shards=3, tower_place="inside"),
     "torch files": Variant(CLIP, TEXT, BASE, torch_files=True),
+    "rows of tiles that never come": Variant(
+        CLIP, TEXT, BASE | {"mm_patch_merge_type": "spatial_unpad"}, newline=True
+    ),
     "padded embedding": Variant(CLIP, TEXT, BASE, rows=24),
     "other sizes": Variant(
         CLIP | {"patch_size": 8, "image_size": 64, "num_hidden_layers": 5, "hidden_act": "gelu"},
@@ -118,6 +122,8 @@ def write(folder: Path, v: Variant, tower: Any, lm: Any, projector: torch.nn.Mod
     tensors = {k: t for k, t in lm.state_dict().items() if "rotary" not in k}
     prefix = "model.mm_projector."
     tensors |= {prefix + k: t for k, t in projector.state_dict().items()}
+    if v.newline:  # made for "unpad", used where pictures are lists of views only
+        tensors["model.image_newline"] = torch.ones(v.text["hidden_size"])
     write_weights(folder, {k: t.contiguous() for k, t in tensors.items()}, v)
     place = folder.parent / "tower" if v.tower_place == "beside" else folder / "tower"
     tower.save_pretrained(place)

@@ -74,12 +74,14 @@ class Rules:
 
     merger: the projector for an encoder, from config.json. taps: which hidden states the
     encoder gives, from those that config.json selects. tower_wins: tower weights inside the
-    checkpoint override the tower's folder. templates: by language model.
+    checkpoint override the tower's folder. lone_newline: pictures without tiles go as a list too,
+    and so get the newline token of "unpad" behind them. templates: by language model.
     """
 
     system: str
     merger: Callable[[Reader, Part, int], Part]
     tower_wins: bool = False
+    lone_newline: bool = False
     taps: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
     templates: Mapping[str, str] = field(default_factory=lambda: dict(TEMPLATES))
 
@@ -110,7 +112,9 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
     lm = Part("lm", kind, models.lm(kind).Config.read(r))
     tower = towers.open_tower(folder, r, options, rules.taps)
     merger = rules.merger(r, tower.part, lm.config.width)
-    images = pictures.read_rules(r, tower.part, merger, tower.rule)
+    images = pictures.read_rules(r, tower.part, merger, tower.rule, lone_newline=rules.lone_newline)
+    ends_rows = images.layout is not None and images.layout.newline
+    spare = ["model.image_newline"] * ("unpad" in str(config.get("mm_patch_merge_type")))
     wins = _tower_wins(r, rules)
     r.choice("s2", [False], False)
     r.skip("s2_scales")
@@ -124,9 +128,10 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
     text = add_tokens(text, extra, lm.config.vocab)
     rows = check_tokenizer(text, lm.config.vocab, str(folder))
     checkpoint = open_checkpoint(folder, options.torch_reader)
-    stored = _stored(lm, merger, images.layout is not None and images.layout.newline, checkpoint)
+    stored = _stored(lm, merger, ends_rows, checkpoint)
     inside = _tower_inside(tower, checkpoint) if wins else None
-    check([*stored.values(), *([inside] if inside else [])], _unused(lm, merger, inside, tower))
+    parts = [*stored.values(), *([inside] if inside else [])]
+    check(parts, [*spare, *_unused(lm, merger, inside, tower)])
     if inside is None:
         check([tower.stored], tower.unused)
     lm, lm_table = shrink_vocab(lm, stored["lm"].table, rows)

@@ -16,8 +16,13 @@ from toolkit.tiling import Size, Tiling, TokenLayout
 _SIDES = (224, 336, 384, 448, 512)
 
 
-def read_rules(r: Reader, encoder: Part, merger: Part, rule: Preprocess) -> ImageRules:
-    """Rules for a LLaVA configuration; a missing or unknown-to-nobody aspect is "square"."""
+def read_rules(
+    r: Reader, encoder: Part, merger: Part, rule: Preprocess, *, lone_newline: bool
+) -> ImageRules:
+    """Rules for a LLaVA configuration; a missing or unknown-to-nobody aspect is "square".
+
+    lone_newline: whether a picture without tiles gets the newline token of "unpad" behind it.
+    """
     aspect = r.take("image_aspect_ratio", str, "square")
     merge = r.take("mm_patch_merge_type", str, "flat")
     pinpoints = r.raw("image_grid_pinpoints")
@@ -33,7 +38,7 @@ def read_rules(r: Reader, encoder: Part, merger: Part, rule: Preprocess) -> Imag
     if match:
         side = rule.size[0]
         tiling = Tiling(read_pinpoints(pinpoints, side, r.where), side, base=rule.short_edge)
-    elif layout is not None and not layout.newline:
+    elif layout is not None and not (layout.newline and lone_newline):
         layout = None  # a lone view without a newline: its tokens as they come
     if layout is not None and layout.side == 0:
         raise ConfigError(f"{r.where}: {merge} needs a tower with a fixed grid of patches only")

@@ -23,7 +23,7 @@ from toolkit.models.mergers import mlp
 from toolkit.strict import Reader
 from toolkit.tiling import Tiling, TokenLayout
 
-_ORIGINAL = original.Rules("llava_next", projectors.linears, tower_wins=True)
+_ORIGINAL = original.Rules("llava_next", projectors.linears, tower_wins=True, lone_newline=True)
 
 
 def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:

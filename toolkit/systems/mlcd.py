@@ -18,7 +18,7 @@ from toolkit.models.lms import llama
 from toolkit.models.mergers import mlp
 from toolkit.tiling import Tiling, TokenLayout
 
-_RULES = original.Rules("mlcd", projectors.linears, tower_wins=True)
+_RULES = original.Rules("mlcd", projectors.linears, tower_wins=True, lone_newline=True)
 
 
 def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
