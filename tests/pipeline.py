@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from engines.build import Request, build
+from calibration import weight_only
+from engines.build import Again, Request, build
 from engines.session import Answer, Question, Session
-from export.write import write_bundle
+from export import write
 from toolkit import systems
 from toolkit.layouts.source import Options
-from toolkit.target import parse
+from toolkit.target import Target, parse, this_cpu
 from training.torch_files import reader
 
 
@@ -22,9 +24,22 @@ def engine_of(checkpoint: Path, work: Path, *, target: str = "cpu", dtype: str =
     source = systems.load(checkpoint, Options(torch_reader=reader()))
     bundle, engine = work / "bundle", work / f"engine-{target}"
     if not bundle.exists():
-        write_bundle(source, bundle, dtype=dtype, made_by="tests", force=False, progress=silent)
+        write.write_bundle(
+            source, bundle, dtype=dtype, made_by="tests", force=False, progress=silent
+        )
     build(bundle, engine, Request(parse(target), None, False, "tests"), silent)
     return engine
+
+
+def requantized(bundle: Path, kind: str, target: Target | None = None) -> Request:
+    """A request for `bundle` with weights alone in few bits, as `build --precision` makes it."""
+    source = replace(systems.load(bundle, Options()), plan=weight_only.plan(kind))
+
+    def written(folder: Path) -> None:
+        write.write_bundle(source, folder, made_by="tests", progress=silent)
+
+    again = Again(kind, source.plan, written, lambda: write.graphs(source))
+    return Request(target or this_cpu(), None, False, "tests", again=again)
 
 
 def ask(engine: Path, prompt: str, images: list[Path], tokens: int = 24) -> Answer:

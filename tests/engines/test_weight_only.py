@@ -14,18 +14,18 @@ import pytest
 
 from calibration import weight_only
 from engines import engine as engines
-from engines.build import TOLERANCE, Again, Request, build, relative_difference
+from engines.build import TOLERANCE, Request, build, relative_difference
 from engines.session import Question, Session
 from export import write
 from tests.conftest import HERE
-from tests.pipeline import engine_of, silent
+from tests.pipeline import engine_of, requantized, silent
 from tests.systems.test_same_answer import replayed
 from toolkit import systems
 from toolkit.bundle import Bundle
 from toolkit.errors import ConfigError
 from toolkit.layouts.source import Options, Source
 from toolkit.precision import PrecisionPlan
-from toolkit.target import Target, parse, this_cpu
+from toolkit.target import parse, this_cpu
 
 GOLDEN = HERE / "goldens/e2e_llava15"
 QUESTION = Question("What is in the image?", [GOLDEN / "image.png"], 24)
@@ -41,16 +41,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def source_of(bundle: Path, plan: PrecisionPlan) -> Source:
     return replace(systems.load(bundle, Options()), plan=plan)
-
-
-def request(bundle: Path, kind: str, target: Target | None = None) -> Request:
-    source = source_of(bundle, weight_only.plan(kind))
-
-    def written(folder: Path) -> None:
-        write.write_bundle(source, folder, made_by="tests", progress=silent)
-
-    again = Again(kind, source.plan, written, lambda: write.graphs(source))
-    return Request(target or this_cpu(), None, False, "tests", again=again)
 
 
 def weights_of(engine: Path) -> Mapping[str, int]:
@@ -73,7 +63,7 @@ def test_the_portable_graph_is_the_oracle(kind: str, bundle: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", weight_only.KINDS)
 def test_the_engine_multiplies_by_the_stored_bytes(kind: str, bundle: Path, tmp_path: Path) -> None:
-    made, _ = build(bundle, tmp_path / "e", request(bundle, kind), silent)
+    made, _ = build(bundle, tmp_path / "e", requantized(bundle, kind), silent)
     assert {d.into for d in made.lowering if d.op == "edgevlm.BlockedLinear"} == {
         "com.microsoft.MatMulNBits"
     }
@@ -91,7 +81,7 @@ def test_the_engine_multiplies_by_the_stored_bytes(kind: str, bundle: Path, tmp_
 def test_the_reference_engine_takes_it_too(bundle: Path, tmp_path: Path) -> None:
     answers = []
     for name, target in (("r", parse("reference")), ("c", this_cpu())):
-        build(bundle, tmp_path / name, request(bundle, "int8", target), silent)
+        build(bundle, tmp_path / name, requantized(bundle, "int8", target), silent)
         answers.append(Session.open(tmp_path / name).answer(QUESTION).token_ids[:8])
     assert answers[0] == answers[1]
 
@@ -99,8 +89,8 @@ def test_the_reference_engine_takes_it_too(bundle: Path, tmp_path: Path) -> None
 def test_half_precision_bundles_are_quantized_too(bundle: Path, tmp_path: Path) -> None:
     source = systems.load(bundle, Options())
     write.write_bundle(source, tmp_path / "h", dtype="fp16", made_by="tests", progress=silent)
-    build(tmp_path / "h", tmp_path / "e", request(tmp_path / "h", "int4"), silent)
-    build(bundle, tmp_path / "f", request(bundle, "int4"), silent)
+    build(tmp_path / "h", tmp_path / "e", requantized(tmp_path / "h", "int4"), silent)
+    build(bundle, tmp_path / "f", requantized(bundle, "int4"), silent)
     half, full = (Session.open(tmp_path / n).answer(QUESTION).token_ids for n in "ef")
     assert half == full  # the golden weights are exact in fp16
 
@@ -130,11 +120,11 @@ def test_a_quantized_bundle_keeps_its_plan_and_its_values(bundle: Path, tmp_path
 
 def test_the_same_precision_is_built_once(bundle: Path, tmp_path: Path) -> None:
     engine = tmp_path / "e"
-    assert build(bundle, engine, request(bundle, "int8"), silent)[1] is True
-    made, worked = build(bundle, engine, request(bundle, "int8"), silent)
+    assert build(bundle, engine, requantized(bundle, "int8"), silent)[1] is True
+    made, worked = build(bundle, engine, requantized(bundle, "int8"), silent)
     assert not worked
     assert "--precision int8" in made.rebuild_command(engine)
-    forced = replace(request(bundle, "int4"), force=True)
+    forced = replace(requantized(bundle, "int4"), force=True)
     assert build(bundle, engine, forced, silent)[1] is True
     assert engines.read(engine).precision == "int4"
 

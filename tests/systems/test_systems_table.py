@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import cli
-from engines.build import lint
+from engines.build import build, lint
 from export.write import graphs
 from tests.conftest import ROOT, golden_cases
-from tests.pipeline import ask, engine_of
+from tests.pipeline import ask, engine_of, requantized, silent
 from tests.systems import test_comm, test_huggingface, test_huggingface_next
 from tests.systems.test_huggingface import IMAGE
 from toolkit import systems
@@ -84,6 +84,12 @@ def loads_huggingface(system: str, work: Path) -> bool:
     return systems.load(work / "hf", Options()).model.system == system
 
 
+def answers_in(kind: str, work: Path) -> None:
+    """Build the bundle with weights alone in few bits, and ask."""
+    build(work / "bundle", work / kind, requantized(work / "bundle", kind), silent)
+    assert ask(work / kind, "<image>What?", [IMAGE], 2).token_ids
+
+
 def row(system: str, work: Path) -> tuple[str, ...]:
     """One line of the table, every cell tried on a tiny checkpoint."""
     folder = original(system, work)
@@ -95,8 +101,8 @@ def row(system: str, work: Path) -> tuple[str, ...]:
     verbs = {command.name or command.callback.__name__ for command in cli.app.registered_commands
              if command.callback}  # fmt: skip
     lowers = tried(lambda: lint(recorded, parse("jetson-agx-orin")))
-    cells = (loads, loads_huggingface(system, work), True, runs, "train" in verbs,
-             "calibrate" in verbs, "calibrate" in verbs, lowers)  # fmt: skip
+    few = [tried(lambda kind=kind: answers_in(kind, work)) for kind in ("int8", "int4")]  # type: ignore[misc]
+    cells = (loads, loads_huggingface(system, work), True, runs, "train" in verbs, *few, lowers)
     return (system, *("yes" if cell else "-" for cell in cells))
 
 
