@@ -55,14 +55,19 @@ For = Annotated[
 ]
 
 
-def _console(as_json: bool, quiet: bool) -> Console:
+def _console(as_json: bool, quiet: bool, context: typer.Context | None = None) -> Console:
+    """context: of a verb with steps, so that an error finds the terminal as it was."""
     from toolkit.console import Console
 
-    return Console(quiet=quiet or as_json, as_json=as_json)
+    console = Console(quiet=quiet or as_json, as_json=as_json)
+    if context is not None:
+        context.call_on_close(console.close)
+    return console
 
 
 @app.command()
 def export(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Checkpoint folder, model id, or preset:NAME.")],
     out: Annotated[Path, typer.Argument(help="The bundle to write.")],
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
@@ -92,7 +97,7 @@ def export(
     from toolkit.target import parse
     from training import torch_files
 
-    console = _console(as_json, quiet)
+    console = _console(as_json, quiet, context)
     available.check_dtype(dtype)
     target = parse(for_target) if for_target else None
     options = Options(
@@ -124,6 +129,7 @@ def export(
 
 @app.command()
 def build(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A bundle made by `export`.")],
     out: Annotated[Path, typer.Argument(help="The engine to write.")],
     target: Annotated[str, typer.Option(help="cpu, reference, a device or BACKEND/ARCH.")] = "cpu",
@@ -153,7 +159,7 @@ def build(
     from engines import summary
     from toolkit.target import parse
 
-    console = _console(as_json, quiet)
+    console = _console(as_json, quiet, context)
     made_by = f"edgevlm {__version__}"
     request = builder.Request(parse(target), max_context, force, made_by, max_image_tiles, bisect)
     if precision is not None:
@@ -221,6 +227,7 @@ def run(
 
 @app.command()
 def profile(
+    context: typer.Context,
     engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
     image: Annotated[Optional[Path], typer.Option(help="A picture; default: generated.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 32,
@@ -242,7 +249,7 @@ def profile(
     from engines import profile as profiler
     from engines import report
 
-    console = _console(as_json, quiet)
+    console = _console(as_json, quiet, context)
     plan = profiler.Plan(
         image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
     )

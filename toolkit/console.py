@@ -7,32 +7,54 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit.strict import to_plain
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 
 @dataclass
 class Console:
-    """Where messages go. quiet: no progress; as_json: stdout carries one JSON object only."""
+    """Where messages go. quiet: no progress; as_json: stdout carries one JSON object only.
+
+    On a terminal the step that is being worked on has a spinner, which `close` takes away.
+    """
 
     quiet: bool = False
     as_json: bool = False
     _started: float = field(default_factory=time.perf_counter)
+    _working: Status | None = None
+    _line: str = ""
 
     def step(self, message: str) -> None:
         """One line of progress with the seconds since the start."""
-        if not self.quiet:
-            seconds = time.perf_counter() - self._started
-            print(f"{seconds:7.1f} s  {message}", file=sys.stderr, flush=True)
+        if self.quiet:
+            return
+        self.close()
+        self._line = f"{time.perf_counter() - self._started:7.1f} s  {message}"
+        if sys.stderr.isatty():
+            self._working = _spinner(self._line)
+        else:
+            print(self._line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the step that is being worked on; its line stays."""
+        if self._working is not None:
+            self._working.stop()
+            self._working = None
+            print(self._line, file=sys.stderr, flush=True)
 
     def note(self, message: str) -> None:
         """Something the user should know that is not progress."""
+        self.close()
         if not self.quiet:
             print(f"note: {message}", file=sys.stderr, flush=True)
 
     def result(self, data: Any, lines: Sequence[str], following: str = "") -> None:
         """The verb's result: `data` as JSON, or `lines` for people and the next command."""
+        self.close()
         if self.as_json:
             print(json.dumps(to_plain(data), ensure_ascii=False))
             return
@@ -45,6 +67,15 @@ class Console:
         """A piece of an answer, printed at once."""
         if not self.as_json:
             print(text, end="", flush=True)
+
+
+def _spinner(line: str) -> Status:
+    from rich.console import Console as RichConsole
+    from rich.markup import escape
+
+    working = RichConsole(stderr=True).status(escape(line))
+    working.start()
+    return working
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:

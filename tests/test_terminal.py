@@ -1,0 +1,56 @@
+"""On a terminal the running step has a spinner; what is left on the screen are its lines."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import HERE, ROOT
+
+CHECKPOINT = HERE / "goldens/e2e_llava15/llava-v1.5-tiny"
+HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
+
+
+def on_terminal(*words: str) -> tuple[int, str]:
+    """Exit code of a verb whose stderr is a terminal, and what it wrote there."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "cli", *words]
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 1 << 16):
+            shown += piece
+    except OSError:  # the other end was closed
+        pass
+    os.close(ours)
+    return process.wait(), shown.decode()
+
+
+def test_steps_stay_and_the_cursor_comes_back(tmp_path: Path) -> None:
+    code, shown = on_terminal("export", str(CHECKPOINT), str(tmp_path / "b"))
+    assert code == 0
+    assert shown.rindex(SHOW) > shown.rindex(HIDE)
+    kept = [line for line in re.split(r"\r|\n|\x1b\[2K", shown) if re.match(r" +\d", line)]
+    assert [line.split("  ")[-1] for line in kept if "lm:" in line] == [
+        "lm: recording and writing weights",
+        "lm: running the oracle for its goldens",
+    ]
+
+
+def test_an_error_stands_on_a_line_of_its_own(tmp_path: Path) -> None:
+    on_terminal("export", str(CHECKPOINT), str(tmp_path / "b"))
+    (tmp_path / "b/lm.onnx").write_bytes(b"changed")
+    code, shown = on_terminal("build", str(tmp_path / "b"), str(tmp_path / "e"))
+    assert code == 1
+    assert shown.rindex(SHOW) > shown.rindex(HIDE)
+    assert [s for s in shown.splitlines() if "error:" in s][-1].startswith("error: ")
