@@ -80,10 +80,15 @@ def _totals(p: Profile) -> list[str]:
         f"load / peak memory     {p.load_ms:.0f} ms / {p.peak_rss_mb:.0f} MB",
         f"speed of light         {decode.gbytes:.3g} GB of weights a token at the measured "
         f"{p.roofline.peak_gb_s:.3g} GB/s: "
-        f"{1000 / max(decode.floor_ms, 1e-9):.3g} tokens/s at best",
+        f"{_rate(1000 / max(decode.floor_ms, 1e-9))} tokens/s at best",
         f"device                 {p.device['processor']}, {p.device['threads']} threads, "
         f"{p.device['target']}, {p.device['precision']}",
     ]
+
+
+def _rate(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def comparison(profiles: Sequence[Profile]) -> list[str]:

@@ -26,7 +26,7 @@ INSTALLED = Path(sys.executable).with_name("edgevlm")
 
 
 def main() -> int:
-    """Run the five steps; 1 if the model does not say what the original code said."""
+    """Run the six steps; 1 if the model does not say what the original code said."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("demo-out")
     (ROOT / out).mkdir(parents=True, exist_ok=True)
     bundle, engine = out / "bundle", out / "engine"
@@ -35,6 +35,7 @@ def main() -> int:
     step_build(bundle, engine)
     agrees = step_original_picture(engine)
     step_photograph(engine, out)
+    step_few_bits(bundle, out)
     step_profile(engine, out)
     farewell(engine, out)
     return 0 if agrees else 1
@@ -80,11 +81,7 @@ def step_build(bundle: Path, engine: Path) -> None:
 def step_original_picture(engine: Path) -> bool:
     """The golden's question and picture; True if the tokens are the original code's."""
     title(3, "run: the same question that the original LLaVA code was asked")
-    question = json.loads((ROOT / CASE / "case.json").read_text())["question"]
-    expected = [int(i) for i in np.load(ROOT / CASE / "outputs.npz")["greedy_ids"]]
-    words = ["run", engine, question, "--image", PICTURE, "--max-tokens", len(expected), "--json"]
-    found: dict[str, Any] = json.loads(output(*words))
-    equal = sum(a == b for a, b in zip(found["token_ids"], expected, strict=False))
+    found, expected, equal = ask_as_the_original(engine)
     print(f"answer           {found['text']!r}")
     print(f"its tokens       {found['token_ids']}")
     print(f"the original's   {expected}")
@@ -96,6 +93,40 @@ def step_original_picture(engine: Path) -> bool:
         "from the picture."
     )
     return agrees
+
+
+def ask_as_the_original(engine: Path) -> tuple[dict[str, Any], list[int], int]:
+    """The golden's question answered: what `run` said, the original's tokens, how many agree."""
+    question = json.loads((ROOT / CASE / "case.json").read_text())["question"]
+    expected = [int(i) for i in np.load(ROOT / CASE / "outputs.npz")["greedy_ids"]]
+    words = ["run", engine, question, "--image", PICTURE, "--max-tokens", len(expected), "--json"]
+    found: dict[str, Any] = json.loads(output(*words))
+    equal = sum(a == b for a, b in zip(found["token_ids"], expected, strict=False))
+    return found, expected, equal
+
+
+def step_few_bits(bundle: Path, out: Path) -> None:
+    """The same bundle with weights in 8 bits."""
+    title(5, "build again with weights in 8 bits")
+    engine = out / "engine-int8"
+    made = json.loads(output("build", bundle, engine, "--precision", "int8", "--force", "--json"))
+    sizes = [
+        sum(f["nbytes"] for name, f in files.items() if name.endswith(".safetensors"))
+        for files in (
+            json.loads((ROOT / bundle / "manifest.json").read_text())["files"],
+            made["files"],
+        )
+    ]
+    print(f"weights          {sizes[0] / 1e6:.2f} MB in float32, {sizes[1] / 1e6:.2f} MB now")
+    worst = max(made["build"]["golden_differences"].values())
+    print(
+        f"differences      up to {worst:.1%} of the largest value: inputs are rounded to 8 bits too"
+    )
+    _, expected, equal = ask_as_the_original(engine)
+    say(
+        f"{equal} of {len(expected)} tokens are still the original's. Convolutions, norms and "
+        "positions stay in float; int4 is one word away."
+    )
 
 
 def step_photograph(engine: Path, out: Path) -> None:
@@ -111,7 +142,7 @@ def step_photograph(engine: Path, out: Path) -> None:
 
 def step_profile(engine: Path, out: Path) -> None:
     """Where the time goes."""
-    title(5, "profile: where each millisecond goes")
+    title(6, "profile: where each millisecond goes")
     page = out / "profile.html"
     run("profile", engine, "--image", out / "chelsea.png", "--html", page, "--quiet")
     say(
@@ -123,7 +154,7 @@ def step_profile(engine: Path, out: Path) -> None:
 
 def farewell(engine: Path, out: Path) -> None:
     """What to do next."""
-    title(6, "what to try next")
+    title(7, "what to try next")
     ask = command("run", engine, "What do you see?", "--image", "YOUR.jpg", "--json")
     shape = command("export", "preset:llava-qwen2-0.5b", out / "half", "--random-weights")
     print(f"your own picture         {ask}")
