@@ -6,7 +6,7 @@ so by name instead of finding out on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -45,6 +45,12 @@ class Row:
             return self
         return self.otherwise.choose(node) if self.otherwise else None
 
+    def alternatives(self) -> Iterator[Row]:
+        """This row and all that are tried where it does not fit."""
+        yield self
+        if self.otherwise:
+            yield from self.otherwise.alternatives()
+
 
 _STANDARD = (
     "Add And Attention Cast CastLike Clip Concat Constant Conv Cos DequantizeLinear Div Expand "
@@ -80,8 +86,18 @@ _CACHED_ATTENTION = Row(
     otherwise=_ROTARY_FIRST,
 )
 
+_ATTENTION = Row(
+    "swap",
+    "scores in tiles that stay in the cache, never all at once",
+    swaps.multi_head_attention,
+    "com.microsoft.MultiHeadAttention",
+    fits=swaps.plain_attention,
+    otherwise=_KEEP["Attention"],
+)
+
 ONNXRUNTIME_CPU: Mapping[str, Row] = {
     **_KEEP,
+    "Attention": _ATTENTION,
     "edgevlm.AddRMSNorm": _swap(
         swaps.add_rms_norm, "com.microsoft.SkipSimplifiedLayerNormalization", "one pass over memory"
     ),

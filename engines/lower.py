@@ -104,9 +104,9 @@ def _widen_tensor(tensor: onnx.TensorProto) -> bool:
 
 def check_allowed(component: str, model: onnx.ModelProto, target: Target) -> None:
     """Raise UnsupportedError if a lowered graph still holds an op that the target lacks."""
-    table = rows(target)
-    allowed = {op for op, row in table.items() if row.action == "keep"}
-    allowed |= {row.into for row in table.values() if row.into}
+    every = [(op, row) for op, first in rows(target).items() for row in first.alternatives()]
+    allowed = {op for op, row in every if row.action == "keep"}
+    allowed |= {row.into for _, row in every if row.into}
     left = sorted({op_name(n) for n in model.graph.node} - allowed)
     if left:
         raise UnsupportedError(f"{component}: {', '.join(left)} remained after lowering")

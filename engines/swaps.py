@@ -85,6 +85,18 @@ def blocked_linear(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     return [r.node(op, inputs, node.output, node.name, accuracy_level=4, **sizes)]
 
 
+def plain_attention(node: onnx.NodeProto) -> bool:
+    """Whether an Attention call is [B, S, heads * d] three times, without mask or past."""
+    heads = {a.name: a.i for a in node.attribute if a.name.endswith("_num_heads")}
+    return len(node.input) == 3 and len(heads) == 2 and len(set(heads.values())) == 1
+
+
+def multi_head_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """MultiHeadAttention goes over the scores in tiles and never holds all of them."""
+    op, heads = f"{CONTRIB}.MultiHeadAttention", attribute(node, "q_num_heads")
+    return [r.node(op, node.input, node.output, node.name, num_heads=heads)]
+
+
 def head_width(node: onnx.NodeProto) -> int:
     """Channels of a head in a CachedAttention call, from its scale of 1 / sqrt(width)."""
     scale: float = attribute(node, "scale")

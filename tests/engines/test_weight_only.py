@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,17 @@ import pytest
 from calibration import weight_only
 from engines import engine as engines
 from engines.build import TOLERANCE, Request, build, relative_difference
+from engines.clock import Clock
 from engines.session import Question, Session
 from export import write
 from tests.conftest import HERE
 from tests.pipeline import engine_of, requantized, silent
 from tests.systems.test_same_answer import replayed
-from toolkit import systems
+from toolkit import images, prompts, systems
 from toolkit.bundle import Bundle
 from toolkit.errors import ConfigError
 from toolkit.layouts.source import Options, Source
+from toolkit.ops import Array
 from toolkit.precision import PrecisionPlan
 from toolkit.target import parse, this_cpu
 
@@ -71,19 +74,26 @@ def test_the_engine_multiplies_by_the_stored_bytes(kind: str, bundle: Path, tmp_
     small, full = weights_of(tmp_path / "e"), weights_of(bundle.parent / "engine-cpu")
     assert small["lm"] < (0.42 if kind == "int4" else 0.5) * full["lm"]
     assert not (tmp_path / "e" / "bundle").exists()
-    answer = Session.open(tmp_path / "e").answer(QUESTION)
-    assert len(answer.token_ids) == 24
-    if kind == "int8":
-        expected = np.load(GOLDEN / "outputs.npz")["greedy_ids"].reshape(-1).tolist()
-        assert list(answer.token_ids[:8]) == expected[:8]
+    assert len(Session.open(tmp_path / "e").answer(QUESTION).token_ids) == 24
+    drift = relative_difference(logits(tmp_path / "e"), logits(bundle.parent / "engine-cpu"))
+    assert drift < (0.1 if kind == "int8" else 0.5)  # random weights: nothing is robust in them
+
+
+def logits(engine: Path) -> Array:
+    """After the golden's whole prompt."""
+    session = Session.open(engine)
+    features = session.vision.encode([images.load(GOLDEN / "image.png")], Clock())
+    text = json.loads((GOLDEN / "case.json").read_text())["prompt"]
+    prompt = prompts.tokenize(session.model.prompts, session.tokenizer, text)
+    return np.array(session.prefill(prompts.lay_out(prompt, features.places), features.rows))
 
 
 def test_the_reference_engine_takes_it_too(bundle: Path, tmp_path: Path) -> None:
-    answers = []
+    found = []
     for name, target in (("r", parse("reference")), ("c", this_cpu())):
-        build(bundle, tmp_path / name, requantized(bundle, "int8", target), silent)
-        answers.append(Session.open(tmp_path / name).answer(QUESTION).token_ids[:8])
-    assert answers[0] == answers[1]
+        build(bundle, tmp_path / name, requantized(bundle, "int4", target), silent)
+        found.append(logits(tmp_path / name))
+    assert relative_difference(found[1], found[0]) < TOLERANCE["int8"]
 
 
 def test_half_precision_bundles_are_quantized_too(bundle: Path, tmp_path: Path) -> None:
