@@ -118,7 +118,11 @@ ONNXRUNTIME_CPU: Mapping[str, Row] = {
     ),
     "edgevlm.BlockedEmbed": _SPELL_OUT,
     "edgevlm.CachedAttention": _CACHED_ATTENTION,
-    "edgevlm.RotaryAttention": _SPELL_OUT,
+    "edgevlm.RotaryAttention": _swap(
+        swaps.rotary_attention,
+        "com.microsoft.MultiHeadAttention",
+        "turned as they lie, scores in tiles: no transposes, never all scores at once",
+    ),
     "edgevlm.MSDeformAttn": _SPELL_OUT,
     "edgevlm.LayerMerge": _SPELL_OUT,
     "edgevlm.ResponseNorm": _SPELL_OUT,

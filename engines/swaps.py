@@ -97,6 +97,44 @@ def multi_head_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodePro
     return [r.node(op, node.input, node.output, node.name, num_heads=heads)]
 
 
+def rotary_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """q and k turned by RotaryEmbedding as they lie, then MultiHeadAttention."""
+    q, k, v, angles = node.input
+    heads, places = attribute(node, "head_split")[2], _every_place(q, r)
+    cos = r.once("Cos", [angles], f"{angles}.cos")
+    sin = r.once("Sin", [angles], f"{angles}.sin")
+    named = {"q": q, "k": k}
+    turned = [_turned(node, r, n, x, heads, (cos, sin, places)) for n, x in named.items()]
+    inputs = [*(t.output[0] for t in turned), v]
+    attend = f"{CONTRIB}.MultiHeadAttention"
+    return [*turned, r.node(attend, inputs, node.output, node.name, num_heads=heads)]
+
+
+def _every_place(x: str, r: Rewriter) -> str:
+    """0, 1, … for every row of [B, S, ...], as [B, S]: once per graph."""
+    zero, one = (r.constant(f"places.{n}", np.asarray(n, np.int64)) for n in (0, 1))
+    sizes = r.once("Shape", [x], "places.sizes", start=0, end=2)
+    length = r.once("Gather", [sizes, one], "places.length", axis=0)
+    row = r.once("Range", [zero, length, one], "places.row")
+    return r.once("Expand", [row, sizes], "places")
+
+
+def _turned(
+    node: onnx.NodeProto, r: Rewriter, label: str, x: str, heads: int, table: tuple[str, str, str]
+) -> onnx.NodeProto:
+    """x [B, S, heads * d] turned by (cos, sin, positions), half against half."""
+    name = f"{node.name}/{label}_turned"
+    return r.node(
+        "RotaryEmbedding",
+        [x, *table],
+        [name],
+        name,
+        interleaved=0,
+        rotary_embedding_dim=0,
+        num_heads=heads,
+    )
+
+
 def head_width(node: onnx.NodeProto) -> int:
     """Channels of a head in a CachedAttention call, from its scale of 1 / sqrt(width)."""
     scale: float = attribute(node, "scale")
@@ -117,21 +155,9 @@ def group_query_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodePr
 def rotary_then_group_query_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     """The same with the rotation in a node of its own."""
     q, k, v, key, value, cos, sin, positions, _ = node.input
-
-    def turned(x: str, heads: int) -> onnx.NodeProto:
-        name = f"{node.name}/{x.rpartition('/')[2]}_turned"
-        return r.node(
-            "RotaryEmbedding",
-            [x, cos, sin, positions],
-            [name],
-            name,
-            interleaved=0,
-            rotary_embedding_dim=0,
-            num_heads=heads,
-        )
-
-    turned_q = turned(q, attribute(node, "head_split")[2])
-    turned_k = turned(k, attribute(node, "kv_split")[2])
+    table = cos, sin, positions
+    turned_q = _turned(node, r, "q", q, attribute(node, "head_split")[2], table)
+    turned_k = _turned(node, r, "k", k, attribute(node, "kv_split")[2], table)
     inputs = [turned_q.output[0], turned_k.output[0], v, key, value, *_lengths(positions, r)]
     return [turned_q, turned_k, _attend(node, r, inputs, rotary=0)]
 

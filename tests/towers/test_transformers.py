@@ -171,6 +171,11 @@ LMS: dict[str, tuple[str, Any, Any]] = {
     "llama": ("llama", hf.LlamaForCausalLM, hf.LlamaConfig(**TEXT)),
     "qwen2": ("qwen2", hf.Qwen2ForCausalLM, hf.Qwen2Config(**TEXT)),
     "qwen2, tied": ("qwen2", hf.Qwen2ForCausalLM, hf.Qwen2Config(**TEXT, tie_word_embeddings=True)),
+    "qwen2, biased heads of 24 channels": (
+        "qwen2",
+        hf.Qwen2ForCausalLM,
+        hf.Qwen2Config(**TEXT | {"hidden_size": 96}),
+    ),
     "mistral": ("mistral", hf.MistralForCausalLM, hf.MistralConfig(**TEXT, sliding_window=None)),
     "mistral, window": (
         "mistral",
