@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,6 +15,7 @@ import numpy as np
 from engines import backends, engine, memory
 from engines.backends import Backend, Compiled, RunnerOptions
 from engines.engine import Built, Decided, Engine
+from engines.memory import peak_rss_mb
 from toolkit import config as model_config
 from toolkit import goldens
 from toolkit.artifact import refuse_existing, refuse_source, require_space, writing
@@ -309,9 +308,3 @@ def relative_difference(actual: Array, expected: Array) -> float:
     if actual.shape != expected.shape or not np.isfinite(actual).all():
         return float("inf")
     return float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-12))
-
-
-def peak_rss_mb() -> float:
-    """The most memory this process has held, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1024)

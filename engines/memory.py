@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +104,25 @@ def _largest(model: ModelConfig, context: int) -> int:
         for cost in count(part, axes | {"tiles": 1} if part.name in encoders else axes).costs
         if cost.op not in _FUSED
     )
+
+
+# -- what is held --------------------------------------------------------------------------
+
+
+def peak_rss_mb() -> float:
+    """The most memory that this process has held since it began or `forget_peak`, in MB."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(s.split()[1]) for s in lines if s.startswith("VmHWM")) / 1024
+    except (OSError, StopIteration, ValueError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (1e6 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> None:
+    """Let `peak_rss_mb` begin anew, where the system can: engines are compared in one process."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 # -- what there is -----------------------------------------------------------------------------

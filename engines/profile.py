@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engines import backends, engine
+from engines import backends, engine, memory
 from engines.backends import Peaks
-from engines.build import peak_rss_mb
 from engines.clock import Clock, Span
 from engines.roofline import Roofline, Work, roofline
 from engines.session import Session
@@ -99,6 +98,7 @@ def profile_all(folders: Sequence[Path], plan: Plan, progress: Progress) -> list
 
 def profile(folder: Path, plan: Plan, progress: Progress) -> Profile:
     """Open an engine and measure it: warm-up runs first, then `runs` timed ones."""
+    memory.forget_peak()
     session = Session.open(folder, threads=plan.threads)
     progress(
         f"opened in {session.load_ms:.0f} ms; {plan.warmup} warm-up and {plan.runs} timed runs"
@@ -112,7 +112,7 @@ def profile(folder: Path, plan: Plan, progress: Progress) -> Profile:
             f"run {number + 1}: first token {runs[-1].first_ms:.0f} ms, "
             f"then {runs[-1].latency_ms:.2f} ms a token"
         )
-    resident = peak_rss_mb()
+    resident = memory.peak_rss_mb()
     peaks = backends.backend(session.engine.parsed_target()).peaks(folder)
     session.close()
     layers = _layers(folder, plan) if plan.layers else ()

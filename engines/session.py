@@ -17,9 +17,9 @@ import numpy as np
 
 from engines import backends, engine, memory
 from engines.backends import LayerTime, Runner, RunnerOptions
-from engines.build import peak_rss_mb
 from engines.clock import Clock
 from engines.engine import PIECE, Engine
+from engines.memory import peak_rss_mb
 from engines.sampling import Sampling, sampler
 from engines.vision import Vision, side_by_side
 from toolkit import images, prompts

@@ -11,7 +11,7 @@ from typing import Any
 from engines import build as builder
 from engines import engine as engines
 from engines.engine import Engine
-from engines.memory import estimate
+from engines.memory import estimate, peak_rss_mb
 from engines.roofline import Floors, floors
 from toolkit import systems
 from toolkit.bundle import MANIFEST, Bundle, ComponentRecord, Manifest
@@ -55,7 +55,7 @@ def written_bundle(out: Path) -> Result:
     bundle = Bundle.open(out)
     data = {"bundle": str(out), "written": True} | _bundle_data(bundle)
     nbytes = sum(f.nbytes for f in bundle.manifest.files.values())
-    data |= {"bytes": nbytes, "peak_rss_mb": round(builder.peak_rss_mb(), 1)}
+    data |= {"bytes": nbytes, "peak_rss_mb": round(peak_rss_mb(), 1)}
     following = shlex.join(["edgevlm", "build", str(out), f"{out}-engine"])
     lines = [*_component_lines(bundle.manifest), f"{out}: {human_bytes(nbytes)}"]
     return data | {"next": following}, lines, following

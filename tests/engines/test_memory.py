@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from calibration import weight_only
@@ -138,3 +139,16 @@ def test_memory_is_that_of_the_machine_or_the_container(
 
 def test_the_whole_is_the_sum() -> None:
     assert Estimate(1, 20, 300, 7).total_bytes == 321
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux forgets a peak")
+def test_a_peak_can_be_forgotten() -> None:
+    before = memory.peak_rss_mb()
+    held = np.ones(40_000_000, np.float32)
+    high = memory.peak_rss_mb()
+    assert high > before + 100
+    assert held.sum() > 0
+    del held
+    assert memory.peak_rss_mb() >= high
+    memory.forget_peak()
+    assert memory.peak_rss_mb() < high - 100
