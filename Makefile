@@ -14,7 +14,7 @@ PIP_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_ARGS)
-BENCHMARKS := start_up export lm_decode
+BENCHMARKS := start_up export lm_decode precision
 CODE := cli.py toolkit export engines training calibration tests examples benchmarks
 
 .NOTPARALLEL:

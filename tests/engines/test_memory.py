@@ -143,6 +143,7 @@ def test_the_whole_is_the_sum() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux forgets a peak")
 def test_a_peak_can_be_forgotten() -> None:
+    memory.forget_peak()
     before = memory.peak_rss_mb()
     held = np.ones(40_000_000, np.float32)
     high = memory.peak_rss_mb()
