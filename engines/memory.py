@@ -20,8 +20,11 @@ from toolkit.precision import WEIGHT_BITS, PrecisionPlan
 from toolkit.target import Target
 
 _FUSED = ("causal_mask", "attention_cached")
-_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of a container: cgroup v2, v1
-_USED = ("memory.current", "memory/memory.usage_in_bytes")
+# A container's limit and use: cgroup v2, then v1.
+_CGROUPS = (
+    (".", "memory.max", "memory.current"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -143,12 +146,22 @@ def _free() -> int | None:
 
 
 def _left_in_container(root: Path) -> int | None:
-    for limit, used in zip(_LIMITS, _USED, strict=True):
+    """What a cgroup may still take; cached file pages are given back when memory is short."""
+    for folder, limit, used in _CGROUPS:
         try:
-            return int((root / limit).read_text()) - int((root / used).read_text())
+            place = root / folder
+            held = int((place / used).read_text()) - _cached(place / "memory.stat")
+            return int((place / limit).read_text()) - held
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return None
+
+
+def _cached(stat: Path) -> int:
+    """Bytes of file pages by memory.stat; of the whole subtree, which cgroup v1 calls total_."""
+    pairs = dict(line.split() for line in stat.read_text().splitlines())
+    kinds = ("active_file", "inactive_file")
+    return sum(int(pairs.get(f"total_{kind}", pairs.get(kind, 0))) for kind in kinds)
 
 
 def require(needed: Estimate, what: str) -> None:

@@ -19,6 +19,7 @@ from toolkit.console import human_bytes, human_count, table
 from toolkit.errors import BundleError
 from toolkit.layouts.source import Options, Source
 from toolkit.models.vlm import components
+from toolkit.precision import PrecisionPlan
 from toolkit.safetensors_io import STORAGE
 from toolkit.strict import read_json, to_plain
 from toolkit.weights import TorchReader
@@ -188,9 +189,19 @@ def inspect(path: Path, torch_reader: TorchReader | None) -> tuple[Any, list[str
 def _inspect_engine(path: Path) -> tuple[Any, list[str]]:
     made = engines.read(path)
     data = _engine_data(made, path)
-    heading = f"engine for {made.target} of {made.bundle}, {made.dtype}, context {made.context}"
+    precision = made.precision or made.dtype
+    heading = f"engine for {made.target} of {made.bundle}, {precision}, context {made.context}"
     differences = ", ".join(f"{k} {v:.1e}" for k, v in made.build.golden_differences.items())
-    return data, [heading, *_component_lines(made), f"differences to the oracle: {differences}"]
+    lines = [heading, *_component_lines(made), *_plan_lines(made.plan)]
+    return data, [*lines, f"differences to the oracle: {differences}"]
+
+
+def _plan_lines(plan: PrecisionPlan) -> list[str]:
+    """What is in fewer bits; nothing where nothing is."""
+    if plan == PrecisionPlan():
+        return []
+    rules = [f"{rule.precision} in {rule.places}" for rule in plan.rules]
+    return [f"weights: {', '.join([plan.default, *rules])} ({plan.method})"]
 
 
 def _inspect_bundle(path: Path) -> tuple[Any, list[str]]:
@@ -200,7 +211,8 @@ def _inspect_bundle(path: Path) -> tuple[Any, list[str]]:
     origin = ", ".join(f"{k} {v}" for k, v in m.source.items())
     heading = f"bundle of {bundle.model.name} ({bundle.model.system}), {m.dtype}, opset {m.opset}"
     functions = ", ".join(m.functions) or "none"
-    lines = [heading, *_component_lines(m), f"functions: {functions}", f"source: {origin}"]
+    lines = [heading, *_component_lines(m), *_plan_lines(m.plan)]
+    lines += [f"functions: {functions}", f"source: {origin}"]
     return _bundle_data(bundle), [*lines, f"made by: {m.made_by}"]
 
 

@@ -130,11 +130,23 @@ def test_memory_is_that_of_the_machine_or_the_container(
     whole = memory.available_bytes()
     assert whole is None or 1e8 < whole < 1e14
     assert memory._left_in_container(tmp_path) is None
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("5\n")
+    container(tmp_path, "memory.max", "max", "memory.current", "active_file 3\ninactive_file 40")
     assert memory._left_in_container(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
-    assert memory._left_in_container(tmp_path) == 995
+    assert memory._left_in_container(tmp_path) == 1000 - (500 - 43)
+    old = tmp_path / "v1"
+    names = "memory.limit_in_bytes", "memory.usage_in_bytes"
+    stat = "active_file 1\ntotal_active_file 3\ntotal_inactive_file 40\nmapped_file 7"
+    container(old / "memory", names[0], "1000", names[1], stat)
+    assert memory._left_in_container(old) == 1000 - (500 - 43)
+
+
+def container(folder: Path, limit: str, most: str, used: str, stat: str) -> None:
+    """A cgroup's files as Linux shows them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / limit).write_text(f"{most}\n")
+    (folder / used).write_text("500\n")
+    (folder / "memory.stat").write_text(f"anon 450\n{stat}\n")
 
 
 def test_the_whole_is_the_sum() -> None:
@@ -150,6 +162,6 @@ def test_a_peak_can_be_forgotten() -> None:
     assert high > before + 100
     assert held.sum() > 0
     del held
-    assert memory.peak_rss_mb() >= high
+    assert memory.peak_rss_mb() > high - 5  # the kernel counts in batches of pages
     memory.forget_peak()
     assert memory.peak_rss_mb() < high - 100
