@@ -219,9 +219,11 @@ def _backend_here(target: Target, path: Path, out: Path) -> Backend:
 
 def _new_bytes(bundle: Bundle, request: Request) -> int:
     """Disk that the work takes beyond what links share with the bundle, at most."""
-    half = bundle.manifest.dtype != "fp32"
-    copies = (half and request.target.backend == "onnxruntime") + (request.precision is not None)
-    return copies * sum(c.params for c in bundle.manifest.components) * 4 + 64_000_000
+    if request.again is not None:
+        return memory.weights_bytes(bundle.model, request.again.plan, 4) + 64_000_000
+    widened = bundle.manifest.dtype != "fp32" and request.target.backend == "onnxruntime"
+    weights = memory.weights_bytes(bundle.model, bundle.manifest.plan, 4) if widened else 0
+    return weights + 64_000_000
 
 
 def _compile(

@@ -52,15 +52,15 @@ def write_bundle(
     dtype: fp32, fp16 or bf16, of weights that the source's plan leaves in float.
     """
     parts = vlm.components(source.model)
-    require_space(out, sum(_nbytes(part, dtype) for part in parts))
+    recorded = [record(part, dtype, source.plan) for part in parts]
+    functions = set[str]().union(*(part.ops.functions for part in recorded))
+    require_space(out, sum(part.nbytes() for part in recorded))
     files: dict[str, FileRecord] = {}
     with writing(out, force=force) as folder:
-        records, functions = [], set[str]()
-        for part in parts:
-            progress(f"{part.name}: recording and writing weights")
-            record, used = _write_component(folder, part, source, dtype, files)
-            records.append(record)
-            functions |= used
+        records = []
+        for part in recorded:
+            progress(f"{part.part.name}: writing graph and weights")
+            records.append(_write_component(folder, part, source, files))
         _write_rest(folder, parts, source, files, progress)
         manifest = Manifest(
             bundles.FORMAT,
@@ -78,26 +78,18 @@ def write_bundle(
         bundles.write_manifest(folder, manifest)
 
 
-def _nbytes(part: Component, dtype: str) -> int:
-    return sum(math.prod(shape) for shape in part.shapes.values()) * STORAGE[dtype].itemsize
-
-
 def _write_component(
-    folder: Path,
-    part: Component,
-    source: Source,
-    dtype: str,
-    files: dict[str, FileRecord],
-) -> tuple[ComponentRecord, set[str]]:
-    recorded = record(part, dtype, source.plan)
+    folder: Path, recorded: Recorded, source: Source, files: dict[str, FileRecord]
+) -> ComponentRecord:
+    part = recorded.part
     weights = f"{part.name}.safetensors"
-    written = _write_weights(folder / weights, recorded, source.weights.get(part.name, {}), dtype)
+    written = _write_weights(folder / weights, recorded, source.weights.get(part.name, {}))
     files[weights] = FileRecord(written.nbytes, written.sha256)
     graph = folder / f"{part.name}.onnx"
     graph.write_bytes(recorded.model(weights, written).SerializeToString())
     onnx.checker.check_model(str(graph), full_check=True)
     files[graph.name] = bundles.record_file(graph)
-    return describe(part, graph.name, weights), recorded.ops.functions
+    return describe(part, graph.name, weights)
 
 
 @dataclass(frozen=True)
@@ -116,6 +108,10 @@ class Recorded:
             few = name in stored.forms
             used += stored.planned(name, self.dtype) if few else [Planned(name, self.dtype, shape)]
         return used + [Planned(n, "fp32", x.shape) for n, x in self.ops.constants.items()]
+
+    def nbytes(self) -> int:
+        """Size of the weights file, its header aside."""
+        return sum(math.prod(t.shape) * STORAGE[t.dtype].itemsize for t in self.planned())
 
     def model(self, location: str, written: Written) -> onnx.ModelProto:
         """The ONNX model whose weights stand in the file `location`."""
@@ -177,9 +173,7 @@ def _value(port: Port, dtype: str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(port.name, kind, list(port.shape))
 
 
-def _write_weights(
-    path: Path, recorded: Recorded, weights: Mapping[str, Array], dtype: str
-) -> Written:
+def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array]) -> Written:
     tables = recorded.ops.constants
     forms = {name + form.suffix: (name, form) for name, form in recorded.ops.stored.forms.items()}
 

@@ -51,7 +51,7 @@ def verbs(ready: Path, out: Path) -> dict[str, tuple[object, ...]]:
 
 
 MOMENTS = [
-    ("export", "encoder.clip: recording", signal.SIGINT),
+    ("export", "encoder.clip: writing", signal.SIGINT),
     ("export", "lm: running the oracle", signal.SIGTERM),
     ("build", "checking the bundle's files", signal.SIGTERM),
     ("build", "lm: comparing", signal.SIGINT),
