@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 import cli
-from engines.build import build, lint
+from engines.build import TOLERANCE, build, lint, relative_difference
 from export.write import graphs
 from tests.conftest import ROOT, golden_cases
 from tests.pipeline import ask, engine_of, requantized, silent
 from tests.systems import test_comm, test_huggingface, test_huggingface_next
 from tests.systems.test_huggingface import IMAGE
+from tests.systems.test_same_answer import replayed
 from toolkit import systems
+from toolkit.bundle import Bundle
 from toolkit.errors import ToolkitError
 from toolkit.layouts.source import Options
 from toolkit.target import parse
@@ -90,6 +92,12 @@ def answers_in(kind: str, work: Path) -> None:
     assert ask(work / kind, "<image>What?", [IMAGE], 2).token_ids
 
 
+def portable(bundle: Path) -> bool:
+    """Whether plain ONNX Runtime meets the goldens with the unlowered graphs, bodies and all."""
+    pairs = list(replayed(Bundle.open(bundle)))
+    return all(relative_difference(a, b) < TOLERANCE["fp32"] for a, b in pairs) and bool(pairs)
+
+
 def row(system: str, work: Path) -> tuple[str, ...]:
     """One line of the table, every cell tried on a tiny checkpoint."""
     folder = original(system, work)
@@ -102,7 +110,8 @@ def row(system: str, work: Path) -> tuple[str, ...]:
              if command.callback}  # fmt: skip
     lowers = tried(lambda: lint(recorded, parse("jetson-agx-orin")))
     few = [tried(lambda kind=kind: answers_in(kind, work)) for kind in ("int8", "int4")]  # type: ignore[misc]
-    cells = (loads, loads_huggingface(system, work), True, runs, "train" in verbs, *few, lowers)
+    exports = portable(work / "bundle")
+    cells = (loads, loads_huggingface(system, work), exports, runs, "train" in verbs, *few, lowers)
     return (system, *("yes" if cell else "-" for cell in cells))
 
 
