@@ -143,11 +143,6 @@ ONNXRUNTIME_1_23_CPU: Mapping[str, Row] = {
     op: row for op, row in ONNXRUNTIME_CPU.items() if op not in _NEW_IN_1_24
 } | {"edgevlm.CachedAttention": _NO_WINDOW}
 
-_TENSORRT_SINCE: dict[str, Version] = {
-    "Attention": (10, 14),
-    "RMSNormalization": (10, 15),
-}
-
 TABLES: dict[str, Mapping[str, Row]] = {"onnxruntime": ONNXRUNTIME_CPU}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from toolkit.ops import Ops, T, Weights
 
 Shapes = dict[str, tuple[int, ...]]
@@ -37,8 +35,3 @@ def conv_shapes(name: str, inputs: int, outputs: int, size: int, groups: int = 1
 def norm_shapes(name: str, width: int) -> Shapes:
     """Weight and bias of a layer norm."""
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def numbered(stem: str, *places: Any) -> str:
-    """stem.0.layers.1 from ("stages", 0, "layers", 1)."""
-    return ".".join(map(str, (stem, *places)))

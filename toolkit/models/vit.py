@@ -14,7 +14,6 @@ from toolkit.ops import Ops, T, Weights
 from toolkit.weights import Recipe, flip, keep
 
 Shapes = dict[str, tuple[int, ...]]
-ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh", "relu6")
 
 
 class Vit(Protocol):
