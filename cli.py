@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:
-    from engines.build import Again
-    from toolkit.console import Console
+    from edgevlm.toolkit.terminal.console import Console
 
-__version__ = "0.1.0"
 _INTERRUPTED = "interrupted; nothing half-written was left behind"
 
 app = typer.Typer(
@@ -57,7 +55,7 @@ For = Annotated[
 
 def _console(as_json: bool, quiet: bool, context: typer.Context | None = None) -> Console:
     """context: of a verb with steps, so that an error finds the terminal as it was."""
-    from toolkit.console import Console
+    from edgevlm.toolkit.terminal.console import Console
 
     console = Console(quiet=quiet or as_json, as_json=as_json)
     if context is not None:
@@ -88,43 +86,44 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a model as a bundle: ONNX per component, safetensors, goldens."""
-    from engines import build as builder
-    from engines import summary
-    from export import available
-    from toolkit import hub, systems
-    from toolkit.artifact import refuse_source
-    from toolkit.layouts.source import Options
-    from toolkit.target import parse
-    from training import torch_files
+    from edgevlm import api
+    from edgevlm.engines.runtime.memory import peak_rss_mb
+    from edgevlm.export import available
+    from edgevlm.toolkit.target import parse
+    from edgevlm.toolkit.terminal import summary
 
     console = _console(as_json, quiet, context)
     available.check_dtype(dtype)
-    target = parse(for_target) if for_target else None
-    options = Options(
-        system,
-        vision_tower,
-        tuple(ignore_key or ()),
-        max_context,
-        torch_files.reader(),
-        tuple(quirk or ()),
+    if for_target is not None:
+        parse(for_target)
+    options = api.read_options(
+        system=system,
+        vision_tower=vision_tower,
+        ignore_keys=ignore_key or (),
+        quirks=quirk or (),
+        max_context=max_context,
     )
-    name = source.removeprefix("preset:")
-    systems.check_weights(source, random_weights)
-    if name != source:
-        model = systems.preset(name, seed, options)
-    else:
-        model = systems.load(hub.locate(source, revision=revision, offline=offline), options)
+    model = api.open_source(
+        source,
+        options,
+        random_weights=random_weights,
+        seed=seed,
+        revision=revision,
+        offline=offline,
+    )
     if dry_run:
         console.result(*summary.planned_bundle(model, dtype, out))
         return
-    from export import write
-
-    refuse_source(out, Path(source))
-    if target is not None:
-        builder.lint(write.graphs(model, dtype), target)
-    made_by = f"edgevlm {__version__}"
-    write.write_bundle(model, out, dtype=dtype, made_by=made_by, force=force, progress=console.step)
-    console.result(*summary.written_bundle(out))
+    api.write_source(
+        model,
+        source,
+        out,
+        dtype=dtype,
+        target=for_target,
+        force=force,
+        progress=console.step,
+    )
+    console.result(*summary.written_bundle(out, peak_rss_mb()))
 
 
 @app.command()
@@ -153,41 +152,26 @@ def build(
     debug: Debug = False,
 ) -> None:
     """Compile a bundle for one target and check it against its goldens."""
-    from dataclasses import replace
-
-    from engines import build as builder
-    from engines import summary
-    from toolkit.target import parse
+    from edgevlm import api
+    from edgevlm.engines.build import build as builder
+    from edgevlm.engines.build import summary
 
     console = _console(as_json, quiet, context)
-    made_by = f"edgevlm {__version__}"
-    request = builder.Request(parse(target), max_context, force, made_by, max_image_tiles, bisect)
-    if precision is not None:
-        request = replace(request, again=_again(bundle, precision, made_by, console))
+    request = api.build_request(
+        bundle,
+        target=target,
+        max_context=max_context,
+        max_image_tiles=max_image_tiles,
+        precision=precision,
+        bisect=bisect,
+        force=force,
+        progress=console.step,
+    )
     if dry_run:
         console.result(*summary.planned_engine(bundle, request, explain))
         return
     made, worked = builder.build(bundle, out, request, console.step)
     console.result(*summary.built_engine(made, out, worked, explain))
-
-
-def _again(bundle: Path, precision: str, made_by: str, console: Console) -> Again:
-    from dataclasses import replace
-    from functools import partial
-
-    from calibration import weight_only
-    from engines.build import Again
-    from export import available
-    from toolkit import systems
-    from toolkit.layouts.source import Options
-
-    available.check()
-    from export import write
-
-    plan = weight_only.plan(precision)
-    source = replace(systems.load(bundle, Options()), plan=plan)
-    writing = partial(write.write_bundle, source, made_by=made_by, progress=console.step)
-    return Again(precision, plan, writing, partial(write.graphs, source))
 
 
 @app.command()
@@ -213,16 +197,16 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Ask an engine a question about pictures; the answer streams."""
-    from engines import requests
-    from engines.sampling import Sampling
-    from engines.session import Question, Session
+    from edgevlm.engines.runtime import request_file
+    from edgevlm.engines.runtime.sampling import Sampling
+    from edgevlm.engines.runtime.session import Question, Session
 
     console = _console(as_json, quiet)
     sampling = Sampling(temperature, top_k, top_p, seed)
     given = Question(prompt or "", image or (), max_tokens, sampling, template, stop or ())
-    questions = requests.gather(given, input_file)
+    questions = request_file.gather(given, input_file)
     session = Session.open(engine, threads=threads)
-    requests.answer_all(session, questions, console, many=input_file is not None)
+    request_file.answer_all(session, questions, console, many=input_file is not None)
 
 
 @app.command()
@@ -246,8 +230,8 @@ def profile(
     debug: Debug = False,
 ) -> None:
     """Measure an engine: every stage, every layer, beside the machine's limits."""
-    from engines import profile as profiler
-    from engines import report
+    from edgevlm.engines.profiling import profile as profiler
+    from edgevlm.engines.profiling import report
 
     console = _console(as_json, quiet, context)
     plan = profiler.Plan(
@@ -267,10 +251,9 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Say what something is: parts, sizes, ports, precision, where it came from."""
-    from engines import summary
-    from training import torch_files
+    from edgevlm import api
 
-    _console(as_json, quiet).result(*summary.inspect(path, torch_files.reader()))
+    _console(as_json, quiet).result(*api.inspect(path))
 
 
 @app.command()
@@ -280,9 +263,10 @@ def doctor(
     debug: Debug = False,
 ) -> None:
     """Say what this machine can do, what is missing, and how to get it."""
-    from engines import health
+    from edgevlm import __version__
+    from edgevlm.toolkit.terminal import doctor as report
 
-    _console(as_json, quiet).result(*health.report(__version__))
+    _console(as_json, quiet).result(*report.report(__version__))
 
 
 @app.callback(invoke_without_command=True)
@@ -290,6 +274,8 @@ def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
+        from edgevlm import __version__
+
         print(__version__)
         raise typer.Exit
 
@@ -317,7 +303,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _guarded(debug: bool) -> int:
-    from toolkit.errors import ToolkitError
+    from edgevlm.toolkit.errors import ToolkitError
 
     try:
         code = app(standalone_mode=False)

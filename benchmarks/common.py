@@ -23,11 +23,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from toolkit.console import table
+from edgevlm.toolkit.terminal.console import table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-EDGEVLM = [sys.executable, "-m", "cli"]
+EDGEVLM = [sys.executable, "-m", "edgevlm.cli"]
 QUIET_SHARE = 0.05  # a sample counts as undisturbed if others used less of the processors
 
 

@@ -54,7 +54,7 @@ def export(name: str, dtype: str, work: Path) -> Exported:
 
 def presets() -> list[str]:
     """All presets, asked of a child: this process stays small."""
-    code = "from toolkit import systems; print(*systems.presets())"
+    code = "from edgevlm.toolkit import systems; print(*systems.presets())"
     return child([sys.executable, "-c", code]).stdout.split()
 
 

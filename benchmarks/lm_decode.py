@@ -47,14 +47,14 @@ def edgevlm_answer(model: Path, threads: int) -> Answer:
     """An engine's language model through the calls of a session's reply."""
     import numpy as np
 
-    from engines import backends, engine
-    from engines.backends import RunnerOptions
-    from engines.sampling import Sampling, sampler
-    from engines.session import Session
-    from toolkit import prompts
-    from toolkit.prompts import Prompt
+    from edgevlm.engines import backends, manifest
+    from edgevlm.engines.backends import RunnerOptions
+    from edgevlm.engines.runtime.sampling import Sampling, sampler
+    from edgevlm.engines.runtime.session import Session
+    from edgevlm.toolkit.text import prompts
+    from edgevlm.toolkit.text.prompts import Prompt
 
-    made = engine.read(model)
+    made = manifest.read(model)
     record = next(c for c in made.components if c.name == "lm")
     options = RunnerOptions(made.context, threads)
     opened = backends.backend(made.parsed_target()).open(model, record, made.model, options)

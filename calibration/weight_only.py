@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from toolkit.errors import ConfigError
-from toolkit.precision import PrecisionPlan, Rule
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
 
 KINDS = ("int8", "int4")
 

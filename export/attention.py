@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx
 
-from export.nodes import function, ints, node
+from edgevlm.export.nodes import function, ints, node
 
 
 def _heads(source: str, split: str) -> list[onnx.NodeProto]:

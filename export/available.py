@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolkit.errors import ConfigError, MissingExtra
+from edgevlm.toolkit.errors import ConfigError, MissingExtra
 
 DTYPES = ("fp32", "fp16", "bf16")
 

@@ -9,10 +9,19 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from export.nodes import function, ints, node
-from toolkit.blocks import LINEAR, MIDDLE, SCALE, TABLE, Bits, Form, block_of, pack
-from toolkit.precision import WEIGHT_BITS, PrecisionPlan
-from toolkit.safetensors_io import Planned
+from edgevlm.export.nodes import function, ints, node
+from edgevlm.toolkit.checkpoints.safetensors_io import Planned
+from edgevlm.toolkit.quantization.blockwise import (
+    LINEAR,
+    MIDDLE,
+    SCALE,
+    TABLE,
+    Bits,
+    Form,
+    block_of,
+    pack,
+)
+from edgevlm.toolkit.quantization.plan import WEIGHT_BITS, PrecisionPlan
 
 CODES: dict[Bits, int] = {8: onnx.TensorProto.UINT8, 4: onnx.TensorProto.UINT4}
 

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import onnx
 
-from export.nodes import function, ints, node
-from toolkit.ops import Array, Grids
+from edgevlm.export.nodes import function, ints, node
+from edgevlm.toolkit.ops.vocabulary import Array, Grids
 
 
 class Emitter(Protocol):

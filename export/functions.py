@@ -1,16 +1,16 @@
 """Ops that deserve a fused kernel, as ONNX functions of domain "edgevlm" with standard bodies.
 
-Any runtime can run the body; a target that has a kernel swaps the call (engines/lower.py).
+Any runtime can run the body; a target that has a kernel swaps the call (engines/lowering/lower.py).
 """
 
 from __future__ import annotations
 
 import onnx
 
-from export.attention import cached_attention, rotary_attention
-from export.blocked import blocked_embed, blocked_linear
-from export.deform import ms_deform_attn
-from export.nodes import function, ints, node
+from edgevlm.export.attention import cached_attention, rotary_attention
+from edgevlm.export.blocked import blocked_embed, blocked_linear
+from edgevlm.export.deform import ms_deform_attn
+from edgevlm.export.nodes import function, ints, node
 
 
 def add_rms_norm() -> onnx.FunctionProto:

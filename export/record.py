@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from export import blocked, deform
-from export.nodes import DOMAIN
-from toolkit.blocks import Form
-from toolkit.ops import Array, Grids, Norm, Step, Weights
-from toolkit.precision import PrecisionPlan
+from edgevlm.export import blocked, deform
+from edgevlm.export.nodes import DOMAIN
+from edgevlm.toolkit.ops.vocabulary import Array, Grids, Norm, Step, Weights
+from edgevlm.toolkit.quantization.blockwise import Form
+from edgevlm.toolkit.quantization.plan import PrecisionPlan
 
 ELEMENT = {
     "fp32": onnx.TensorProto.FLOAT,

@@ -11,21 +11,15 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from export.functions import FUNCTIONS
-from export.nodes import DOMAIN, IR_VERSION, OPSET, VERSION
-from export.record import ELEMENT, OnnxOps, Parameters
-from toolkit import blocks, goldens
-from toolkit import bundle as bundles
-from toolkit import config as model_config
-from toolkit.artifact import require_space, writing
-from toolkit.bundle import ComponentRecord, FileRecord, Manifest, Tensors
-from toolkit.cost import count
-from toolkit.layouts.source import Source
-from toolkit.models import vlm
-from toolkit.models.vlm import Component, Port
-from toolkit.ops import Array, Weights
-from toolkit.precision import PrecisionPlan
-from toolkit.safetensors_io import (
+from edgevlm.export.functions import FUNCTIONS
+from edgevlm.export.nodes import DOMAIN, IR_VERSION, OPSET, VERSION
+from edgevlm.export.record import ELEMENT, OnnxOps, Parameters
+from edgevlm.toolkit.bundle import goldens
+from edgevlm.toolkit.bundle import manifest as bundles
+from edgevlm.toolkit.bundle.atomic import require_space, writing
+from edgevlm.toolkit.bundle.manifest import ComponentRecord, FileRecord, Manifest, Tensors
+from edgevlm.toolkit.checkpoints.layouts.source import Source
+from edgevlm.toolkit.checkpoints.safetensors_io import (
     STORAGE,
     Blocks,
     Planned,
@@ -33,7 +27,14 @@ from toolkit.safetensors_io import (
     row_blocks,
     write_safetensors,
 )
-from toolkit.weights import RandomWeights
+from edgevlm.toolkit.checkpoints.weights import RandomWeights
+from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.quantization import blockwise
+from edgevlm.toolkit.quantization.plan import PrecisionPlan
+from edgevlm.toolkit.vlm import components
+from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.vlm.components import Component, Port
+from edgevlm.toolkit.vlm.cost import count
 
 Progress = Callable[[str], None]
 
@@ -51,7 +52,7 @@ def write_bundle(
 
     dtype: fp32, fp16 or bf16, of weights that the source's plan leaves in float.
     """
-    parts = vlm.components(source.model)
+    parts = components.components(source.model)
     recorded = [record(part, dtype, source.plan) for part in parts]
     functions = set[str]().union(*(part.ops.functions for part in recorded))
     require_space(out, sum(part.nbytes() for part in recorded))
@@ -70,7 +71,7 @@ def write_bundle(
             dtype,
             OPSET,
             tuple(records),
-            vlm.edges(source.model),
+            components.edges(source.model),
             dict.fromkeys(sorted(functions), VERSION),
             files,
             source.plan,
@@ -164,7 +165,7 @@ def record(part: Component, dtype: str, plan: PrecisionPlan | None = None) -> Re
 def graphs(source: Source, dtype: str = "fp32") -> dict[str, onnx.ModelProto]:
     """The graphs of all components without their weights: enough to check ops against a target."""
     nothing = Written({}, "", 0)
-    parts = vlm.components(source.model)
+    parts = components.components(source.model)
     return {p.name: record(p, dtype, source.plan).model("", nothing) for p in parts}
 
 
@@ -180,11 +181,11 @@ def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array])
     def produce(tensor: Planned) -> Blocks:
         if tensor.name in tables:
             return row_blocks(tables[tensor.name])
-        few = forms.get(tensor.name.removesuffix(blocks.SCALE))
+        few = forms.get(tensor.name.removesuffix(blockwise.SCALE))
         if few is not None:
             name, form = few
             rows = weights[name].T if form.turned else weights[name]
-            return blocks.pieces(rows, form.bits, scales=tensor.name.endswith(blocks.SCALE))
+            return blockwise.pieces(rows, form.bits, scales=tensor.name.endswith(blockwise.SCALE))
         if isinstance(weights, RandomWeights):
             return weights.blocks(tensor.name)
         return row_blocks(weights[tensor.name])

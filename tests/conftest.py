@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.capabilities import reads_opset_23_only
-from toolkit.errors import UnsupportedError
-from toolkit.target import this_cpu
+from edgevlm.engines.lowering.capabilities import reads_opset_23_only
+from edgevlm.toolkit.errors import UnsupportedError
+from edgevlm.toolkit.target import this_cpu
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

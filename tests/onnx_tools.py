@@ -9,13 +9,13 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
-from engines.capabilities import reads_opset_23_only
-from export.write import record
-from toolkit.errors import UnsupportedError
-from toolkit.models.vlm import Component
-from toolkit.ops import Array
-from toolkit.safetensors_io import Entry, Written
-from toolkit.target import this_cpu
+from edgevlm.engines.lowering.capabilities import reads_opset_23_only
+from edgevlm.export.write import record
+from edgevlm.toolkit.checkpoints.safetensors_io import Entry, Written
+from edgevlm.toolkit.errors import UnsupportedError
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.target import this_cpu
+from edgevlm.toolkit.vlm.components import Component
 
 
 def model_of(part: Component, tensors: Mapping[str, Array]) -> onnx.ModelProto:

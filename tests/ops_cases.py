@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.models.vlm import Component, Dim, Port
-from toolkit.ops import Array, Grids, Ops, Step, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, Grids, Ops, Step, Weights
+from edgevlm.toolkit.vlm.components import Component, Dim, Port
 
 Body = Callable[[Ops[Any], Weights[Any], dict[str, Any]], Any]
 
@@ -61,7 +61,7 @@ class Case:
 
     def outputs(self) -> dict[str, Array]:
         """What the oracle says."""
-        from toolkit.reference import NumpyOps
+        from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 
         found = self.body(NumpyOps(), Weights(self.weights()), self.feed())
         many = found if isinstance(found, tuple) else (found,)

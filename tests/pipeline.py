@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from calibration import weight_only
-from engines.build import Again, Request, build
-from engines.session import Answer, Question, Session
-from export import write
-from toolkit import systems
-from toolkit.layouts.source import Options
-from toolkit.target import Target, parse, this_cpu
-from training.torch_files import reader
+from edgevlm.calibration import weight_only
+from edgevlm.engines.build.build import Again, Request, build
+from edgevlm.engines.runtime.session import Answer, Question, Session
+from edgevlm.export import write
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.checkpoints.layouts.source import Options
+from edgevlm.toolkit.target import Target, parse, this_cpu
+from edgevlm.training.torch_files import reader
 
 
 def silent(message: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-import cli
+from edgevlm import cli
 from tests.conftest import HERE
 
 GOLDEN = HERE / "goldens/e2e_llava15"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-import cli
+from edgevlm import cli
+from edgevlm.toolkit import systems
 from tests.conftest import ROOT
 from tests.pipeline import engine_of
-from toolkit import systems
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))

@@ -28,8 +28,8 @@ if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 sys.path.insert(0, "")
 sys.argv[0] = "edgevlm"
-import cli
-from toolkit.console import Console
+from edgevlm import cli
+from edgevlm.toolkit.terminal.console import Console
 step = Console.step
 def slow(self, message):
     step(self, message)

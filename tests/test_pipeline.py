@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cli
+from edgevlm import cli
+from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from tests.conftest import HERE
-from toolkit.bundle import Bundle
-from toolkit.safetensors_io import SafetensorsFile
 
 GOLDEN = HERE / "goldens/e2e_llava15"
 CHECKPOINT, IMAGE = GOLDEN / "llava-v1.5-tiny", GOLDEN / "image.png"

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from edgevlm.toolkit.bundle.atomic import writing
+from edgevlm.toolkit.errors import OutputError
 from tests.refusals import GOLDEN, IMAGE, LM, checkpoint_in, edgevlm, edit, refuses, tree
-from toolkit.artifact import writing
-from toolkit.errors import OutputError
 
 ASK = ("What?", "--image", IMAGE, "--max-tokens", 2, "--quiet")
 

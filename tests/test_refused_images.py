@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgevlm.toolkit.errors import InputError
+from edgevlm.toolkit.images import preprocess
 from tests.refusals import IMAGE, edgevlm, refuses
-from toolkit import images
-from toolkit.errors import InputError
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -96,7 +96,7 @@ def test_noise_in_any_format_is_refused_or_read() -> None:
             places = generator.integers(0, min(len(bad), 400), 6)
             bad[places] = generator.integers(0, 256, 6)
             try:
-                assert images.load(bad.tobytes()).rgb.mode == "RGB"
+                assert preprocess.load(bad.tobytes()).rgb.mode == "RGB"
             except InputError as error:
                 refused += 1
                 assert error.message.startswith("image image ")
@@ -152,7 +152,7 @@ def test_an_unusual_picture_is_used_and_the_user_told(
     make, note, size = UNUSUAL[case]
     picture = tmp_path / "picture"
     make(picture)
-    loaded = images.load(picture).rgb
+    loaded = preprocess.load(picture).rgb
     assert loaded.size == size
     if case != "16 bits":  # the first frame, the ink and the palette are all red
         assert np.abs(np.asarray(loaded)[5, 5].astype(int) - (255, 0, 0)).max() <= 2

@@ -1,4 +1,4 @@
-"""The wheel: every file of the rooms, nothing else, small; and pins for all that is installed."""
+"""The wheel: every file of the packages below one import name, and nothing else; and the pins."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 
 from tests.conftest import ROOT
 
-ROOMS = ("toolkit", "export", "engines", "training", "calibration")
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "cli.py", *ROOMS)
+PACKAGES = ("toolkit", "export", "engines", "training", "calibration")
+LOOSE = ("__init__.py", "api.py", "cli.py", "py.typed")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", *LOOSE, *PACKAGES)
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +38,21 @@ def text_of(wheel: zipfile.ZipFile, ending: str) -> str:
     return wheel.read(next(n for n in wheel.namelist() if n.endswith(ending))).decode()
 
 
-def room_files() -> set[str]:
-    files = (path for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file())
-    return {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
+def package_files() -> set[str]:
+    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file())
+    found = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
+    return {f"edgevlm/{name}" for name in found | set(LOOSE)}
 
 
-def test_it_holds_every_file_of_the_rooms_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_it_holds_every_file_of_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert packed == room_files() | {"cli.py"}
+    assert packed == package_files()
 
 
 def test_it_is_small_and_carries_its_licence(wheel: zipfile.ZipFile) -> None:
     assert Path(str(wheel.filename)).stat().st_size < 1_000_000
     assert "Apache License" in text_of(wheel, "licenses/LICENSE")
-    assert "edgevlm = cli:main" in text_of(wheel, "entry_points.txt")
+    assert "edgevlm = edgevlm.cli:main" in text_of(wheel, "entry_points.txt")
 
 
 def test_the_base_install_is_light(wheel: zipfile.ZipFile) -> None:

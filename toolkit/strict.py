@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from toolkit.errors import ConfigError
+from edgevlm.toolkit.errors import ConfigError
 
 V = TypeVar("V")
 _REQUIRED: Any = object()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
-from toolkit.errors import ConfigError, TargetMismatch
+from edgevlm.toolkit.errors import ConfigError, TargetMismatch
 
 Version = tuple[int, ...]
 BACKENDS = ("onnxruntime", "tensorrt", "reference")

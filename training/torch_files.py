@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
-from toolkit.errors import CheckpointError
-from toolkit.ops import Array
-from toolkit.weights import TorchReader
+from edgevlm.toolkit.checkpoints.weights import TorchReader
+from edgevlm.toolkit.errors import CheckpointError
+from edgevlm.toolkit.ops.vocabulary import Array
 
 
 def reader() -> TorchReader | None:

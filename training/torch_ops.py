@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit import spelled
-from toolkit.ops import Array, Grids, Norm, Step, Weights
+from edgevlm.toolkit.ops import decompositions
+from edgevlm.toolkit.ops.vocabulary import Array, Grids, Norm, Step, Weights
 
 
 class TorchOps:
@@ -115,7 +115,7 @@ class TorchOps:
         return torch.stack(found).sum((0, 4)).flatten(2).to(value.dtype)
 
     def layer_merge(self, xs: Sequence[Tensor], w: Weights[Tensor], eps: float) -> Tensor:
-        return spelled.layer_merge(self, xs, w, eps)
+        return decompositions.layer_merge(self, xs, w, eps)
 
     def mix_rows(self, x: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
         return (x[rows] * shares[..., None].to(x.dtype)).sum(1)

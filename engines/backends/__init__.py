@@ -8,10 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from toolkit.bundle import Bundle, ComponentRecord
-from toolkit.errors import UnsupportedError
-from toolkit.ops import Array
-from toolkit.target import Target
+from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
+from edgevlm.toolkit.errors import UnsupportedError
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.target import Target
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class Backend(Protocol):
 def backend(target: Target) -> Backend:
     """The backend of a target. Raises UnsupportedError where none has been written yet."""
     try:
-        return cast(Backend, import_module(f"engines.backends.{target.backend}"))
+        return cast(Backend, import_module(f"edgevlm.engines.backends.{target.backend}"))
     except ModuleNotFoundError as missing:
-        if not (missing.name or "").startswith("engines.backends"):
+        if not (missing.name or "").startswith("edgevlm.engines.backends"):
             raise
         raise UnsupportedError(
             f"this version cannot build or run {target.backend} engines",

@@ -15,13 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines.backends import Compiled, LayerTime, Peaks, RunnerOptions, probes
-from engines.backends.common import link
-from toolkit.bundle import Bundle, ComponentRecord
-from toolkit.errors import BuildError, MissingExtra
-from toolkit.ops import Array
-from toolkit.safetensors_io import Planned, SafetensorsFile, row_blocks, write_safetensors
-from toolkit.target import Target, this_cpu, threads_here
+from edgevlm.engines.backends import Compiled, LayerTime, Peaks, RunnerOptions, probes
+from edgevlm.engines.backends.common import link
+from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
+from edgevlm.toolkit.checkpoints.safetensors_io import (
+    Planned,
+    SafetensorsFile,
+    row_blocks,
+    write_safetensors,
+)
+from edgevlm.toolkit.errors import BuildError, MissingExtra
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.target import Target, this_cpu, threads_here
 
 if TYPE_CHECKING:
     import onnx
@@ -52,7 +57,7 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
         import onnx
     except ImportError:
         raise MissingExtra("onnx", "export", purpose="building an engine") from None
-    from engines import lower
+    from edgevlm.engines.lowering import lower
 
     model = onnx.load(str(bundle.path / record.graph), load_external_data=False)
     lower.decide(record.name, model, target)

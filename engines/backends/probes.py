@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from engines.backends import Peaks
-from engines.backends.common import best_seconds
+from edgevlm.engines.backends import Peaks
+from edgevlm.engines.backends.common import best_seconds
 
 FLOAT, FEW_BITS, MEMORY = "probe-arithmetic.onnx", "probe-int8.onnx", "probe-memory.onnx"
 PROBES = (FLOAT, FEW_BITS, MEMORY)

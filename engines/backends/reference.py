@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.backends import Compiled, LayerTime, Peaks, RunnerOptions
-from engines.backends.common import best_seconds, link
-from toolkit import config as model_config
-from toolkit.bundle import Bundle, ComponentRecord, Tensors
-from toolkit.models import vlm
-from toolkit.ops import Array, Weights
-from toolkit.reference import NumpyOps
-from toolkit.target import Target, machine
+from edgevlm.engines.backends import Compiled, LayerTime, Peaks, RunnerOptions
+from edgevlm.engines.backends.common import best_seconds, link
+from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord, Tensors
+from edgevlm.toolkit.ops.numpy_ops import NumpyOps
+from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.target import Target, machine
+from edgevlm.toolkit.vlm import components
+from edgevlm.toolkit.vlm import config as model_config
 
 
 def here() -> Target:
@@ -37,7 +37,7 @@ def open(
     folder: Path, record: ComponentRecord, model: Mapping[str, object], options: RunnerOptions
 ) -> ReferenceRunner:
     """The component's function over NumPy."""
-    parts = vlm.components(model_config.from_json(dict(model), "engine.json: model"))
+    parts = components.components(model_config.from_json(dict(model), "engine.json: model"))
     part = next(p for p in parts if p.name == record.name)
     return ReferenceRunner(part, dict(Tensors(folder / record.weights)), options)
 
@@ -55,7 +55,7 @@ class ReferenceRunner:
     """A component run by NumpyOps, weights in memory as float32."""
 
     def __init__(
-        self, part: vlm.Component, tensors: dict[str, Array], options: RunnerOptions
+        self, part: components.Component, tensors: dict[str, Array], options: RunnerOptions
     ) -> None:
         self._part = part
         self._weights = Weights(tensors)

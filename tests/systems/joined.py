@@ -18,7 +18,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
-from engines.session import Question, Session
+from edgevlm.engines.runtime.session import Question, Session
 from tests.conftest import HERE
 from tests.pipeline import engine_of
 from tests.systems.test_huggingface import TOKENIZER, clip_processor, scatter

@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from engines.session import Session
+from edgevlm.engines.runtime.session import Session
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.checkpoints.layouts.source import Options
+from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from tests.pipeline import ask, engine_of
 from tests.systems.test_huggingface import CLIP, IMAGE, LLAMA, TOKENIZER, clip_processor, scatter
-from toolkit import systems
-from toolkit.errors import CheckpointError, ConfigError
-from toolkit.layouts.source import Options
 
 hf: Any = transformers
 PROMPT = "USER: <im_start><image><im_end>\nWhat is in the image? ASSISTANT:"
@@ -120,8 +120,8 @@ def test_comm_is_the_papers_formula_and_answers_token_for_token(tmp_path: Path) 
     engine = engine_of(tmp_path / "comm", tmp_path)
     session = Session.open(engine)
     features = expected_features(clip, dino, w)
-    from engines.clock import Clock
-    from toolkit.images import load
+    from edgevlm.engines.runtime.clock import Clock
+    from edgevlm.toolkit.images.preprocess import load
 
     found = session.vision.encode([load(IMAGE)], Clock()).rows
     np.testing.assert_allclose(found, features.numpy(), atol=2e-5 * float(features.abs().max()))
@@ -140,9 +140,9 @@ def test_comm_is_the_papers_formula_and_answers_token_for_token(tmp_path: Path) 
 
 
 def test_encoders_side_by_side_give_the_same(tmp_path: Path) -> None:
-    from engines import vision
-    from engines.clock import Clock
-    from toolkit.images import load
+    from edgevlm.engines.runtime import vision
+    from edgevlm.engines.runtime.clock import Clock
+    from edgevlm.toolkit.images.preprocess import load
 
     write(tmp_path / "comm")
     engine = engine_of(tmp_path / "comm", tmp_path)

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.checkpoints.layouts.source import Options
+from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from tests.systems import joined
 from tests.systems.test_huggingface import clip_processor, scatter
-from toolkit import systems
-from toolkit.errors import CheckpointError, ConfigError
-from toolkit.layouts.source import Options
 
 hf: Any = joined.hf
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 import transformers
 
-from engines.session import Session
+from edgevlm.engines.runtime.session import Session
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.checkpoints.layouts.source import Options
+from edgevlm.toolkit.images import preprocess
 from tests.conftest import HERE
 from tests.pipeline import ask, engine_of
-from toolkit import images, systems
-from toolkit.layouts.source import Options
 
 IMAGE, TOKENIZER = (
     HERE / "goldens/e2e_llava15/image.png",
@@ -182,14 +183,14 @@ def test_text_alone_equals_that_of_transformers(tmp_path: Path) -> None:
 def test_features_equal_those_of_transformers(tmp_path: Path) -> None:
     model = save(tmp_path / "checkpoint", "grouped heads")
     session = Session.open(engine_of(tmp_path / "checkpoint", tmp_path))
-    picture = images.load(IMAGE)
+    picture = preprocess.load(IMAGE)
     (rule,) = session.model.images.encoders.values()
-    pixels = torch.from_numpy(images.preprocess(picture.rgb, rule)[None])
+    pixels = torch.from_numpy(preprocess.preprocess(picture.rgb, rule)[None])
     with torch.no_grad():
         features = model.model.get_image_features(pixels)
     expected = getattr(features, "pooler_output", features)
     expected = torch.cat(list(expected)) if isinstance(expected, (list, tuple)) else expected
-    from engines.clock import Clock
+    from edgevlm.engines.runtime.clock import Clock
 
     found = session.vision.encode([picture], Clock()).rows
     np.testing.assert_allclose(found, expected.reshape(found.shape).numpy(), atol=1e-4)

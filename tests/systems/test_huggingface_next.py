@@ -11,10 +11,10 @@ import torch
 import transformers
 from PIL import Image
 
-from engines.session import Question, Session
+from edgevlm.engines.runtime.session import Question, Session
+from edgevlm.toolkit.images import preprocess, tiling
 from tests.pipeline import engine_of
 from tests.systems.test_huggingface import CLIP, LLAMA, add_tokenizer, scatter
-from toolkit import images, tiling
 
 hf: Any = transformers
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]  # (height, width)
@@ -132,8 +132,8 @@ def test_views_are_bit_equal(onevision: bool, tmp_path: Path) -> None:
     assert rules.tiling is not None
     (rule,) = rules.encoders.values()
     for path in pictures(tmp_path, *SIZES):
-        picture = images.load(path).rgb
+        picture = preprocess.load(path).rgb
         views = tiling.cut(picture, rules.tiling)
-        found = np.stack([images.preprocess(view, rule) for view in views.pictures])
+        found = np.stack([preprocess.preprocess(view, rule) for view in views.pictures])
         expected = processor(onevision)([picture], return_tensors="np")["pixel_values"][0]
         assert np.array_equal(found, expected[: len(found)])

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.session import Question, Session
+from edgevlm.engines.runtime.session import Question, Session
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.checkpoints.layouts.source import Options
+from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.images import preprocess, tiling
+from edgevlm.toolkit.images.tiling import TokenLayout
+from edgevlm.toolkit.ops.numpy_ops import NumpyOps
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.text import prompts
 from tests.pipeline import engine_of
 from tests.systems.test_original_goldens import near
-from toolkit import images, prompts, systems, tiling
-from toolkit.errors import ConfigError
-from toolkit.layouts.source import Options
-from toolkit.ops import Array
-from toolkit.reference import NumpyOps
-from toolkit.safetensors_io import SafetensorsFile
-from toolkit.tiling import TokenLayout
 
 CASE = "mlcd_llavanext_e2e"
 
@@ -98,25 +100,25 @@ def test_pixels_of_all_views_are_bit_equal(built: tuple[Golden, Session]) -> Non
     assert rules.tiling is not None
     (rule,) = rules.encoders.values()
     for number, path in enumerate(golden.pictures):
-        picture = images.load(path).rgb
+        picture = preprocess.load(path).rgb
         views = tiling.cut(picture, rules.tiling)
         assert views.grid == tuple(golden.meta[f"image{number}_grid_tiles_wh"])
-        found = np.stack([images.preprocess(view, rule) for view in views.pictures])
+        found = np.stack([preprocess.preprocess(view, rule) for view in views.pictures])
         assert np.array_equal(found, golden.outputs[f"image{number}.pixel_values_anyres"])
-        single = images.preprocess(picture, rule)[None]
+        single = preprocess.preprocess(picture, rule)[None]
         assert np.array_equal(single, golden.outputs[f"image{number}.pixel_values_single"])
 
 
 def test_features_are_near(built: tuple[Golden, Session]) -> None:
     golden, session = built
-    from engines.clock import Clock
+    from edgevlm.engines.runtime.clock import Clock
 
     for number, path in enumerate(golden.pictures):
-        found = session.vision.encode([images.load(path)], Clock())
+        found = session.vision.encode([preprocess.load(path)], Clock())
         expected = golden.outputs[f"image{number}.projected"].reshape(-1, 64)
         near(found.rows[:-1], expected)
         near(found.rows[found.places[0]], golden.outputs[f"image{number}.merged_tokens"])
-        single = session.vision.encode([images.load(path)], Clock(), tiles=False)
+        single = session.vision.encode([preprocess.load(path)], Clock(), tiles=False)
         near(single.rows[single.places[0]], golden.outputs[f"image{number}.single_view_tokens"])
 
 
@@ -176,11 +178,11 @@ def test_other_merge_types_go_the_whole_way(
         with pytest.raises(ConfigError, match="cannot be read"):
             systems.load(folder, Options())
         return
-    from engines.clock import Clock
+    from edgevlm.engines.runtime.clock import Clock
 
     session = Session.open(engine_of(folder, tmp_path))
     for number, path in enumerate(golden.pictures):
-        found = session.vision.encode([images.load(path)], Clock())
+        found = session.vision.encode([preprocess.load(path)], Clock())
         near(found.rows[found.places[0]], golden.outputs[f"image{number}.{name}"])
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.checkpoints.layouts.source import Options
+from edgevlm.toolkit.errors import ConfigError
 from tests.systems import joined
 from tests.systems.test_huggingface import clip_processor, scatter
-from toolkit import systems
-from toolkit.errors import ConfigError
-from toolkit.layouts.source import Options
 
 hf: Any = joined.hf
 HEADS, POINTS = 16, 4

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.checkpoints.layouts.source import Options
 from tests.systems import joined
 from tests.systems.test_huggingface import scatter
-from toolkit import systems
-from toolkit.layouts.source import Options
 
 hf: Any = joined.hf
 CLIP = {

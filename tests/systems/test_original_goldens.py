@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.session import Session
+from edgevlm.engines.runtime.session import Session
+from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.images import preprocess
+from edgevlm.toolkit.ops.numpy_ops import NumpyOps
+from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.text import prompts
+from edgevlm.toolkit.vlm import components
 from tests.pipeline import ask, engine_of
-from toolkit import images, prompts
-from toolkit.bundle import Bundle
-from toolkit.models import vlm
-from toolkit.ops import Array, Weights
-from toolkit.reference import NumpyOps
 
 CASES = ["e2e_llava15", "e2e_convllava", "e2e_mmfuser"]
 
@@ -69,7 +70,7 @@ def test_pixels_are_bit_equal(built: tuple[Golden, Path]) -> None:
     golden, engine = built
     session = Session.open(engine)
     (rule,) = session.model.images.encoders.values()
-    pixels = images.preprocess(images.load(golden.image).rgb, rule)
+    pixels = preprocess.preprocess(preprocess.load(golden.image).rgb, rule)
     assert np.array_equal(pixels[None], golden.outputs["pixel_values"])
 
 
@@ -97,9 +98,9 @@ def test_the_default_template_makes_the_originals_prompt(built: tuple[Golden, Pa
 def test_features_and_logits_are_near(built: tuple[Golden, Path]) -> None:
     golden, engine = built
     bundle = Bundle.open(engine.parent / "bundle")
-    parts = {p.name: p for p in vlm.components(bundle.model)}
+    parts = {p.name: p for p in components.components(bundle.model)}
     session = Session.open(engine)
-    found = session.vision.encode([images.load(golden.image)], _clock())
+    found = session.vision.encode([preprocess.load(golden.image)], _clock())
     features, rows = found.rows, found.places
     near(features, golden.outputs["projector_output"])
     (encoder,) = [p for n, p in parts.items() if n.startswith("encoder.")]
@@ -124,7 +125,7 @@ def test_two_images_in_their_order(built: tuple[Golden, Path], tmp_path: Path) -
     mirrored = tmp_path / "mirrored.png"
     ImageOps.mirror(Image.open(golden.image)).save(mirrored)
     session = Session.open(engine)
-    pictures = [images.load(golden.image), images.load(mirrored)]
+    pictures = [preprocess.load(golden.image), preprocess.load(mirrored)]
     features = session.vision.encode(pictures, _clock())
     layout = _layout(session, golden.case["prompt_two_images"], features.places)
     expected = golden.outputs["logits_two_images_last"].reshape(-1)
@@ -137,6 +138,6 @@ def _layout(session: Session, text: str, rows: Sequence[Array]) -> prompts.Layou
 
 
 def _clock() -> Any:
-    from engines.clock import Clock
+    from edgevlm.engines.runtime.clock import Clock
 
     return Clock()

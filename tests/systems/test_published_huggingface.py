@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.checkpoints.layouts.source import Options
+from edgevlm.toolkit.errors import ConfigError
 from tests.systems import joined
 from tests.systems.test_huggingface import CLIP, LLAMA, add_tokenizer, scatter
-from toolkit import systems
-from toolkit.errors import ConfigError
-from toolkit.layouts.source import Options
 
 hf: Any = joined.hf
 GRIDS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]

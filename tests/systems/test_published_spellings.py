@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.training.torch_files import reader
 from tests.systems import joined
-from toolkit import systems
-from toolkit.errors import ConfigError
-from toolkit.layouts.source import Options, Source
-from training.torch_files import reader
 
 hf: Any = joined.hf
 GRIDS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]

@@ -10,17 +10,17 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from engines.build import Request, build
-from engines.session import Answer, Question, Session
-from export.write import write_bundle
+from edgevlm.engines.build.build import Request, build
+from edgevlm.engines.runtime.session import Answer, Question, Session
+from edgevlm.export.write import write_bundle
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.checkpoints.layouts.quirks import QUIRKS
+from edgevlm.toolkit.checkpoints.layouts.source import Options
+from edgevlm.toolkit.errors import ConfigError, InputError
+from edgevlm.toolkit.target import this_cpu
 from tests.pipeline import silent
 from tests.systems.test_original_goldens import Golden
 from tests.systems.test_same_answer import copied
-from toolkit import systems
-from toolkit.errors import ConfigError, InputError
-from toolkit.layouts.quirks import QUIRKS
-from toolkit.layouts.source import Options
-from toolkit.target import this_cpu
 
 MLCD = "mlcd_llavanext_e2e"
 
@@ -86,7 +86,7 @@ def test_a_prompt_beyond_the_training_length(llava: tuple[Golden, Path], tmp_pat
 
 def _text_of(session: Session, ids: list[int]) -> str:
     """A raw prompt whose ids begin as given; checked by encoding it again."""
-    from toolkit import prompts
+    from edgevlm.toolkit.text import prompts
 
     place = ids.index(-200)
     before, after = (session.tokenizer.decode(part) for part in (ids[:place], ids[place + 1 :]))

@@ -14,15 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.build import TOLERANCE, relative_difference
+from edgevlm.engines.build.build import TOLERANCE, relative_difference
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.bundle import goldens
+from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.checkpoints.layouts.source import Options
+from edgevlm.toolkit.errors import CheckpointError, ConfigError, ToolkitError
+from edgevlm.toolkit.ops.vocabulary import Array
 from tests.conftest import golden_cases
 from tests.pipeline import ask, engine_of
 from tests.systems.test_original_goldens import Golden
-from toolkit import goldens, systems
-from toolkit.bundle import Bundle
-from toolkit.errors import CheckpointError, ConfigError, ToolkitError
-from toolkit.layouts.source import Options
-from toolkit.ops import Array
 
 CASES = ["e2e_llava15", "e2e_convllava", "e2e_mmfuser"]
 

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-import cli
-from engines.build import TOLERANCE, build, lint, relative_difference
-from export.write import graphs
+from edgevlm import cli
+from edgevlm.engines.build.build import TOLERANCE, build, lint, relative_difference
+from edgevlm.export.write import graphs
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.checkpoints.layouts.source import Options
+from edgevlm.toolkit.errors import ToolkitError
+from edgevlm.toolkit.target import parse
 from tests.conftest import ROOT, golden_cases
 from tests.pipeline import ask, engine_of, requantized, silent
 from tests.systems import test_comm, test_huggingface, test_huggingface_next
 from tests.systems.test_huggingface import IMAGE
 from tests.systems.test_same_answer import replayed
-from toolkit import systems
-from toolkit.bundle import Bundle
-from toolkit.errors import ToolkitError
-from toolkit.layouts.source import Options
-from toolkit.target import parse
 
 COLUMNS = ("system", "loads original", "loads Hugging Face", "exports", "runs on CPU", "trains",
            "int8", "int4", "TensorRT lowering")  # fmt: skip

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import pytest
 
-from toolkit import models
-from toolkit.config import from_json, to_json
-from toolkit.errors import ConfigError
-from toolkit.precision import PrecisionPlan, Rule
-from toolkit.strict import Reader, from_plain, read_json, to_plain
-from toolkit.systems import find, presets
+from edgevlm.toolkit import models
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
+from edgevlm.toolkit.strict import Reader, from_plain, read_json, to_plain
+from edgevlm.toolkit.systems import find, presets
+from edgevlm.toolkit.vlm.config import from_json, to_json
 
 ARCHITECTURES = [
     *(("encoder", kind) for kind in models.kinds("encoders")),

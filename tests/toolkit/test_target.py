@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit import target
-from toolkit.errors import ConfigError, TargetMismatch
-from toolkit.target import BACKENDS, DEVICES, Target, check_runs_here, parse, release
+from edgevlm.toolkit import target
+from edgevlm.toolkit.errors import ConfigError, TargetMismatch
+from edgevlm.toolkit.target import BACKENDS, DEVICES, Target, check_runs_here, parse, release
 
 VERSIONS = st.lists(st.integers(0, 30), max_size=4).map(tuple)
 TARGETS = st.builds(

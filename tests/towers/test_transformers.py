@@ -10,20 +10,20 @@ import pytest
 import torch
 import transformers
 
-from engines.lower import lower
+from edgevlm.engines.lowering.lower import lower
+from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints.layouts.source import find_prefix
+from edgevlm.toolkit.checkpoints.weights import check_tables
+from edgevlm.toolkit.images.resize import bicubic
+from edgevlm.toolkit.ops.numpy_ops import NumpyOps
+from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.strict import Reader, read_json
+from edgevlm.toolkit.target import this_cpu
+from edgevlm.toolkit.vlm import components
+from edgevlm.toolkit.vlm.config import Part
 from tests.onnx_tools import model_of, run
 from tests.systems.test_huggingface import scatter
 from tests.towers.test_tower_goldens import near, opened, tensors
-from toolkit import models
-from toolkit.config import Part
-from toolkit.layouts.source import find_prefix
-from toolkit.models import vlm
-from toolkit.ops import Array, Weights
-from toolkit.reference import NumpyOps
-from toolkit.resize import bicubic
-from toolkit.strict import Reader, read_json
-from toolkit.target import this_cpu
-from toolkit.weights import check_tables
 
 hf: Any = transformers
 BASE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 7}
@@ -125,7 +125,7 @@ def test_towers(name: str, tmp_path: Path) -> None:
     taps = (-1,) if convolutional else (0, 2, 3)
     config, weights = loaded(name, tmp_path, taps)
     pixels = np.random.default_rng(1).normal(size=(2, 3, *size)).astype(np.float32)
-    part = vlm.encoder_component(Part("eye", kind, config))
+    part = components.encoder_component(Part("eye", kind, config))
     found = part.forward(NumpyOps(), Weights(weights), {"pixels": pixels})
     lowered = run(lower(model_of(part, weights), this_cpu()), {"pixels": pixels})
     with torch.no_grad():
@@ -199,7 +199,7 @@ def test_language_models(name: str, tmp_path: Path) -> None:
     checkpoint = opened(tmp_path / "model.safetensors")
     table = dict(file.names(config))
     check_tables([(table, file.shapes(config))], checkpoint, file.unused(config))
-    part, weights = vlm.lm_component(Part("lm", kind, config)), tensors(table, checkpoint)
+    part, weights = components.lm_component(Part("lm", kind, config)), tensors(table, checkpoint)
     ids = np.random.default_rng(3).integers(0, 200, (1, 12))
     with torch.no_grad():
         expected = model(torch.from_numpy(ids)).logits.numpy()
@@ -215,7 +215,7 @@ def test_language_models(name: str, tmp_path: Path) -> None:
 
 
 def call(
-    part: vlm.Component, lowered: Any, weights: dict[str, Array], ids: Array, start: int,
+    part: components.Component, lowered: Any, weights: dict[str, Array], ids: Array, start: int,
     states: dict[str, Array],
 ) -> tuple[Array, dict[str, Array]]:  # fmt: skip
     """One call of the lowered graph, compared with the oracle's; logits and states."""

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from toolkit.errors import CheckpointError
-from toolkit.weights import open_checkpoint
-from training.torch_files import TorchFile, reader
+from edgevlm.toolkit.checkpoints.weights import open_checkpoint
+from edgevlm.toolkit.errors import CheckpointError
+from edgevlm.training.torch_files import TorchFile, reader
 
 
 class Evil:

@@ -11,9 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from toolkit.errors import ConfigError
-from toolkit.ops import Ops, T, Weights
-from toolkit.weights import Recipe
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.models.recipes import Recipe
+from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
 
 Room = Literal["encoders", "mergers", "lms"]
 
@@ -72,7 +72,7 @@ def _find(room: Room, kind: str) -> Any:
     if kind not in kinds(room):
         known = ", ".join(kinds(room))
         raise ConfigError(f"there is no {room[:-1]} called {kind!r}", hint=f"known: {known}")
-    return import_module(f"toolkit.models.{room}.{kind}")
+    return import_module(f"edgevlm.toolkit.models.{room}.{kind}")
 
 
 def encoder(kind: str) -> EncoderFile:

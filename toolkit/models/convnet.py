@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolkit.ops import Ops, T, Weights
+from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from toolkit.errors import ConfigError
+from edgevlm.toolkit.errors import ConfigError
 
 
 class Tapped(Protocol):

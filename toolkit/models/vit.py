@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from toolkit.models.taps import depth_needed
-from toolkit.ops import Ops, T, Weights
-from toolkit.weights import Recipe, flip, keep
+from edgevlm.toolkit.models.recipes import Recipe, flip, keep
+from edgevlm.toolkit.models.taps import depth_needed
+from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -10,13 +10,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from toolkit import published
-from toolkit.bundle import MANIFEST
-from toolkit.config import ModelConfig
-from toolkit.errors import CheckpointError, ConfigError
-from toolkit.layouts import own, quirks
-from toolkit.layouts.source import Options, Source, random_source, with_context
-from toolkit.strict import read_json
+from edgevlm.toolkit.bundle import source as own
+from edgevlm.toolkit.bundle.manifest import MANIFEST
+from edgevlm.toolkit.checkpoints.layouts import quirks
+from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, random_source, with_context
+from edgevlm.toolkit.errors import CheckpointError, ConfigError
+from edgevlm.toolkit.strict import read_json
+from edgevlm.toolkit.vlm import presets as published
+from edgevlm.toolkit.vlm.config import ModelConfig
 
 
 class System(Protocol):
@@ -38,7 +39,7 @@ def find(name: str) -> System:
     """The system file called `name`. Raises ConfigError naming the known ones."""
     if name not in names():
         raise ConfigError(f"there is no system {name!r}", hint=f"known: {', '.join(names())}")
-    return cast(System, import_module(f"toolkit.systems.{name}"))
+    return cast(System, import_module(f"edgevlm.toolkit.systems.{name}"))
 
 
 def load(folder: Path, options: Options) -> Source:

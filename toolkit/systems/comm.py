@@ -13,12 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from toolkit import models, published
-from toolkit.config import ModelConfig, Part
-from toolkit.errors import CheckpointError, ConfigError
-from toolkit.images import ImageRules, Preprocess
-from toolkit.layouts import original, towers
-from toolkit.layouts.source import (
+from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints.layouts import original, towers
+from edgevlm.toolkit.checkpoints.layouts.source import (
     Options,
     Source,
     Stored,
@@ -29,13 +26,16 @@ from toolkit.layouts.source import (
     read_tokenizer,
     with_context,
 )
-from toolkit.models import vlm
-from toolkit.models.encoders import clip, dinov2
-from toolkit.models.lms import llama
-from toolkit.models.mergers import comm
-from toolkit.prompts import PromptRules
-from toolkit.strict import MOST_LAYERS, Reader, read_json
-from toolkit.weights import open_checkpoint
+from edgevlm.toolkit.checkpoints.weights import open_checkpoint
+from edgevlm.toolkit.errors import CheckpointError, ConfigError
+from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess
+from edgevlm.toolkit.models.encoders import clip, dinov2
+from edgevlm.toolkit.models.lms import llama
+from edgevlm.toolkit.models.mergers import comm
+from edgevlm.toolkit.strict import MOST_LAYERS, Reader, read_json
+from edgevlm.toolkit.text.prompts import PromptRules
+from edgevlm.toolkit.vlm import components, presets
+from edgevlm.toolkit.vlm.config import ModelConfig, Part
 
 MODEL_TYPE = "edgevlm_comm"
 _LMS = {"llama": "llama", "qwen2": "qwen2", "mistral": "mistral"}
@@ -90,7 +90,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
             doubled_blank=doubled,
         ),
     )
-    weights = {p.name: stored[p.name].weights() for p in vlm.components(model)}
+    weights = {p.name: stored[p.name].weights() for p in components.components(model)}
     return Source(model, weights, text, {"layout": "comm"})
 
 
@@ -210,16 +210,14 @@ def _tokenizer(folder: Path, lm: Part, wrapped: bool) -> tuple[str, bool]:
 
 def _preset(name: str, lm: llama.Config) -> ModelConfig:
     levels = {"clip": tuple(range(24)), "dinov2": tuple(range(18, 24))}
-    base = {"clip": published.CLIP_L_336, "dinov2": published.DINOV2_L_336}
-    eyes = [
-        Part(n, n, published.tapped(base[n], *(level + 1 for level in levels[n]))) for n in base
-    ]
+    base = {"clip": presets.CLIP_L_336, "dinov2": presets.DINOV2_L_336}
+    eyes = [Part(n, n, presets.tapped(base[n], *(level + 1 for level in levels[n]))) for n in base]
     branches = tuple(
         comm.Branch(n, levels[n], 1024, mlp_depth=1 if n == "dinov2" else 0) for n in base
     )
-    rule = published.clip_pixels(336).padded()
-    other = published.imagenet_pixels(336)
-    return published.model(
+    rule = presets.clip_pixels(336).padded()
+    other = presets.imagenet_pixels(336)
+    return presets.model(
         name,
         "comm",
         eyes,
@@ -229,4 +227,4 @@ def _preset(name: str, lm: llama.Config) -> ModelConfig:
     )
 
 
-PRESETS = published.with_sibling("comm-7b", published.VICUNA_7B, _preset)
+PRESETS = presets.with_sibling("comm-7b", presets.VICUNA_7B, _preset)

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from toolkit import published
-from toolkit.config import ModelConfig, Part
-from toolkit.images import ImageRules
-from toolkit.layouts import original, projectors, towers
-from toolkit.layouts.source import Options, Source
-from toolkit.models.lms import llama
-from toolkit.models.mergers import mlp
+from edgevlm.toolkit.checkpoints.layouts import original, projectors, towers
+from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.images.preprocess import ImageRules
+from edgevlm.toolkit.models.lms import llama
+from edgevlm.toolkit.models.mergers import mlp
+from edgevlm.toolkit.vlm import presets
+from edgevlm.toolkit.vlm.config import ModelConfig, Part
 
 _RULES = original.Rules("convllava", projectors.linears)
 
@@ -34,21 +34,21 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
 
 
 def _preset(name: str, lm: llama.Config, side: int) -> ModelConfig:
-    tower = replace(published.CONVNEXT_L_5, image=side)
-    return published.model(
+    tower = replace(presets.CONVNEXT_L_5, image=side)
+    return presets.model(
         name,
         "convllava",
         [Part("convnext", "convnext", tower)],
         Part("merger", "mlp", mlp.Config((tower.dims[-1],), lm.width)),
         lm,
-        ImageRules({"convnext": published.clip_pixels(side).padded()}),
+        ImageRules({"convnext": presets.clip_pixels(side).padded()}),
     )
 
 
 def _presets() -> dict[str, Callable[[], ModelConfig]]:
     found: dict[str, Callable[[], ModelConfig]] = {}
     for side in (768, 1024, 1536):
-        for size, lm in (("7b", published.VICUNA_7B), ("0.5b", published.QWEN_0_5B)):
+        for size, lm in (("7b", presets.VICUNA_7B), ("0.5b", presets.QWEN_0_5B)):
             name = f"convllava-{size}-{side}"
             found[name] = lambda name=name, lm=lm, side=side: _preset(name, lm, side)  # type: ignore[misc]
     return found

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit import published
-from toolkit.config import ModelConfig, Part
-from toolkit.images import ImageRules
-from toolkit.layouts import huggingface, original, projectors, towers
-from toolkit.layouts.source import Options, Source
-from toolkit.models.lms import llama
-from toolkit.models.mergers import mlp
+from edgevlm.toolkit.checkpoints.layouts import huggingface, original, projectors, towers
+from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.images.preprocess import ImageRules
+from edgevlm.toolkit.models.lms import llama
+from edgevlm.toolkit.models.mergers import mlp
+from edgevlm.toolkit.vlm import presets
+from edgevlm.toolkit.vlm.config import ModelConfig, Part
 
 _ORIGINAL = original.Rules("llava", projectors.linears)
 _HUGGINGFACE = huggingface.Rules("llava", huggingface.one_view, original.TEMPLATES)
@@ -41,17 +41,17 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
 
 
 def _preset(name: str, lm: llama.Config) -> ModelConfig:
-    return published.model(
+    return presets.model(
         name,
         "llava",
-        [Part("clip", "clip", published.CLIP_L_336)],
+        [Part("clip", "clip", presets.CLIP_L_336)],
         Part("merger", "mlp", mlp.Config((1024,), lm.width)),
         lm,
-        ImageRules({"clip": published.clip_pixels(336).padded()}),
+        ImageRules({"clip": presets.clip_pixels(336).padded()}),
     )
 
 
 PRESETS = {
-    "llava-1.5-7b": lambda: _preset("llava-1.5-7b", published.VICUNA_7B),
-    "llava-qwen2-0.5b": lambda: _preset("llava-qwen2-0.5b", published.QWEN_0_5B),
+    "llava-1.5-7b": lambda: _preset("llava-1.5-7b", presets.VICUNA_7B),
+    "llava-qwen2-0.5b": lambda: _preset("llava-qwen2-0.5b", presets.QWEN_0_5B),
 }

@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit import published
-from toolkit.config import ModelConfig, Part
-from toolkit.errors import ConfigError
-from toolkit.images import ImageRules, Preprocess
-from toolkit.layouts import huggingface, original, projectors, towers
-from toolkit.layouts.source import Options, Source
-from toolkit.models.lms import llama
-from toolkit.models.mergers import mlp
-from toolkit.strict import Reader
-from toolkit.tiling import Tiling, TokenLayout
+from edgevlm.toolkit.checkpoints.layouts import huggingface, original, projectors, towers
+from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess
+from edgevlm.toolkit.images.tiling import Tiling, TokenLayout
+from edgevlm.toolkit.models.lms import llama
+from edgevlm.toolkit.models.mergers import mlp
+from edgevlm.toolkit.strict import Reader
+from edgevlm.toolkit.vlm import presets
+from edgevlm.toolkit.vlm.config import ModelConfig, Part
 
 _ORIGINAL = original.Rules("llava_next", projectors.linears, tower_wins=True, lone_newline=True)
 
@@ -94,14 +94,14 @@ def _onevision_pictures(r: Reader, encoder: Part, rule: Preprocess) -> ImageRule
 def _preset(name: str, lm: llama.Config) -> ModelConfig:
     pinpoints = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
     layout = TokenLayout(24, "spatial", unpad=True, newline=True)
-    return published.model(
+    return presets.model(
         name,
         "llava_next",
-        [Part("clip", "clip", published.CLIP_L_336)],
+        [Part("clip", "clip", presets.CLIP_L_336)],
         Part("merger", "mlp", mlp.Config((1024,), lm.width)),
         lm,
-        ImageRules({"clip": published.clip_pixels(336)}, Tiling(pinpoints, 336), layout),
+        ImageRules({"clip": presets.clip_pixels(336)}, Tiling(pinpoints, 336), layout),
     )
 
 
-PRESETS = published.with_sibling("llava-next-7b", published.VICUNA_7B, _preset)
+PRESETS = presets.with_sibling("llava-next-7b", presets.VICUNA_7B, _preset)

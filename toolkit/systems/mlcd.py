@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit import published
-from toolkit.config import ModelConfig, Part
-from toolkit.images import ImageRules
-from toolkit.layouts import original, projectors
-from toolkit.layouts.source import Options, Source
-from toolkit.models.lms import llama
-from toolkit.models.mergers import mlp
-from toolkit.tiling import Tiling, TokenLayout
+from edgevlm.toolkit.checkpoints.layouts import original, projectors
+from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.images.preprocess import ImageRules
+from edgevlm.toolkit.images.tiling import Tiling, TokenLayout
+from edgevlm.toolkit.models.lms import llama
+from edgevlm.toolkit.models.mergers import mlp
+from edgevlm.toolkit.vlm import presets
+from edgevlm.toolkit.vlm.config import ModelConfig, Part
 
 _RULES = original.Rules("mlcd", projectors.linears, tower_wins=True, lone_newline=True)
 
@@ -34,30 +34,30 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
 def _embodied(name: str, lm: llama.Config) -> ModelConfig:
     grids = tuple((336 * i, 336 * j) for i in range(1, 7) for j in range(1, 7))
     layout = TokenLayout(24, "spatial", unpad=True, newline=True)
-    return published.model(
+    return presets.model(
         name,
         "mlcd",
-        [Part("clip", "clip", published.CLIP_L_336)],
+        [Part("clip", "clip", presets.CLIP_L_336)],
         Part("merger", "mlp", mlp.Config((1024,), lm.width)),
         lm,
-        ImageRules({"clip": published.clip_pixels(336)}, Tiling(grids, 336), layout),
+        ImageRules({"clip": presets.clip_pixels(336)}, Tiling(grids, 336), layout),
     )
 
 
 def _bigg(name: str, lm: llama.Config) -> ModelConfig:
     grids = ((448, 896), (896, 448), (896, 896), (1344, 448), (448, 1344))
     layout = TokenLayout(32, "spatial", unpad=True, newline=True)
-    return published.model(
+    return presets.model(
         name,
         "mlcd",
-        [Part("mlcd", "mlcd", published.MLCD_BIGG_448)],
+        [Part("mlcd", "mlcd", presets.MLCD_BIGG_448)],
         Part("merger", "mlp", mlp.Config((1664,), lm.width)),
         lm,
-        ImageRules({"mlcd": published.clip_pixels(448)}, Tiling(grids, 448), layout),
+        ImageRules({"mlcd": presets.clip_pixels(448)}, Tiling(grids, 448), layout),
     )
 
 
 PRESETS = {
-    **published.with_sibling("mlcd-embodied-7b", published.QWEN_7B, _embodied),
-    **published.with_sibling("mlcd-bigg-448-7b", published.QWEN_7B, _bigg),
+    **presets.with_sibling("mlcd-embodied-7b", presets.QWEN_7B, _embodied),
+    **presets.with_sibling("mlcd-bigg-448-7b", presets.QWEN_7B, _bigg),
 }

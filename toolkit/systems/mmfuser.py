@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit import published
-from toolkit.config import ModelConfig, Part
-from toolkit.errors import ConfigError
-from toolkit.images import ImageRules
-from toolkit.layouts import original, projectors, towers
-from toolkit.layouts.source import Options, Source
-from toolkit.models.lms import llama
-from toolkit.models.mergers import mmfuser
-from toolkit.strict import Reader
+from edgevlm.toolkit.checkpoints.layouts import original, projectors, towers
+from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.images.preprocess import ImageRules
+from edgevlm.toolkit.models.lms import llama
+from edgevlm.toolkit.models.mergers import mmfuser
+from edgevlm.toolkit.strict import Reader
+from edgevlm.toolkit.vlm import presets
+from edgevlm.toolkit.vlm.config import ModelConfig, Part
 
 LEVELS = (3, 8, 13, 18, 23)
 
@@ -65,14 +65,14 @@ _RULES = original.Rules("mmfuser", _merger, taps=_taps)
 
 
 def _preset(name: str, lm: llama.Config) -> ModelConfig:
-    return published.model(
+    return presets.model(
         name,
         "mmfuser",
-        [Part("clip", "clip", published.tapped(published.CLIP_L_336, *LEVELS))],
+        [Part("clip", "clip", presets.tapped(presets.CLIP_L_336, *LEVELS))],
         Part("merger", "mmfuser", mmfuser.Config(1024, 24, lm.width)),
         lm,
-        ImageRules({"clip": published.clip_pixels(336).padded()}),
+        ImageRules({"clip": presets.clip_pixels(336).padded()}),
     )
 
 
-PRESETS = published.with_sibling("mmfuser-7b", published.VICUNA_7B, _preset)
+PRESETS = presets.with_sibling("mmfuser-7b", presets.VICUNA_7B, _preset)

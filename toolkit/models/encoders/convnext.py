@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from toolkit.errors import ConfigError
-from toolkit.models import convnet
-from toolkit.ops import Ops, T, Weights
-from toolkit.strict import Reader
-from toolkit.weights import Recipe, flip, keep
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.models import convnet
+from edgevlm.toolkit.models.recipes import Recipe, flip, keep
+from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
+from edgevlm.toolkit.strict import Reader
 
 MODEL_TYPES = ("convnext",)
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.models import vit
-from toolkit.models.taps import depth_needed, resolve_taps
-from toolkit.ops import Array, Ops, T, Weights
-from toolkit.strict import MOST_LAYERS, Reader
-from toolkit.weights import Recipe, flat, flip, keep
+from edgevlm.toolkit.models import vit
+from edgevlm.toolkit.models.recipes import Recipe, flat, flip, keep
+from edgevlm.toolkit.models.taps import depth_needed, resolve_taps
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
+from edgevlm.toolkit.strict import MOST_LAYERS, Reader
 
 MODEL_TYPES = ("mlcd_vision_model",)
 

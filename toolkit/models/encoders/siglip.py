@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from toolkit.errors import ConfigError
-from toolkit.models import vit
-from toolkit.models.taps import depth_needed, resolve_taps
-from toolkit.ops import Ops, T, Weights
-from toolkit.strict import MOST_LAYERS, Reader
-from toolkit.weights import Recipe, keep
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.models import vit
+from edgevlm.toolkit.models.recipes import Recipe, keep
+from edgevlm.toolkit.models.taps import depth_needed, resolve_taps
+from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
+from edgevlm.toolkit.strict import MOST_LAYERS, Reader
 
 MODEL_TYPES = ("siglip_vision_model", "siglip")
 

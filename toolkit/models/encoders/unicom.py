@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from toolkit.models import vit
-from toolkit.ops import Array, Ops, T, Weights
-from toolkit.weights import Recipe, flip, keep
+from edgevlm.toolkit.models import vit
+from edgevlm.toolkit.models.recipes import Recipe, flip, keep
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
 
 MODEL_TYPES = ("unicom",)
 _BATCH_EPS = 2e-5

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from toolkit.errors import CheckpointError
-from toolkit.models import convnet
-from toolkit.ops import Array, Ops, T, Weights
-from toolkit.weights import Checkpoint, Recipe, flip, keep
+from edgevlm.toolkit.errors import CheckpointError
+from edgevlm.toolkit.models import convnet
+from edgevlm.toolkit.models.recipes import Recipe, flip, keep
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
 
 MODEL_TYPES = ("lknet", "unireplknet")
 BRANCHES = {  # kernel -> (kernel, dilation) of the parallel branches
@@ -39,24 +39,24 @@ class Config:
     merged: bool = True
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Config:
-        """Sizes from the tensors themselves: the original hard-codes them and reads no config."""
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], where: str) -> Config:
+        """Sizes from the tensors' shapes: the original hard-codes them and reads no config."""
         found: dict[tuple[int, int], int] = {}
         dims: dict[int, int] = {}
-        for key in sorted(checkpoint.keys()):
+        for key in sorted(shapes):
             match = re.fullmatch(r"stages\.(\d+)\.(\d+)\.dwconv\.(?:lk_origin\.)?weight", key)
             if match:
-                shape = checkpoint.shape(key)
+                shape = shapes[key]
                 found[int(match[1]), int(match[2])] = shape[2]
                 dims[int(match[1])] = shape[0]
         if sorted(dims) != list(range(len(dims))) or not dims:
             raise CheckpointError(
-                f"{checkpoint.where} holds no UniRepLKNet (stages.0.0.dwconv and on)",
+                f"{where} holds no UniRepLKNet (stages.0.0.dwconv and on)",
                 hint="mm_vision_tower must name the tower's weight file",
             )
         depths = [1 + max(j for s, j in found if s == stage) for stage in sorted(dims)]
         kernels = tuple(tuple(found[s, j] for j in range(n)) for s, n in enumerate(depths))
-        merged = "stages.0.0.norm.weight" not in checkpoint
+        merged = "stages.0.0.norm.weight" not in shapes
         return cls(tuple(dims[s] for s in sorted(dims)), kernels, merged)
 
     @property

@@ -13,10 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from toolkit.errors import ConfigError
-from toolkit.ops import Array, Ops, Step, T, Weights
-from toolkit.strict import MOST_LAYERS, Reader
-from toolkit.weights import Recipe, flip, keep
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.models.recipes import Recipe, flip, keep
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, Step, T, Weights
+from edgevlm.toolkit.strict import MOST_LAYERS, Reader
 
 
 @dataclass(frozen=True)

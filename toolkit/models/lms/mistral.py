@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from toolkit.models.lms import llama
-from toolkit.models.lms.llama import forward, names, shapes, unused
-from toolkit.strict import Reader
+from edgevlm.toolkit.models.lms import llama
+from edgevlm.toolkit.models.lms.llama import forward, names, shapes, unused
+from edgevlm.toolkit.strict import Reader
 
 __all__ = ["Config", "forward", "names", "shapes", "tiny", "unused"]
 

@@ -13,9 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from toolkit.models import vit
-from toolkit.ops import Array, Ops, T, Weights
-from toolkit.weights import Recipe, flip, keep
+from edgevlm.toolkit.models import vit
+from edgevlm.toolkit.models.recipes import Recipe, flip, keep
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
 
 Merge = Literal["norm_linear", "linear_norm", "layerscale", "mean", "mean_half", "conv1", "conv3"]
 _BATCH_EPS = 1e-5

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from toolkit.models import vit
-from toolkit.ops import Ops, T, Weights
-from toolkit.weights import Recipe, flip, keep
+from edgevlm.toolkit.models import vit
+from edgevlm.toolkit.models.recipes import Recipe, flip, keep
+from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
 
 _EPS = 1e-5
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from toolkit.models import vit
-from toolkit.models.mergers import mlp
-from toolkit.ops import Array, Ops, T, Weights
-from toolkit.weights import Recipe, flip, keep
+from edgevlm.toolkit.models import vit
+from edgevlm.toolkit.models.mergers import mlp
+from edgevlm.toolkit.models.recipes import Recipe, flip, keep
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
 
 LEVELS = 4
 _EPS = 1e-6

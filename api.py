@@ -1,0 +1,245 @@
+"""What connects the packages: the functions that the command line and Python programs call.
+
+`cli.py` parses and prints, the packages do the work and never import one another; here one
+package's result is handed to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgevlm.engines.build.build import Again, Request
+    from edgevlm.engines.manifest import Engine
+    from edgevlm.toolkit.bundle.manifest import Bundle
+    from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+
+Progress = Callable[[str], None]
+
+
+def made_by() -> str:
+    """What artifacts say about the program that wrote them."""
+    from edgevlm import __version__
+
+    return f"edgevlm {__version__}"
+
+
+def read_options(
+    *,
+    system: str | None = None,
+    vision_tower: str | Path | None = None,
+    ignore_keys: Sequence[str] = (),
+    quirks: Sequence[str] = (),
+    max_context: int | None = None,
+) -> Options:
+    """How a checkpoint is to be read; torch files too, where torch is installed."""
+    from edgevlm.toolkit.checkpoints.layouts.source import Options
+    from edgevlm.training import torch_files
+
+    return Options(
+        system,
+        None if vision_tower is None else Path(vision_tower),
+        tuple(ignore_keys),
+        max_context,
+        torch_files.reader(),
+        tuple(quirks),
+    )
+
+
+def open_source(
+    source: str | Path,
+    options: Options,
+    *,
+    random_weights: bool = False,
+    seed: int = 0,
+    revision: str | None = None,
+    offline: bool = False,
+) -> Source:
+    """A checkpoint folder, a model id, a bundle, or preset:NAME with random weights.
+
+    Raises ConfigError, CheckpointError or BundleError.
+    """
+    from edgevlm.toolkit import systems
+    from edgevlm.toolkit.checkpoints import hub
+
+    text = str(source)
+    systems.check_weights(text, random_weights)
+    name = text.removeprefix("preset:")
+    if name != text:
+        return systems.preset(name, seed, options)
+    return systems.load(hub.locate(text, revision=revision, offline=offline), options)
+
+
+def export_bundle(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "fp32",
+    max_context: int | None = None,
+    system: str | None = None,
+    vision_tower: str | Path | None = None,
+    ignore_keys: Sequence[str] = (),
+    quirks: Sequence[str] = (),
+    random_weights: bool = False,
+    seed: int = 0,
+    revision: str | None = None,
+    offline: bool = False,
+    target: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Write `source` as the bundle `out`, as `edgevlm export` does, and open it.
+
+    source: a checkpoint folder, a model id or preset:NAME. target: refuse what that target cannot
+    run. Raises ToolkitError; nothing half-written stays.
+    """
+    from edgevlm.export import available
+    from edgevlm.toolkit.bundle.manifest import Bundle
+
+    available.check_dtype(dtype)
+    options = read_options(
+        system=system,
+        vision_tower=vision_tower,
+        ignore_keys=ignore_keys,
+        quirks=quirks,
+        max_context=max_context,
+    )
+    model = open_source(
+        source,
+        options,
+        random_weights=random_weights,
+        seed=seed,
+        revision=revision,
+        offline=offline,
+    )
+    write_source(model, source, out, dtype=dtype, target=target, force=force, progress=progress)
+    return Bundle.open(Path(out))
+
+
+def write_source(
+    model: Source,
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: str,
+    target: str | None,
+    force: bool,
+    progress: Progress | None,
+) -> None:
+    """Write an opened source as a bundle; `source` is where it was read from."""
+    from edgevlm.engines.build import build
+    from edgevlm.export import write
+    from edgevlm.toolkit.bundle.atomic import refuse_source
+    from edgevlm.toolkit.target import parse
+
+    refuse_source(Path(out), Path(source))
+    if target is not None:
+        build.lint(write.graphs(model, dtype), parse(target))
+    write.write_bundle(
+        model,
+        Path(out),
+        dtype=dtype,
+        made_by=made_by(),
+        force=force,
+        progress=progress or _silent,
+    )
+
+
+def build_request(
+    bundle: str | Path,
+    *,
+    target: str = "cpu",
+    max_context: int | None = None,
+    max_image_tiles: int | None = None,
+    precision: str | None = None,
+    bisect: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Request:
+    """What `edgevlm build` is asked for, with the recorder handed in where it must record again."""
+    from edgevlm.engines.build.build import Request
+    from edgevlm.toolkit.target import parse
+
+    again = None
+    if precision is not None:
+        again = _again(Path(bundle), precision, progress or _silent)
+    return Request(parse(target), max_context, force, made_by(), max_image_tiles, bisect, again)
+
+
+def _again(bundle: Path, precision: str, progress: Progress) -> Again:
+    from dataclasses import replace
+    from functools import partial
+
+    from edgevlm.calibration import weight_only
+    from edgevlm.engines.build.build import Again
+    from edgevlm.export import available
+    from edgevlm.toolkit import systems
+    from edgevlm.toolkit.checkpoints.layouts.source import Options
+
+    available.check()
+    from edgevlm.export import write
+
+    plan = weight_only.plan(precision)
+    source = replace(systems.load(bundle, Options()), plan=plan)
+    writing = partial(write.write_bundle, source, made_by=made_by(), progress=progress)
+    return Again(precision, plan, writing, partial(write.graphs, source))
+
+
+def build_engine(
+    bundle: str | Path,
+    out: str | Path,
+    *,
+    target: str = "cpu",
+    max_context: int | None = None,
+    max_image_tiles: int | None = None,
+    precision: str | None = None,
+    bisect: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Engine:
+    """Build a bundle into the engine `out`, as `edgevlm build` does; what engine.json holds.
+
+    An engine of the same bundle and options that stands at `out` is kept. Raises ToolkitError;
+    nothing half-written stays.
+    """
+    from edgevlm.engines.build.build import build
+
+    request = build_request(
+        bundle,
+        target=target,
+        max_context=max_context,
+        max_image_tiles=max_image_tiles,
+        precision=precision,
+        bisect=bisect,
+        force=force,
+        progress=progress,
+    )
+    engine, _ = build(Path(bundle), Path(out), request, progress or _silent)
+    return engine
+
+
+def inspect(path: Path) -> tuple[Any, list[str]]:
+    """What a path is: data, and lines for people. Raises BundleError if it is nothing we know."""
+    from edgevlm.engines import manifest
+    from edgevlm.engines.build import summary as engine_summary
+    from edgevlm.toolkit.bundle.manifest import MANIFEST
+    from edgevlm.toolkit.errors import BundleError
+    from edgevlm.toolkit.terminal import summary
+    from edgevlm.training import torch_files
+
+    if (path / manifest.DESCRIPTION).exists():
+        return engine_summary.inspect_engine(path)
+    if (path / MANIFEST).exists():
+        return summary.inspect_bundle(path)
+    if path.suffix == ".json" and path.is_file():
+        return summary.inspect_profile(path)
+    if (path / "config.json").exists():
+        return summary.inspect_checkpoint(path, torch_files.reader())
+    what = "is no checkpoint, bundle, engine or profile" if path.exists() else "does not exist"
+    raise BundleError(f"{path} {what}")
+
+
+def _silent(message: str) -> None:
+    return None

@@ -1,0 +1,313 @@
+"""From a bundle to an engine for one target: lower, compile, replay the goldens, or refuse."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgevlm.engines import backends, manifest
+from edgevlm.engines.backends import Backend, Compiled, RunnerOptions
+from edgevlm.engines.manifest import Built, Decided, Engine
+from edgevlm.engines.runtime import memory
+from edgevlm.engines.runtime.memory import peak_rss_mb
+from edgevlm.toolkit.bundle import goldens
+from edgevlm.toolkit.bundle.atomic import refuse_existing, refuse_source, require_space, writing
+from edgevlm.toolkit.bundle.goldens import AXES, Golden
+from edgevlm.toolkit.bundle.manifest import GOLDENS, TOKENIZER, Bundle, FileRecord, record_file
+from edgevlm.toolkit.errors import AccuracyError, ConfigError, MissingExtra, TargetMismatch
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.quantization.plan import PrecisionPlan
+from edgevlm.toolkit.strict import to_plain
+from edgevlm.toolkit.target import Target, check_runs_here
+from edgevlm.toolkit.vlm import config as model_config
+
+if TYPE_CHECKING:
+    import onnx
+
+Progress = Callable[[str], None]
+# The largest relative difference to the oracle that a build accepts, by the precision in which
+# the engine computes. The oracle runs the bundle's (possibly rounded) weights in float32.
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1}
+
+
+@dataclass(frozen=True)
+class Again:
+    """A bundle's model recorded again: with which plan, how to write it, and its graphs alone."""
+
+    name: str
+    plan: PrecisionPlan
+    write: Callable[[Path], None]
+    graphs: Callable[[], Mapping[str, onnx.ModelProto]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be built.
+
+    context: positions of the KV cache, None for the bundle's. tiles: the most tiles that a picture
+    is cut into, None for all that the model knows. bisect: on divergence, look for the first op.
+    again: the model in another precision than the bundle's.
+    """
+
+    target: Target
+    context: int | None
+    force: bool
+    made_by: str
+    tiles: int | None = None
+    bisect: bool = False
+    again: Again | None = None
+
+    @property
+    def precision(self) -> str | None:
+        """The name of the precision that is asked for, None for the bundle's own."""
+        return self.again.name if self.again else None
+
+
+def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[Engine, bool]:
+    """Build the bundle `path` into the engine `out`; returns it and whether work was needed.
+
+    An engine of the same bundle, target and context that already stands at `out` is kept.
+    Raises UnsupportedError, BuildError, AccuracyError, TargetMismatch, BundleError, OutputError.
+    """
+    started = time.perf_counter()
+    bundle = Bundle.open(path)
+    context, model = settled(bundle, request)
+    backend = _backend_here(request.target, path, out)
+    found = existing(bundle, out, request, context, model)
+    if found is not None and not request.force:
+        return found, False
+    refuse_source(out, path)
+    refuse_existing(out, force=request.force)
+    progress("checking the bundle's files")
+    bundle.verify()
+    require_space(out, _new_bytes(bundle, request))
+    plan = request.again.plan if request.again else bundle.manifest.plan
+    memory.require_component(bundle, plan, request.target)
+    origin = bundle
+    with writing(out, force=request.force) as folder, ExitStack() as stack:
+        if request.again is not None:
+            bundle = stack.enter_context(_recorded_again(request.again, folder))
+        compiled, files = _compile(bundle, backend, folder, request.target, progress)
+        differences = replay(bundle, compiled, backend, folder, progress, bisect=request.bisect)
+        made = Engine(
+            manifest.FORMAT,
+            request.made_by,
+            str(request.target),
+            str(path.resolve()),
+            origin.sha256,
+            context,
+            request.tiles,
+            request.precision,
+            bundle.manifest.dtype,
+            model,
+            tuple(c.record for c in compiled),
+            bundle.manifest.edges,
+            files,
+            bundle.manifest.plan,
+            tuple(lowering(bundle, request)),
+            Built(time.perf_counter() - started, peak_rss_mb(), differences),
+        )
+        manifest.write(folder, made)
+    return made, True
+
+
+@contextmanager
+def _recorded_again(again: Again, folder: Path) -> Iterator[Bundle]:
+    """A bundle that lives inside the engine's folder as long as the engine is being made."""
+    place = folder / "bundle"
+    try:
+        again.write(place)
+        yield Bundle.open(place)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def existing(
+    bundle: Bundle, out: Path, request: Request, context: int, model: Mapping[str, Any]
+) -> Engine | None:
+    """The engine at `out` if it is the one that building would give again."""
+    if not (out / manifest.DESCRIPTION).exists():
+        return None
+    try:
+        found = manifest.read(out)
+        manifest.check(out, found)
+    except Exception:  # a damaged or foreign engine is not the one that is asked for
+        return None
+    wanted = (bundle.sha256, str(request.target), context, model, request.precision)
+    has = (found.bundle_sha256, found.target, found.context, found.model, found.precision)
+    return found if has == wanted else None
+
+
+def lowering(bundle: Bundle, request: Request) -> list[Decided]:
+    """The lowering table of every component, for --explain. Needs no device."""
+    if request.target.backend == "reference":
+        return []
+    try:
+        import onnx
+    except ImportError:
+        raise MissingExtra("onnx", "export", purpose="reading a bundle's graphs") from None
+    from edgevlm.engines.lowering.lower import decide
+
+    again = request.again.graphs() if request.again else {}
+    found: list[Decided] = []
+    for record in bundle.manifest.components:
+        model = again.get(record.name) or onnx.load(
+            str(bundle.path / record.graph), load_external_data=False
+        )
+        found += [Decided(**to_plain(d)) for d in decide(record.name, model, request.target)]
+    return found
+
+
+def lint(graphs: Mapping[str, onnx.ModelProto], target: Target) -> None:
+    """Raise UnsupportedError if `target` has no lowering for an op of one of the graphs."""
+    from edgevlm.engines.lowering.lower import decide
+
+    for name, model in graphs.items():
+        decide(name, model, target)
+
+
+def settled(bundle: Bundle, request: Request) -> tuple[int, Mapping[str, Any]]:
+    """Context and model of the engine asked for. Raises ConfigError where they cannot be."""
+    return _context(bundle, request.context), _model(bundle, request.tiles)
+
+
+def _context(bundle: Bundle, asked: int | None) -> int:
+    limit: int = bundle.model.lm.config.context
+    if asked is None:
+        return limit
+    if not 1 <= asked <= limit:
+        raise ConfigError(
+            f"--max-context {asked} does not fit: the bundle's tables have {limit} positions",
+            hint=f"choose 1 to {limit}, or export again with a larger --max-context",
+        )
+    return asked
+
+
+def _model(bundle: Bundle, tiles: int | None) -> Mapping[str, Any]:
+    """The bundle's model, whose pictures are cut into at most `tiles` tiles."""
+    if tiles is None:
+        return bundle.manifest.model
+    rules = bundle.model.images
+    if rules.tiling is None:
+        raise ConfigError(
+            f"--max-image-tiles {tiles} has no effect: {bundle.model.system} sees one view of "
+            "each picture",
+            hint="leave it out",
+        )
+    images = replace(rules, tiling=rules.tiling.limited(tiles))
+    return model_config.to_json(replace(bundle.model, images=images))
+
+
+def _backend_here(target: Target, path: Path, out: Path) -> Backend:
+    backend = backends.backend(target)
+    here = backend.here()
+    try:
+        check_runs_here(target, here, f"edgevlm build {path} {out} --target {here}")
+    except TargetMismatch as mismatch:
+        raise TargetMismatch(
+            f"an engine for {target} cannot be built on this machine ({here})",
+            hint=mismatch.hint,
+        ) from None
+    return backend
+
+
+def _new_bytes(bundle: Bundle, request: Request) -> int:
+    """Disk that the work takes beyond what links share with the bundle, at most."""
+    if request.again is not None:
+        return memory.weights_bytes(bundle.model, request.again.plan, 4) + 64_000_000
+    widened = bundle.manifest.dtype != "fp32" and request.target.backend == "onnxruntime"
+    weights = memory.weights_bytes(bundle.model, bundle.manifest.plan, 4) if widened else 0
+    return weights + 64_000_000
+
+
+def _compile(
+    bundle: Bundle, backend: Backend, folder: Path, target: Target, progress: Progress
+) -> tuple[list[Compiled], dict[str, FileRecord]]:
+    parts, files = [], {}
+    for record in bundle.manifest.components:
+        progress(f"{record.name}: lowering for {target}")
+        compiled = backend.compile(bundle, record, folder, target)
+        for note in compiled.notes:
+            progress(f"{record.name}: {note}")
+        parts.append(compiled)
+        for name in compiled.files:
+            known = bundle.manifest.files.get(name)
+            same = known is not None and (folder / name).samefile(bundle.path / name)
+            files[name] = known if known and same else record_file(folder / name)
+    files |= {name: record_file(folder / name) for name in backend.extras(folder)}
+    (folder / TOKENIZER).write_bytes((bundle.path / TOKENIZER).read_bytes())
+    files[TOKENIZER] = bundle.manifest.files[TOKENIZER]
+    return parts, files
+
+
+def replay(
+    bundle: Bundle,
+    compiled: list[Compiled],
+    backend: Backend,
+    folder: Path,
+    progress: Progress,
+    *,
+    bisect: bool = False,
+) -> dict[str, float]:
+    """Run the goldens on the compiled components; the largest relative difference of each.
+
+    Raises AccuracyError naming the first component beyond its tolerance and, with `bisect`, the
+    first op of it.
+    """
+    calls = goldens.load(bundle.path / GOLDENS)
+    found: dict[str, float] = {}
+    for part in compiled:
+        record, limit = part.record, TOLERANCE[part.precision]
+        progress(f"{record.name}: comparing with the oracle")
+        own = [golden for golden in calls if golden.component == record.name]
+        options = RunnerOptions(context=AXES["context"])
+        runner = backend.open(folder, record, bundle.manifest.model, options)
+        try:
+            worst = max(max(_differences(g, runner.run(g.inputs))) for g in own)
+        finally:
+            runner.close()
+        if not worst <= limit:
+            place = _first_op(bundle, part, folder, own[0], limit) if bisect else ""
+            raise AccuracyError(
+                f"{record.name} differs from the oracle by {worst:.3g} (relative), allowed {limit}"
+                + place,
+                hint="nothing was written; please report this with the output of edgevlm doctor"
+                if bisect
+                else "add --bisect to find the first op that differs",
+            )
+        found[record.name] = worst
+    return found
+
+
+def _first_op(bundle: Bundle, part: Compiled, folder: Path, golden: Golden, limit: float) -> str:
+    """Where the compiled graph first leaves the portable one, as the end of an error."""
+    if part.record.graph not in part.files:
+        return "; this backend has no graph to search"
+    from edgevlm.engines.build.bisect import first_divergence
+
+    found = first_divergence(bundle, part.record, folder, golden, limit)
+    if found is None:
+        return "; no tensor that both graphs name differs, so the portable graph itself does"
+    return f"; first at {found.tensor}, made by {found.op}: {found.difference:.3g}"
+
+
+def _differences(golden: Golden, outputs: dict[str, Array]) -> list[float]:
+    result = []
+    for name, expected in golden.outputs.items():
+        actual = outputs[name].reshape(-1)[goldens.sample(outputs[name].size)]
+        result.append(relative_difference(actual, expected))
+    return result
+
+
+def relative_difference(actual: Array, expected: Array) -> float:
+    """Largest absolute difference over the largest expected value; infinite for NaN."""
+    if actual.shape != expected.shape or not np.isfinite(actual).all():
+        return float("inf")
+    return float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-12))

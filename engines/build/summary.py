@@ -1,0 +1,91 @@
+"""What the verbs say about engines: what would be built, was built, or stands on disk."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edgevlm.engines import manifest
+from edgevlm.engines.build import build as builder
+from edgevlm.engines.manifest import Engine
+from edgevlm.engines.profiling.roofline import Floors, floors
+from edgevlm.engines.runtime.memory import estimate
+from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.strict import to_plain
+from edgevlm.toolkit.terminal.console import human_bytes, table
+from edgevlm.toolkit.terminal.summary import Result, component_lines, plan_lines
+
+
+def planned_engine(path: Path, request: builder.Request, explain: bool) -> Result:
+    """What `build` would do: memory by use, and the lowering table on demand."""
+    bundle = Bundle.open(path)
+    context, _ = builder.settled(bundle, request)
+    plan = request.again.plan if request.again else bundle.manifest.plan
+    memory = estimate(bundle, request.target, context, plan)
+    time = floors(bundle.model, plan, request.target)
+    decisions = builder.lowering(bundle, request)
+    data = {
+        "bundle": str(path),
+        "target": str(request.target),
+        "written": False,
+        "memory": asdict(memory) | {"total_bytes": memory.total_bytes},
+        "time": to_plain(time),
+        "lowering": [to_plain(d) for d in decisions],
+    }
+    rows = [
+        ("weights", human_bytes(memory.weights_bytes)),
+        (f"KV cache ({context} positions)", human_bytes(memory.cache_bytes)),
+        ("activations", human_bytes(memory.activations_bytes)),
+        ("in all", human_bytes(memory.total_bytes)),
+    ]
+    lines = [*table(("memory", "about"), rows), "", *_floor_lines(time)]
+    return data, [*lines, *(_explained(decisions) if explain else [])], ""
+
+
+def _floor_lines(time: Floors) -> list[str]:
+    return [
+        f"at best, by this machine's {time.peak_gflop_s:.0f} GFLOP/s, {time.peak_int8_gop_s:.0f} "
+        f"GOP/s in 8 bits and {time.peak_gb_s:.1f} GB/s: first token after "
+        f"{time.time_to_first_token_ms:.0f} ms ({time.prompt_tokens} prompt tokens, "
+        f"{time.image_tokens} of them image), then {time.inter_token_latency_ms:.2f} ms a token"
+    ]
+
+
+def built_engine(made: Engine, out: Path, worked: bool, explain: bool) -> Result:
+    """What `build` made or found."""
+    following = shlex.join(
+        ["edgevlm", "run", str(out), "What is in the picture?", "--image", "PHOTO.jpg"]
+    )
+    worst = max(made.build.golden_differences.values(), default=0.0)
+    if worked:
+        line = f"{out}: built for {made.target} in {made.build.seconds:.1f} s"
+    else:
+        line = f"{out}: already built ({made.build.seconds:.1f} s saved)"
+    lines = [*component_lines(made), *(_explained(list(made.lowering)) if explain else [])]
+    lines += [f"{line}; the oracle's answers are met to {worst:.1e}"]
+    data = _engine_data(made, out) | {"already_built": not worked, "next": following}
+    return data, lines, following
+
+
+def _explained(decisions: list[manifest.Decided]) -> list[str]:
+    rows = [(d.component, d.op, d.count, d.action, d.into, d.why) for d in decisions]
+    return ["", *table(("component", "op", "count", "action", "into", "why"), rows), ""]
+
+
+def _engine_data(made: Engine, out: Path) -> dict[str, Any]:
+    data: dict[str, Any] = to_plain(made)
+    del data["model"]
+    return {"kind": "engine", "engine": str(out)} | data
+
+
+def inspect_engine(path: Path) -> tuple[Any, list[str]]:
+    """What an engine holds."""
+    made = manifest.read(path)
+    data = _engine_data(made, path)
+    precision = made.precision or made.dtype
+    heading = f"engine for {made.target} of {made.bundle}, {precision}, context {made.context}"
+    differences = ", ".join(f"{k} {v:.1e}" for k, v in made.build.golden_differences.items())
+    lines = [heading, *component_lines(made), *plan_lines(made.plan)]
+    return data, [*lines, f"differences to the oracle: {differences}"]

@@ -1,0 +1,134 @@
+"""The engine: a folder built from one bundle for one target, and engine.json that describes it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgevlm.engines import backends
+from edgevlm.toolkit.bundle.manifest import ComponentRecord, FileRecord, check_parts
+from edgevlm.toolkit.errors import BundleError, ConfigError
+from edgevlm.toolkit.quantization.plan import PrecisionPlan
+from edgevlm.toolkit.strict import from_plain, read_json, to_plain
+from edgevlm.toolkit.target import Target, check_runs_here, parse
+from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.vlm.components import Edge
+from edgevlm.toolkit.vlm.config import ModelConfig
+
+FORMAT = 1
+DESCRIPTION = "engine.json"
+PIECE = 256  # tokens of a prompt that the language model reads at a time
+
+
+@dataclass(frozen=True)
+class Decided:
+    """One line of the lowering table."""
+
+    component: str
+    op: str
+    count: int
+    action: str
+    into: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the build cost and found. golden_differences: relative, per component."""
+
+    seconds: float
+    peak_rss_mb: float
+    golden_differences: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What engine.json holds.
+
+    context: positions of the KV cache. max_image_tiles: None for all. precision: the plan that the
+    build was asked for, None for the bundle's own; plan: the one that holds.
+    """
+
+    format: int
+    made_by: str
+    target: str
+    bundle: str
+    bundle_sha256: str
+    context: int
+    max_image_tiles: int | None
+    precision: str | None
+    dtype: str
+    model: Mapping[str, Any]
+    components: tuple[ComponentRecord, ...]
+    edges: tuple[Edge, ...]
+    files: Mapping[str, FileRecord]
+    plan: PrecisionPlan
+    lowering: tuple[Decided, ...]
+    build: Built
+
+    def parsed_target(self) -> Target:
+        """The target as a value."""
+        return parse(self.target)
+
+    def parsed_model(self) -> ModelConfig:
+        """The model's configuration as values."""
+        return model_config.from_json(dict(self.model), f"{DESCRIPTION}: model")
+
+    def rebuild_command(self, folder: Path, target: str = "cpu") -> str:
+        """The command that builds this engine again, for `target`."""
+        words = ["edgevlm", "build", self.bundle, str(folder), "--target", target]
+        words += ["--max-context", str(self.context)]
+        if self.max_image_tiles is not None:
+            words += ["--max-image-tiles", str(self.max_image_tiles)]
+        if self.precision is not None:
+            words += ["--precision", self.precision]
+        return shlex.join([*words, "--force"])
+
+
+def write(folder: Path, engine: Engine) -> None:
+    """Write engine.json."""
+    text = json.dumps(to_plain(engine), indent=1)  # ASCII: a path need not be UTF-8
+    (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Engine:
+    """Read engine.json. Raises BundleError if the folder is not an engine of ours."""
+    path = folder / DESCRIPTION
+    if not path.exists():
+        raise BundleError(f"{folder} is not an engine: it has no {DESCRIPTION}", hint=_next(folder))
+    try:
+        data = read_json(path)
+        if data.get("format") != FORMAT:
+            raise ConfigError(f"{path} has format {data.get('format')!r}, expected {FORMAT}")
+        found = from_plain(Engine, data, str(path))
+        check_parts(str(path), found.parsed_model(), found.components, found.edges, found.files)
+        if found.context < 1:
+            raise ConfigError(f"{path}: context = {found.context}, expected at least 1")
+        return found
+    except ConfigError as odd:
+        raise BundleError(odd.message, hint="build the engine again") from None
+
+
+def _next(folder: Path) -> str:
+    if (folder / "manifest.json").exists():
+        return f"this is a bundle; build it first: edgevlm build {folder} ENGINE"
+    return f"build one: edgevlm build BUNDLE {folder}"
+
+
+def check(folder: Path, engine: Engine) -> None:
+    """Raise TargetMismatch on another machine, BundleError if a file is missing or changed."""
+    target = engine.parsed_target()
+    here = backends.backend(target).here()
+    check_runs_here(target, here, engine.rebuild_command(folder))
+    for name, record in engine.files.items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != record.nbytes:
+            found = f"{path.stat().st_size} bytes" if path.exists() else "missing"
+            raise BundleError(
+                f"{path}: {found}, the build wrote {record.nbytes} bytes",
+                hint=f"build it again: {engine.rebuild_command(folder, engine.target)}",
+            )

@@ -1,0 +1,134 @@
+"""From pictures to feature rows: views, encoders, merger, by walking the manifest's edges.
+
+Encoders see one view at a time, which bounds memory and makes an answer independent of how many
+pictures came along. Several encoders run side by side where the machine has cores for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgevlm.engines.backends import Runner
+from edgevlm.engines.manifest import Engine
+from edgevlm.engines.runtime.clock import Clock
+from edgevlm.toolkit.bundle.manifest import ComponentRecord
+from edgevlm.toolkit.images import preprocess, tiling
+from edgevlm.toolkit.images.preprocess import Picture
+from edgevlm.toolkit.images.tiling import Arrangement, Views
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.vlm.components import Edge
+from edgevlm.toolkit.vlm.config import ModelConfig
+
+CORES_PER_ENCODER = 4  # fewer, and two encoders side by side only slow each other down
+
+
+def side_by_side(encoders: int, threads: int) -> bool:
+    """Whether several encoders should run at the same time on `threads` processors."""
+    return encoders > 1 and threads >= CORES_PER_ENCODER * encoders
+
+
+@dataclass(frozen=True)
+class Features:
+    """Feature rows of all pictures [F, width], and for each the rows of its tokens, in order."""
+
+    rows: Array
+    places: tuple[Array, ...]
+
+
+class Vision:
+    """The components before the language model."""
+
+    def __init__(
+        self, model: ModelConfig, made: Engine, runners: Mapping[str, Runner], *, together: bool
+    ) -> None:
+        self._model = model
+        self._runners = runners
+        self._sources = {edge.target: edge.source for edge in made.edges}
+        before = [r for r in made.components if r.name != model.lm.name]
+        self._encoders = [r for r in before if _sees_pixels(r, made.edges)]
+        self._after = [r for r in before if r not in self._encoders]
+        self._output = self._sources[f"{model.lm.name}:features"]
+        self._pool = ThreadPoolExecutor(len(self._encoders)) if together else None
+
+    def encode(self, pictures: Sequence[Picture], clock: Clock, *, tiles: bool = True) -> Features:
+        """Features of all pictures. tiles=False gives every picture one view (chat scripts)."""
+        width: int = self._model.lm.config.width
+        if not pictures:
+            return Features(np.zeros((1, width), np.float32), ())
+        parts, places, start = [], [], 0
+        for picture in pictures:
+            part, rows = self._one(picture, len(pictures), clock, tiles)
+            parts.append(part)
+            places.append(rows + start)
+            start += len(part)
+        return Features(np.concatenate(parts), tuple(places))
+
+    def _one(self, picture: Picture, count: int, clock: Clock, tiles: bool) -> tuple[Array, Array]:
+        with clock.time("preprocess"):
+            views, pixels = self._pixels(picture, count, tiles)
+        values = self._encoded(pixels, clock)
+        order = self._arrangement(views, picture)
+        if order is not None:
+            values |= {"layout.rows": order.rows, "layout.shares": order.shares}
+        for record in self._after:
+            self._run(record, values, clock)
+        features = np.array(values[self._output])
+        mixed = any(source.startswith("layout.") for source in self._sources.values())
+        return features, np.arange(len(features)) if order is None or mixed else order.rows[:, 0]
+
+    def _pixels(
+        self, picture: Picture, count: int, tiles: bool
+    ) -> tuple[Views, list[dict[str, Array]]]:
+        """The views, and for each its pixels by encoder."""
+        rules = self._model.images
+        views, padded = Views((picture.rgb,), None), False
+        if rules.tiling is not None and tiles:
+            if count > 1 and rules.tiling.several == "pad":
+                padded = True
+            else:
+                views = tiling.cut(picture.rgb, rules.tiling)
+        found = []
+        for view in views.pictures:
+            own = {n: r.padded() if padded else r for n, r in rules.encoders.items()}
+            found.append(
+                {f"images.{n}": preprocess.preprocess(view, r)[None] for n, r in own.items()}
+            )
+        return views, found
+
+    def _encoded(self, pixels: list[dict[str, Array]], clock: Clock) -> dict[str, Array]:
+        """Every encoder's outputs, the views of a picture on the first axis."""
+        found: dict[str, list[Array]] = {}
+        for view in pixels:
+            values: dict[str, Array] = dict(view)
+            if self._pool is None:
+                for record in self._encoders:
+                    self._run(record, values, clock)
+            else:
+                done = [self._pool.submit(self._run, r, values, clock) for r in self._encoders]
+                for waiting in done:
+                    waiting.result()
+            for name in values.keys() - view.keys():
+                found.setdefault(name, []).append(np.array(values[name]))
+        return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    def _run(self, record: ComponentRecord, values: dict[str, Array], clock: Clock) -> None:
+        inputs = {p.name: values[self._sources[f"{record.name}:{p.name}"]] for p in record.inputs}
+        with clock.time(record.name):
+            outputs = self._runners[record.name].run(inputs)
+        values.update({f"{record.name}:{name}": array for name, array in outputs.items()})
+
+    def _arrangement(self, views: Views, picture: Picture) -> Arrangement | None:
+        layout = self._model.images.layout
+        if layout is None:
+            return None
+        return tiling.arrange(layout, len(views.pictures), views.grid, picture.rgb.size)
+
+
+def _sees_pixels(record: ComponentRecord, edges: Sequence[Edge]) -> bool:
+    return any(
+        e.source.startswith("images.") and e.target.startswith(f"{record.name}:") for e in edges
+    )

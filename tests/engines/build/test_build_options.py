@@ -1,0 +1,102 @@
+"""build's own options: fewer tiles, and the search for the first op that differs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+
+from edgevlm.engines.build.build import Request, build
+from edgevlm.engines.lowering import capabilities, rewrites
+from edgevlm.engines.lowering.graph import Rewriter
+from edgevlm.engines.runtime.session import Question, Session
+from edgevlm.toolkit.errors import AccuracyError, ConfigError
+from edgevlm.toolkit.target import this_cpu
+from tests.conftest import HERE
+from tests.pipeline import engine_of, silent
+
+TILED = HERE / "goldens/mlcd_llavanext_e2e"
+PLAIN = HERE / "goldens/e2e_llava15"
+
+
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a system with tiles."""
+    work = tmp_path_factory.mktemp("tiled")
+    engine_of(TILED, work)
+    return work / "bundle"
+
+
+def request(tiles: int | None = None, *, bisect: bool = False, force: bool = False) -> Request:
+    return Request(this_cpu(), None, force, "tests", tiles, bisect)
+
+
+def test_fewer_tiles_make_shorter_prompts(tiled: Path, tmp_path: Path) -> None:
+    counts = {}
+    for tiles in (None, 2):
+        engine = tmp_path / f"engine-{tiles}"
+        made, _ = build(tiled, engine, request(tiles), silent)
+        assert made.max_image_tiles == tiles
+        session = Session.open(engine)
+        answer = session.answer(Question("What?", [TILED / "image0.png"], 1))
+        counts[tiles] = answer.image_tokens
+        rules = session.model.images.tiling
+        assert rules is not None
+        most = max((w // rules.tile) * (h // rules.tile) for w, h in rules.pinpoints)
+        assert tiles is None or most <= tiles
+    assert 0 < counts[2] < counts[None]
+
+
+def test_another_number_of_tiles_is_another_engine(tiled: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    build(tiled, engine, request(2), silent)
+    assert build(tiled, engine, request(2), silent)[1] is False
+    assert build(tiled, engine, request(force=True), silent)[1] is True
+    made, worked = build(tiled, engine, request(2, force=True), silent)
+    assert worked
+    assert "--max-image-tiles 2" in made.rebuild_command(engine)
+    assert f"--max-context {made.context}" in made.rebuild_command(engine)
+
+
+def test_tiles_that_cannot_be_are_refused(tiled: Path, tmp_path: Path) -> None:
+    smallest = json.loads((TILED / "config.json").read_text())["image_grid_pinpoints"]
+    side = min(min(pair) for pair in smallest)
+    fewest = min((w // side) * (h // side) for w, h in smallest)
+    with pytest.raises(ConfigError, match=f"smallest resolution takes {fewest}"):
+        build(tiled, tmp_path / "e", request(fewest - 1), silent)
+    engine_of(PLAIN / "llava-v1.5-tiny", tmp_path)
+    with pytest.raises(ConfigError, match="no effect"):
+        build(tmp_path / "bundle", tmp_path / "e", request(2), silent)
+    assert not (tmp_path / "e").exists()
+
+
+def _wrong(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """quick_gelu with another slope."""
+    (made,) = rewrites.quick_gelu(node, r)
+    made.attribute[0].f = 1.9
+    return [made]
+
+
+@pytest.mark.parametrize("bisect", [False, True])
+def test_an_engine_that_diverges_is_not_written(
+    bisect: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine_of(PLAIN / "llava-v1.5-tiny", tmp_path)
+    row = replace(capabilities.ONNXRUNTIME_CPU["edgevlm.QuickGelu"], swap=_wrong)
+    table: Mapping[str, capabilities.Row] = {
+        **capabilities.ONNXRUNTIME_CPU,
+        "edgevlm.QuickGelu": row,
+    }
+    monkeypatch.setitem(capabilities.TABLES, "onnxruntime", table)
+    with pytest.raises(AccuracyError, match=r"encoder\.clip differs") as caught:
+        build(tmp_path / "bundle", tmp_path / "wrong", request(bisect=bisect), silent)
+    assert not (tmp_path / "wrong").exists()
+    if bisect:
+        assert "layers.0/mlp/" in caught.value.message
+        assert "made by com.microsoft.QuickGelu" in caught.value.message
+    else:
+        assert "--bisect" in caught.value.hint

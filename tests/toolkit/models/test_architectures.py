@@ -1,0 +1,204 @@
+"""Tier 2: every architecture's `tiny()` agrees across interpreters; cached = uncached decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgevlm.engines.lowering.lower import lower
+from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints.weights import RandomWeights
+from edgevlm.toolkit.ops.numpy_ops import NumpyOps
+from edgevlm.toolkit.ops.shape_ops import ShapeOps, Spec, Specs
+from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.target import this_cpu
+from edgevlm.toolkit.vlm import components
+from edgevlm.toolkit.vlm.components import Component
+from edgevlm.toolkit.vlm.config import ModelConfig, Part
+from edgevlm.training.torch_ops import TorchOps
+from tests.onnx_tools import model_of, run
+
+ROOMS = ("encoders", "mergers", "lms")
+FILES = [(room, kind) for room in ROOMS for kind in models.kinds(room)]  # type: ignore[arg-type]
+LMS = models.kinds("lms")
+
+
+def component(room: str, kind: str) -> Component:
+    """The architecture's tiny instance as a component of a model."""
+    if room == "encoders":
+        config = models.encoder(kind).tiny()
+        return components.encoder_component(Part("eye", kind, config))
+    if room == "lms":
+        return components.lm_component(Part("lm", kind, models.lm(kind).tiny()))
+    config = models.merger(kind).tiny()
+    return components.merger_component(Part("merger", kind, config), _feeding(config))
+
+
+def _feeding(config: Any) -> tuple[Part, ...]:
+    """Stand-in encoders whose outputs are what a merger takes."""
+    clip = models.encoder("clip")
+    base = clip.tiny()
+    return tuple(
+        Part(f"eye{i}", "clip", type(base)(**{**vars(base), "width": width}))
+        for i, width in enumerate(config.sources)
+    )
+
+
+def tensors(part: Component) -> dict[str, Array]:
+    """Random parameters, norms and biases included."""
+    generator = np.random.default_rng(1)
+    drawn = dict(RandomWeights(part.shapes, 0, part.name))
+    noise = {k: np.asarray(generator.normal(0, 0.1, v.shape), np.float32) for k, v in drawn.items()}
+    return {k: v + noise[k] for k, v in drawn.items()}
+
+
+AXES = {
+    "height": 40,
+    "width": 56,
+    "tokens": 4,
+    "tiles": 2,
+    "rows": 5,
+    "batch": 1,
+    "sequence": 6,
+    "scored": 2,
+    "context": 12,
+}
+
+
+def feed(part: Component) -> dict[str, Array]:
+    """Inputs for one call; a language model gets a prompt with image rows and an empty cache."""
+    generator = np.random.default_rng(2)
+    found: dict[str, Array] = {}
+    for port in part.inputs:
+        shape = [AXES[n] if isinstance(n, str) else n for n in port.shape]
+        if port.name.startswith("past."):
+            found[port.name] = np.zeros(shape, np.float32)
+        elif port.dtype == "float":
+            found[port.name] = generator.normal(0, 1, shape).astype(np.float32)
+    if "ids" in [port.name for port in part.inputs]:
+        found |= {
+            "ids": generator.integers(0, 90, (1, 6)),
+            "rows": np.asarray([[-1, 4, 0, 2, -1, -1]]),
+            "start": np.zeros(1, np.int64),
+            "score": np.asarray([[2, 5]]),
+        }
+    return found
+
+
+def compare(found: dict[str, Array], expected: dict[str, Array], tolerance: float) -> None:
+    for name, array in expected.items():
+        scale = float(np.abs(array).max())
+        np.testing.assert_allclose(found[name], array, atol=tolerance * scale, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize(("room", "kind"), FILES)
+def test_torch_equals_the_oracle(room: str, kind: str) -> None:
+    part = component(room, kind)
+    weights, inputs = tensors(part), feed(part)
+    expected = part.forward(NumpyOps(), Weights(weights), inputs)
+    parameters = {k: torch.nn.Parameter(torch.from_numpy(v)) for k, v in weights.items()}
+    given = {k: torch.from_numpy(v) for k, v in inputs.items()}
+    found = part.forward(TorchOps(), Weights(parameters), given)
+    compare({k: v.detach().numpy() for k, v in found.items()}, expected, 2e-5)
+    loss = torch.stack([v.square().mean() for v in found.values() if v.requires_grad]).sum()
+    torch.autograd.backward(loss)
+    assert [name for name, p in parameters.items() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(("room", "kind"), FILES)
+def test_onnx_equals_the_oracle_kept_and_lowered(room: str, kind: str) -> None:
+    part = component(room, kind)
+    weights, inputs = tensors(part), feed(part)
+    expected = part.forward(NumpyOps(), Weights(weights), inputs)
+    model = model_of(part, weights)
+    compare(run(model, inputs), expected, 2e-5)
+    plain = {p.name for p in part.outputs if not p.updates}
+    found = run(lower(model, this_cpu()), inputs)
+    compare(found, {k: v for k, v in expected.items() if k in plain}, 2e-5)
+
+
+@pytest.mark.parametrize(("room", "kind"), FILES)
+def test_shapes_and_ports_tell_the_truth(room: str, kind: str) -> None:
+    part = component(room, kind)
+    inputs = feed(part)
+    expected = part.forward(NumpyOps(), Weights(tensors(part)), inputs)
+    given = {k: Spec(v.shape) for k, v in inputs.items()}
+    found = part.forward(ShapeOps(), Weights(Specs(part.shapes)), given)
+    assert {k: s.shape for k, s in found.items()} == {k: v.shape for k, v in expected.items()}
+    for port in part.outputs:
+        fixed = [n for n in port.shape if isinstance(n, int)]
+        assert len(port.shape) == expected[port.name].ndim
+        assert all(n in expected[port.name].shape for n in fixed)
+
+
+@pytest.mark.parametrize(("room", "kind"), FILES)
+def test_names_cover_every_tensor_once(room: str, kind: str) -> None:
+    file: Any = {"encoders": models.encoder, "mergers": models.merger, "lms": models.lm}[room](kind)
+    config = file.tiny()
+    table = file.names(config)
+    assert set(table) == set(file.shapes(config))
+
+
+@pytest.mark.parametrize("kind", LMS)
+def test_cached_decoding_equals_one_pass(kind: str) -> None:
+    part = component("lms", kind)
+    weights: Weights[Array] = Weights(tensors(part))
+    inputs = feed(part) | {"score": np.asarray([[0, 1, 2, 3, 4, 5]])}
+    whole = part.forward(NumpyOps(), weights, inputs)["logits"]
+    states = {k: v for k, v in inputs.items() if k.startswith("past.")}
+    logits = []
+    for start, stop in ((0, 3), (3, 4), (4, 6)):
+        call = inputs | states
+        call |= {k: inputs[k][:, start:stop] for k in ("ids", "rows")}
+        call |= {"start": np.asarray([start]), "score": np.arange(stop - start)[None]}
+        outputs = part.forward(NumpyOps(), weights, call)
+        logits.append(outputs["logits"])
+        states = {k.replace("present", "past"): v for k, v in outputs.items() if k != "logits"}
+    np.testing.assert_allclose(np.concatenate(logits, 1), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("kind", LMS)
+def test_a_prompt_in_pieces_equals_one_pass(kind: str, lowered: bool) -> None:
+    """Pieces before the last ask for no logits: their scored axis is empty."""
+    part = component("lms", kind)
+    weights, inputs = tensors(part), feed(part) | {"score": np.asarray([[5]])}
+    whole = part.forward(NumpyOps(), Weights(weights), inputs)["logits"]
+    model = model_of(part, weights)
+    model = lower(model, this_cpu()) if lowered else model
+    states = {k: v for k, v in inputs.items() if k.startswith("past.")}
+    for start, stop in ((0, 2), (2, 5), (5, 6)):
+        call = inputs | states
+        call |= {k: inputs[k][:, start:stop] for k in ("ids", "rows")}
+        scored = np.full((1, int(stop == 6)), stop - start - 1)
+        outputs = run(model, call | {"start": np.asarray([start]), "score": scored})
+        states = {k.replace("present", "past"): v for k, v in outputs.items() if k != "logits"}
+    np.testing.assert_allclose(outputs["logits"], whole, atol=1e-5)
+
+
+def test_a_model_connects_what_its_components_offer() -> None:
+    from edgevlm.toolkit import systems
+
+    for name, system in systems.presets().items():
+        model = systems.find(system).PRESETS[name]()
+        parts = {p.name: p for p in components.components(model)}
+        for edge in components.edges(model):
+            name, port = edge.target.split(":")
+            assert port in [p.name for p in parts[name].inputs]
+            if ":" in edge.source:
+                name, port = edge.source.split(":")
+                assert port in [p.name for p in parts[name].outputs]
+
+
+def test_configurations_round_trip_through_json() -> None:
+    import json
+
+    from edgevlm.toolkit import systems
+    from edgevlm.toolkit.vlm.config import from_json, to_json
+
+    for name, system in systems.presets().items():
+        model: ModelConfig = systems.find(system).PRESETS[name]()
+        assert from_json(json.loads(json.dumps(to_json(model))), "test") == model

@@ -1,0 +1,232 @@
+"""Picture files: what is done to unusual ones, what is said about it, what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgevlm.toolkit.errors import InputError
+from edgevlm.toolkit.images.preprocess import load
+from edgevlm.toolkit.ops.vocabulary import Array
+
+PIXELS = np.random.default_rng(5).integers(0, 256, (6, 9, 3)).astype(np.uint8)
+# EXIF orientation -> what makes the stored pixels upright, straight from the standard's table.
+UPRIGHT: dict[int, Any] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a.transpose(1, 0, 2)[::-1],
+}
+
+
+def stored(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rgb(source: bytes) -> Array:
+    picture = load(source).rgb
+    assert picture.mode == "RGB"
+    return np.asarray(picture)
+
+
+def grey_thrice(values: Array) -> Array:
+    return np.repeat(values[..., None], 3, 2)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    source = stored(Image.fromarray(PIXELS), kind, exif=exif.tobytes(), **options)
+    turned = orientation in range(2, 9)
+    np.testing.assert_array_equal(rgb(source), UPRIGHT.get(orientation, UPRIGHT[1])(PIXELS))
+    assert load(source).notes == (("EXIF orientation applied",) if turned else ())
+
+
+def test_a_damaged_exif_is_no_reason_to_fail() -> None:
+    source = stored(Image.fromarray(PIXELS), "PNG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+    np.testing.assert_array_equal(rgb(source), PIXELS)
+
+
+def test_grey_of_sixteen_bits() -> None:
+    values = np.random.default_rng(6).integers(0, 65536, (5, 7)).astype(np.uint16)
+    expected = grey_thrice((values >> 8).astype(np.uint8))
+    for kind in ("PNG", "TIFF"):
+        source = stored(Image.fromarray(values), kind)
+        np.testing.assert_array_equal(rgb(source), expected)
+        assert load(source).notes == ("16-bit grey scaled to 8 bits",)
+    wide = stored(Image.fromarray(values.astype(np.int32)), "TIFF")
+    np.testing.assert_array_equal(rgb(wide), expected)
+
+
+def test_grey_of_sixteen_bits_is_turned_too() -> None:
+    values = np.random.default_rng(7).integers(0, 65536, (5, 7)).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    source = stored(Image.fromarray(values), "PNG", exif=exif.tobytes())
+    expected = grey_thrice((values >> 8).astype(np.uint8))
+    np.testing.assert_array_equal(rgb(source), UPRIGHT[6](expected))
+    assert len(load(source).notes) == 2
+
+
+def test_grey_and_black_and_white() -> None:
+    values = PIXELS[..., 0]
+    source = stored(Image.fromarray(values), "PNG")
+    np.testing.assert_array_equal(rgb(source), grey_thrice(values))
+    assert load(source).notes == ()
+    bits = Image.fromarray(values > 127)
+    assert bits.mode == "1"
+    black = stored(bits, "PNG")
+    np.testing.assert_array_equal(rgb(black), grey_thrice(np.where(values > 127, 255, 0)))
+    assert load(black).notes == ()
+
+
+def test_alpha_is_dropped_and_the_colours_stay() -> None:
+    alpha = np.random.default_rng(8).integers(0, 256, (6, 9, 1)).astype(np.uint8)
+    source = stored(Image.fromarray(np.concatenate([PIXELS, alpha], 2)), "PNG")
+    np.testing.assert_array_equal(rgb(source), PIXELS)
+    assert load(source).notes == ("alpha dropped",)
+    grey = stored(Image.fromarray(np.concatenate([PIXELS[..., :1], alpha], 2), "LA"), "PNG")
+    np.testing.assert_array_equal(rgb(grey), grey_thrice(PIXELS[..., 0]))
+    assert load(grey).notes == ("alpha dropped",)
+
+
+def test_palettes_with_and_without_transparency() -> None:
+    picture = Image.fromarray(PIXELS).quantize(16)
+    colours = np.asarray(picture.convert("RGB"))
+    source = stored(picture, "PNG")
+    np.testing.assert_array_equal(rgb(source), colours)
+    assert load(source).notes == ("palette converted to RGB",)
+    glassy = stored(picture, "PNG", transparency=3)
+    np.testing.assert_array_equal(rgb(glassy), colours)
+    assert load(glassy).notes == ("palette converted to RGB", "alpha dropped")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_one_transparent_colour_is_noted(mode: str) -> None:
+    picture = Image.fromarray(PIXELS).convert(mode)
+    source = stored(picture, "PNG", transparency=(1, 2, 3) if mode == "RGB" else 7)
+    np.testing.assert_array_equal(rgb(source), np.asarray(picture.convert("RGB")))
+    assert load(source).notes == ("alpha dropped",)
+
+
+def test_cmyk_is_converted() -> None:
+    source = stored(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", quality=100)
+    assert load(source).notes == ("CMYK converted to RGB",)
+    red, green, blue = rgb(source)[4, 4].astype(int)
+    assert red < 8
+    assert green > 247
+    assert blue > 247
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_an_animation(kind: str) -> None:
+    frames = [Image.new("RGB", (6, 5), colour) for colour in ("red", "green", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    source = stored(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    np.testing.assert_array_equal(rgb(source), np.asarray(frames[0]))
+    assert "animation: first of 3 frames used" in load(source).notes
+
+
+def test_a_file_is_read_like_its_bytes_and_closed(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (6, 5), colour) for colour in ("red", "green")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    for source in (tmp_path / "a.gif", str(tmp_path / "a.gif")):
+        np.testing.assert_array_equal(np.asarray(load(source).rgb), np.asarray(frames[0]))
+
+
+# -- refusals ------------------------------------------------------------------------------
+
+
+def header_only(width: int, height: int) -> bytes:
+    """A PNG of some hundred bytes that claims any size; its pixels are not there."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 64)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels)
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ((30_000, 30_000), "too large|limit"),
+        ((10_001, 10_000), "limit is 100 megapixels"),
+        ((16_385, 200), "16384 a side"),
+        ((1, 1), "nothing to see"),
+        ((1, 50), "nothing to see"),
+        ((402, 2), "aspect beyond 200:1"),
+        ((2, 402), "aspect beyond 200:1"),
+    ],
+)
+def test_odd_sizes_are_refused_by_the_header(
+    size: tuple[int, int], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", never)
+    with pytest.raises(InputError, match=reason):
+        load(header_only(*size))
+
+
+def test_the_limits_themselves_are_allowed() -> None:
+    for size in ((2, 2), (400, 2), (2, 400)):
+        assert load(stored(Image.new("RGB", size), "PNG")).rgb.size == size
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
+def test_a_file_that_was_cut_short_is_refused(kind: str) -> None:
+    noise = np.random.default_rng(9).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    whole = stored(Image.fromarray(noise), kind)
+    for part in (0, 3, 30, len(whole) // 2):
+        with pytest.raises(InputError):
+            load(whole[:part])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "AVIF"])
+def test_a_damaged_file_is_decoded_or_refused(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {} if kind in ("GIF", "BMP") else {"exif": exif.tobytes()}
+    source = stored(Image.fromarray(PIXELS), kind, **options)
+    generator = np.random.default_rng(10)
+    for _ in range(60):
+        damaged = bytearray(source)
+        for place in generator.integers(0, len(source), 3):
+            damaged[place] = generator.integers(256)
+        with contextlib.suppress(InputError):
+            assert load(bytes(damaged)).rgb.mode == "RGB"
+
+
+def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.png").touch()
+    for name, reason in (
+        ("text.png", "not a picture"),
+        ("empty.png", "empty"),
+        ("missing.png", "does not exist"),
+        ("", "is a folder"),
+        ("text.png/inside.png", "text.png"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            load(tmp_path / name)

@@ -1,0 +1,253 @@
+"""The bundle: a folder any ONNX runtime can read, and the manifest that says how it connects.
+
+manifest.json   model configuration, components, edges, files with size and sha256
+NAME.onnx       one standard-opset graph per component; its weights stay outside
+NAME.safetensors  the component's weights, named as in the graph
+tokenizer.json  golden.npz (small inputs and the oracle's outputs, see toolkit/bundle/goldens.py)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgevlm.toolkit.bundle.atomic import sha256_of
+from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
+from edgevlm.toolkit.errors import BundleError, ConfigError
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.quantization import blockwise
+from edgevlm.toolkit.quantization.plan import PrecisionPlan
+from edgevlm.toolkit.strict import from_plain, read_json, to_plain
+from edgevlm.toolkit.text.tokenizer import Tokenizer
+from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.vlm.components import Edge, Port, components, edges
+from edgevlm.toolkit.vlm.config import ModelConfig
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+GOLDENS = "golden.npz"
+DTYPES = ("fp32", "fp16", "bf16")
+_CHANGED = "the manifest was changed; export it again"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file's size and content."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ComponentRecord:
+    """One recorded component: its graph and weights files, ports, and what it costs.
+
+    flops: for `at`, the concrete value of every axis that changes from call to call.
+    """
+
+    name: str
+    graph: str
+    weights: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    params: int
+    flops: int
+    at: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json holds. `source` says where the weights came from."""
+
+    format: int
+    made_by: str
+    source: Mapping[str, Any]
+    model: Mapping[str, Any]
+    dtype: str
+    opset: int
+    components: tuple[ComponentRecord, ...]
+    edges: tuple[Edge, ...]
+    functions: Mapping[str, int]
+    files: Mapping[str, FileRecord]
+    plan: PrecisionPlan = field(default_factory=PrecisionPlan)
+
+    def component(self, name: str) -> ComponentRecord:
+        """The component called `name`."""
+        return next(c for c in self.components if c.name == name)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json."""
+    text = json.dumps(to_plain(manifest), indent=1)  # ASCII: a path need not be UTF-8
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def record_file(path: Path) -> FileRecord:
+    """Size and hash of a finished file."""
+    return FileRecord(path.stat().st_size, sha256_of(path))
+
+
+class Tensors(Mapping[str, Array]):
+    """A component's weights, mapped from the file: what NumpyOps runs on, in whatever precision.
+
+    Weights in 8 or 4 bits come back under their own names, as the floats that they stand for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = SafetensorsFile(path)
+        stored = self._file.entries
+        self._forms = {
+            name.removesuffix(form.suffix): form
+            for form in blockwise.FORMS
+            for name in stored
+            if name.endswith(form.suffix) and name + blockwise.SCALE in stored
+        }
+        packed = {key + form.suffix for key, form in self._forms.items()}
+        packed |= {name + blockwise.SCALE for name in packed}
+        self._names = [*(name for name in stored if name not in packed), *self._forms]
+
+    def __getitem__(self, key: str) -> Array:
+        form = self._forms.get(key)
+        if form is None:
+            if key not in self._file.entries:
+                raise KeyError(key)
+            return self._file.read(key)
+        stored, scales = (
+            self._file.read(f"{key}{form.suffix}{part}") for part in ("", blockwise.SCALE)
+        )
+        rows = blockwise.dequantize(stored, scales, form.bits)
+        return rows.T if form.turned else rows
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        form = self._forms.get(key)
+        if form is None:
+            return self._file.shape(key)
+        outputs, stored = self._file.shape(key + form.suffix)
+        inputs = stored * 8 // form.bits
+        return (inputs, outputs) if form.turned else (outputs, inputs)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._forms or key in self._file.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle."""
+
+    path: Path
+    manifest: Manifest
+    model: ModelConfig
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """Read and check the manifest. Raises BundleError if this is not a bundle of ours."""
+        file = path / MANIFEST
+        if not file.exists():
+            raise BundleError(
+                f"{path} is not a bundle: it has no {MANIFEST}",
+                hint=f"make one: edgevlm export CHECKPOINT {path}",
+            )
+        manifest = read_manifest(file)
+        try:
+            model = model_config.from_json(dict(manifest.model), f"{file}: model")
+            check_parts(str(file), model, manifest.components, manifest.edges, manifest.files)
+            for record in manifest.components:
+                if record.graph not in manifest.files:
+                    raise ConfigError(f"{file}: files lacks {record.graph}")
+        except ConfigError as odd:
+            raise BundleError(odd.message, hint=_CHANGED) from None
+        return cls(path, manifest, model)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the whole bundle: the manifest holds the hash of every other file."""
+        return sha256_of(self.path / MANIFEST)
+
+    def check_sizes(self) -> None:
+        """Raise BundleError if a file is missing or has another size; reads no content."""
+        for name, record in self.manifest.files.items():
+            file = self.path / name
+            if not file.exists():
+                raise BundleError(f"{self.path} lacks {name}", hint="export it again")
+            if file.stat().st_size != record.nbytes:
+                raise BundleError(
+                    f"{file} has {file.stat().st_size} bytes, the manifest says {record.nbytes}",
+                    hint="the file was changed or cut short; export it again",
+                )
+
+    def verify(self) -> None:
+        """Raise BundleError if any file differs from what was exported (reads everything)."""
+        self.check_sizes()
+        for name, record in self.manifest.files.items():
+            if sha256_of(self.path / name) != record.sha256:
+                raise BundleError(
+                    f"{self.path / name} was changed after the export (its checksum differs)",
+                    hint="export it again",
+                )
+
+    def tensors(self, component: str) -> Tensors:
+        """The weights of one component."""
+        return Tensors(self.path / self.manifest.component(component).weights)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that travels with the bundle."""
+        rules = self.model.prompts
+        return Tokenizer.open(self.path / TOKENIZER, doubled_blank=rules.doubled_blank)
+
+
+def read_manifest(file: Path) -> Manifest:
+    """A manifest. Raises BundleError if it is damaged or of another format."""
+    try:
+        data = read_json(file)
+        if data.get("format") != FORMAT:
+            raise BundleError(
+                f"{file} has format {data.get('format')!r}, this version reads {FORMAT}",
+                hint="export the model again with this version",
+            )
+        found = from_plain(Manifest, data, str(file))
+        if found.dtype not in DTYPES:
+            raise ConfigError(f"{file}: dtype = {found.dtype!r}, expected one of {DTYPES}")
+        return found
+    except ConfigError as odd:
+        raise BundleError(odd.message, hint=_CHANGED) from None
+
+
+def check_parts(
+    where: str,
+    model: ModelConfig,
+    records: Sequence[ComponentRecord],
+    connections: Sequence[Edge],
+    files: Mapping[str, FileRecord],
+) -> None:
+    """Raise ConfigError unless records and connections are the model's, with listed weights."""
+    try:
+        parts = components(model)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as odd:
+        raise ConfigError(f"{where}: there is no model of this configuration ({odd})") from None
+    expected, found = [part.name for part in parts], [r.name for r in records]
+    if found != expected:
+        raise ConfigError(f"{where}: components are {found}, the model's are {expected}")
+    for part, record in zip(parts, records, strict=True):
+        if (part.inputs, part.outputs) != (record.inputs, record.outputs):
+            raise ConfigError(f"{where}: the ports of {part.name} are not those of its model")
+    if tuple(connections) != edges(model):
+        raise ConfigError(f"{where}: edges do not connect the components of its model")
+    bare = [part.name for part in model.encoders if part.name not in model.images.encoders]
+    if bare:
+        raise ConfigError(f"{where}: images.encoders lacks {bare[0]}")
+    lost = [record.weights for record in records if record.weights not in files]
+    outside = [name for name in files if Path(name).name != name]
+    if lost or outside:
+        fault = f"lacks {lost[0]}" if lost else f"names {outside[0]!r}, outside the folder"
+        raise ConfigError(f"{where}: files {fault}")

@@ -1,0 +1,27 @@
+"""A bundle as a source: recorded again from its own manifest and weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgevlm.toolkit.bundle.manifest import TOKENIZER, Bundle
+from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, with_context
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.vlm.components import components
+
+
+def load(folder: Path, options: Options) -> Source:
+    """The model of a bundle. Raises BundleError if a file is missing or was cut short."""
+    bundle = Bundle.open(folder)
+    bundle.check_sizes()
+    if options.system not in (None, bundle.model.system):
+        raise ConfigError(
+            f"{folder} is a bundle of system {bundle.model.system}, not {options.system}",
+            hint="leave --system out",
+        )
+    lm = with_context(bundle.model.lm, options.max_context)
+    model = type(bundle.model)(**{**vars(bundle.model), "lm": lm})
+    weights = {part.name: bundle.tensors(part.name) for part in components(model)}
+    text = (folder / TOKENIZER).read_text(encoding="utf-8")
+    origin = {**bundle.manifest.source, "rerecorded_from": bundle.sha256}
+    return Source(model, weights, text, origin, bundle.manifest.plan)

@@ -1,0 +1,49 @@
+"""A source on the command line: a folder, or a model id that the Hugging Face cache resolves."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from edgevlm.toolkit.errors import CheckpointError, MissingExtra
+
+_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
+
+
+def locate(source: str, *, revision: str | None, offline: bool) -> Path:
+    """The folder that `source` means. A local folder wins; `offline` never touches the network.
+
+    Raises CheckpointError if there is neither folder nor (cached) model of that name.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    names_model = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith((".", "/"))
+    if folder.exists() or not names_model:
+        kind = "is not a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(
+            f"{source} {kind}, and it is not a model id (ORGANISATION/NAME)",
+            hint="give a checkpoint folder, a model id, or preset:NAME --random-weights",
+        )
+    return _from_hub(source, revision, offline or os.environ.get("HF_HUB_OFFLINE") == "1")
+
+
+def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        raise MissingExtra("huggingface_hub", "export", purpose=f"fetching {name}") from None
+    try:
+        found = snapshot_download(
+            name, revision=revision, local_files_only=offline, allow_patterns=_PATTERNS
+        )
+    except Exception as refused:  # the package's tree of errors is wide; the reason is in the text
+        where = "is not in the local cache" if offline else "could not be fetched"
+        reason = (str(refused).strip() or type(refused).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{name} {where} ({HF_HUB_CACHE}): {reason}",
+            hint="without --offline it is downloaded" if offline else "check the name and network",
+        ) from None
+    return Path(found)

@@ -1,0 +1,238 @@
+"""Hugging Face's layout: text_config, vision_config, and one file with all parts.
+
+Tensor names exist in two generations: language_model.model.* (transformers 4 and what 5 saves)
+and model.language_model.* (inside 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints.layouts import towers
+from edgevlm.toolkit.checkpoints.layouts.source import (
+    Options,
+    Source,
+    Stored,
+    below,
+    check,
+    check_tokenizer,
+    find_prefix,
+    read_encoder,
+    read_eos,
+    read_tokenizer,
+    with_context,
+)
+from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint
+from edgevlm.toolkit.errors import CheckpointError, ConfigError
+from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess, read_preprocess
+from edgevlm.toolkit.models.mergers import mlp
+from edgevlm.toolkit.models.recipes import Recipe, flip, keep
+from edgevlm.toolkit.strict import Reader, read_json
+from edgevlm.toolkit.text.prompts import PromptRules
+from edgevlm.toolkit.text.tokenizer import token_of
+from edgevlm.toolkit.vlm import components
+from edgevlm.toolkit.vlm.config import ModelConfig, Part
+
+LMS = {"llama": "llama", "qwen2": "qwen2", "mistral": "mistral"}
+TOWERS = ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.",
+          "model.vision_tower.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What one model class does. pictures: image rules from config.json and the preprocessing.
+
+    layer, strategy: what a configuration without vision_feature_layer and -_select_strategy
+    means. ties_by_text: whether text_config alone can tie the two ends of the language model.
+    """
+
+    system: str
+    pictures: Callable[[Reader, Part, Preprocess], ImageRules]
+    templates: Mapping[str, str]
+    layer: int = -2
+    strategy: str = "default"
+    ties_by_text: bool = True
+
+
+def says(config: Mapping[str, Any], *kinds: str) -> bool:
+    """Whether a config.json is of this layout and of one of these model types."""
+    own = "text_config" in config and "mm_vision_tower" not in config
+    return own and config.get("model_type") in kinds
+
+
+def one_view(r: Reader, encoder: Part, rule: Preprocess) -> ImageRules:
+    """Pictures as they come: LlavaForConditionalGeneration."""
+    return ImageRules({encoder.name: rule})
+
+
+def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules) -> Source:
+    """Read a checkpoint. Raises ConfigError and CheckpointError naming what does not fit."""
+    r = Reader(config, str(folder / "config.json"), options.ignore_keys)
+    lm, encoder = _read_lm(r), _read_encoder(r, options, rules)
+    merger = _read_projector(r, encoder, lm)
+    rule = read_processor(folder, options)
+    towers.check_size(rule, encoder, str(folder))
+    images = rules.pictures(r, encoder, rule)
+    token, ties = _image_token(r), r.take("tie_word_embeddings", bool, False)
+    r.skip("image_seq_length", "ignore_index", "vocab_size", "video_token_index",
+           "video_token_id")  # fmt: skip
+    r.done()
+    text, _ = read_tokenizer(folder, slow=False)
+    check_tokenizer(text, lm.config.vocab, str(folder))
+    placeholder = token_of(text, token)
+
+    checkpoint = open_checkpoint(folder, options.torch_reader)
+    lm = _tied(lm, ties, rules, checkpoint)
+    newline = images.layout is not None and images.layout.newline
+    stored = _stored(lm, encoder, merger, newline, checkpoint)
+    check(stored.values(), _unused(lm, encoder))
+    model = ModelConfig(
+        folder.resolve().name,
+        rules.system,
+        (encoder,),
+        merger,
+        with_context(lm, options.max_context),
+        images,
+        PromptRules(
+            rules.templates[lm.kind],
+            "token",
+            read_eos(folder, config["text_config"], lm.kind),
+            placeholder=placeholder,
+            image_text=placeholder,
+        ),
+    )
+    weights = {p.name: stored[p.name].weights() for p in components.components(model) if p.shapes}
+    return Source(model, weights, text, {"layout": "huggingface"})
+
+
+def _read_lm(r: Reader) -> Part:
+    text = r.sub("text_config")
+    kind = LMS[text.choice("model_type", list(LMS), "llama")]
+    config = models.lm(kind).Config.read(text)
+    text.done()
+    return Part("lm", kind, config)
+
+
+def _tied(lm: Part, ties: bool, rules: Rules, checkpoint: Checkpoint) -> Part:
+    """The language model with one table for both ends, or two: transformers 5 asks the whole
+    configuration, 4 asked text_config and stored no head then.
+    """
+    head = any(key.endswith("lm_head.weight") for key in checkpoint.keys())  # noqa: SIM118
+    by_text = lm.config.tied and (rules.ties_by_text or not head)
+    return replace(lm, config=replace(lm.config, tied=ties or by_text))
+
+
+def _read_encoder(r: Reader, options: Options, rules: Rules) -> Part:
+    vision = r.take("vision_config", dict)
+    kind, reader = read_encoder(vision, f"{r.where}: vision_config", options)
+    taps = towers.selected(r.raw("vision_feature_layer")) or (rules.layer,)
+    known = ["default", "full"]
+    full = r.choice("vision_feature_select_strategy", known, rules.strategy) == "full"
+    parsed = models.encoder(kind).Config.read(reader, taps, full)
+    reader.done()
+    if not full and not hasattr(parsed, "class_token"):
+        raise ConfigError(
+            f"{r.where}: vision_feature_select_strategy 'default' drops the first token, and "
+            f"{kind} has no class token",
+            hint="the original would drop a patch; set the strategy to full",
+        )
+    return Part(kind, kind, parsed)
+
+
+def _read_projector(r: Reader, encoder: Part, lm: Part) -> Part:
+    """Two linears with GELU between."""
+    r.choice("projector_hidden_act", ["gelu"], "gelu")
+    bias = r.take("multimodal_projector_bias", bool, True)
+    return Part("merger", "mlp", mlp.Config(encoder.config.widths, lm.config.width, 2, bias))
+
+
+def _image_token(r: Reader) -> int:
+    """The id that stands for a picture in a tokenized prompt."""
+    found = r.raw("image_token_index")
+    found = r.raw("image_token_id") if found is None else found
+    r.skip("image_token_id")
+    if not isinstance(found, int):
+        raise ConfigError(f"{r.where} names no image_token_index")
+    return found
+
+
+def read_processor(folder: Path, options: Options) -> Preprocess:
+    """Preprocessing from preprocessor_config.json or processor_config.json."""
+    path, combined = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if path.exists():
+        settings = Reader(read_json(path), str(path), options.ignore_keys)
+    elif combined.exists() and "image_processor" in read_json(combined):
+        settings = Reader(read_json(combined), str(combined), options.ignore_keys).sub(
+            "image_processor"
+        )
+    else:
+        raise CheckpointError(
+            f"{folder} does not say how pictures become pixels (preprocessor_config.json)",
+            hint="save the processor of the model into the folder too",
+        )
+    rule = read_preprocess(settings)
+    settings.done()
+    return rule
+
+
+# -- tensors -----------------------------------------------------------------------------------
+
+
+def _stored(
+    lm: Part, encoder: Part, merger: Part, newline: bool, checkpoint: Checkpoint
+) -> dict[str, Stored]:
+    tower = models.encoder(encoder.kind)
+    eye = _part(tower.names(encoder.config), tower.shapes(encoder.config), checkpoint, *TOWERS)
+    roots = ("multi_modal_projector.", "model.multi_modal_projector.")
+    shapes = dict(mlp.shapes(merger.config))
+    joint = _part(_projector_names(merger.config), shapes, checkpoint, *roots)
+    if newline:
+        name = "model.image_newline" if "model.image_newline" in checkpoint else "image_newline"
+        shapes["newline"] = (merger.config.outputs,)
+        joint = Stored({**joint.table, "newline": keep(name)}, shapes, checkpoint)
+    return {f"encoder.{encoder.name}": eye, "merger": joint, "lm": _lm_tensors(lm, checkpoint)}
+
+
+def _part(
+    table: Mapping[str, Recipe],
+    shapes: Mapping[str, tuple[int, ...]],
+    checkpoint: Checkpoint,
+    *prefixes: str,
+) -> Stored:
+    """A part below whichever of `prefixes` the file uses."""
+    return Stored(below(table, find_prefix(table, checkpoint, *prefixes)), shapes, checkpoint)
+
+
+def _projector_names(c: mlp.Config) -> dict[str, Recipe]:
+    """Where the projector's tensors stand below `multi_modal_projector.`."""
+    table = {}
+    for i in range(c.layers):
+        table[f"linears.{i}.weight"] = flip(f"linear_{i + 1}.weight")
+        if c.bias:
+            table[f"linears.{i}.bias"] = keep(f"linear_{i + 1}.bias")
+    return table
+
+
+def _lm_tensors(lm: Part, checkpoint: Checkpoint) -> Stored:
+    """The language model's weights, in either generation of names."""
+    file = models.lm(lm.kind)
+    table = file.names(lm.config)
+    if "model.language_model.embed_tokens.weight" in checkpoint:
+        new = "model.language_model."
+        table = {
+            name: Recipe(tuple(s.replace("model.", new, 1) for s in r.sources), r.make)
+            for name, r in table.items()
+        }
+        return Stored(table, file.shapes(lm.config), checkpoint)
+    return _part(table, file.shapes(lm.config), checkpoint, "language_model.", "")
+
+
+def _unused(lm: Part, encoder: Part) -> list[str]:
+    """Globs of tensors that the file may hold and nobody reads."""
+    globs = models.encoder(encoder.kind).unused(encoder.config)
+    found = [prefix + glob for prefix in TOWERS for glob in globs]
+    return found + ["*" + glob for glob in models.lm(lm.kind).unused(lm.config)]

@@ -1,0 +1,114 @@
+"""How the originals make views and tokens: image_aspect_ratio and mm_patch_merge_type."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from typing import Any
+
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess
+from edgevlm.toolkit.images.tiling import Size, Tiling, TokenLayout
+from edgevlm.toolkit.strict import Reader
+from edgevlm.toolkit.vlm.config import Part
+
+_SIDES = (224, 336, 384, 448, 512)
+
+
+def read_rules(
+    r: Reader, encoder: Part, merger: Part, rule: Preprocess, *, lone_newline: bool
+) -> ImageRules:
+    """Rules for a LLaVA configuration; a missing or unknown-to-nobody aspect is "square".
+
+    lone_newline: whether a picture without tiles gets the newline token of "unpad" behind it.
+    """
+    aspect = r.take("image_aspect_ratio", str, "square")
+    merge = r.take("mm_patch_merge_type", str, "flat")
+    pinpoints = r.raw("image_grid_pinpoints")
+    match = re.fullmatch(r"anyres(?:_max_(\d+))?", str(aspect))
+    if aspect not in ("square", "pad") and not match:
+        raise ConfigError(
+            f"{r.where}: image_aspect_ratio = {aspect!r} is not implemented",
+            hint="implemented: square, pad, anyres, anyres_max_N",
+        )
+    own = rule.padded() if aspect == "pad" else rule
+    layout = read_layout(r, merge, _side(encoder, merger), int(match[1] or 0) if match else 0)
+    tiling = None
+    if match:
+        side = rule.size[0]
+        tiling = Tiling(read_pinpoints(pinpoints, side, r.where), side, base=rule.short_edge)
+    elif layout is not None and not (layout.newline and lone_newline):
+        layout = None  # a lone view without a newline: its tokens as they come
+    if layout is not None and layout.side == 0:
+        raise ConfigError(f"{r.where}: {merge} needs a tower with a fixed grid of patches only")
+    return ImageRules({encoder.name: own}, tiling, layout)
+
+
+def _side(encoder: Part, merger: Part) -> int:
+    """Tokens per row of a view behind the merger; 0 where they are no fixed square of patches."""
+    tokens = encoder.config.tokens
+    side = math.isqrt(tokens) if isinstance(tokens, int) else 0
+    if side * side != tokens:
+        return 0
+    return side // 2 if merger.kind == "pooler" else side
+
+
+def read_layout(r: Reader, merge: str, side: int, max_tiles: int) -> TokenLayout | None:
+    """The order of tokens that a merge type names, None if flat: view after view as they come.
+
+    max_tiles of anyres_max_N, 0 for none.
+    """
+    if merge == "flat":
+        return None
+    words = merge.split("_")
+    if words[0] != "spatial" or not set(words[1:]) <= {"unpad", "maxpool2x2", "nobase"}:
+        raise ConfigError(
+            f"{r.where}: mm_patch_merge_type = {merge!r} is not implemented",
+            hint="implemented: flat, spatial, with any of _unpad, _maxpool2x2, _nobase",
+        )
+    pool = "maxpool2x2" in words
+    unpad = "unpad" in words
+    return TokenLayout(
+        side,
+        "spatial",
+        unpad=unpad and not pool,
+        newline=unpad,
+        base="nobase" not in words,
+        pool=pool,
+        max_tiles=max_tiles if unpad and not pool else 0,
+    )
+
+
+def read_pinpoints(raw: Any, side: int, where: str) -> tuple[Size, ...]:
+    """image_grid_pinpoints: a list of [width, height], its text, or a range "(1x1),...,(6x6)"."""
+    if isinstance(raw, str):
+        raw = _from_range(raw, side, where) if "x" in raw else _literal(raw, where)
+    pairs = [p for p in raw if isinstance(p, (list, tuple)) and len(p) == 2] if raw else []
+    if not pairs or len(pairs) != len(raw):
+        raise ConfigError(f"{where}: image_grid_pinpoints = {raw!r} is no list of resolutions")
+    found = tuple((int(w), int(h)) for w, h in pairs)
+    if any(w % side or h % side for w, h in found):
+        raise ConfigError(
+            f"{where}: image_grid_pinpoints {list(found)} are not multiples of the tile {side}"
+        )
+    return found
+
+
+def _literal(text: str, where: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise ConfigError(f"{where}: image_grid_pinpoints = {text!r} cannot be read") from None
+
+
+def _from_range(text: str, side: int, where: str) -> list[Size]:
+    """(1x1),...,(2x3): every grid between the first and the last, times the tile's side."""
+    grids = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)x(\d+)\)", text)]
+    if not grids or side not in _SIDES:
+        raise ConfigError(
+            f"{where}: image_grid_pinpoints = {text!r} cannot be read for tiles of {side}",
+            hint=f"a range such as (1x1),...,(6x6), with a tile of {_SIDES}",
+        )
+    (a, b), (c, d) = grids[0], grids[-1]
+    return [(i * side, j * side) for i in range(a, c + 1) for j in range(b, d + 1)]

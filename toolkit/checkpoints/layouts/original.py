@@ -1,0 +1,232 @@
+"""LLaVA's own layout: one folder with the LM, the projector and `mm_*` keys in config.json.
+
+The vision tower is a Hugging Face folder (or, for UniRepLKNet, a weight file) that
+`mm_vision_tower` names. Source: the loaders of haotian-liu/LLaVA and its forks. What the forks do
+differently is a `Rules` value of their system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints.layouts import image_rules, towers
+from edgevlm.toolkit.checkpoints.layouts.source import (
+    Options,
+    Source,
+    Stored,
+    add_tokens,
+    below,
+    check,
+    check_tokenizer,
+    find_prefix,
+    read_eos,
+    read_tokenizer,
+    with_context,
+)
+from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint
+from edgevlm.toolkit.models.recipes import Recipe, keep
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.strict import Reader
+from edgevlm.toolkit.text.prompts import PromptRules
+from edgevlm.toolkit.vlm import components
+from edgevlm.toolkit.vlm.config import ModelConfig, Part
+
+LMS = {
+    "llava_llama": "llama",
+    "llava": "llama",
+    "llava_qwen": "qwen2",
+    "llava_mistral": "mistral",
+}
+ARCHITECTURES = {
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaQwenForCausalLM": "qwen2",
+    "LlavaMistralForCausalLM": "mistral",
+}
+TEMPLATES = {"llama": "vicuna_v1", "qwen2": "qwen_1_5", "mistral": "mistral_instruct"}
+IN_CHECKPOINT = "model.vision_tower.vision_tower."
+
+# Written by the training scripts, read by no forward pass of ours: bookkeeping, training switches,
+# video settings, resamplers, which the originals build but never apply to pictures, and keys of
+# Hugging Face's layout that some releases carry beside their own.
+TRAINING_KEYS = (
+    "add_faster_video add_time_instruction faster_token_stride force_sample freeze_backbone "
+    "freeze_mm_mlp_adapter freeze_mm_vision_resampler ignore_index image_crop_resolution "
+    "image_split_resolution image_token_index max_sequence_length mm_mask_drop_mode "
+    "mm_mask_drop_ratio mm_mask_drop_ratio_lower mm_mask_drop_ratio_upper "
+    "mm_mask_drop_skip_percentage mm_newline_position mm_perceiver_depth mm_perceiver_ff_mult "
+    "mm_perceiver_latents mm_perceiver_pretrained mm_projector_lr mm_qformer_depth "
+    "mm_qformer_latents mm_qformer_pretrained mm_spatial_pool_out_channels "
+    "mm_resampler_type mm_spatial_pool_mode mm_spatial_pool_stride mm_tunable_parts "
+    "mm_vision_tower_lr ms_cross_attn_lr pos_skipping_range projector_hidden_act text_config "
+    "tokenizer_model_max_length tokenizer_padding_side tune_entire_model tune_mm_mlp_adapter "
+    "tune_mm_vision_resampler tune_vision_tower tune_vit_from_layer use_mm_proj use_pos_skipping "
+    "vision_config vision_feature_layer vision_feature_select_strategy vision_tower_lr "
+    "vision_tower_pretrained"
+).split()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What one system does in this layout.
+
+    merger: the projector for an encoder, from config.json. taps: which hidden states the
+    encoder gives, from those that config.json selects. tower_wins: tower weights inside the
+    checkpoint override the tower's folder. lone_newline: pictures without tiles go as a list too,
+    and so get the newline token of "unpad" behind them. templates: by language model.
+    """
+
+    system: str
+    merger: Callable[[Reader, Part, int], Part]
+    tower_wins: bool = False
+    lone_newline: bool = False
+    taps: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
+    templates: Mapping[str, str] = field(default_factory=lambda: dict(TEMPLATES))
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of this layout."""
+    return "mm_vision_tower" in config and config.get("model_type") in LMS
+
+
+def lm_kind(config: Mapping[str, Any]) -> str:
+    """The language model's file; "llava" alone is any of them, and the class says which."""
+    named = [ARCHITECTURES.get(str(name)) for name in config.get("architectures") or ()]
+    generic = config["model_type"] == "llava"
+    return (generic and named and named[0]) or LMS[str(config["model_type"])]
+
+
+def says_mlcd(config: Mapping[str, Any]) -> bool:
+    """Whether the tower's name says MLCD, by which that fork chooses its tower class."""
+    return "mlcd" in str(config.get("mm_vision_tower", "")).lower()
+
+
+def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules) -> Source:
+    """Read a checkpoint. Raises ConfigError and CheckpointError naming what does not fit."""
+    kind = lm_kind(config)
+    if kind == "qwen2":  # its original class drops this key whatever it says
+        config = {**config, "rope_scaling": None}
+    r = Reader(config, str(folder / "config.json"), options.ignore_keys)
+    lm = Part("lm", kind, models.lm(kind).Config.read(r))
+    tower = towers.open_tower(folder, r, options, rules.taps)
+    merger = rules.merger(r, tower.part, lm.config.width)
+    images = image_rules.read_rules(
+        r, tower.part, merger, tower.rule, lone_newline=rules.lone_newline
+    )
+    ends_rows = images.layout is not None and images.layout.newline
+    spare = ["model.image_newline"] * ("unpad" in str(config.get("mm_patch_merge_type")))
+    wins = _tower_wins(r, rules)
+    r.choice("s2", [False], False)
+    r.skip("s2_scales")
+    wrapped = r.take("mm_use_im_start_end", bool, False)
+    extra = ["<im_patch>"] * r.take("mm_use_im_patch_token", bool, True)
+    extra += ["<im_start>", "<im_end>"] * wrapped
+    r.skip(*TRAINING_KEYS)
+    r.done()
+
+    text, doubled = read_tokenizer(folder, slow=True)
+    text = add_tokens(text, extra, lm.config.vocab)
+    rows = check_tokenizer(text, lm.config.vocab, str(folder))
+    checkpoint = open_checkpoint(folder, options.torch_reader)
+    stored = _stored(lm, merger, ends_rows, checkpoint)
+    inside = _tower_inside(tower, checkpoint) if wins else None
+    parts = [*stored.values(), *([inside] if inside else [])]
+    check(parts, [*spare, *_unused(lm, merger, inside, tower)])
+    if inside is None:
+        check([tower.stored], tower.unused)
+    lm, lm_table = shrink_vocab(lm, stored["lm"].table, rows)
+    stored |= {
+        f"encoder.{tower.part.name}": inside or tower.stored,
+        "lm": replace(stored["lm"], table=lm_table),
+    }
+    image_text = "<im_start><image><im_end>" if wrapped else "<image>"
+    model = ModelConfig(
+        folder.resolve().name,
+        rules.system,
+        (tower.part,),
+        merger,
+        with_context(lm, options.max_context),
+        images,
+        PromptRules(
+            rules.templates[kind],
+            "pieces",
+            read_eos(folder, config, kind),
+            image_text=image_text,
+            doubled_blank=doubled,
+        ),
+    )
+    origin = {"layout": "llava", "tower": str(config["mm_vision_tower"])}
+    origin["tower_weights"] = "checkpoint" if inside else "tower folder"
+    weights = {p.name: stored[p.name].weights() for p in components.components(model) if p.shapes}
+    return Source(model, weights, text, origin)
+
+
+def _tower_wins(r: Reader, rules: Rules) -> bool:
+    """Whether tower weights inside the checkpoint override the folder's, which is read first
+    unless delay_load is set and the tower was not trained.
+    """
+    trained = r.take("unfreeze_mm_vision_tower", bool, False)
+    late = r.take("delay_load", bool, False)
+    tuned = "mm_vision_tower" in str(r.raw("mm_tunable_parts"))
+    return trained or (rules.tower_wins and (tuned or not late))
+
+
+def _stored(lm: Part, merger: Part, newline: bool, checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The language model's and the projector's weights in the LLaVA folder."""
+    file, projector = models.lm(lm.kind), models.merger(merger.kind)
+    table = dict(projector.names(merger.config))
+    if table:  # a lone linear has a number where the type says mlp1x_gelu, and none if linear
+        places = ("model.mm_projector.", "model.mm_projector.0.")
+        table = below(table, find_prefix(table, checkpoint, *places))
+    shapes = dict(projector.shapes(merger.config))
+    if newline:
+        table["newline"] = keep("model.image_newline")
+        shapes["newline"] = (lm.config.width,)
+    return {
+        "lm": Stored(file.names(lm.config), file.shapes(lm.config), checkpoint),
+        "merger": Stored(table, shapes, checkpoint),
+    }
+
+
+def _tower_inside(tower: towers.Tower, checkpoint: Checkpoint) -> Stored | None:
+    """The tower's weights inside the checkpoint, None if it holds none."""
+    keys = checkpoint.keys()
+    if not any(key.startswith(IN_CHECKPOINT) for key in keys):
+        return None
+    file = models.encoder(tower.part.kind)
+    table = file.names(tower.part.config)
+    prefix = find_prefix(table, checkpoint, f"{IN_CHECKPOINT}vision_model.", IN_CHECKPOINT)
+    return Stored(below(table, prefix), file.shapes(tower.part.config), checkpoint)
+
+
+def _unused(lm: Part, merger: Part, inside: Stored | None, tower: towers.Tower) -> list[str]:
+    """Globs of tensors in the LLaVA folder that nobody reads."""
+    found = [*models.lm(lm.kind).unused(lm.config), "model.vision_resampler.*"]
+    spare = models.merger(merger.kind).unused(merger.config)
+    found += [f"model.mm_projector.{glob}" for glob in spare]
+    if inside is None:
+        return [*found, f"{IN_CHECKPOINT}*"]
+    globs = models.encoder(tower.part.kind).unused(tower.part.config)
+    return found + [f"{IN_CHECKPOINT}{p}{g}" for g in globs for p in ("", "vision_model.")]
+
+
+def shrink_vocab(
+    lm: Part, table: Mapping[str, Recipe], rows: int
+) -> tuple[Part, dict[str, Recipe]]:
+    """The LM with only the rows its tokenizer knows, as the originals' loader resizes it."""
+    if rows >= lm.config.vocab:
+        return lm, dict(table)
+
+    def cut(recipe: Recipe, axis: int) -> Recipe:
+        def make(*arrays: Array) -> Array:
+            whole = recipe.make(*arrays)
+            return whole[:rows] if axis == 0 else whole[:, :rows]
+
+        return replace(recipe, make=make)
+
+    cuts = {"embed.weight": 0, "head.weight": 1}
+    small = {n: cut(r, cuts[n]) if n in cuts else r for n, r in table.items()}
+    return replace(lm, config=replace(lm.config, vocab=rows)), small

@@ -1,0 +1,103 @@
+"""Oddities of the original programs that only lose data: left out, unless asked for by name.
+
+docs/systems.md says of each what the original does and what happens here without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from edgevlm.toolkit.checkpoints.layouts.source import Source
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.ops.vocabulary import Array
+
+_ORIGINALS = ("convllava", "llava", "llava_next", "mlcd", "mmfuser")
+
+
+@dataclass(frozen=True)
+class Quirk:
+    """One oddity: the systems whose original has it, and how a source gets it.
+
+    `keep` takes the source and the checkpoint's config.json.
+    """
+
+    systems: tuple[str, ...]
+    keep: Callable[[Source, Mapping[str, Any]], Source]
+
+
+def keep(source: Source, config: Mapping[str, Any], names: Sequence[str]) -> Source:
+    """The source with the oddities in `names`. Raises ConfigError for one its original lacks."""
+    for name in names:
+        if name not in QUIRKS:
+            raise ConfigError(f"there is no quirk {name!r}", hint=f"known: {', '.join(QUIRKS)}")
+        if source.model.system not in QUIRKS[name].systems:
+            raise ConfigError(
+                f"the original of {source.model.system} has no quirk {name!r}",
+                hint=f"it is one of: {', '.join(QUIRKS[name].systems)}",
+            )
+        source = QUIRKS[name].keep(source, config)
+    kept = {"quirks": [*source.origin.get("quirks", ()), *names]} if names else {}
+    return replace(source, origin={**source.origin, **kept})
+
+
+def _ignore_exif(source: Source, config: Mapping[str, Any]) -> Source:
+    """Photographs lie on their side as the camera stored them."""
+    model = source.model
+    return replace(source, model=replace(model, images=replace(model.images, upright=False)))
+
+
+def _cut_prompt(source: Source, config: Mapping[str, Any]) -> Source:
+    """Embedded prompts end after tokenizer_model_max_length positions."""
+    limit = config.get("tokenizer_model_max_length")
+    if not isinstance(limit, int) or limit < 1:
+        raise ConfigError(
+            f"quirk 'cut-prompt' needs tokenizer_model_max_length, config.json says {limit!r}",
+            hint="without that key the original cuts nothing: leave the quirk out",
+        )
+    return _prompts(source, cut=limit)
+
+
+def _reuse_image(source: Source, config: Mapping[str, Any]) -> Source:
+    """One placeholder more than pictures shows the last picture again."""
+    return _prompts(source, reuse_last=True)
+
+
+def _prompts(source: Source, **changes: Any) -> Source:
+    model = source.model
+    return replace(source, model=replace(model, prompts=replace(model.prompts, **changes)))
+
+
+class _Zeroed(Mapping[str, Array]):
+    """A component's tensors, some of them zeros."""
+
+    def __init__(self, tensors: Mapping[str, Array], zeros: frozenset[str]) -> None:
+        self._tensors = tensors
+        self._zeros = zeros
+
+    def __getitem__(self, key: str) -> Array:
+        found = self._tensors[key]
+        return np.zeros_like(found) if key in self._zeros else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _renamed_gamma(source: Source, config: Mapping[str, Any]) -> Source:
+    """transformers of that time renames the gammas, so that they keep their initial zeros."""
+    merger = _Zeroed(source.weights["merger"], frozenset({"fuser.gamma1", "fuser.gamma2"}))
+    return replace(source, weights={**source.weights, "merger": merger})
+
+
+QUIRKS: Mapping[str, Quirk] = {
+    "cut-prompt": Quirk(_ORIGINALS, _cut_prompt),
+    "ignore-exif": Quirk(_ORIGINALS, _ignore_exif),
+    "renamed-gamma": Quirk(("mmfuser",), _renamed_gamma),
+    "reuse-image": Quirk(("llava_next", "mlcd"), _reuse_image),
+}

@@ -1,0 +1,213 @@
+"""What reading a checkpoint gives, and the pieces that both layouts need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints.weights import (
+    Checkpoint,
+    RandomWeights,
+    Recipes,
+    TorchReader,
+    check_tables,
+)
+from edgevlm.toolkit.errors import CheckpointError, ConfigError
+from edgevlm.toolkit.models.recipes import Recipe
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.quantization.plan import PrecisionPlan
+from edgevlm.toolkit.strict import Reader, read_json
+from edgevlm.toolkit.text.tokenizer import Tokenizer, from_sentencepiece
+from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, components
+from edgevlm.toolkit.vlm.config import ModelConfig, Part
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to read a checkpoint: what the command line may decide about it."""
+
+    system: str | None = None
+    vision_tower: Path | None = None
+    ignore_keys: tuple[str, ...] = ()
+    max_context: int | None = None
+    torch_reader: TorchReader | None = None
+    quirks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model ready to be written or run: weights are read when asked for.
+
+    plan: in which precision they are to be recorded; a bundle keeps its own.
+    """
+
+    model: ModelConfig
+    weights: Mapping[str, Mapping[str, Array]]
+    tokenizer: str
+    origin: Mapping[str, Any]
+    plan: PrecisionPlan = PrecisionPlan()
+
+
+def random_source(model: ModelConfig, seed: int, tokenizer: str, preset: str) -> Source:
+    """A preset's source: published shapes, weights from `seed`."""
+    weights = {p.name: RandomWeights(p.shapes, seed, p.name) for p in components(model)}
+    return Source(
+        model, weights, tokenizer, {"preset": preset, "random_weights": True, "seed": seed}
+    )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of one component inside one checkpoint."""
+
+    table: Mapping[str, Recipe]
+    shapes: Mapping[str, tuple[int, ...]]
+    checkpoint: Checkpoint
+
+    def weights(self) -> Recipes:
+        """The component's tensors, made when asked for."""
+        return Recipes(self.table, self.checkpoint)
+
+
+def check(parts: Iterable[Stored], unused: Iterable[str]) -> None:
+    """Check all components that share one checkpoint against it, both ways."""
+    stored = list(parts)
+    free = tuple(unused)
+    for checkpoint in {id(p.checkpoint): p.checkpoint for p in stored}.values():
+        tables = [(p.table, p.shapes) for p in stored if p.checkpoint is checkpoint]
+        check_tables(tables, checkpoint, free)
+
+
+def below(table: Mapping[str, Recipe], prefix: str) -> dict[str, Recipe]:
+    """A table whose sources stand below `prefix`."""
+    return {name: recipe.below(prefix) for name, recipe in table.items()}
+
+
+def find_prefix(table: Mapping[str, Recipe], checkpoint: Checkpoint, *prefixes: str) -> str:
+    """The first of `prefixes` under which the checkpoint has one of the table's tensors."""
+    sources = [source for recipe in table.values() for source in recipe.sources]
+    for prefix in prefixes:
+        if any(prefix + source in checkpoint for source in sources):
+            return prefix
+    raise CheckpointError(
+        f"{checkpoint.where} has no tensor called {prefixes[0]}{sources[0]}",
+        hint="check that config and weights belong together",
+    )
+
+
+def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tuple[str, Reader]:
+    """The encoder file for a tower's configuration, and a reader over its own part of it."""
+    kind, nested = config.get("model_type"), "vision_config" in config
+    for name in models.kinds("encoders"):
+        if kind in getattr(models.encoder(name), "MODEL_TYPES", ()):
+            reader = Reader(config, where, options.ignore_keys)
+            reader = reader.sub("vision_config") if nested else reader
+            reader.skip("tie_word_embeddings", "vocab_size")  # a tower has no words
+            return name, reader
+    known = [t for n in models.kinds("encoders") for t in models.encoder(n).MODEL_TYPES]
+    raise ConfigError(
+        f"{where}: model_type = {kind!r} is not an encoder we implement",
+        hint=f"implemented: {', '.join(sorted(known))}",
+    )
+
+
+def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, bool]:
+    """The text of a tokenizer.json, and whether it needs `doubled_blank` (see Tokenizer).
+
+    slow: the system uses sentencepiece's own tokenizer where its model file is there; fast
+    conversions by older versions of transformers tokenize differently after special tokens.
+    """
+    path, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    settings = folder / "tokenizer_config.json"
+    config = read_json(settings) if settings.exists() else {}
+    older = folder / "added_tokens.json"
+    if older.exists() and not config.get("added_tokens_decoder"):
+        config["added_tokens_decoder"] = {n: token for token, n in read_json(older).items()}
+    if model.exists() and (slow or not path.exists()):
+        return from_sentencepiece(model, config)
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)",
+            hint="copy the tokenizer files of the language model into the folder",
+        )
+    read_json(path)  # what follows takes it for an object
+    return path.read_text(encoding="utf-8"), False
+
+
+def add_tokens(text: str, extra: Sequence[str], vocab: int) -> str:
+    """The tokenizer with tokens that the originals' loader adds, where the model has rows."""
+    try:
+        return _with_tokens(json.loads(text), extra, vocab)
+    except (AttributeError, KeyError, TypeError) as odd:
+        raise ConfigError(
+            f"the tokenizer cannot be read: {odd} in its added_tokens or vocab"
+        ) from odd
+
+
+def _with_tokens(data: dict[str, Any], extra: Sequence[str], vocab: int) -> str:
+    data.setdefault("added_tokens", [])
+    known = {token["content"] for token in data["added_tokens"]}
+    taken = [token["id"] for token in data.get("added_tokens", [])]
+    taken += list(data.get("model", {}).get("vocab", {}).values())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    following = max(taken, default=-1) + 1
+    for token in extra:
+        if token not in known and following < vocab:
+            entry = {"id": following, "content": token, **flags, "special": True}
+            data["added_tokens"].append(entry)
+            following += 1
+    return json.dumps(data, ensure_ascii=False)
+
+
+def check_tokenizer(text: str, vocab: int, where: str) -> int:
+    """Ids the tokenizer knows. Raises CheckpointError if the model has fewer rows."""
+    import tokenizers
+
+    try:
+        size = Tokenizer(tokenizers.Tokenizer.from_str(text)).size
+    except Exception as broken:  # the package raises bare Exception
+        raise ConfigError(f"{where}: the tokenizer cannot be read: {broken}") from None
+    if size > vocab:
+        raise CheckpointError(
+            f"{where}: the tokenizer knows ids up to {size - 1}, the model has {vocab} rows",
+            hint="the tokenizer belongs to another model",
+        )
+    return size
+
+
+def read_eos(folder: Path, config: Mapping[str, Any], kind: str) -> tuple[int, ...]:
+    """End-of-answer ids: generation_config.json, else config.json, else what its class means.
+
+    An empty tuple if there is none. kind: the language model's file.
+    """
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    default = None if kind == "qwen2" else 2  # the defaults of the configuration classes
+    found = generation.get("eos_token_id", config.get("eos_token_id", default))
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(number) is int and number >= 0 for number in ids):
+        where = path if "eos_token_id" in generation else folder / "config.json"
+        raise ConfigError(f"{where}: eos_token_id = {found!r}, expected an id or a list of ids")
+    return tuple(ids)
+
+
+def with_context(lm: Part, limit: int | None) -> Part:
+    """The language model with rotary tables for at most `limit` positions."""
+    context = lm.config.context if limit is None else limit
+    if context < GOLDEN_TOKENS:
+        stated = "max_position_embeddings" if limit is None else "--max-context"
+        raise ConfigError(
+            f"{stated} {context} is less than {GOLDEN_TOKENS}, the tokens of a bundle's check",
+            hint="a picture alone takes tens to thousands of positions",
+        )
+    if limit is None:
+        return lm
+    if limit > lm.config.context:
+        raise ConfigError(
+            f"--max-context {limit} is more than the {lm.config.context} positions of the model"
+        )
+    return replace(lm, config=replace(lm.config, context=limit))

@@ -1,0 +1,172 @@
+"""Vision towers beside a LLaVA checkpoint: where they are, what they are, which levels are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints.layouts.source import (
+    Options,
+    Stored,
+    below,
+    find_prefix,
+    read_encoder,
+)
+from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
+from edgevlm.toolkit.checkpoints.weights import Checkpoint, TensorSource, open_checkpoint
+from edgevlm.toolkit.errors import CheckpointError, ConfigError
+from edgevlm.toolkit.images.preprocess import Preprocess, read_preprocess
+from edgevlm.toolkit.models.encoders import unireplknet
+from edgevlm.toolkit.strict import MOST_LAYERS, Reader, read_json
+from edgevlm.toolkit.vlm.config import Part
+
+Taps = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """An encoder with its preprocessing and weights; unused: globs of what may be left over."""
+
+    part: Part
+    rule: Preprocess
+    stored: Stored
+    unused: tuple[str, ...]
+
+
+def find(name: str, folder: Path, options: Options) -> Path:
+    """What `mm_vision_tower` means: given, inside the checkpoint, beside it, or from here.
+
+    A folder with config.json, or a weight file. Raises CheckpointError if it is nowhere.
+    """
+    if options.vision_tower is not None:
+        return options.vision_tower
+    base = Path(name).name
+    for place in (folder / name, folder.parent / name, Path(name), folder / base,
+                  folder.parent / base):  # fmt: skip
+        if place.is_file() or (place / "config.json").exists():
+            return place
+    raise CheckpointError(
+        f"the vision tower {name!r} that {folder / 'config.json'} names is not on this machine",
+        hint=f"put its folder beside {folder}, or name it: --vision-tower FOLDER",
+    )
+
+
+def kind_of(config: Mapping[str, Any], folder: Path, options: Options) -> str:
+    """The encoder file for the tower of a LLaVA configuration."""
+    place = find(str(config["mm_vision_tower"]), folder, options)
+    if place.is_file():
+        return "unireplknet"
+    return read_encoder(read_json(place / "config.json"), str(place / "config.json"), options)[0]
+
+
+def open_tower(folder: Path, r: Reader, options: Options, choose: Callable[[Taps], Taps]) -> Tower:
+    """The tower that config.json names, with the levels that it selects."""
+    place = find(r.take("mm_vision_tower", str), folder, options)
+    if place.is_file():
+        return _open_file(place, r, options)
+    path = place / "config.json"
+    data = read_json(path)
+    kind, reader = read_encoder(data, str(path), options)
+    stated = reader if reader.has("num_hidden_layers") else Reader(data, str(path))
+    depth = stated.count("num_hidden_layers", 12, most=MOST_LAYERS)
+    taps, class_token = read_taps(r, depth)
+    config = models.encoder(kind).Config.read(reader, choose(taps), class_token)
+    reader.done()
+    part = Part(kind, kind, config)
+    rule = read_rule(place, options)
+    check_size(rule, part, str(place))
+    stored, unused = stored_in(part, place, options)
+    return Tower(part, rule, stored, unused)
+
+
+def read_rule(place: Path, options: Options) -> Preprocess:
+    """The preprocessing beside a tower."""
+    path = place / "preprocessor_config.json"
+    reader = Reader(read_json(path), str(path), options.ignore_keys)
+    rule = read_preprocess(reader)
+    reader.done()
+    return rule
+
+
+def check_size(rule: Preprocess, part: Part, where: str) -> None:
+    """Raise ConfigError if the pictures are not of the size that the encoder takes."""
+    if isinstance(part.config.pixels[0], int) and rule.size != part.config.pixels:
+        raise ConfigError(
+            f"{where}: preprocessor_config.json makes pictures of {rule.size}, the tower takes "
+            f"{part.config.pixels}",
+            hint="take config.json and preprocessor_config.json from the same tower",
+        )
+
+
+def stored_in(part: Part, place: Path, options: Options) -> tuple[Stored, tuple[str, ...]]:
+    """The tower's weights in its own folder, and globs of what may be left there."""
+    file = models.encoder(part.kind)
+    checkpoint = open_checkpoint(place, options.torch_reader)
+    table = file.names(part.config)
+    prefix = find_prefix(table, checkpoint, "vision_model.", "")
+    unused = tuple(prefix + glob for glob in file.unused(part.config))
+    text = ("text_model.*", "logit_scale", "logit_bias", "text_projection.*", "visual_projection.*")
+    return Stored(below(table, prefix), file.shapes(part.config), checkpoint), (*unused, *text)
+
+
+def _open_file(place: Path, r: Reader, options: Options) -> Tower:
+    """UniRepLKNet: sizes come from the weights, the select layer and feature are ignored."""
+    r.skip("mm_vision_select_layer", "mm_vision_select_feature")
+    source: TensorSource
+    if place.suffix == ".safetensors":
+        source = SafetensorsFile(place)
+    elif options.torch_reader is not None:
+        source = options.torch_reader(place)
+    else:
+        raise CheckpointError(
+            f"{place} is a torch file; reading it needs torch",
+            hint="pip install 'edgevlm[train]'",
+        )
+    keys = list(source.keys())
+    checkpoint = Checkpoint(dict.fromkeys(keys, source), str(place))
+    config = unireplknet.Config.of({key: source.shape(key) for key in keys}, str(place))
+    stored = Stored(unireplknet.names(config), unireplknet.shapes(config), checkpoint)
+    part = Part("unireplknet", "unireplknet", config)
+    return Tower(part, read_rule(place.parent, options), stored, unireplknet.unused(config))
+
+
+# -- levels ------------------------------------------------------------------------------------
+
+
+def selected(raw: Any) -> Taps | None:
+    """mm_vision_select_layer in its forms: -2, "-2", [-22, …], "list-22/-17/…"; else None."""
+    if isinstance(raw, str):
+        try:
+            raw = [int(n) for n in raw[4:].split("/")] if raw.startswith("list") else int(raw)
+        except ValueError:
+            return None
+    if isinstance(raw, list) and raw and all(isinstance(n, int) for n in raw):
+        return tuple(raw)
+    return (raw,) if isinstance(raw, int) and not isinstance(raw, bool) else None
+
+
+def read_taps(r: Reader, depth: int) -> tuple[Taps, bool]:
+    """Hidden states that the configuration selects, and whether the class token stays.
+
+    slicefour: every quarter of the tower from the select layer on; slice_m25811_f6: states -2,
+    -5, -8, -11 and 6; both are joined on channels.
+    """
+    taps = selected(r.raw("mm_vision_select_layer"))
+    if taps is None:
+        raise ConfigError(
+            f"{r.where}: mm_vision_select_layer = {r.raw('mm_vision_select_layer')!r} is missing "
+            "or no layer",
+            hint="it is a number such as -2, or a list such as [-22, -17, -12, -7, -2]",
+        )
+    known = [f"{way}{tokens}" for way in ("", "slicefour_", "slice_m25811_f6_")
+             for tokens in ("patch", "cls_patch")]  # fmt: skip
+    feature = r.choice("mm_vision_select_feature", known, "patch")
+    if feature.startswith("slicefour"):
+        step = (depth + 1) // 4
+        taps = tuple(range(step + taps[0], depth + 1, step))
+    elif feature.startswith("slice_m25811"):
+        taps = (-2, -5, -8, -11, 6)
+    return taps, feature.endswith("cls_patch")

@@ -1,0 +1,234 @@
+"""Weights as lazy mappings: where each of our tensors comes from, read when it is needed.
+
+`Recipes` applies a table of recipes (toolkit/models/recipes.py) to a checkpoint; `RandomWeights`
+makes a preset without one. Nothing holds more than one tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from edgevlm.toolkit.checkpoints.safetensors_io import BLOCK_BYTES, SafetensorsFile, row_blocks
+from edgevlm.toolkit.errors import CheckpointError
+from edgevlm.toolkit.models.recipes import Recipe, same, transposed
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.strict import read_json
+
+Shapes = Mapping[str, tuple[int, ...]]
+_FETCH = "the download or copy is incomplete; fetch the checkpoint again"
+
+
+class TensorSource(Protocol):
+    """Stored tensors by name."""
+
+    def keys(self) -> Iterable[str]: ...
+
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def read(self, key: str) -> Array: ...
+
+
+TorchReader = Callable[[Path], TensorSource]
+
+
+class Checkpoint:
+    """The tensors of a folder (one file, or shards with an index) or of one file."""
+
+    def __init__(self, parts: Mapping[str, TensorSource], where: str) -> None:
+        self._parts = parts
+        self.where = where
+
+    def keys(self) -> list[str]:
+        """All tensor names."""
+        return list(self._parts)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._parts
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return self._parts[key].shape(key)
+
+    def read(self, key: str) -> Array:
+        """One tensor."""
+        return self._parts[key].read(key)
+
+
+def open_checkpoint(folder: Path, torch_reader: TorchReader | None = None) -> Checkpoint:
+    """The weights in `folder`: safetensors first, else torch files through `torch_reader`.
+
+    Raises CheckpointError if there are none, a shard is missing, or only torch files exist and
+    no reader for them was handed in; ConfigError if the index of the shards is no JSON object.
+    """
+    for stem, read in (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", torch_reader)):
+        files = _shards(folder, stem)
+        if not files:
+            continue
+        if read is None:
+            raise CheckpointError(
+                f"{folder} holds torch files only ({files[0].name}); reading them needs torch",
+                hint="pip install 'edgevlm[train]'",
+            )
+        return _join(folder, [read(file) for file in files])
+    raise CheckpointError(
+        f"{folder} holds no weights (model.safetensors, pytorch_model.bin or shards of them)"
+    )
+
+
+def _shards(folder: Path, stem: str) -> list[Path]:
+    index = folder / f"{stem}.index.json"
+    if (folder / stem).exists():  # before an index, as transformers looks for them
+        return [folder / stem]
+    if not index.exists():
+        return []
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files", hint=_FETCH)
+    names = sorted(set(where.values()))
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        named = f"{', '.join(missing[:3])}{f' and {len(missing) - 3} more' if missing[3:] else ''}"
+        raise CheckpointError(f"{index} names files that are not there: {named}", hint=_FETCH)
+    return [folder / name for name in names]
+
+
+def _join(folder: Path, parts: Sequence[TensorSource]) -> Checkpoint:
+    found: dict[str, TensorSource] = {}
+    for part in parts:
+        for key in part.keys():  # noqa: SIM118 (a source is no mapping)
+            if key in found:
+                raise CheckpointError(f"{folder}: {key} stands in two shards")
+            found[key] = part
+    return Checkpoint(found, str(folder))
+
+
+class Recipes(Mapping[str, Array]):
+    """Our tensors, each made from a checkpoint's when it is asked for."""
+
+    def __init__(self, table: Mapping[str, Recipe], checkpoint: TensorSource) -> None:
+        self._table = table
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, key: str) -> Array:
+        recipe = self._table[key]
+        return recipe.make(*(self._read(source) for source in recipe.sources))
+
+    def _read(self, source: str) -> Array:
+        """A stored tensor that can be a weight: a NaN would spoil answers, not goldens."""
+        found = self._checkpoint.read(source)
+        if found.dtype.kind != "f":
+            raise CheckpointError(
+                f"{source} is stored as {found.dtype}, a weight is a floating-point number",
+                hint="quantized checkpoints are not read; take the original's weights",
+            )
+        if not all(np.isfinite(block).all() for block in row_blocks(found)):
+            raise CheckpointError(
+                f"{source} holds NaN or infinite values",
+                hint="the file is damaged or its training diverged; fetch the checkpoint again",
+            )
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+def check_tables(
+    parts: Iterable[tuple[Mapping[str, Recipe], Shapes]],
+    checkpoint: Checkpoint,
+    unused: Iterable[str],
+) -> None:
+    """Refuse a checkpoint that lacks a tensor, has one we cannot place, or a shape that is off.
+
+    `unused` are globs of tensors that may be there without being read. All faults are counted;
+    the first three of each kind are named.
+    """
+    tables = list(parts)
+    wanted = {s for table, _ in tables for recipe in table.values() for s in recipe.sources}
+    stored = set(checkpoint.keys())
+    free = tuple(unused)
+    missing = sorted(wanted - stored)
+    extra = sorted(k for k in stored - wanted if not any(fnmatchcase(k, g) for g in free))
+    faults = [*_listed("missing", missing), *_listed("unexpected", extra)]
+    for table, shapes in tables:
+        faults += _misshapen(table, shapes, checkpoint)
+    if faults:
+        raise CheckpointError(
+            f"{checkpoint.where} does not fit the model its config describes: {'; '.join(faults)}",
+            hint="check that config and weights belong together, and that every file arrived",
+        )
+
+
+def _listed(kind: str, keys: Sequence[str]) -> list[str]:
+    if not keys:
+        return []
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return [f"{len(keys)} {kind}: {', '.join(keys[:3])}{more}"]
+
+
+def _misshapen(table: Mapping[str, Recipe], shapes: Shapes, checkpoint: Checkpoint) -> list[str]:
+    faults = []
+    for name, recipe in table.items():
+        if recipe.make not in (same, transposed) or recipe.sources[0] not in checkpoint:
+            continue  # a computed tensor is checked when it is made
+        turn = -1 if recipe.make is transposed else 1
+        stored = checkpoint.shape(recipe.sources[0])
+        if stored[::turn] != shapes[name]:
+            faults.append(f"{recipe.sources[0]} is {stored}, expected {shapes[name][::turn]}")
+    return _listed("mis-shaped", faults)
+
+
+class RandomWeights(Mapping[str, Array]):
+    """Weights of a preset: reproducible from (seed, name), scaled so that values stay near 1.
+
+    Linears and convolutions are uniform with variance 1 / inputs, embeddings with variance 1 / D,
+    norms are ones, biases zeros. Meant for sizes and speed, not for answers.
+    """
+
+    def __init__(self, shapes: Shapes, seed: int, label: str) -> None:
+        self._shapes = shapes
+        self._seed = seed
+        self._label = label
+
+    def __getitem__(self, key: str) -> Array:
+        return np.concatenate(list(self.blocks(key))) if self._shapes[key] else np.ones(())
+
+    def blocks(self, key: str) -> Iterator[Array]:
+        """The tensor in pieces along its first axis; the pieces do not depend on their size."""
+        shape = self._shapes[key]
+        if key.endswith("bias") or (len(shape) == 1 and key.endswith("weight")):
+            yield np.full(shape, 0.0 if key.endswith("bias") else 1.0, np.float32)
+            return
+        source = f"{self._seed}/{self._label}/{key}".encode()
+        digest = hashlib.sha256(source).digest()
+        generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest[:16], "little")))
+        spread = np.float32(math.sqrt(12.0 / _fan_in(key, shape)))
+        rows = max(BLOCK_BYTES // max(4 * math.prod(shape[1:]), 1), 1)
+        for start in range(0, shape[0], rows):
+            size = (min(rows, shape[0] - start), *shape[1:])
+            values = generator.random(size, np.float32)
+            values -= np.float32(0.5)
+            values *= spread
+            yield values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def _fan_in(key: str, shape: tuple[int, ...]) -> int:
+    if len(shape) == 4:
+        return math.prod(shape[1:])
+    table = key.startswith(("embed", "position")) or len(shape) == 1
+    return shape[-1] if table else shape[0]

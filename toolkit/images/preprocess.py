@@ -1,0 +1,326 @@
+"""Pictures in, pixel tensors out: preprocessing declared as data, done with Pillow and NumPy.
+
+The result is bit-equal to what the originals feed their towers (Hugging Face's PIL processors
+after LLaVA's own aspect handling). What is done to unusual files is said in `Picture.notes`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from edgevlm.toolkit.errors import ConfigError, InputError
+from edgevlm.toolkit.images.tiling import Tiling, TokenLayout
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.strict import Reader
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 100_000_000  # a 30000 x 30000 picture would take 2.7 GB decoded
+MAX_SIDE = 16_384  # padding to a square of this side already takes 0.8 GB
+MAX_RATIO = 200  # beyond this, resizing the short edge makes a picture of hundreds of megapixels
+_ORIENTATION = 0x0112  # the EXIF tag
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_CROPPING = ("CLIP", "LlavaNext", "LlavaImage", "Bit")
+_PROCESSORS = (
+    "CLIPImageProcessor", "CLIPFeatureExtractor", "SiglipImageProcessor", "LlavaImageProcessor",
+    "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor", "BitImageProcessor",
+)  # fmt: skip
+# Read elsewhere, or without meaning for one picture.
+_IDLE_KEYS = (
+    "_valid_processor_keys auto_map data_format default_to_square device disable_grouping "
+    "feature_extractor_type image_grid_pinpoints image_seq_length "
+    "input_data_format pad_size processor_class return_tensors size_divisor"
+).split()
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """One encoder's pixels: pad, resize, crop, rescale, normalise; in that order.
+
+    pad: colour of the square that the picture is first centred on, None for no padding.
+    short_edge: resize so that the short edge has this length (long edge rounded down), or
+    exact: resize to (height, width) regardless of aspect; crop: centred (height, width).
+    """
+
+    resample: Resample
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    pad: tuple[int, int, int] | None = None
+    short_edge: int | None = None
+    exact: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the result. Raises ConfigError if they depend on the picture."""
+        size = self.crop or self.exact
+        if size is None:
+            raise ConfigError("the preprocessing has neither a crop nor an exact size")
+        return size
+
+    def padded(self) -> Preprocess:
+        """The same on a square of the mean colour: LLaVA's image_aspect_ratio = pad."""
+        r, g, b = (int(m * 255) for m in self.mean)
+        return Preprocess(**{**vars(self), "pad": (r, g, b)})
+
+
+@dataclass(frozen=True)
+class ImageRules:
+    """How one picture becomes pixels for every encoder, and its features tokens.
+
+    encoders: by name. tiling: AnyRes, None for one view. layout: the order of the views' tokens,
+    None for all of them as they come. upright: whether EXIF orientation is applied.
+    """
+
+    encoders: Mapping[str, Preprocess] = field(default_factory=dict)
+    tiling: Tiling | None = None
+    layout: TokenLayout | None = None
+    upright: bool = True
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded RGB picture; `notes` says what was done to get it."""
+
+    rgb: Image
+    notes: tuple[str, ...] = ()
+
+
+def read_preprocess(r: Reader) -> Preprocess:
+    """From a preprocessor_config.json of CLIPImageProcessor or SiglipImageProcessor."""
+    r.skip(*_IDLE_KEYS)
+    kind = r.take("image_processor_type", str, "CLIPImageProcessor")
+    if not kind.startswith(_PROCESSORS):
+        raise ConfigError(
+            f"{r.where}: image_processor_type {kind!r} is not implemented",
+            hint=f"implemented: {', '.join(_PROCESSORS)}",
+        )
+    pads = r.take("do_pad", bool, False) and kind.startswith("LlavaImage")
+    for switch in ("do_rescale", "do_normalize", "do_resize"):
+        r.choice(switch, [True], True)
+    r.choice("do_convert_rgb", [True], True)
+    r.choice("aspect_ratio_setting", ["anyres"], "anyres")
+    short, exact = _read_size(r.raw("size"), r.where)
+    crops, crop_size = (
+        r.take("do_center_crop", bool, kind.startswith(_CROPPING)),
+        r.raw("crop_size"),
+    )
+    crop = _read_crop(crop_size, r.where) if crops else None
+    std = _three(r.raw("image_std"), f"{r.where}: image_std")
+    if min(std) <= 0:
+        raise ConfigError(f"{r.where}: image_std = {list(std)} divides by what is not above 0")
+    found = Preprocess(
+        resample=_resample(r.choice("resample", list(_RESAMPLE), 3)),
+        scale=r.take("rescale_factor", float, 1 / 255),
+        mean=_three(r.raw("image_mean"), f"{r.where}: image_mean"),
+        std=std,
+        short_edge=short,
+        exact=exact,
+        crop=crop,
+    )
+    return found.padded() if pads else found
+
+
+def _resample(code: int) -> Resample:
+    names: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+    return names[code]
+
+
+def _read_size(size: Any, where: str) -> tuple[int | None, tuple[int, int] | None]:
+    if type(size) is int:
+        return _side(size, f"{where}: size"), None
+    if isinstance(size, dict) and set(size) == {"shortest_edge"}:
+        return _side(size["shortest_edge"], f"{where}: size"), None
+    if isinstance(size, dict) and set(size) == {"height", "width"}:
+        return None, _height_width(size, f"{where}: size")
+    raise ConfigError(f"{where}: size = {size!r} is not implemented")
+
+
+def _read_crop(size: Any, where: str) -> tuple[int, int]:
+    if type(size) is int:
+        size = {"height": size, "width": size}
+    if isinstance(size, dict) and {"height", "width"} <= set(size):
+        return _height_width(size, f"{where}: crop_size")
+    raise ConfigError(f"{where}: crop_size = {size!r} is not implemented")
+
+
+def _height_width(size: Mapping[str, Any], where: str) -> tuple[int, int]:
+    return _side(size["height"], where), _side(size["width"], where)
+
+
+def _side(value: Any, where: str) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_SIDE:
+        raise ConfigError(f"{where} has a side of {value!r}, expected 1 to {MAX_SIDE} pixels")
+    return value
+
+
+def _three(value: Any, where: str) -> tuple[float, float, float]:
+    numbers = value if isinstance(value, list) else []
+    fine = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+    if len(numbers) != 3 or not fine:
+        raise ConfigError(f"{where} = {value!r}, expected three numbers")
+    return float(numbers[0]), float(numbers[1]), float(numbers[2])
+
+
+# -- decoding ------------------------------------------------------------------------------
+
+
+def load(source: str | Path | bytes, *, upright: bool = True) -> Picture:
+    """Decode a file or its bytes to RGB. Raises InputError with the value and the reason.
+
+    Orientation from EXIF is applied if `upright`, transparency dropped, CMYK and palettes are
+    converted, 16-bit greys scaled to 8 bits; an animation gives its first frame.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    name = "image" if isinstance(source, bytes) else str(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns where we refuse
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as file:
+                _refuse_odd_sizes(file.size, name)
+                return _to_rgb(file, upright)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"image {name} does not exist") from None
+    except IsADirectoryError:
+        raise InputError(f"image {name} is a folder") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError) as refused:
+        raise InputError(_why_unreadable(source, name, refused)) from None
+    except Exception as broken:  # a damaged file makes Pillow's decoders raise anything
+        reason = str(broken) or type(broken).__name__
+        raise InputError(f"image {name} cannot be decoded: {reason}") from None
+
+
+def _why_unreadable(source: str | Path | bytes, name: str, refused: Exception) -> str:
+    size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+    if size == 0:
+        return f"image {name} is empty (0 bytes)"
+    if "DecompressionBomb" in type(refused).__name__:
+        return f"image {name} is too large: {str(refused).split(',')[0]}"
+    return f"image {name} ({size} bytes) is not a picture that Pillow can read"
+
+
+def _refuse_odd_sizes(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS or max(size) > MAX_SIDE:
+        raise InputError(
+            f"image {name} is {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} "
+            f"megapixels and {MAX_SIDE} a side",
+            hint="scale it down first; encoders see a few hundred pixels a side",
+        )
+    if min(size) < 2:
+        raise InputError(f"image {name} is {width} x {height} pixels: there is nothing to see")
+    if max(size) > MAX_RATIO * min(size):
+        raise InputError(
+            f"image {name} is {width} x {height} pixels, an aspect beyond {MAX_RATIO}:1",
+            hint="cut it into pieces and give them as several images",
+        )
+
+
+def _to_rgb(file: Image, upright: bool) -> Picture:
+    from PIL import ImageOps
+
+    notes = []
+    if getattr(file, "is_animated", False):
+        notes.append(f"animation: first of {getattr(file, 'n_frames', 1)} frames used")
+    if file.getexif().get(_ORIENTATION) in range(2, 9):  # asked first: TIFF forgets it when loaded
+        notes.append(f"EXIF orientation {'applied' if upright else 'ignored'}")
+    shown = ImageOps.exif_transpose(file) if upright else file
+    if shown.mode in ("I;16", "I;16B", "I;16L", "I"):
+        notes.append("16-bit grey scaled to 8 bits")
+        wide = np.asarray(shown).astype(np.int64)
+        return Picture(_grey(np.clip(wide >> 8, 0, 255).astype(np.uint8)), tuple(notes))
+    if shown.mode in ("CMYK", "P", "PA"):
+        kind = "CMYK" if shown.mode == "CMYK" else "palette"
+        notes.append(f"{kind} converted to RGB")
+    if shown.has_transparency_data:
+        notes.append("alpha dropped")
+        shown.info.pop("transparency", None)
+    return Picture(shown.convert("RGB"), tuple(notes))
+
+
+def _grey(pixels: Array) -> Image:
+    from PIL import Image
+
+    return Image.fromarray(pixels).convert("RGB")
+
+
+# -- preprocessing -------------------------------------------------------------------------
+
+
+def preprocess(picture: Image, rule: Preprocess) -> Array:
+    """One RGB picture -> float32 [3, height, width], the tensor the encoder was trained on."""
+    if rule.pad is not None:
+        picture = _pad_square(picture, rule.pad)
+    picture = picture.resize(_target_size(picture.size, rule), _filter(rule.resample))
+    pixels = np.asarray(picture)
+    if rule.crop is not None:
+        pixels = _centre_crop(pixels, rule.crop)
+    # A byte has 256 values: the float steps run once per value and channel, not per pixel.
+    table = _normalised_bytes(rule)
+    return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
+
+
+def _pad_square(picture: Image, colour: tuple[int, int, int]) -> Image:
+    from PIL import Image
+
+    width, height = picture.size
+    side = max(width, height)
+    if width == height:
+        return picture
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _target_size(size: tuple[int, int], rule: Preprocess) -> tuple[int, int]:
+    """(width, height) for Pillow."""
+    if rule.exact is not None:
+        return rule.exact[1], rule.exact[0]
+    if rule.short_edge is None:
+        return size
+    width, height = size
+    short, long = min(size), max(size)
+    stretched = int(rule.short_edge * long / short)
+    return (rule.short_edge, stretched) if width <= height else (stretched, rule.short_edge)
+
+
+def _filter(name: Resample) -> Any:
+    from PIL import Image
+
+    return Image.Resampling[name.upper()]
+
+
+def _centre_crop(pixels: Array, size: tuple[int, int]) -> Array:
+    """The middle; zeros around it where the picture is smaller, as the originals pad."""
+    for axis, wanted in enumerate(size):
+        have = pixels.shape[axis]
+        if have < wanted:
+            before = -(-(wanted - have) // 2)
+            pad = [(0, 0)] * pixels.ndim
+            pad[axis] = (before, wanted - have - before)
+            pixels = np.pad(pixels, pad)
+        elif have > wanted:
+            first = (have - wanted) // 2
+            pixels = pixels.take(range(first, first + wanted), axis)
+    return pixels
+
+
+def _normalised_bytes(rule: Preprocess) -> Array:
+    """[3, 256] float32: the product in float64, cast, then mean and std in float32."""
+    scaled = (np.arange(256, dtype=np.uint8) * rule.scale).astype(np.float32)
+    mean, std = np.asarray(rule.mean, np.float32), np.asarray(rule.std, np.float32)
+    return np.asarray((scaled[None] - mean[:, None]) / std[:, None], np.float32)

@@ -1,0 +1,341 @@
+"""NumpyOps: what every other interpreter, engine and kernel is compared with.
+
+Clear before fast: each op is its definition. Values are float32 (float64 inputs stay float64);
+weights may be stored in half precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgevlm.toolkit.ops import decompositions
+from edgevlm.toolkit.ops.vocabulary import Array, Grids, Norm, Step, Weights
+
+
+class NumpyOps:
+    """The oracle. Weights may be any mapping from key to array, also one that reads lazily."""
+
+    def linear(self, x: Array, w: Weights[Array]) -> Array:
+        y = _product(x, w["weight"])
+        bias = w.get("bias")
+        return np.asarray(y if bias is None else y + bias)
+
+    def unembed(self, x: Array, w: Weights[Array]) -> Array:
+        return _product(x, w["weight"].T)
+
+    def embed(self, ids: Array, w: Weights[Array]) -> Array:
+        return _wide(w["weight"][ids])
+
+    def conv(
+        self, x: Array, w: Weights[Array], *, stride: int, padding: int = 0, groups: int = 1
+    ) -> Array:
+        """Tap by tap: memory stays near that of the input."""
+        kernel, bias = _wide(w["weight"]), w.get("bias")
+        pad = ((0, 0), (0, 0), (padding, padding), (padding, padding))
+        wide = np.pad(x, pad) if padding else x
+        tall, broad = (
+            (n - k) // stride + 1 for n, k in zip(wide.shape[2:], kernel.shape[2:], strict=True)
+        )
+        kernels = kernel.reshape(groups, -1, *kernel.shape[1:])
+        y: Array = np.zeros((x.shape[0], groups, kernels.shape[1], tall, broad), x.dtype)
+        for i, j in np.ndindex(*kernel.shape[2:]):
+            rows, columns = (
+                slice(i, i + stride * tall, stride),
+                slice(j, j + stride * broad, stride),
+            )
+            piece = wide[:, :, rows, columns].reshape(x.shape[0], groups, -1, tall, broad)
+            if kernels.shape[1] == 1 == kernels.shape[2]:
+                y += piece * kernels[:, :, 0, i, j][:, :, None, None]
+            else:
+                y += np.einsum("ngchw,goc->ngohw", piece, kernels[..., i, j], optimize=True)
+        y = y.reshape(x.shape[0], -1, tall, broad)
+        return np.asarray(y if bias is None else y + bias[:, None, None])
+
+    def layer_norm(self, x: Array, w: Weights[Array], eps: float) -> Array:
+        centred = x - x.mean(-1, keepdims=True)
+        scale = np.sqrt(np.square(centred).mean(-1, keepdims=True) + eps)
+        return np.asarray(centred / scale * w["weight"] + w["bias"])
+
+    def rms_norm(self, x: Array, w: Weights[Array], eps: float) -> Array:
+        return np.asarray(x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps) * w["weight"])
+
+    def add_norm(
+        self, x: Array, residual: Array, w: Weights[Array], eps: float, kind: Norm
+    ) -> tuple[Array, Array]:
+        total = x + residual
+        norm = self.rms_norm if kind == "rms" else self.layer_norm
+        return norm(total, w, eps), total
+
+    def add(self, a: Array, b: Array) -> Array:
+        return np.asarray(a + b)
+
+    def mul(self, a: Array, b: Array) -> Array:
+        return np.asarray(a * b)
+
+    def gelu(self, x: Array, *, tanh: bool = False) -> Array:
+        if tanh:
+            inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+            return np.asarray(0.5 * x * (1 + np.tanh(inner)))
+        return np.asarray(0.5 * x * (1 + erf(x / math.sqrt(2))))
+
+    def quick_gelu(self, x: Array) -> Array:
+        return np.asarray(x * _sigmoid(1.702 * x))
+
+    def swiglu(self, gate: Array, up: Array) -> Array:
+        return gate * _sigmoid(gate) * up
+
+    def relu(self, x: Array, *, limit: float | None = None) -> Array:
+        return np.clip(x, 0, limit)
+
+    def sigmoid(self, x: Array) -> Array:
+        return _sigmoid(x)
+
+    def softmax(self, x: Array) -> Array:
+        return _softmax(x)
+
+    def mean(self, x: Array, axes: tuple[int, ...]) -> Array:
+        return np.asarray(x.mean(axes, keepdims=True))
+
+    def sum(self, x: Array, axes: tuple[int, ...]) -> Array:
+        return np.asarray(x.sum(axes, keepdims=True))
+
+    def response_norm(self, x: Array, w: Weights[Array], eps: float) -> Array:
+        norms = np.sqrt(np.square(x).sum((1, 2), keepdims=True))
+        ratios = norms / (norms.mean(-1, keepdims=True) + eps)
+        return np.asarray((w["weight"] * ratios + 1) * x)
+
+    def attention(self, q: Array, k: Array, v: Array, *, heads: int, kv_heads: int) -> Array:
+        return _attend(_split(q, heads), _split(k, kv_heads), _split(v, kv_heads), None)
+
+    def attention_cached(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        past: tuple[Array, Array],
+        step: Step[Array],
+        *,
+        heads: int,
+        kv_heads: int,
+        window: int | None,
+    ) -> tuple[Array, Array, Array]:
+        cos, sin = step.cos[step.positions][:, None], step.sin[step.positions][:, None]
+        turned = _rotate(_split(q, heads), cos, sin)
+        keys = _write(past[0], _rotate(_split(k, kv_heads), cos, sin), step.positions)
+        values = _write(past[1], _split(v, kv_heads), step.positions)
+        return _attend(turned, keys, values, step.mask), keys, values
+
+    def attention_rotary(self, q: Array, k: Array, v: Array, angles: Array, *, heads: int) -> Array:
+        cos, sin = np.cos(angles), np.sin(angles)
+        turned_q, turned_k = (_rotate(_split(x, heads), cos, sin) for x in (q, k))
+        return _attend(turned_q, turned_k, _split(v, heads), None)
+
+    def ms_deform_attn(
+        self,
+        value: Array,
+        offsets: Array,
+        scores: Array,
+        *,
+        grids: Grids,
+        heads: int,
+        points: int,
+        head_width: int,
+        reference: Array,
+    ) -> Array:
+        batch, queries = offsets.shape[:2]
+        levels = len(grids)
+        values = _split(value, heads)
+        shares = _softmax(scores.reshape(batch, queries, heads, levels * points))
+        shares = shares.reshape(batch, queries, heads, levels, points)
+        shifts = offsets.reshape(batch, queries, heads, levels, points, 2)
+        total, start = 0.0, 0
+        for level, (height, width) in enumerate(grids):
+            cells = values[:, :, start : start + height * width]
+            around = reference[:, level % reference.shape[1]]
+            places = sampling_places(shifts[:, :, :, level], around, (height, width), points)
+            found = _bilinear(cells.reshape(batch, heads, height, width, -1), places)
+            total = total + (found * shares[:, :, :, level, :, None]).sum(3)
+            start += height * width
+        return np.asarray(total, value.dtype).reshape(batch, queries, -1)
+
+    def layer_merge(self, xs: Sequence[Array], w: Weights[Array], eps: float) -> Array:
+        return decompositions.layer_merge(self, xs, w, eps)
+
+    def positions(self, ids: Array, start: Array) -> Array:
+        return np.asarray(start[:, None] + np.arange(ids.shape[1]))
+
+    def causal_mask(self, positions: Array, cache: Array, window: int | None) -> Array:
+        rows = np.arange(cache.shape[2])
+        seen = rows <= positions[..., None]
+        if window is not None:
+            seen &= rows > positions[..., None] - window
+        return np.asarray(seen[:, None])
+
+    def place_tokens(self, x: Array, features: Array, rows: Array) -> Array:
+        return np.where(rows[..., None] >= 0, features[np.maximum(rows, 0)], x)
+
+    def take(self, x: Array, at: Array) -> Array:
+        return np.take_along_axis(x, at[..., None], axis=1)
+
+    def prepend(self, x: Array, tokens: Array) -> Array:
+        rows = tokens.reshape(-1, x.shape[2])
+        front = np.broadcast_to(rows, (x.shape[0], *rows.shape))
+        return np.concatenate([front, x], axis=1)
+
+    def mix_rows(self, x: Array, rows: Array, shares: Array) -> Array:
+        return np.asarray((x[rows] * shares[..., None]).sum(1))
+
+    def max_rows(self, x: Array, rows: Array) -> Array:
+        return np.asarray(x[rows].max(1))
+
+    def concat(self, xs: Sequence[Array], axis: int) -> Array:
+        return np.concatenate(list(xs), axis)
+
+    def slice(self, x: Array, axis: int, start: int, stop: int | None) -> Array:
+        cut = [slice(None)] * x.ndim
+        cut[axis] = slice(start, stop)
+        return x[tuple(cut)]
+
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        return np.asarray(x.reshape([x.shape[i] if n == 0 else n for i, n in enumerate(shape)]))
+
+    def transpose(self, x: Array, axes: tuple[int, ...]) -> Array:
+        return np.asarray(x.transpose(axes))
+
+    def constant(self, name: str, value: Array) -> Array:
+        return value
+
+    def fake_quant(
+        self, x: Array, scale: Array, *, axis: int | None, bits: int, site: str
+    ) -> Array:
+        step = scale if axis is None else _along(scale, axis, x.ndim)
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        return np.asarray(np.clip(np.rint(x / step), low, high) * step, x.dtype)
+
+
+def _wide(x: Array) -> Array:
+    """Half precision as float32; anything else as it is."""
+    return x.astype(np.float32) if x.dtype == np.float16 else x
+
+
+def _product(x: Array, matrix: Array) -> Array:
+    """x @ matrix. Half-precision matrices are widened in pieces: an output layer has gigabytes."""
+    if matrix.dtype != np.float16:
+        return np.asarray(x @ matrix)
+    turned = matrix.flags.f_contiguous
+    lines = max((1 << 22) // matrix.shape[0 if turned else 1], 1)
+    pieces = range(0, matrix.shape[1 if turned else 0], lines)
+    if turned:
+        return np.concatenate([x @ _wide(matrix[:, i : i + lines]) for i in pieces], -1)
+    total: Array = x[..., :lines] @ _wide(matrix[:lines])
+    for i in pieces[1:]:
+        total += x[..., i : i + lines] @ _wide(matrix[i : i + lines])
+    return total
+
+
+def _sigmoid(x: Array) -> Array:
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))  # the tanh form never overflows
+
+
+def _softmax(x: Array) -> Array:
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return np.asarray(weights / weights.sum(-1, keepdims=True))
+
+
+def sampling_places(offsets: Array, reference: Array, grid: tuple[int, int], points: int) -> Array:
+    """Where deformable attention samples a level, in cells from the centre of the first.
+
+    offsets [B, Q, M, P, 2], reference [Q, 2] or [Q, 4], grid (height, width) -> [B, Q, M, P, 2].
+    """
+    size = np.asarray(grid[::-1], offsets.dtype)
+    centre = reference[:, None, None, :2]
+    if reference.shape[-1] == 4:
+        places = centre + offsets / points * reference[:, None, None, 2:] * 0.5
+    else:
+        places = centre + offsets / size
+    return np.asarray(places * size - 0.5, offsets.dtype)
+
+
+def _bilinear(cells: Array, places: Array) -> Array:
+    """cells [B, M, H, W, d] at places [B, Q, M, P, 2] as (x, y) -> [B, Q, M, P, d]."""
+    batch, heads, height, width, _ = cells.shape
+    low = np.floor(places).astype(np.int64)
+    part = places - low
+    b = np.arange(batch)[:, None, None, None]
+    m = np.arange(heads)[None, None, :, None]
+    total = np.zeros((*places.shape[:-1], cells.shape[-1]), cells.dtype)
+    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        x, y = low[..., 0] + dx, low[..., 1] + dy
+        share = np.abs(1 - dx - part[..., 0]) * np.abs(1 - dy - part[..., 1])
+        share = share * ((x >= 0) & (x < width) & (y >= 0) & (y < height))
+        total += cells[b, m, y.clip(0, height - 1), x.clip(0, width - 1)] * share[..., None]
+    return total
+
+
+def _split(x: Array, heads: int) -> Array:
+    """[B, S, heads * d] -> [B, heads, S, d]."""
+    return np.asarray(x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3))
+
+
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def _write(cache: Array, new: Array, positions: Array) -> Array:
+    out: Array = cache.copy()
+    for row, start in enumerate(positions[:, 0]):
+        out[row, :, start : start + new.shape[2]] = new[row]
+    return out
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """q [B, H, S, d], k and v [B, K, T, d] with K dividing H -> [B, S, H * d]."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, groups, axis=1), np.repeat(v, groups, axis=1)
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = np.where(mask, scores, -np.inf)
+    mixed = _softmax(scores) @ v
+    return np.asarray(mixed.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], -1), q.dtype)
+
+
+def _along(scale: Array, axis: int, ndim: int) -> Array:
+    shape = [1] * ndim
+    shape[axis] = -1
+    return np.asarray(scale.reshape(shape))
+
+
+def erf(x: Array) -> Array:
+    """The error function to about 1e-7 absolute, elementwise, in x's float type.
+
+    Source: the Chebyshev fit of erfc in Press et al., Numerical Recipes, section 6.2. Works in
+    pieces: float64 temporaries of a whole activation would take several times its memory.
+    """
+    out = np.empty(x.size, x.dtype)
+    flat = np.ascontiguousarray(x).reshape(-1)
+    for start in range(0, x.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        out[piece] = _erf(flat[piece])
+    return np.asarray(out.reshape(x.shape))
+
+
+def _erf(x: Array) -> Array:
+    wide = np.abs(x.astype(np.float64))
+    t = 1 / (1 + 0.5 * wide)
+    poly = np.full_like(t, _ERFC[-1])
+    for coefficient in _ERFC[-2::-1]:
+        poly = poly * t + coefficient
+    tail = t * np.exp(-wide * wide + poly)
+    return np.asarray(np.sign(x) * (1 - tail), x.dtype)
+
+
+_PIECE = 1 << 18
+_ERFC = (
+    -1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806,
+    0.27886807, -1.13520398, 1.48851587, -0.82215223, 0.17087277,
+)  # fmt: skip

@@ -1,0 +1,139 @@
+"""What a person sees: progress on stderr, results on stdout, one JSON object with --json."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from edgevlm.toolkit.strict import to_plain
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+
+@dataclass
+class Console:
+    """Where messages go. quiet: no progress; as_json: stdout carries one JSON object only.
+
+    On a terminal the step that is being worked on has a spinner, which `close` takes away.
+    """
+
+    quiet: bool = False
+    as_json: bool = False
+    _started: float = field(default_factory=time.perf_counter)
+    _working: Status | None = None
+    _line: str = ""
+
+    def step(self, message: str) -> None:
+        """One line of progress with the seconds since the start."""
+        if self.quiet:
+            return
+        self.close()
+        self._line = f"{time.perf_counter() - self._started:7.1f} s  {message}"
+        if sys.stderr.isatty():
+            self._working = _spinner(self._line)
+        else:
+            print(self._line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the step that is being worked on; its line stays."""
+        if self._working is not None:
+            self._working.stop()
+            self._working = None
+            print(self._line, file=sys.stderr, flush=True)
+
+    def note(self, message: str) -> None:
+        """Something the user should know that is not progress."""
+        self.close()
+        if not self.quiet:
+            print(f"note: {message}", file=sys.stderr, flush=True)
+
+    def result(self, data: Any, lines: Sequence[str], following: str = "") -> None:
+        """The verb's result: `data` as JSON, or `lines` for people and the next command."""
+        self.close()
+        if self.as_json:
+            print(json.dumps(to_plain(data), ensure_ascii=False))
+            return
+        for line in lines:
+            print(line)
+        if following and not self.quiet:
+            print(f"next: {following}")
+
+    def stream(self, text: str) -> None:
+        """A piece of an answer, printed at once."""
+        if not self.as_json:
+            print(text, end="", flush=True)
+
+
+def _spinner(line: str) -> Status:
+    from rich.console import Console as RichConsole
+    from rich.markup import escape
+
+    working = RichConsole(stderr=True).status(escape(line))
+    working.start()
+    return working
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Aligned columns; numbers to the right. On a terminal rich draws it."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    if sys.stdout.isatty():
+        return [_rich_table(columns, cells)]
+    widths = [max(len(r[i]) for r in [list(columns), *cells]) for i in range(len(columns))]
+    right = [all(_numeric(row[i]) for row in rows) and bool(rows) for i in range(len(columns))]
+    lines = []
+    for row in [list(columns), *cells]:
+        parts = [
+            text.rjust(width) if flush else text.ljust(width)
+            for text, width, flush in zip(row, widths, right, strict=True)
+        ]
+        lines.append("  ".join(parts).rstrip())
+    return lines
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
+
+
+def _numeric(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _rich_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    from io import StringIO
+
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        drawn.add_column(name)
+    for row in cells:
+        drawn.add_row(*row)
+    text = StringIO()
+    RichConsole(file=text, force_terminal=True).print(drawn)
+    return text.getvalue().rstrip("\n")
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> "1.5 KB"; powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def human_count(count: float) -> str:
+    """1_234_000 -> "1.23 M"."""
+    for unit in ("", " K", " M", " G", " T"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} P"

@@ -1,0 +1,110 @@
+"""The doctor: versions, devices, backends, and what is missing with the command that gets it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from edgevlm.toolkit.target import this_cpu, threads_here
+from edgevlm.toolkit.terminal.console import table
+
+_PACKAGES = {
+    "numpy": "",
+    "tokenizers": "",
+    "pillow": "",
+    "safetensors": "",
+    "typer": "",
+    "rich": "",
+    "onnxruntime": "cpu",
+    "onnxruntime-gpu": "gpu",
+    "tensorrt": "tensorrt",
+    "onnx": "export",
+    "sentencepiece": "export",
+    "huggingface-hub": "export",
+    "torch": "train",
+}
+
+
+def report(version: str) -> tuple[dict[str, Any], list[str]]:
+    """The data and the lines of `edgevlm doctor`."""
+    packages = {name: _version(name) for name in _PACKAGES}
+    data: dict[str, Any] = {
+        "edgevlm": version,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor_threads": threads_here(),
+        "memory_gb": round(_memory_gb(), 1),
+        "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
+        "nvidia_driver": Path("/proc/driver/nvidia/version").exists(),
+        "packages": packages,
+        "targets": _targets(packages),
+        "problems": _problems(packages),
+    }
+    return data, _lines(data)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _memory_gb() -> float:
+    if not hasattr(os, "sysconf"):
+        return 0.0
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def _targets(packages: dict[str, str | None]) -> list[str]:
+    """Targets that can be built and run here."""
+    found = ["reference"]
+    if packages["onnxruntime"] or packages["onnxruntime-gpu"]:
+        found.insert(0, str(this_cpu()))
+    return found
+
+
+def _problems(packages: dict[str, str | None]) -> list[dict[str, str]]:
+    found = []
+    if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
+        found.append(
+            {
+                "problem": "onnxruntime and onnxruntime-gpu overwrite each other",
+                "fix": "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'edgevlm[gpu]'",
+            }
+        )
+    if not packages["onnxruntime"] and not packages["onnxruntime-gpu"]:
+        found.append(
+            {"problem": "no backend: engines cannot run", "fix": "pip install 'edgevlm[cpu]'"}
+        )
+    if not packages["onnx"]:
+        found.append(
+            {
+                "problem": "onnx is missing: no export, no build",
+                "fix": "pip install 'edgevlm[export]'",
+            }
+        )
+    return found
+
+
+def _lines(data: dict[str, Any]) -> list[str]:
+    lines = [
+        f"edgevlm {data['edgevlm']}, Python {data['python']}, {data['system']}",
+        f"{data['processor_threads']} processor threads, {data['memory_gb']} GB memory, "
+        f"{data['disk_free_gb']} GB disk free, "
+        f"{'an' if data['nvidia_driver'] else 'no'} NVIDIA driver",
+        f"targets here: {', '.join(data['targets'])}",
+        "",
+    ]
+    rows = [
+        (name, version or "-", f"edgevlm[{_PACKAGES[name]}]" if _PACKAGES[name] else "base")
+        for name, version in data["packages"].items()
+    ]
+    lines += table(("package", "version", "comes with"), rows)
+    for item in data["problems"]:
+        lines += ["", f"problem: {item['problem']}", f"fix:     {item['fix']}"]
+    return lines

@@ -1,0 +1,161 @@
+"""What the verbs say about checkpoints, bundles and saved profiles."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord, FileRecord
+from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.checkpoints.safetensors_io import STORAGE
+from edgevlm.toolkit.checkpoints.weights import TorchReader
+from edgevlm.toolkit.errors import BundleError
+from edgevlm.toolkit.quantization.plan import PrecisionPlan
+from edgevlm.toolkit.strict import read_json, to_plain
+from edgevlm.toolkit.terminal.console import human_bytes, human_count, table
+from edgevlm.toolkit.vlm.components import components
+
+Result = tuple[Any, list[str], str]
+
+
+class Described(Protocol):
+    """A manifest, of a bundle or of an engine."""
+
+    @property
+    def components(self) -> Sequence[ComponentRecord]: ...
+
+    @property
+    def files(self) -> Mapping[str, FileRecord]: ...
+
+
+def planned_bundle(source: Source, dtype: str, out: Path) -> Result:
+    """What `export` would write."""
+    parts: list[dict[str, Any]] = []
+    for part in components(source.model):
+        params = sum(math.prod(shape) for shape in part.shapes.values())
+        parts.append(
+            {"name": part.name, "params": params, "bytes": params * STORAGE[dtype].itemsize}
+        )
+    total = sum(p["bytes"] for p in parts)
+    data = {
+        "bundle": str(out),
+        "written": False,
+        "dtype": dtype,
+        "components": parts,
+        "bytes": total,
+    }
+    rows = [(p["name"], human_count(p["params"]), human_bytes(p["bytes"])) for p in parts]
+    lines = [
+        *table(("component", "parameters", "on disk"), rows),
+        f"would write {human_bytes(total)} to {out}",
+    ]
+    return data, lines, ""
+
+
+def written_bundle(out: Path, peak_rss_mb: float) -> Result:
+    """What `export` wrote; peak_rss_mb: the most memory that it held."""
+    bundle = Bundle.open(out)
+    data = {"bundle": str(out), "written": True} | _bundle_data(bundle)
+    nbytes = sum(f.nbytes for f in bundle.manifest.files.values())
+    data |= {"bytes": nbytes, "peak_rss_mb": round(peak_rss_mb, 1)}
+    following = shlex.join(["edgevlm", "build", str(out), f"{out}-engine"])
+    lines = [*component_lines(bundle.manifest), f"{out}: {human_bytes(nbytes)}"]
+    return data | {"next": following}, lines, following
+
+
+def _bundle_data(bundle: Bundle) -> dict[str, Any]:
+    m = bundle.manifest
+    return {
+        "kind": "bundle",
+        "sha256": bundle.sha256,
+        "model": bundle.model.name,
+        "system": bundle.model.system,
+        "dtype": m.dtype,
+        "opset": m.opset,
+        "source": dict(m.source),
+        "made_by": m.made_by,
+        "components": [to_plain(c) for c in m.components],
+        "edges": [to_plain(e) for e in m.edges],
+        "functions": dict(m.functions),
+        "plan": to_plain(m.plan),
+    }
+
+
+def component_lines(m: Described) -> list[str]:
+    """A table of components: sizes, work, ports."""
+    files = m.files
+    rows = [
+        (
+            c.name,
+            human_count(c.params),
+            human_bytes(files[c.weights].nbytes),
+            human_count(c.flops) + "FLOP",
+            _ports(c),
+        )
+        for c in m.components
+    ]
+    return table(("component", "parameters", "weights", "one picture / token", "ports"), rows)
+
+
+def _ports(record: ComponentRecord) -> str:
+    states = {p.updates for p in record.outputs if p.updates}
+    inputs = [p.name for p in record.inputs if p.name not in states]
+    outputs = [p.name for p in record.outputs if not p.updates]
+    kept = f" (+{len(states)} states)" if states else ""
+    return f"{', '.join(_short(inputs))} -> {', '.join(_short(outputs))}{kept}"
+
+
+def _short(names: list[str]) -> list[str]:
+    return names if len(names) <= 6 else [*names[:2], "…", names[-1]]
+
+
+def plan_lines(plan: PrecisionPlan) -> list[str]:
+    """What is in fewer bits; nothing where nothing is."""
+    if plan == PrecisionPlan():
+        return []
+    rules = [f"{rule.precision} in {rule.places}" for rule in plan.rules]
+    return [f"weights: {', '.join([plan.default, *rules])} ({plan.method})"]
+
+
+def inspect_bundle(path: Path) -> tuple[Any, list[str]]:
+    """What a bundle holds."""
+    bundle = Bundle.open(path)
+    bundle.check_sizes()
+    m = bundle.manifest
+    origin = ", ".join(f"{k} {v}" for k, v in m.source.items())
+    heading = f"bundle of {bundle.model.name} ({bundle.model.system}), {m.dtype}, opset {m.opset}"
+    functions = ", ".join(m.functions) or "none"
+    lines = [heading, *component_lines(m), *plan_lines(m.plan)]
+    lines += [f"functions: {functions}", f"source: {origin}"]
+    return _bundle_data(bundle), [*lines, f"made by: {m.made_by}"]
+
+
+def inspect_profile(path: Path) -> tuple[Any, list[str]]:
+    """The figures of a saved profile. Raises BundleError if it is none."""
+    data = read_json(path)
+    keys = ("engine", "time_to_first_token_ms", "inter_token_latency_ms", "peak_rss_mb")
+    if not all(key in data for key in keys):
+        raise BundleError(f"{path} is not a profile")
+    rows = [(key, data[key]) for key in keys]
+    return {"kind": "profile"} | data, table(("profile", "value"), rows)
+
+
+def inspect_checkpoint(path: Path, torch_reader: TorchReader | None) -> tuple[Any, list[str]]:
+    """Which system a checkpoint is of, and its parts."""
+    source = systems.load(path, Options(torch_reader=torch_reader))
+    data, lines, _ = planned_bundle(source, "fp32", path)
+    parts = ", ".join(
+        p.kind for p in (*source.model.encoders, source.model.merger, source.model.lm)
+    )
+    heading = f"checkpoint of system {source.model.system}: {parts}"
+    found = {
+        "kind": "checkpoint",
+        "system": source.model.system,
+        "model": to_plain(source.model),
+        "components": data["components"],
+    }
+    return found, [heading, *lines[:-1]]

@@ -1,0 +1,183 @@
+"""A vision-language model as components and edges: encoders -> merger -> language model.
+
+A component is the unit that is recorded, built, timed and replaced. Axes that change from call
+to call are strings: tiles (pictures or cuts of them), rows (image tokens of a prompt), batch,
+sequence, scored, context (length of the KV cache).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgevlm.toolkit import models
+from edgevlm.toolkit.models.recipes import Recipe
+from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
+from edgevlm.toolkit.vlm.config import ModelConfig, Part
+
+Dim = int | str
+ARRANGE = "arrange"
+GOLDEN_TOKENS = 7  # that a bundle's check asks of a decoder: its rotary tables must be as long
+Forward = Callable[[Ops[Any], Weights[Any], Mapping[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output. dtype "float" is the model's own precision.
+
+    `updates` on an output names the input that it replaces in the next call: a state (KV cache)
+    that a runner keeps in one buffer.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+    updates: str | None = None
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the model that is recorded and built on its own."""
+
+    name: str
+    forward: Forward
+    shapes: Mapping[str, tuple[int, ...]]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The output of one component is the input of another: "encoder.clip:features.0"."""
+
+    source: str
+    target: str
+
+
+def components(c: ModelConfig) -> tuple[Component, ...]:
+    """All components of a model, in the order in which they run."""
+    layout = c.images.layout
+    merger = merger_component(c.merger, c.encoders, newline=bool(layout and layout.newline))
+    parts = [*map(encoder_component, c.encoders), merger]
+    if layout and layout.computes:
+        parts.append(arrange_component(c.merger.config.outputs, largest=layout.pool))
+    return (*parts, lm_component(c.lm))
+
+
+def edges(c: ModelConfig) -> tuple[Edge, ...]:
+    """How they connect; sources outside are "images.NAME", pixels of that encoder, and
+    "layout.rows" and "layout.shares" of edgevlm.toolkit.images.tiling.Arrangement.
+    """
+    found = [Edge(f"images.{p.name}", f"encoder.{p.name}:pixels") for p in c.encoders]
+    for part in c.encoders:
+        for i in range(len(part.config.widths)):
+            port = f"{part.name}.{i}"
+            found.append(Edge(f"encoder.{part.name}:features.{i}", f"merger:{port}"))
+    if not (c.images.layout and c.images.layout.computes):
+        return (*found, Edge("merger:features", "lm:features"))
+    found += [Edge(f"layout.{name}", f"{ARRANGE}:{name}") for name in ("rows", "shares")]
+    found.append(Edge("merger:features", f"{ARRANGE}:features"))
+    return (*found, Edge(f"{ARRANGE}:tokens", "lm:features"))
+
+
+def tables(c: ModelConfig) -> dict[str, Mapping[str, Recipe]]:
+    """For each component, where its tensors stand in the published format of its architecture."""
+    found = {f"encoder.{p.name}": models.encoder(p.kind).names(p.config) for p in c.encoders}
+    merger = models.merger(c.merger.kind).names(c.merger.config)
+    return {**found, "merger": merger, "lm": models.lm(c.lm.kind).names(c.lm.config)}
+
+
+def encoder_component(part: Part) -> Component:
+    """One encoder: pixels in, one output per tap."""
+    file, c = models.encoder(part.kind), part.config
+
+    def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
+        outputs = file.forward(op, c, w, inputs["pixels"])
+        return {f"features.{i}": x for i, x in enumerate(outputs)}
+
+    return Component(
+        f"encoder.{part.name}",
+        forward,
+        file.shapes(c),
+        (Port("pixels", "float", ("tiles", 3, *c.pixels)),),
+        tuple(
+            Port(f"features.{i}", "float", ("tiles", c.tokens, width))
+            for i, width in enumerate(c.widths)
+        ),
+    )
+
+
+def merger_component(
+    merger: Part, encoders: tuple[Part, ...], *, newline: bool = False
+) -> Component:
+    """The merger: every encoder's outputs in, rows of image tokens out.
+
+    newline: the learned token that ends rows of tokens comes out as one more row, the last.
+    """
+    file, c = models.merger(merger.kind), merger.config
+    ports = tuple(
+        Port(f"{part.name}.{i}", "float", ("tiles", part.config.tokens, width))
+        for part in encoders
+        for i, width in enumerate(part.config.widths)
+    )
+
+    def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
+        merged = file.forward(op, c, w, [inputs[port.name] for port in ports])
+        rows = op.reshape(merged, (-1, c.outputs))
+        if newline:
+            rows = op.concat([rows, op.reshape(w["newline"], (1, c.outputs))], 0)
+        return {"features": rows}
+
+    outputs = (Port("features", "float", ("rows", c.outputs)),)
+    shapes = file.shapes(c) | ({"newline": (c.outputs,)} if newline else {})
+    return Component("merger", forward, shapes, ports, outputs)
+
+
+def arrange_component(width: int, *, largest: bool) -> Component:
+    """Tokens mixed from feature rows, as tiling.arrange says; `largest` takes maxima."""
+
+    def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
+        x, rows = inputs["features"], inputs["rows"]
+        mixed = op.max_rows(x, rows) if largest else op.mix_rows(x, rows, inputs["shares"])
+        return {"tokens": mixed}
+
+    inputs = (
+        Port("features", "float", ("rows", width)),
+        Port("rows", "int64", ("placed", 4)),
+        Port("shares", "float", ("placed", 4)),
+    )
+    return Component(ARRANGE, forward, {}, inputs, (Port("tokens", "float", ("placed", width)),))
+
+
+def lm_component(part: Part) -> Component:
+    """The language model with its embedding, cache and output layer."""
+    file, c = models.lm(part.kind), part.config
+    cache = ("batch", c.kv_heads, "context", c.head_dim)
+    names = [f"{i}.{kind}" for i in range(c.depth) for kind in ("key", "value")]
+
+    def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
+        past = [(inputs[f"past.{i}.key"], inputs[f"past.{i}.value"]) for i in range(c.depth)]
+        logits, present = file.forward(op, c, w, inputs, past)
+        flat = [tensor for pair in present for tensor in pair]
+        return {"logits": logits} | {
+            f"present.{name}": tensor for name, tensor in zip(names, flat, strict=True)
+        }
+
+    return Component(
+        part.name,
+        forward,
+        file.shapes(c),
+        (
+            Port("ids", "int64", ("batch", "sequence")),
+            Port("rows", "int64", ("batch", "sequence")),
+            Port("features", "float", ("rows", c.width)),
+            Port("start", "int64", ("batch",)),
+            Port("score", "int64", ("batch", "scored")),
+            *(Port(f"past.{name}", "float", cache) for name in names),
+        ),
+        (
+            Port("logits", "float", ("batch", "scored", c.vocab)),
+            *(Port(f"present.{n}", "float", cache, updates=f"past.{n}") for n in names),
+        ),
+    )

@@ -1,0 +1,57 @@
+"""ModelConfig: everything that says what a model is, as frozen values that round-trip to JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from edgevlm.toolkit import models
+from edgevlm.toolkit.images.preprocess import ImageRules
+from edgevlm.toolkit.strict import from_plain, to_plain
+from edgevlm.toolkit.text.prompts import PromptRules
+
+
+@dataclass(frozen=True)
+class Part:
+    """One architecture in use: `kind` is its file in toolkit/models, `name` its role here."""
+
+    name: str
+    kind: str
+    config: Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A vision-language model: encoders, one merger, one language model, and its rules."""
+
+    name: str
+    system: str
+    encoders: tuple[Part, ...]
+    merger: Part
+    lm: Part
+    images: ImageRules
+    prompts: PromptRules
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """The configuration as JSON objects."""
+    plain: dict[str, Any] = to_plain(config)
+    return plain
+
+
+def from_json(data: dict[str, Any], where: str) -> ModelConfig:
+    """The inverse of to_json. Raises ConfigError at the first value that does not fit."""
+    outline = from_plain(ModelConfig, data, where)
+
+    def typed(part: Part, kind: Any) -> Part:
+        return Part(part.name, part.kind, from_plain(kind, part.config, f"{where}.{part.name}"))
+
+    return ModelConfig(
+        outline.name,
+        outline.system,
+        tuple(typed(p, models.encoder(p.kind).Config) for p in outline.encoders),
+        typed(outline.merger, models.merger(outline.merger.kind).Config),
+        typed(outline.lm, models.lm(outline.lm.kind).Config),
+        outline.images,
+        outline.prompts,
+    )

@@ -1,0 +1,110 @@
+"""Published sizes of towers and language models, and presets made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess
+from edgevlm.toolkit.models.encoders import clip, convnext, dinov2, mlcd
+from edgevlm.toolkit.models.lms import llama, qwen2
+from edgevlm.toolkit.text.prompts import PromptRules
+from edgevlm.toolkit.text.tokenizer import byte_tokenizer
+from edgevlm.toolkit.vlm.config import ModelConfig, Part
+
+CLIP_L_336 = clip.Config(width=1024, depth=24, heads=16, mlp=4096, patch=14, image=336, taps=(23,))
+DINOV2_L_336 = dinov2.Config(
+    width=1024, depth=24, heads=16, mlp=4096, patch=14, image=336, stored=518, taps=(24,)
+)
+CONVNEXT_L_5 = convnext.Config(depths=(3, 3, 27, 3, 6), dims=(192, 384, 768, 1536, 3072))
+MLCD_BIGG_448 = mlcd.Config(
+    width=1664, depth=48, heads=16, mlp=8192, patch=14, size=(448, 448), taps=(47,)
+)
+
+VICUNA_7B = llama.Config(
+    width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp=11008, vocab=32000, context=4096
+)
+QWEN_7B = qwen2.Config(
+    width=3584,
+    depth=28,
+    heads=28,
+    kv_heads=4,
+    head_dim=128,
+    mlp=18944,
+    vocab=152064,
+    context=32768,
+    eps=1e-6,
+    theta=1e6,
+    qkv_bias=True,
+)
+QWEN_0_5B = qwen2.Config(
+    width=896,
+    depth=24,
+    heads=14,
+    kv_heads=2,
+    head_dim=64,
+    mlp=4864,
+    vocab=151936,
+    context=32768,
+    eps=1e-6,
+    theta=1e6,
+    qkv_bias=True,
+    tied=True,
+)
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_IMAGENET_MEAN = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_EOS = {"llama": (2,), "qwen2": (151645,)}
+_TEMPLATES = {"llama": "vicuna_v1", "qwen2": "qwen_1_5"}
+_SPECIAL = {
+    "llama": {"<unk>": 0, "<s>": 1, "</s>": 2},
+    "qwen2": {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645},
+}
+
+
+def clip_pixels(side: int) -> Preprocess:
+    """CLIP's preprocessing for square pictures of `side`."""
+    mean, std = _CLIP_MEAN
+    return Preprocess("bicubic", 1 / 255, mean, std, short_edge=side, crop=(side, side))
+
+
+def imagenet_pixels(side: int) -> Preprocess:
+    """The same with ImageNet's mean and deviation, as DINOv2 was trained."""
+    mean, std = _IMAGENET_MEAN
+    return replace(clip_pixels(side), mean=mean, std=std)
+
+
+def tapped(config: Any, *taps: int) -> Any:
+    """A tower's sizes with other levels as outputs."""
+    return replace(config, taps=taps)
+
+
+Build = Callable[[llama.Config], ModelConfig]
+
+
+def model(
+    name: str,
+    system: str,
+    encoders: Sequence[Part],
+    merger: Part,
+    lm: llama.Config,
+    images: ImageRules,
+) -> ModelConfig:
+    """A published model; the language model's file follows from its class."""
+    kind = "qwen2" if isinstance(lm, qwen2.Config) else "llama"
+    prompts = PromptRules(_TEMPLATES[kind], "pieces", _EOS[kind])
+    return ModelConfig(name, system, tuple(encoders), merger, Part("lm", kind, lm), images, prompts)
+
+
+def with_sibling(
+    name: str, lm: llama.Config, build: Callable[[str, llama.Config], ModelConfig]
+) -> dict[str, Callable[[], ModelConfig]]:
+    """A preset and its sibling for small devices: the same eyes on Qwen2.5-0.5B."""
+    small = name.replace("-7b", "") + "-0.5b"
+    return {name: lambda: build(name, lm), small: lambda: build(small, QWEN_0_5B)}
+
+
+def tokenizer(model: ModelConfig) -> str:
+    """Bytes and the special tokens at their published ids: presets ship no vocabulary."""
+    return byte_tokenizer(_SPECIAL[model.lm.kind])
