@@ -62,7 +62,7 @@ def edgevlm_answer(model: Path, threads: int) -> Answer:
     generator = np.random.default_rng(0)
     ids = tuple(generator.integers(0, VOCABULARY, PROMPT - IMAGE).tolist())
     layout = prompts.lay_out(Prompt((ids[:1], ids[1:])), [np.arange(IMAGE)])
-    width = session.model.lm.config.width
+    width = session.model.lm.config.hidden_size
     features = generator.standard_normal((IMAGE, width), np.float32)
     nothing, sample = np.zeros((1, width), np.float32), sampler(Sampling())
 

@@ -236,12 +236,12 @@ class OnnxOps:
 
     # -- attention -------------------------------------------------------------------------
 
-    def attention(self, q: str, k: str, v: str, *, heads: int, kv_heads: int) -> str:
+    def attention(self, q: str, k: str, v: str, *, num_heads: int, num_kv_heads: int) -> str:
         return self.one(
             "Attention",
             [q, k, v],
-            q_num_heads=heads,
-            kv_num_heads=kv_heads,
+            q_num_heads=num_heads,
+            kv_num_heads=num_kv_heads,
             is_causal=0,
             softcap=0.0,
             qk_matmul_output_mode=0,
@@ -255,8 +255,8 @@ class OnnxOps:
         past: tuple[str, str],
         step: Step[str],
         *,
-        heads: int,
-        kv_heads: int,
+        num_heads: int,
+        num_kv_heads: int,
         window: int | None,
     ) -> tuple[str, str, str]:
         width = 2 * self.constants[step.cos.removeprefix(f"{self._component}/")].shape[1]
@@ -266,19 +266,19 @@ class OnnxOps:
             inputs,
             f"{self._scope}/attend",
             3,
-            head_split=[0, 0, heads, -1],
-            kv_split=[0, 0, kv_heads, -1],
+            head_split=[0, 0, num_heads, -1],
+            kv_split=[0, 0, num_kv_heads, -1],
             scale=1 / math.sqrt(width),
             window=-1 if window is None else window,
         )
         return y, key, value
 
-    def attention_rotary(self, q: str, k: str, v: str, angles: str, *, heads: int) -> str:
+    def attention_rotary(self, q: str, k: str, v: str, angles: str, *, num_heads: int) -> str:
         return self.one(
             "edgevlm.RotaryAttention",
             [q, k, v, angles],
             f"{self._scope}/attend",
-            head_split=[0, 0, heads, -1],
+            head_split=[0, 0, num_heads, -1],
         )
 
     def ms_deform_attn(
@@ -288,12 +288,12 @@ class OnnxOps:
         scores: str,
         *,
         grids: Grids,
-        heads: int,
-        points: int,
-        head_width: int,
+        num_heads: int,
+        num_points: int,
+        head_dim: int,
         reference: Array,
     ) -> str:
-        plan = deform.Plan(grids, heads, points, reference, head_width)
+        plan = deform.Plan(grids, num_heads, num_points, reference, head_dim)
         return deform.record(self, plan, value, offsets, scores)
 
     def layer_merge(self, xs: Sequence[str], w: Weights[str], eps: float) -> str:

@@ -88,8 +88,8 @@ def _cached_case(start: list[int], length: int, width: int = 16, window: int | N
             x["v"],
             past,
             Step(positions, mask, *tables),
-            heads=4,
-            kv_heads=2,
+            num_heads=4,
+            num_kv_heads=2,
             window=window,
         )
 
@@ -115,7 +115,7 @@ def _cached_case(start: list[int], length: int, width: int = 16, window: int | N
 
 def _deform_case(grids: Grids, *, boxes: bool) -> Case:
     """Two heads of three channels, two points, six queries; many places lie outside."""
-    heads, points, width, queries = 2, 2, 3, 6
+    num_heads, num_points, width, queries = 2, 2, 3, 6
     cells, levels = sum(h * w for h, w in grids), len(grids)
     shape = (queries, levels, 4 if boxes else 2)
     reference = np.random.default_rng(8).random(shape).astype(np.float32)
@@ -126,17 +126,17 @@ def _deform_case(grids: Grids, *, boxes: bool) -> Case:
             x["offsets"],
             x["scores"],
             grids=grids,
-            heads=heads,
-            points=points,
-            head_width=width,
+            num_heads=num_heads,
+            num_points=num_points,
+            head_dim=width,
             reference=reference,
         )
 
-    each = heads * levels * points
+    each = num_heads * levels * num_points
     return Case(
         body,
         inputs={
-            "value": (2, cells, heads * width),
+            "value": (2, cells, num_heads * width),
             "offsets": (2, queries, each * 2),
             "scores": (2, queries, each),
         },
@@ -206,11 +206,11 @@ CASES: dict[str, Case] = {
         lambda op, w, x: op.swiglu(x["g"], x["u"]), inputs={"g": (2, 3, 50), "u": (2, 3, 50)}
     ),
     "attention": Case(
-        lambda op, w, x: op.attention(x["q"], x["k"], x["v"], heads=4, kv_heads=4),
+        lambda op, w, x: op.attention(x["q"], x["k"], x["v"], num_heads=4, num_kv_heads=4),
         inputs={"q": (2, 5, 32), "k": (2, 5, 32), "v": (2, 5, 32)},
     ),
     "attention grouped": Case(
-        lambda op, w, x: op.attention(x["q"], x["k"], x["v"], heads=4, kv_heads=2),
+        lambda op, w, x: op.attention(x["q"], x["k"], x["v"], num_heads=4, num_kv_heads=2),
         inputs={"q": (2, 5, 32), "k": (2, 5, 16), "v": (2, 5, 16)},
     ),
     "relu": Case(lambda op, w, x: op.relu(x["x"]), inputs={"x": (2, 3, 8)}),
@@ -225,7 +225,7 @@ CASES: dict[str, Case] = {
         {"x": (2, 3, 5, 8)},
     ),
     "attention_rotary": Case(
-        lambda op, w, x: op.attention_rotary(x["q"], x["k"], x["v"], w["angles"], heads=4),
+        lambda op, w, x: op.attention_rotary(x["q"], x["k"], x["v"], w["angles"], num_heads=4),
         {"angles": (5, 4)},
         {"q": (2, 5, 32), "k": (2, 5, 32), "v": (2, 5, 32)},
     ),

@@ -88,7 +88,11 @@ ODD: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("manifest.json", lambda d: d.update(components=3), "components = 3"),
     ("manifest.json", lambda d: d.update(components=[]), "components"),
     ("manifest.json", lambda d: d["model"]["lm"].update(kind="../x"), "'../x'"),
-    ("manifest.json", lambda d: d["model"]["lm"]["config"].update(width="w"), "width = 'w'"),
+    (
+        "manifest.json",
+        lambda d: d["model"]["lm"]["config"].update(hidden_size="w"),
+        "hidden_size = 'w'",
+    ),
     ("manifest.json", lambda d: d["components"][0].update(name="x"), "encoder.clip"),
     ("manifest.json", lambda d: d["files"].pop("lm.onnx"), "lm.onnx"),
     ("manifest.json", lambda d: d["files"].update({"../x": {"nbytes": 1, "sha256": ""}}), "../x"),

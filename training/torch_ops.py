@@ -83,11 +83,11 @@ class TorchOps:
         return (w["weight"] * (norms / (norms.mean(-1, keepdim=True) + eps)) + 1) * x
 
     def attention_rotary(
-        self, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, *, heads: int
+        self, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, *, num_heads: int
     ) -> Tensor:
         cos, sin = angles.float().cos(), angles.float().sin()
-        turned = [_rotate(_split(x, heads).float(), cos, sin).to(x.dtype) for x in (q, k)]
-        return _attend(turned[0], turned[1], _split(v, heads), None)
+        turned = [_rotate(_split(x, num_heads).float(), cos, sin).to(x.dtype) for x in (q, k)]
+        return _attend(turned[0], turned[1], _split(v, num_heads), None)
 
     def ms_deform_attn(
         self,
@@ -96,19 +96,19 @@ class TorchOps:
         scores: Tensor,
         *,
         grids: Grids,
-        heads: int,
-        points: int,
-        head_width: int,
+        num_heads: int,
+        num_points: int,
+        head_dim: int,
         reference: Array,
     ) -> Tensor:
         batch, queries = offsets.shape[:2]
-        shares = scores.float().reshape(batch, queries, heads, -1).softmax(-1)
-        shares = shares.reshape(batch, queries, heads, len(grids), points)
-        shifts = offsets.float().reshape(batch, queries, heads, len(grids), points, 2)
-        cells = torch.split(_split(value, heads).float(), [h * w for h, w in grids], 2)
+        shares = scores.float().reshape(batch, queries, num_heads, -1).softmax(-1)
+        shares = shares.reshape(batch, queries, num_heads, len(grids), num_points)
+        shifts = offsets.float().reshape(batch, queries, num_heads, len(grids), num_points, 2)
+        cells = torch.split(_split(value, num_heads).float(), [h * w for h, w in grids], 2)
         centres = torch.from_numpy(reference).to(value.device, torch.float32)
         found = [
-            _sample(level, shifts[:, :, :, i], centres[:, i % centres.shape[1]], grid, points)
+            _sample(level, shifts[:, :, :, i], centres[:, i % centres.shape[1]], grid, num_points)
             * shares[:, :, :, i, :, None]
             for i, (level, grid) in enumerate(zip(cells, grids, strict=True))
         ]
@@ -123,8 +123,10 @@ class TorchOps:
     def max_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return x[rows].amax(1)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, heads: int, kv_heads: int) -> Tensor:
-        return _attend(_split(q, heads), _split(k, kv_heads), _split(v, kv_heads), None)
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, num_kv_heads: int
+    ) -> Tensor:
+        return _attend(_split(q, num_heads), _split(k, num_kv_heads), _split(v, num_kv_heads), None)
 
     def attention_cached(
         self,
@@ -134,14 +136,14 @@ class TorchOps:
         past: tuple[Tensor, Tensor],
         step: Step[Tensor],
         *,
-        heads: int,
-        kv_heads: int,
+        num_heads: int,
+        num_kv_heads: int,
         window: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         cos, sin = (table[step.positions][:, None] for table in (step.cos, step.sin))
-        turned = _rotate(_split(q, heads), cos, sin)
-        keys = _write(past[0], _rotate(_split(k, kv_heads), cos, sin), step.positions)
-        values = _write(past[1], _split(v, kv_heads), step.positions)
+        turned = _rotate(_split(q, num_heads), cos, sin)
+        keys = _write(past[0], _rotate(_split(k, num_kv_heads), cos, sin), step.positions)
+        values = _write(past[1], _split(v, num_kv_heads), step.positions)
         return _attend(turned, keys, values, step.mask), keys, values
 
     def positions(self, ids: Tensor, start: Tensor) -> Tensor:
@@ -193,9 +195,9 @@ class TorchOps:
         return (inside + (inside.round() - inside).detach()) * step
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
+def _split(x: Tensor, num_heads: int) -> Tensor:
     """[B, S, heads * d] -> [B, heads, S, d]."""
-    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+    return x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -210,19 +212,19 @@ def _write(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
 
 
 def _sample(
-    cells: Tensor, shifts: Tensor, reference: Tensor, grid: tuple[int, int], points: int
+    cells: Tensor, shifts: Tensor, reference: Tensor, grid: tuple[int, int], num_points: int
 ) -> Tensor:
     """cells [B, M, h * w, d] at places of [B, Q, M, P] -> [B, Q, M, P, d], zeros outside."""
-    batch, heads, _, width = cells.shape
+    batch, num_heads, _, width = cells.shape
     centre = reference[:, None, None, :2]
     if reference.shape[-1] == 4:
-        places = centre + shifts / points * reference[:, None, None, 2:] * 0.5
+        places = centre + shifts / num_points * reference[:, None, None, 2:] * 0.5
     else:
         places = centre + shifts / torch.tensor(grid[::-1], device=shifts.device)
-    pictures = cells.transpose(2, 3).reshape(batch * heads, width, *grid)
+    pictures = cells.transpose(2, 3).reshape(batch * num_heads, width, *grid)
     flat = (2 * places - 1).transpose(1, 2).flatten(0, 1)
     found = F.grid_sample(pictures, flat, align_corners=False)
-    return found.reshape(batch, heads, *found.shape[1:]).permute(0, 3, 1, 4, 2)
+    return found.reshape(batch, num_heads, *found.shape[1:]).permute(0, 3, 1, 4, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

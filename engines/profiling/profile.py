@@ -170,7 +170,7 @@ def _picture(plan: Plan, number: int) -> Picture:
 
 
 def _token_ids(session: Session, count: int) -> tuple[int, ...]:
-    vocab: int = session.model.lm.config.vocab
+    vocab: int = session.model.lm.config.vocab_size
     return tuple(int(i) for i in np.random.default_rng(0).integers(0, vocab, count))
 
 

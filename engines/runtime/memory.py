@@ -66,8 +66,8 @@ def of_engine(made: Engine) -> Estimate:
 
 def _with_weights(model: ModelConfig, weights: int, context: int, size: int) -> Estimate:
     lm, piece = model.lm.config, min(context, PIECE)
-    cache = 2 * lm.depth * lm.kv_heads * lm.head_dim * context * size
-    scores = lm.heads * piece * context
+    cache = 2 * lm.num_layers * lm.num_kv_heads * lm.head_dim * context * size
+    scores = lm.num_heads * piece * context
     return Estimate(weights, cache, (2 * _largest(model, context) + scores) * size, context)
 
 

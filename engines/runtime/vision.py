@@ -56,7 +56,7 @@ class Vision:
 
     def encode(self, pictures: Sequence[Picture], clock: Clock, *, tiles: bool = True) -> Features:
         """Features of all pictures. tiles=False gives every picture one view (chat scripts)."""
-        width: int = self._model.lm.config.width
+        width: int = self._model.lm.config.hidden_size
         if not pictures:
             return Features(np.zeros((1, width), np.float32), ())
         parts, places, start = [], [], 0

@@ -61,7 +61,7 @@ def test_the_folder_says_mlcd_and_its_tower_weights_come_from_the_checkpoint(
     source = systems.load(golden.folder, Options())
     assert source.model.system == "mlcd"
     assert source.origin["tower_weights"] == "checkpoint"
-    assert session.model.lm.config.vocab == golden.meta["vocab_len_after_resize"]
+    assert session.model.lm.config.vocab_size == golden.meta["vocab_len_after_resize"]
 
 
 @pytest.mark.parametrize(("name", "count"), [("one_image", 1), ("two_images", 2)])

@@ -350,5 +350,5 @@ def test_older_tokenizers_name_added_tokens_in_a_file_of_their_own(tmp_path: Pat
     source = load(folder)
     tokens = json.loads(source.tokenizer)["added_tokens"]
     assert {t["content"]: t["id"] for t in tokens if t["id"] >= 1000} == places
-    assert source.model.lm.config.vocab == 1002
+    assert source.model.lm.config.vocab_size == 1002
     assert source.model.prompts.image_text == "<im_start><image><im_end>"

@@ -121,7 +121,7 @@ def test_mlcd_rotates_by_row_and_column(golden: Path, native: bool) -> None:
     checkpoint = opened(file)
     for name in inputs.files:
         pixels = inputs[name]
-        config = type(base)(**{**vars(base), "size": pixels.shape[2:]})
+        config = type(base)(**{**vars(base), "image_size": pixels.shape[2:]})
         if native:
             table = dict(mlcd.native_names(config))
         else:
@@ -177,8 +177,8 @@ def test_deformable_attention(golden: Path) -> None:
         for batch in range(query.shape[0]):  # our reference points belong to the model, not a call
             one = slice(batch, batch + 1)
             core = NumpyOps().ms_deform_attn(
-                values[one], offsets[one], scores[one], grids=grids, heads=case["n_heads"],
-                points=case["n_points"], head_width=width, reference=reference[batch],
+                values[one], offsets[one], scores[one], grids=grids, num_heads=case["n_heads"],
+                num_points=case["n_points"], head_dim=width, reference=reference[batch],
             )  # fmt: skip
             near(linear("output_proj", core), outputs[name][one])
 
@@ -188,7 +188,7 @@ def test_mmfuser_block(golden: Path) -> None:
     inputs, outputs = np.load(golden / "inputs.npz"), np.load(golden / "outputs.npz")
     levels = inputs["srcs"]
     width, side = levels.shape[-1], int(levels.shape[2] ** 0.5)
-    config = mmfuser.Config(width=width, side=side, outputs=width, layers=1)
+    config = mmfuser.Config(hidden_size=width, side=side, outputs=width, layers=1)
     table = {f"fuser.{k}": r for k, r in mmfuser.fuser_names().items()}
     weights = tensors(table, opened(golden / "model.safetensors"))
     # A projector that changes nothing shows the fuser's own output.
@@ -212,7 +212,7 @@ def comm_output(golden: Path, branches: tuple[comm.Branch, ...], renames: dict[s
     features = [inputs[f"{b.name}_layers"][level] for b in branches for level in b.levels]
     wanted = [k for k in table if not k.startswith("project.")]
     weights = {k: np.asarray(Recipes(table, checkpoint)[k], np.float64) for k in wanted}
-    total = sum(b.width for b in branches)
+    total = sum(b.hidden_size for b in branches)
     weights |= {"project.weight": np.eye(total), "project.bias": np.zeros(total)}
     if len(branches) == 2:
         weights |= {k: Recipes(table, checkpoint)[k] for k in ("project.weight", "project.bias")}

@@ -59,14 +59,14 @@ TOWERS: dict[str, tuple[str, Any, Any, tuple[int, int], dict[str, Any]]] = {
         hf.Dinov2Model,
         hf.Dinov2Config(**BASE, image_size=28),
         (42, 42),
-        {"image": 42},
+        {"image_size": 42},
     ),
     "dinov2, smaller pictures": (
         "dinov2",
         hf.Dinov2Model,
         hf.Dinov2Config(**BASE, image_size=56),
         (35, 35),
-        {"image": 35},
+        {"image_size": 35},
     ),
     "dinov2, swiglu": (
         "dinov2",
@@ -80,7 +80,7 @@ TOWERS: dict[str, tuple[str, Any, Any, tuple[int, int], dict[str, Any]]] = {
         hf.Dinov2WithRegistersModel,
         hf.Dinov2WithRegistersConfig(**BASE, image_size=56),
         (35, 35),
-        {"image": 35},
+        {"image_size": 35},
     ),
     "convnext": (
         "convnext",

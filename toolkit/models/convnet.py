@@ -22,9 +22,9 @@ def channel_norm(op: Ops[T], x: T, w: Weights[T], eps: float) -> T:
     return channels_first(op, op.layer_norm(channels_last(op, x), w, eps))
 
 
-def tokens(op: Ops[T], x: T, width: int) -> T:
+def tokens(op: Ops[T], x: T, channels: int) -> T:
     """[B, width, H, W] -> [B, H * W, width], row by row."""
-    return op.transpose(op.reshape(x, (0, width, -1)), (0, 2, 1))
+    return op.transpose(op.reshape(x, (0, channels, -1)), (0, 2, 1))
 
 
 def conv_shapes(name: str, inputs: int, outputs: int, size: int, groups: int = 1) -> Shapes:
@@ -32,6 +32,6 @@ def conv_shapes(name: str, inputs: int, outputs: int, size: int, groups: int = 1
     return {f"{name}.weight": (outputs, inputs // groups, size, size), f"{name}.bias": (outputs,)}
 
 
-def norm_shapes(name: str, width: int) -> Shapes:
+def norm_shapes(name: str, channels: int) -> Shapes:
     """Weight and bias of a layer norm."""
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    return {f"{name}.weight": (channels,), f"{name}.bias": (channels,)}

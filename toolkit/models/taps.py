@@ -12,7 +12,7 @@ class Tapped(Protocol):
     """A tower's configuration with `depth` blocks and resolved `taps`."""
 
     @property
-    def depth(self) -> int: ...
+    def num_layers(self) -> int: ...
 
     @property
     def taps(self) -> tuple[int, ...]: ...
@@ -23,11 +23,11 @@ C = TypeVar("C", bound=Tapped)
 
 def resolve_taps(config: C, taps: tuple[int, ...], where: str) -> C:
     """`config` with taps counted from 0 (before the first block) to depth (after the last)."""
-    states = config.depth + 1
+    states = config.num_layers + 1
     for tap in taps:
         if not -states <= tap < states:
             raise ConfigError(
-                f"{where}: select layer {tap} does not exist in a tower of {config.depth} blocks"
+                f"{where}: select layer {tap} does not exist: the tower has {config.num_layers} blocks"
             )
     found = tuple(tap % states for tap in taps)
     changed: Any = replace(config, taps=found)  # type: ignore[type-var]

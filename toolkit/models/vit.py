@@ -20,13 +20,13 @@ class Vit(Protocol):
     """The configuration fields that blocks read."""
 
     @property
-    def width(self) -> int: ...
+    def hidden_size(self) -> int: ...
 
     @property
-    def heads(self) -> int: ...
+    def num_heads(self) -> int: ...
 
     @property
-    def mlp(self) -> int: ...
+    def intermediate_size(self) -> int: ...
 
     @property
     def eps(self) -> float: ...
@@ -53,7 +53,9 @@ def activate(op: Ops[T], name: str, x: T) -> T:
 def attention(op: Ops[T], c: Vit, w: Weights[T], x: T) -> T:
     """Plain self-attention, x [B, S, width]."""
     q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
-    return op.linear(op.attention(q, k, v, heads=c.heads, kv_heads=c.heads), w / "out")
+    return op.linear(
+        op.attention(q, k, v, num_heads=c.num_heads, num_kv_heads=c.num_heads), w / "out"
+    )
 
 
 def mlp(op: Ops[T], c: Vit, w: Weights[T], x: T) -> T:
@@ -91,10 +93,10 @@ def run(
     return tuple(hidden[tap] for tap in c.taps)
 
 
-def patches(op: Ops[T], w: Weights[T], pixels: T, width: int, patch: int) -> T:
+def patches(op: Ops[T], w: Weights[T], pixels: T, hidden_size: int, patch_size: int) -> T:
     """Patch embedding, row by row: [B, 3, H, W] -> [B, H / patch * W / patch, width]."""
-    grid = op.conv(pixels, w / "patch", stride=patch)
-    return op.transpose(op.reshape(grid, (0, width, -1)), (0, 2, 1))
+    grid = op.conv(pixels, w / "patch", stride=patch_size)
+    return op.transpose(op.reshape(grid, (0, hidden_size, -1)), (0, 2, 1))
 
 
 def linear_shapes(sizes: Mapping[str, tuple[int, int]], bias: bool = True) -> Shapes:
@@ -107,17 +109,17 @@ def linear_shapes(sizes: Mapping[str, tuple[int, int]], bias: bool = True) -> Sh
     return found
 
 
-def norm_shapes(*names: str, width: int) -> Shapes:
+def norm_shapes(*names: str, hidden_size: int) -> Shapes:
     """Weight and bias of layer norms."""
-    return {f"{name}.{leaf}": (width,) for name in names for leaf in ("weight", "bias")}
+    return {f"{name}.{leaf}": (hidden_size,) for name in names for leaf in ("weight", "bias")}
 
 
 def block_shapes(c: Vit, count: int) -> Shapes:
     """The tensors of `count` plain blocks."""
-    d = c.width
+    d = c.hidden_size
     sizes = {f"attention.{name}": (d, d) for name in ("q", "k", "v", "out")}
-    sizes |= {"mlp.up": (d, c.mlp), "mlp.down": (c.mlp, d)}
-    one = linear_shapes(sizes) | norm_shapes("norm1", "norm2", width=d)
+    sizes |= {"mlp.up": (d, c.intermediate_size), "mlp.down": (c.intermediate_size, d)}
+    one = linear_shapes(sizes) | norm_shapes("norm1", "norm2", hidden_size=d)
     return {f"layers.{i}.{name}": shape for i in range(count) for name, shape in one.items()}
 
 
@@ -147,7 +149,7 @@ def clip_block_names(count: int) -> dict[str, Recipe]:
     return table
 
 
-def clip_unused(taps: tuple[int, ...], depth: int) -> tuple[str, ...]:
+def clip_unused(taps: tuple[int, ...], num_layers: int) -> tuple[str, ...]:
     """Globs of what a complete tower has behind the last tapped block."""
-    pruned = (f"encoder.layers.{i}.*" for i in range(depth_needed(taps), depth))
+    pruned = (f"encoder.layers.{i}.*" for i in range(depth_needed(taps), num_layers))
     return ("post_layernorm.*", "embeddings.position_ids", *pruned)

@@ -107,8 +107,10 @@ class NumpyOps:
         ratios = norms / (norms.mean(-1, keepdims=True) + eps)
         return np.asarray((w["weight"] * ratios + 1) * x)
 
-    def attention(self, q: Array, k: Array, v: Array, *, heads: int, kv_heads: int) -> Array:
-        return _attend(_split(q, heads), _split(k, kv_heads), _split(v, kv_heads), None)
+    def attention(
+        self, q: Array, k: Array, v: Array, *, num_heads: int, num_kv_heads: int
+    ) -> Array:
+        return _attend(_split(q, num_heads), _split(k, num_kv_heads), _split(v, num_kv_heads), None)
 
     def attention_cached(
         self,
@@ -118,20 +120,22 @@ class NumpyOps:
         past: tuple[Array, Array],
         step: Step[Array],
         *,
-        heads: int,
-        kv_heads: int,
+        num_heads: int,
+        num_kv_heads: int,
         window: int | None,
     ) -> tuple[Array, Array, Array]:
         cos, sin = step.cos[step.positions][:, None], step.sin[step.positions][:, None]
-        turned = _rotate(_split(q, heads), cos, sin)
-        keys = _write(past[0], _rotate(_split(k, kv_heads), cos, sin), step.positions)
-        values = _write(past[1], _split(v, kv_heads), step.positions)
+        turned = _rotate(_split(q, num_heads), cos, sin)
+        keys = _write(past[0], _rotate(_split(k, num_kv_heads), cos, sin), step.positions)
+        values = _write(past[1], _split(v, num_kv_heads), step.positions)
         return _attend(turned, keys, values, step.mask), keys, values
 
-    def attention_rotary(self, q: Array, k: Array, v: Array, angles: Array, *, heads: int) -> Array:
+    def attention_rotary(
+        self, q: Array, k: Array, v: Array, angles: Array, *, num_heads: int
+    ) -> Array:
         cos, sin = np.cos(angles), np.sin(angles)
-        turned_q, turned_k = (_rotate(_split(x, heads), cos, sin) for x in (q, k))
-        return _attend(turned_q, turned_k, _split(v, heads), None)
+        turned_q, turned_k = (_rotate(_split(x, num_heads), cos, sin) for x in (q, k))
+        return _attend(turned_q, turned_k, _split(v, num_heads), None)
 
     def ms_deform_attn(
         self,
@@ -140,23 +144,23 @@ class NumpyOps:
         scores: Array,
         *,
         grids: Grids,
-        heads: int,
-        points: int,
-        head_width: int,
+        num_heads: int,
+        num_points: int,
+        head_dim: int,
         reference: Array,
     ) -> Array:
         batch, queries = offsets.shape[:2]
         levels = len(grids)
-        values = _split(value, heads)
-        shares = _softmax(scores.reshape(batch, queries, heads, levels * points))
-        shares = shares.reshape(batch, queries, heads, levels, points)
-        shifts = offsets.reshape(batch, queries, heads, levels, points, 2)
+        values = _split(value, num_heads)
+        shares = _softmax(scores.reshape(batch, queries, num_heads, levels * num_points))
+        shares = shares.reshape(batch, queries, num_heads, levels, num_points)
+        shifts = offsets.reshape(batch, queries, num_heads, levels, num_points, 2)
         total, start = 0.0, 0
         for level, (height, width) in enumerate(grids):
             cells = values[:, :, start : start + height * width]
             around = reference[:, level % reference.shape[1]]
-            places = sampling_places(shifts[:, :, :, level], around, (height, width), points)
-            found = _bilinear(cells.reshape(batch, heads, height, width, -1), places)
+            places = sampling_places(shifts[:, :, :, level], around, (height, width), num_points)
+            found = _bilinear(cells.reshape(batch, num_heads, height, width, -1), places)
             total = total + (found * shares[:, :, :, level, :, None]).sum(3)
             start += height * width
         return np.asarray(total, value.dtype).reshape(batch, queries, -1)
@@ -245,7 +249,9 @@ def _softmax(x: Array) -> Array:
     return np.asarray(weights / weights.sum(-1, keepdims=True))
 
 
-def sampling_places(offsets: Array, reference: Array, grid: tuple[int, int], points: int) -> Array:
+def sampling_places(
+    offsets: Array, reference: Array, grid: tuple[int, int], num_points: int
+) -> Array:
     """Where deformable attention samples a level, in cells from the centre of the first.
 
     offsets [B, Q, M, P, 2], reference [Q, 2] or [Q, 4], grid (height, width) -> [B, Q, M, P, 2].
@@ -253,7 +259,7 @@ def sampling_places(offsets: Array, reference: Array, grid: tuple[int, int], poi
     size = np.asarray(grid[::-1], offsets.dtype)
     centre = reference[:, None, None, :2]
     if reference.shape[-1] == 4:
-        places = centre + offsets / points * reference[:, None, None, 2:] * 0.5
+        places = centre + offsets / num_points * reference[:, None, None, 2:] * 0.5
     else:
         places = centre + offsets / size
     return np.asarray(places * size - 0.5, offsets.dtype)
@@ -261,11 +267,11 @@ def sampling_places(offsets: Array, reference: Array, grid: tuple[int, int], poi
 
 def _bilinear(cells: Array, places: Array) -> Array:
     """cells [B, M, H, W, d] at places [B, Q, M, P, 2] as (x, y) -> [B, Q, M, P, d]."""
-    batch, heads, height, width, _ = cells.shape
+    batch, num_heads, height, width, _ = cells.shape
     low = np.floor(places).astype(np.int64)
     part = places - low
     b = np.arange(batch)[:, None, None, None]
-    m = np.arange(heads)[None, None, :, None]
+    m = np.arange(num_heads)[None, None, :, None]
     total = np.zeros((*places.shape[:-1], cells.shape[-1]), cells.dtype)
     for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
         x, y = low[..., 0] + dx, low[..., 1] + dy
@@ -275,9 +281,9 @@ def _bilinear(cells: Array, places: Array) -> Array:
     return total
 
 
-def _split(x: Array, heads: int) -> Array:
+def _split(x: Array, num_heads: int) -> Array:
     """[B, S, heads * d] -> [B, heads, S, d]."""
-    return np.asarray(x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3))
+    return np.asarray(x.reshape(*x.shape[:2], num_heads, -1).transpose(0, 2, 1, 3))
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:

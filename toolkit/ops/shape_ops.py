@@ -103,7 +103,7 @@ class ShapeOps:
     def response_norm(self, x: Spec, w: Weights[Spec], eps: float) -> Spec:
         return x
 
-    def attention_rotary(self, q: Spec, k: Spec, v: Spec, angles: Spec, *, heads: int) -> Spec:
+    def attention_rotary(self, q: Spec, k: Spec, v: Spec, angles: Spec, *, num_heads: int) -> Spec:
         return q
 
     def ms_deform_attn(
@@ -113,9 +113,9 @@ class ShapeOps:
         scores: Spec,
         *,
         grids: Grids,
-        heads: int,
-        points: int,
-        head_width: int,
+        num_heads: int,
+        num_points: int,
+        head_dim: int,
         reference: Array,
     ) -> Spec:
         return Spec((*offsets.shape[:2], value.shape[2]))
@@ -129,7 +129,7 @@ class ShapeOps:
     def max_rows(self, x: Spec, rows: Spec) -> Spec:
         return Spec((rows.shape[0], x.shape[1]))
 
-    def attention(self, q: Spec, k: Spec, v: Spec, *, heads: int, kv_heads: int) -> Spec:
+    def attention(self, q: Spec, k: Spec, v: Spec, *, num_heads: int, num_kv_heads: int) -> Spec:
         return q
 
     def attention_cached(
@@ -140,8 +140,8 @@ class ShapeOps:
         past: tuple[Spec, Spec],
         step: Step[Spec],
         *,
-        heads: int,
-        kv_heads: int,
+        num_heads: int,
+        num_kv_heads: int,
         window: int | None,
     ) -> tuple[Spec, Spec, Spec]:
         return q, *past

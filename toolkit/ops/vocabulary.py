@@ -160,7 +160,7 @@ class Ops(Protocol[T]):
 
     # -- attention -------------------------------------------------------------------------
 
-    def attention(self, q: T, k: T, v: T, *, heads: int, kv_heads: int) -> T:
+    def attention(self, q: T, k: T, v: T, *, num_heads: int, num_kv_heads: int) -> T:
         """Unmasked softmax(q k^T / sqrt(d)) v, heads packed: q [B, S, heads * d] -> the same."""
         ...
 
@@ -172,8 +172,8 @@ class Ops(Protocol[T]):
         past: tuple[T, T],
         step: Step[T],
         *,
-        heads: int,
-        kv_heads: int,
+        num_heads: int,
+        num_kv_heads: int,
         window: int | None,
     ) -> tuple[T, T, T]:
         """Rotate q and k, write k and v into the cache, attend to what the mask shows.
@@ -186,7 +186,7 @@ class Ops(Protocol[T]):
         """
         ...
 
-    def attention_rotary(self, q: T, k: T, v: T, angles: T, *, heads: int) -> T:
+    def attention_rotary(self, q: T, k: T, v: T, angles: T, *, num_heads: int) -> T:
         """Unmasked attention with q and k turned by angles [S, d / 2], the same for every head.
 
         Channel c pairs with c + d / 2; the rotation is done in float32.
@@ -200,9 +200,9 @@ class Ops(Protocol[T]):
         scores: T,
         *,
         grids: Grids,
-        heads: int,
-        points: int,
-        head_width: int,
+        num_heads: int,
+        num_points: int,
+        head_dim: int,
         reference: Array,
     ) -> T:
         """The core of multi-scale deformable attention (Zhu et al., arXiv 2010.04159).

@@ -59,7 +59,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
         "dinov2": _dinov2(places["dinov2"], r, side, options),
     }
     lm = _read_lm(lm_folder, options)
-    merger = _read_merger(r, eyes, lm.config.width, side)
+    merger = _read_merger(r, eyes, lm.config.hidden_size, side)
     images = ImageRules(_pixels(r, places, side, options))
     wrapped = r.take("use_im_start_end", bool, True)
     template = r.take("template", str, original.TEMPLATES[lm.kind])
@@ -133,7 +133,7 @@ def _dinov2(place: Path, r: Reader, side: int, options: Options) -> Part:
     reader = Reader(data, str(place / "config.json"), options.ignore_keys)
     depth = reader.count("num_hidden_layers", 12, most=MOST_LAYERS)
     levels = _levels(r, "dinov2_levels", depth, range(depth * 3 // 4, depth))
-    config = dinov2.Config.read(reader, tuple(n + 1 for n in levels), False, image=side)
+    config = dinov2.Config.read(reader, tuple(n + 1 for n in levels), False, image_size=side)
     reader.done()
     return Part("dinov2", "dinov2", config)
 
@@ -168,7 +168,7 @@ def _read_merger(r: Reader, eyes: Mapping[str, Part], outputs: int, side: int) -
         comm.Branch(
             name,
             tuple(tap - 1 for tap in eye.config.taps),
-            eye.config.width,
+            eye.config.hidden_size,
             merge,  # type: ignore[arg-type]
             scale,  # type: ignore[arg-type]
             mlp_depth=depth if name == "dinov2" else 0,
@@ -198,8 +198,8 @@ def _pixels(
 
 def _tokenizer(folder: Path, lm: Part, wrapped: bool) -> tuple[str, bool]:
     text, doubled = read_tokenizer(folder, slow=True)
-    text = add_tokens(text, ["<im_start>", "<im_end>"] * wrapped, lm.config.vocab)
-    check_tokenizer(text, lm.config.vocab, str(folder))
+    text = add_tokens(text, ["<im_start>", "<im_end>"] * wrapped, lm.config.vocab_size)
+    check_tokenizer(text, lm.config.vocab_size, str(folder))
     if wrapped and '"<im_start>"' not in text:
         raise ConfigError(
             f"{folder}: the model has no row for <im_start>, which surrounds pictures",
@@ -221,7 +221,7 @@ def _preset(name: str, lm: llama.Config) -> ModelConfig:
         name,
         "comm",
         eyes,
-        Part("merger", "comm", comm.Config(branches, lm.width, 24)),
+        Part("merger", "comm", comm.Config(branches, lm.hidden_size, 24)),
         lm,
         ImageRules({"clip": rule, "dinov2": replace(rule, mean=other.mean, std=other.std)}),
     )

@@ -34,12 +34,12 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
 
 
 def _preset(name: str, lm: llama.Config, side: int) -> ModelConfig:
-    tower = replace(presets.CONVNEXT_L_5, image=side)
+    tower = replace(presets.CONVNEXT_L_5, image_size=side)
     return presets.model(
         name,
         "convllava",
         [Part("convnext", "convnext", tower)],
-        Part("merger", "mlp", mlp.Config((tower.dims[-1],), lm.width)),
+        Part("merger", "mlp", mlp.Config((tower.dims[-1],), lm.hidden_size)),
         lm,
         ImageRules({"convnext": presets.clip_pixels(side).padded()}),
     )

@@ -98,7 +98,7 @@ def _preset(name: str, lm: llama.Config) -> ModelConfig:
         name,
         "llava_next",
         [Part("clip", "clip", presets.CLIP_L_336)],
-        Part("merger", "mlp", mlp.Config((1024,), lm.width)),
+        Part("merger", "mlp", mlp.Config((1024,), lm.hidden_size)),
         lm,
         ImageRules({"clip": presets.clip_pixels(336)}, Tiling(pinpoints, 336), layout),
     )

@@ -38,7 +38,7 @@ def _embodied(name: str, lm: llama.Config) -> ModelConfig:
         name,
         "mlcd",
         [Part("clip", "clip", presets.CLIP_L_336)],
-        Part("merger", "mlp", mlp.Config((1024,), lm.width)),
+        Part("merger", "mlp", mlp.Config((1024,), lm.hidden_size)),
         lm,
         ImageRules({"clip": presets.clip_pixels(336)}, Tiling(grids, 336), layout),
     )
@@ -51,7 +51,7 @@ def _bigg(name: str, lm: llama.Config) -> ModelConfig:
         name,
         "mlcd",
         [Part("mlcd", "mlcd", presets.MLCD_BIGG_448)],
-        Part("merger", "mlp", mlp.Config((1664,), lm.width)),
+        Part("merger", "mlp", mlp.Config((1664,), lm.hidden_size)),
         lm,
         ImageRules({"mlcd": presets.clip_pixels(448)}, Tiling(grids, 448), layout),
     )

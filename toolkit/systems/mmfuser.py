@@ -56,9 +56,9 @@ def _merger(r: Reader, encoder: Part, outputs: int) -> Part:
     layers, blocks = projectors.depth(r, projectors.read_name(r, encoder))
     if blocks:
         raise ConfigError(f"{r.where}: residual blocks behind the fuser are not implemented")
-    projectors.check_identity(r, layers, config.width, outputs)
+    projectors.check_identity(r, layers, config.hidden_size, outputs)
     side = math.isqrt(config.tokens)
-    return Part("merger", "mmfuser", mmfuser.Config(config.width, side, outputs, layers))
+    return Part("merger", "mmfuser", mmfuser.Config(config.hidden_size, side, outputs, layers))
 
 
 _RULES = original.Rules("mmfuser", _merger, taps=_taps)
@@ -69,7 +69,7 @@ def _preset(name: str, lm: llama.Config) -> ModelConfig:
         name,
         "mmfuser",
         [Part("clip", "clip", presets.tapped(presets.CLIP_L_336, *LEVELS))],
-        Part("merger", "mmfuser", mmfuser.Config(1024, 24, lm.width)),
+        Part("merger", "mmfuser", mmfuser.Config(1024, 24, lm.hidden_size)),
         lm,
         ImageRules({"clip": presets.clip_pixels(336).padded()}),
     )

@@ -71,7 +71,7 @@ def edges(c: ModelConfig) -> tuple[Edge, ...]:
     """
     found = [Edge(f"images.{p.name}", f"encoder.{p.name}:pixels") for p in c.encoders]
     for part in c.encoders:
-        for i in range(len(part.config.widths)):
+        for i in range(len(part.config.hidden_sizes)):
             port = f"{part.name}.{i}"
             found.append(Edge(f"encoder.{part.name}:features.{i}", f"merger:{port}"))
     if not (c.images.layout and c.images.layout.computes):
@@ -103,7 +103,7 @@ def encoder_component(part: Part) -> Component:
         (Port("pixels", "float", ("tiles", 3, *c.pixels)),),
         tuple(
             Port(f"features.{i}", "float", ("tiles", c.tokens, width))
-            for i, width in enumerate(c.widths)
+            for i, width in enumerate(c.hidden_sizes)
         ),
     )
 
@@ -119,7 +119,7 @@ def merger_component(
     ports = tuple(
         Port(f"{part.name}.{i}", "float", ("tiles", part.config.tokens, width))
         for part in encoders
-        for i, width in enumerate(part.config.widths)
+        for i, width in enumerate(part.config.hidden_sizes)
     )
 
     def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
@@ -153,11 +153,11 @@ def arrange_component(width: int, *, largest: bool) -> Component:
 def lm_component(part: Part) -> Component:
     """The language model with its embedding, cache and output layer."""
     file, c = models.lm(part.kind), part.config
-    cache = ("batch", c.kv_heads, "context", c.head_dim)
-    names = [f"{i}.{kind}" for i in range(c.depth) for kind in ("key", "value")]
+    cache = ("batch", c.num_kv_heads, "context", c.head_dim)
+    names = [f"{i}.{kind}" for i in range(c.num_layers) for kind in ("key", "value")]
 
     def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
-        past = [(inputs[f"past.{i}.key"], inputs[f"past.{i}.value"]) for i in range(c.depth)]
+        past = [(inputs[f"past.{i}.key"], inputs[f"past.{i}.value"]) for i in range(c.num_layers)]
         logits, present = file.forward(op, c, w, inputs, past)
         flat = [tensor for pair in present for tensor in pair]
         return {"logits": logits} | {
@@ -171,13 +171,13 @@ def lm_component(part: Part) -> Component:
         (
             Port("ids", "int64", ("batch", "sequence")),
             Port("rows", "int64", ("batch", "sequence")),
-            Port("features", "float", ("rows", c.width)),
+            Port("features", "float", ("rows", c.hidden_size)),
             Port("start", "int64", ("batch",)),
             Port("score", "int64", ("batch", "scored")),
             *(Port(f"past.{name}", "float", cache) for name in names),
         ),
         (
-            Port("logits", "float", ("batch", "scored", c.vocab)),
+            Port("logits", "float", ("batch", "scored", c.vocab_size)),
             *(Port(f"present.{n}", "float", cache, updates=f"past.{n}") for n in names),
         ),
     )

@@ -13,39 +13,67 @@ from edgevlm.toolkit.text.prompts import PromptRules
 from edgevlm.toolkit.text.tokenizer import byte_tokenizer
 from edgevlm.toolkit.vlm.config import ModelConfig, Part
 
-CLIP_L_336 = clip.Config(width=1024, depth=24, heads=16, mlp=4096, patch=14, image=336, taps=(23,))
+CLIP_L_336 = clip.Config(
+    hidden_size=1024,
+    num_layers=24,
+    num_heads=16,
+    intermediate_size=4096,
+    patch_size=14,
+    image_size=336,
+    taps=(23,),
+)
 DINOV2_L_336 = dinov2.Config(
-    width=1024, depth=24, heads=16, mlp=4096, patch=14, image=336, stored=518, taps=(24,)
+    hidden_size=1024,
+    num_layers=24,
+    num_heads=16,
+    intermediate_size=4096,
+    patch_size=14,
+    image_size=336,
+    trained_image_size=518,
+    taps=(24,),
 )
 CONVNEXT_L_5 = convnext.Config(depths=(3, 3, 27, 3, 6), dims=(192, 384, 768, 1536, 3072))
 MLCD_BIGG_448 = mlcd.Config(
-    width=1664, depth=48, heads=16, mlp=8192, patch=14, size=(448, 448), taps=(47,)
+    hidden_size=1664,
+    num_layers=48,
+    num_heads=16,
+    intermediate_size=8192,
+    patch_size=14,
+    image_size=(448, 448),
+    taps=(47,),
 )
 
 VICUNA_7B = llama.Config(
-    width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp=11008, vocab=32000, context=4096
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    intermediate_size=11008,
+    vocab_size=32000,
+    context=4096,
 )
 QWEN_7B = qwen2.Config(
-    width=3584,
-    depth=28,
-    heads=28,
-    kv_heads=4,
+    hidden_size=3584,
+    num_layers=28,
+    num_heads=28,
+    num_kv_heads=4,
     head_dim=128,
-    mlp=18944,
-    vocab=152064,
+    intermediate_size=18944,
+    vocab_size=152064,
     context=32768,
     eps=1e-6,
     theta=1e6,
     qkv_bias=True,
 )
 QWEN_0_5B = qwen2.Config(
-    width=896,
-    depth=24,
-    heads=14,
-    kv_heads=2,
+    hidden_size=896,
+    num_layers=24,
+    num_heads=14,
+    num_kv_heads=2,
     head_dim=64,
-    mlp=4864,
-    vocab=151936,
+    intermediate_size=4864,
+    vocab_size=151936,
     context=32768,
     eps=1e-6,
     theta=1e6,

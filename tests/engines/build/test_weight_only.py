@@ -144,7 +144,7 @@ def test_the_same_precision_is_built_once(bundle: Path, tmp_path: Path) -> None:
 def test_weights_that_no_block_divides_stay_as_they_are(bundle: Path) -> None:
     source = source_of(bundle, weight_only.plan("int8"))
     lm = source.model.lm
-    odd = replace(source.model, lm=replace(lm, config=replace(lm.config, mlp=72)))
+    odd = replace(source.model, lm=replace(lm, config=replace(lm.config, intermediate_size=72)))
     model = write.graphs(replace(source, model=odd))["lm"]
     downs = [n for n in model.graph.node if n.name.endswith("mlp/down")]
     ups = [n for n in model.graph.node if n.name.endswith("mlp/up")]

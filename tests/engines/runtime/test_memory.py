@@ -72,9 +72,9 @@ def test_every_preset_has_an_estimate(name: str) -> None:
     here, there = (estimate(bundle, parse(t), 1024) for t in ("cpu", "jetson-agx-orin"))
     assert here.weights_bytes == 2 * there.weights_bytes
     assert here.cache_bytes == 2 * there.cache_bytes
-    assert here.cache_bytes == 4 * 2 * lm.depth * lm.kv_heads * lm.head_dim * 1024
+    assert here.cache_bytes == 4 * 2 * lm.num_layers * lm.num_kv_heads * lm.head_dim * 1024
     # A block's input, gate, up and their product live at the same time, for one piece of a prompt.
-    assert here.activations_bytes >= 4 * PIECE * (lm.width + 3 * lm.mlp)
+    assert here.activations_bytes >= 4 * PIECE * (lm.hidden_size + 3 * lm.intermediate_size)
     longer = estimate(bundle, parse("cpu"), 4096)
     assert longer.weights_bytes == here.weights_bytes
     assert longer.cache_bytes == 4 * here.cache_bytes

@@ -42,8 +42,8 @@ def _feeding(config: Any) -> tuple[Part, ...]:
     clip = models.encoder("clip")
     base = clip.tiny()
     return tuple(
-        Part(f"eye{i}", "clip", type(base)(**{**vars(base), "width": width}))
-        for i, width in enumerate(config.sources)
+        Part(f"eye{i}", "clip", type(base)(**{**vars(base), "hidden_size": size}))
+        for i, size in enumerate(config.sources)
     )
 
 

@@ -82,7 +82,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
            "video_token_id")  # fmt: skip
     r.done()
     text, _ = read_tokenizer(folder, slow=False)
-    check_tokenizer(text, lm.config.vocab, str(folder))
+    check_tokenizer(text, lm.config.vocab_size, str(folder))
     placeholder = token_of(text, token)
 
     checkpoint = open_checkpoint(folder, options.torch_reader)
@@ -147,7 +147,9 @@ def _read_projector(r: Reader, encoder: Part, lm: Part) -> Part:
     """Two linears with GELU between."""
     r.choice("projector_hidden_act", ["gelu"], "gelu")
     bias = r.take("multimodal_projector_bias", bool, True)
-    return Part("merger", "mlp", mlp.Config(encoder.config.widths, lm.config.width, 2, bias))
+    return Part(
+        "merger", "mlp", mlp.Config(encoder.config.hidden_sizes, lm.config.hidden_size, 2, bias)
+    )
 
 
 def _image_token(r: Reader) -> int:

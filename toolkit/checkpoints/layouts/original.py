@@ -112,7 +112,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     lm = Part("lm", kind, models.lm(kind).Config.read(r))
     tower = towers.open_tower(folder, r, options, rules.taps)
-    merger = rules.merger(r, tower.part, lm.config.width)
+    merger = rules.merger(r, tower.part, lm.config.hidden_size)
     images = image_rules.read_rules(
         r, tower.part, merger, tower.rule, lone_newline=rules.lone_newline
     )
@@ -128,8 +128,8 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
     r.done()
 
     text, doubled = read_tokenizer(folder, slow=True)
-    text = add_tokens(text, extra, lm.config.vocab)
-    rows = check_tokenizer(text, lm.config.vocab, str(folder))
+    text = add_tokens(text, extra, lm.config.vocab_size)
+    rows = check_tokenizer(text, lm.config.vocab_size, str(folder))
     checkpoint = open_checkpoint(folder, options.torch_reader)
     stored = _stored(lm, merger, ends_rows, checkpoint)
     inside = _tower_inside(tower, checkpoint) if wins else None
@@ -184,7 +184,7 @@ def _stored(lm: Part, merger: Part, newline: bool, checkpoint: Checkpoint) -> di
     shapes = dict(projector.shapes(merger.config))
     if newline:
         table["newline"] = keep("model.image_newline")
-        shapes["newline"] = (lm.config.width,)
+        shapes["newline"] = (lm.config.hidden_size,)
     return {
         "lm": Stored(file.names(lm.config), file.shapes(lm.config), checkpoint),
         "merger": Stored(table, shapes, checkpoint),
@@ -217,7 +217,7 @@ def shrink_vocab(
     lm: Part, table: Mapping[str, Recipe], rows: int
 ) -> tuple[Part, dict[str, Recipe]]:
     """The LM with only the rows its tokenizer knows, as the originals' loader resizes it."""
-    if rows >= lm.config.vocab:
+    if rows >= lm.config.vocab_size:
         return lm, dict(table)
 
     def cut(recipe: Recipe, axis: int) -> Recipe:
@@ -229,4 +229,4 @@ def shrink_vocab(
 
     cuts = {"embed.weight": 0, "head.weight": 1}
     small = {n: cut(r, cuts[n]) if n in cuts else r for n, r in table.items()}
-    return replace(lm, config=replace(lm.config, vocab=rows)), small
+    return replace(lm, config=replace(lm.config, vocab_size=rows)), small

@@ -13,7 +13,7 @@ from edgevlm.toolkit.vlm.config import Part
 
 def linears(r: Reader, encoder: Part, outputs: int) -> Part:
     """The projector that config.json names, for one encoder."""
-    name, inputs = read_name(r, encoder), encoder.config.widths
+    name, inputs = read_name(r, encoder), encoder.config.hidden_sizes
     if name == "pooler":
         side = math.isqrt(encoder.config.tokens)
         return Part("merger", "pooler", pooler.Config(sum(inputs), outputs, side))
@@ -34,8 +34,8 @@ def check_identity(r: Reader, layers: int, inputs: int, outputs: int) -> None:
 
 def read_name(r: Reader, encoder: Part) -> str:
     """mm_projector_type, after checking that mm_hidden_size is what the encoder gives."""
-    width, given = sum(encoder.config.widths), r.count("mm_hidden_size")
-    if given not in (width, encoder.config.widths[0]):
+    width, given = sum(encoder.config.hidden_sizes), r.count("mm_hidden_size")
+    if given not in (width, encoder.config.hidden_sizes[0]):
         raise ConfigError(
             f"{r.where}: mm_hidden_size = {given}, the tower gives {width}",
             hint="the tower belongs to another model, or the select layer does",

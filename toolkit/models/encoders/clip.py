@@ -22,12 +22,12 @@ MODEL_TYPES = ("clip_vision_model", "clip")
 class Config:
     """`taps` are hidden states counted from 0 = after the first norm; each gives one output."""
 
-    width: int
-    depth: int
-    heads: int
-    mlp: int
-    patch: int
-    image: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    patch_size: int
+    image_size: int
     activation: str = "quick_gelu"
     eps: float = 1e-5
     taps: tuple[int, ...] = (-2,)
@@ -38,14 +38,14 @@ class Config:
         """From a CLIPVisionConfig; `taps` as in hidden_states[...], negative from the end."""
         r.skip("projection_dim", "dropout")
         r.choice("num_channels", [3], 3)
-        width = r.count("hidden_size", 768)
+        hidden_size = r.count("hidden_size", 768)
         config = cls(
-            width=width,
-            depth=r.count("num_hidden_layers", 12, most=MOST_LAYERS),
-            heads=r.share("num_attention_heads", width, 12),
-            mlp=r.count("intermediate_size", 3072),
-            patch=r.count("patch_size", 32),
-            image=r.count("image_size", 224),
+            hidden_size=hidden_size,
+            num_layers=r.count("num_hidden_layers", 12, most=MOST_LAYERS),
+            num_heads=r.share("num_attention_heads", hidden_size, 12),
+            intermediate_size=r.count("intermediate_size", 3072),
+            patch_size=r.count("patch_size", 32),
+            image_size=r.count("image_size", 224),
             activation=r.choice("hidden_act", ["quick_gelu", "gelu"], "quick_gelu"),
             eps=r.positive("layer_norm_eps", 1e-5),
             class_token=class_token,
@@ -55,22 +55,22 @@ class Config:
     @property
     def pixels(self) -> tuple[int, int]:
         """Height and width of the picture, in pixels."""
-        return self.image, self.image
+        return self.image_size, self.image_size
 
     @property
     def tokens(self) -> int:
         """Tokens per picture and output."""
-        return (self.image // self.patch) ** 2 + self.class_token
+        return (self.image_size // self.patch_size) ** 2 + self.class_token
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def hidden_sizes(self) -> tuple[int, ...]:
         """Channels of each output."""
-        return (self.width,) * len(self.taps)
+        return (self.hidden_size,) * len(self.taps)
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
     """pixels [B, 3, image, image] -> for each tap [B, tokens, width]."""
-    x = op.prepend(vit.patches(op, w, pixels, c.width, c.patch), w["class_token"])
+    x = op.prepend(vit.patches(op, w, pixels, c.hidden_size, c.patch_size), w["class_token"])
     x = op.layer_norm(op.add(x, w["position"]), w / "norm_pre", c.eps)
     first = 0 if c.class_token else 1
     return tuple(op.slice(x, 1, first, None) for x in vit.run(op, c, w, x))
@@ -78,14 +78,14 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors, those that the taps need."""
-    d = c.width
+    d = c.hidden_size
     own: vit.Shapes = {
         "class_token": (d,),
-        "patch.weight": (d, 3, c.patch, c.patch),
-        "position": ((c.image // c.patch) ** 2 + 1, d),
+        "patch.weight": (d, 3, c.patch_size, c.patch_size),
+        "position": ((c.image_size // c.patch_size) ** 2 + 1, d),
     }
     blocks = vit.block_shapes(c, depth_needed(c.taps))
-    return own | vit.norm_shapes("norm_pre", width=d) | blocks
+    return own | vit.norm_shapes("norm_pre", hidden_size=d) | blocks
 
 
 def names(c: Config) -> Mapping[str, Recipe]:
@@ -102,9 +102,17 @@ def names(c: Config) -> Mapping[str, Recipe]:
 
 def unused(c: Config) -> tuple[str, ...]:
     """Globs of tensors a complete tower has and these taps never read."""
-    return vit.clip_unused(c.taps, c.depth)
+    return vit.clip_unused(c.taps, c.num_layers)
 
 
 def tiny() -> Config:
     """A small instance for tests."""
-    return Config(width=32, depth=3, heads=4, mlp=64, patch=7, image=28, taps=(2,))
+    return Config(
+        hidden_size=32,
+        num_layers=3,
+        num_heads=4,
+        intermediate_size=64,
+        patch_size=7,
+        image_size=28,
+        taps=(2,),
+    )

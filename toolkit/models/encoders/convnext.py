@@ -20,14 +20,14 @@ MODEL_TYPES = ("convnext",)
 
 @dataclass(frozen=True)
 class Config:
-    """`scaled`: blocks end with a learned scale per channel. image: side it was published for."""
+    """scaled: blocks end with a scale per channel. image_size: side it was published for."""
 
     depths: tuple[int, ...]
     dims: tuple[int, ...]
     patch: int = 4
     scaled: bool = True
     eps: float = 1e-6
-    image: int = 224
+    image_size: int = 224
 
     @classmethod
     def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
@@ -58,7 +58,7 @@ class Config:
             dims,
             patch=r.count("patch_size", 4),
             scaled=r.take("layer_scale_init_value", float, 1e-6) > 0,
-            image=r.count("image_size", 224),
+            image_size=r.count("image_size", 224),
         )
 
     @property
@@ -72,7 +72,7 @@ class Config:
         return "tokens"
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def hidden_sizes(self) -> tuple[int, ...]:
         """Channels of the output."""
         return self.dims[-1:]
 
@@ -96,8 +96,8 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
     return (convnet.tokens(op, x, c.dims[-1]),)
 
 
-def _block(op: Ops[T], c: Config, w: Weights[T], x: T, width: int) -> T:
-    y = op.conv(x, w / "depthwise", stride=1, padding=3, groups=width)
+def _block(op: Ops[T], c: Config, w: Weights[T], x: T, channels: int) -> T:
+    y = op.conv(x, w / "depthwise", stride=1, padding=3, groups=channels)
     y = op.layer_norm(convnet.channels_last(op, y), w / "norm", c.eps)
     y = op.linear(op.gelu(op.linear(y, w / "up")), w / "down")
     if c.scaled:

@@ -25,16 +25,16 @@ MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 
 @dataclass(frozen=True)
 class Config:
-    """`image`: side of the pictures it will see; `stored`: side its positions were trained for."""
+    """image_size: side of the images it will see; trained_image_size: what its positions fit."""
 
-    width: int
-    depth: int
-    heads: int
-    mlp: int
-    patch: int
-    image: int
-    stored: int
-    registers: int = 0
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    patch_size: int
+    image_size: int
+    trained_image_size: int
+    num_registers: int = 0
     swiglu: bool = False
     qkv_bias: bool = True
     activation: str = "gelu"
@@ -44,9 +44,9 @@ class Config:
 
     @classmethod
     def read(
-        cls, r: Reader, taps: tuple[int, ...], class_token: bool, image: int | None = None
+        cls, r: Reader, taps: tuple[int, ...], class_token: bool, image_size: int | None = None
     ) -> Config:
-        """From a Dinov2Config; `image` is the side of the pictures if it differs from the trained.
+        """From a Dinov2Config; `image_size`: side of the images, if it differs from the trained.
 
         hidden_states[0] are the embeddings; there is no final norm on any of them.
         """
@@ -54,18 +54,18 @@ class Config:
                "layerscale_value", "out_features", "out_indices", "stage_names",
                "apply_layernorm", "reshape_hidden_states", "use_mask_token")  # fmt: skip
         r.choice("num_channels", [3], 3)
-        width, swiglu = r.count("hidden_size", 768), r.take("use_swiglu_ffn", bool, False)
-        hidden = int(width * r.take("mlp_ratio", float, 4.0))
+        hidden_size, swiglu = r.count("hidden_size", 768), r.take("use_swiglu_ffn", bool, False)
+        hidden = int(hidden_size * r.take("mlp_ratio", float, 4.0))
         stored = r.count("image_size", 224)
         config = cls(
-            width=width,
-            depth=r.count("num_hidden_layers", 12, most=MOST_LAYERS),
-            heads=r.share("num_attention_heads", width, 12),
-            mlp=(int(hidden * 2 / 3) + 7) // 8 * 8 if swiglu else hidden,
-            patch=r.count("patch_size", 14),
-            image=image or stored,
-            stored=stored,
-            registers=r.take("num_register_tokens", int, 0),
+            hidden_size=hidden_size,
+            num_layers=r.count("num_hidden_layers", 12, most=MOST_LAYERS),
+            num_heads=r.share("num_attention_heads", hidden_size, 12),
+            intermediate_size=(int(hidden * 2 / 3) + 7) // 8 * 8 if swiglu else hidden,
+            patch_size=r.count("patch_size", 14),
+            image_size=image_size or stored,
+            trained_image_size=stored,
+            num_registers=r.take("num_register_tokens", int, 0),
             swiglu=swiglu,
             qkv_bias=r.take("qkv_bias", bool, True),
             activation=r.choice("hidden_act", ["gelu"], "gelu"),
@@ -77,24 +77,24 @@ class Config:
     @property
     def pixels(self) -> tuple[int, int]:
         """Height and width of the picture, in pixels."""
-        return self.image, self.image
+        return self.image_size, self.image_size
 
     @property
     def tokens(self) -> int:
         """Tokens per picture and output: patches, with the class token if kept."""
-        return (self.image // self.patch) ** 2 + self.class_token
+        return (self.image_size // self.patch_size) ** 2 + self.class_token
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def hidden_sizes(self) -> tuple[int, ...]:
         """Channels of each output."""
-        return (self.width,) * len(self.taps)
+        return (self.hidden_size,) * len(self.taps)
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
     """pixels [B, 3, image, image] -> for each tap [B, tokens, width], registers dropped."""
-    x = op.prepend(vit.patches(op, w, pixels, c.width, c.patch), w["class_token"])
+    x = op.prepend(vit.patches(op, w, pixels, c.hidden_size, c.patch_size), w["class_token"])
     x = op.add(x, w["position"])
-    if c.registers:
+    if c.num_registers:
         patches = op.prepend(op.slice(x, 1, 1, None), w["registers"])
         x = op.concat([op.slice(x, 1, 0, 1), patches], 1)
     feed_forward = _swiglu if c.swiglu else vit.mlp
@@ -103,7 +103,7 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
 
 
 def _chosen(op: Ops[T], c: Config, x: T) -> T:
-    patches = op.slice(x, 1, 1 + c.registers, None)
+    patches = op.slice(x, 1, 1 + c.num_registers, None)
     return op.concat([op.slice(x, 1, 0, 1), patches], 1) if c.class_token else patches
 
 
@@ -114,20 +114,20 @@ def _swiglu(op: Ops[Any], c: Any, w: Weights[Any], x: Any) -> Any:
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors, those that the taps need; positions for the pictures it will see."""
-    d = c.width
+    d = c.hidden_size
     found: vit.Shapes = {
         "class_token": (d,),
-        "patch.weight": (d, 3, c.patch, c.patch),
+        "patch.weight": (d, 3, c.patch_size, c.patch_size),
         "patch.bias": (d,),
-        "position": ((c.image // c.patch) ** 2 + 1, d),
+        "position": ((c.image_size // c.patch_size) ** 2 + 1, d),
     }
-    if c.registers:
-        found["registers"] = (c.registers, d)
+    if c.num_registers:
+        found["registers"] = (c.num_registers, d)
     found |= vit.block_shapes(c, depth_needed(c.taps))
     for i in range(depth_needed(c.taps)):
         found |= {f"layers.{i}.scale1": (d,), f"layers.{i}.scale2": (d,)}
         if c.swiglu:
-            found |= vit.linear_shapes({f"layers.{i}.mlp.gate": (d, c.mlp)})
+            found |= vit.linear_shapes({f"layers.{i}.mlp.gate": (d, c.intermediate_size)})
         if not c.qkv_bias:
             for name in "qkv":
                 del found[f"layers.{i}.attention.{name}.bias"]
@@ -181,22 +181,32 @@ def positions(c: Config, stored: Array) -> Array:
     Bicubic as transformers resizes; the registers variant smooths when it shrinks.
     """
     table: Array = stored[0].astype(np.float32)
-    grid = c.image // c.patch
+    grid = c.image_size // c.patch_size
     side = math.isqrt(table.shape[0] - 1)
     if side == grid:
         return table
     square = table[1:].reshape(side, side, -1)
-    resized = bicubic(square, (grid, grid), antialias=c.registers > 0)
+    resized = bicubic(square, (grid, grid), antialias=c.num_registers > 0)
     return np.concatenate([table[:1], resized.reshape(grid * grid, -1)])
 
 
 def unused(c: Config) -> tuple[str, ...]:
     """Globs of tensors a complete tower has and these taps never read."""
-    pruned = (f"encoder.layer.{i}.*" for i in range(depth_needed(c.taps), c.depth))
+    pruned = (f"encoder.layer.{i}.*" for i in range(depth_needed(c.taps), c.num_layers))
     return ("layernorm.*", "embeddings.mask_token", *pruned)
 
 
 def tiny() -> Config:
     """A small instance for tests: registers, SwiGLU, several levels, another picture size."""
-    return Config(width=32, depth=3, heads=4, mlp=48, patch=7, image=28, stored=35, registers=2,
-                  swiglu=True, taps=(1, 3))  # fmt: skip
+    return Config(
+        hidden_size=32,
+        num_layers=3,
+        num_heads=4,
+        intermediate_size=48,
+        patch_size=7,
+        image_size=28,
+        trained_image_size=35,
+        num_registers=2,
+        swiglu=True,
+        taps=(1, 3),
+    )

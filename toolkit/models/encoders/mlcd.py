@@ -23,14 +23,14 @@ MODEL_TYPES = ("mlcd_vision_model",)
 
 @dataclass(frozen=True)
 class Config:
-    """`taps` are hidden states counted from 0 = after the first norm. `size`: (height, width)."""
+    """taps: hidden states counted from 0 = after the first norm. image_size: (height, width)."""
 
-    width: int
-    depth: int
-    heads: int
-    mlp: int
-    patch: int
-    size: tuple[int, int]
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    patch_size: int
+    image_size: tuple[int, int]
     activation: str = "gelu"
     eps: float = 1e-5
     theta: float = 10000.0
@@ -44,15 +44,15 @@ class Config:
         r.choice("num_channels", [3], 3)
         r.choice("num_key_value_groups", [1], 1)
         rope = r.sub("rope_parameters") if r.has("rope_parameters") else Reader({}, r.where)
-        image = r.count("image_size", 336)
-        width = r.count("hidden_size", 1664)
+        image_size = r.count("image_size", 336)
+        hidden_size = r.count("hidden_size", 1664)
         config = cls(
-            width=width,
-            depth=r.count("num_hidden_layers", 48, most=MOST_LAYERS),
-            heads=r.share("num_attention_heads", width, 16),
-            mlp=r.count("intermediate_size", 8192),
-            patch=r.count("patch_size", 14),
-            size=(image, image),
+            hidden_size=hidden_size,
+            num_layers=r.count("num_hidden_layers", 48, most=MOST_LAYERS),
+            num_heads=r.share("num_attention_heads", hidden_size, 16),
+            intermediate_size=r.count("intermediate_size", 8192),
+            patch_size=r.count("patch_size", 14),
+            image_size=(image_size, image_size),
             activation=r.choice("hidden_act", ["gelu", "quick_gelu"], "gelu"),
             eps=r.positive("layer_norm_eps", 1e-5),
             theta=rope.positive("rope_theta", 10000.0),
@@ -63,12 +63,12 @@ class Config:
     @property
     def pixels(self) -> tuple[int, int]:
         """Height and width of the picture, in pixels."""
-        return self.size
+        return self.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return self.size[0] // self.patch, self.size[1] // self.patch
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
     def tokens(self) -> int:
@@ -76,21 +76,21 @@ class Config:
         return self.grid[0] * self.grid[1] + self.class_token
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def hidden_sizes(self) -> tuple[int, ...]:
         """Channels of each output."""
-        return (self.width,) * len(self.taps)
+        return (self.hidden_size,) * len(self.taps)
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
     """pixels [B, 3, height, width] -> for each tap [B, tokens, width]."""
-    x = op.prepend(vit.patches(op, w, pixels, c.width, c.patch), w["class_token"])
+    x = op.prepend(vit.patches(op, w, pixels, c.hidden_size, c.patch_size), w["class_token"])
     x = op.layer_norm(x, w / "norm_pre", c.eps)
     table = op.constant("rotary.angles", patch_angles(c))
     angles = op.concat([op.reshape(w["class_angle"], (1, -1)), table], 0)
 
     def attend(op: Ops[Any], c: Any, w: Weights[Any], x: Any) -> Any:
         q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
-        return op.linear(op.attention_rotary(q, k, v, angles, heads=c.heads), w / "out")
+        return op.linear(op.attention_rotary(q, k, v, angles, num_heads=c.num_heads), w / "out")
 
     first = 0 if c.class_token else 1
     return tuple(op.slice(x, 1, first, None) for x in vit.run(op, c, w, x, attend))
@@ -101,7 +101,7 @@ def patch_angles(c: Config) -> Array:
 
     f_k = theta^(-2k / m), m = head width / 2, k below m / 2. Rows and columns count from 0.
     """
-    half = c.width // c.heads // 2
+    half = c.hidden_size // c.num_heads // 2
     frequencies = 1.0 / c.theta ** (np.arange(0, half, 2, dtype=np.float32) / np.float32(half))
     rows, columns = np.divmod(np.arange(c.grid[0] * c.grid[1]), c.grid[1])
     parts = [np.outer(places.astype(np.float32), frequencies) for places in (rows, columns)]
@@ -111,12 +111,12 @@ def patch_angles(c: Config) -> Array:
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors, those that the taps need."""
     own: vit.Shapes = {
-        "class_token": (c.width,),
-        "class_angle": (c.width // c.heads // 2,),
-        "patch.weight": (c.width, 3, c.patch, c.patch),
+        "class_token": (c.hidden_size,),
+        "class_angle": (c.hidden_size // c.num_heads // 2,),
+        "patch.weight": (c.hidden_size, 3, c.patch_size, c.patch_size),
     }
     blocks = vit.block_shapes(c, depth_needed(c.taps))
-    return own | vit.norm_shapes("norm_pre", width=c.width) | blocks
+    return own | vit.norm_shapes("norm_pre", hidden_size=c.hidden_size) | blocks
 
 
 def names(c: Config) -> Mapping[str, Recipe]:
@@ -164,9 +164,17 @@ def _third(source: str, number: int) -> Recipe:
 
 def unused(c: Config) -> tuple[str, ...]:
     """Globs of tensors a complete tower has and these taps never read."""
-    return vit.clip_unused(c.taps, c.depth)
+    return vit.clip_unused(c.taps, c.num_layers)
 
 
 def tiny() -> Config:
     """A small instance for tests: not square."""
-    return Config(width=32, depth=3, heads=4, mlp=72, patch=7, size=(21, 35), taps=(2,))
+    return Config(
+        hidden_size=32,
+        num_layers=3,
+        num_heads=4,
+        intermediate_size=72,
+        patch_size=7,
+        image_size=(21, 35),
+        taps=(2,),
+    )

@@ -22,12 +22,12 @@ MODEL_TYPES = ("siglip_vision_model", "siglip")
 class Config:
     """`taps` are hidden states counted from 0 = the embeddings."""
 
-    width: int
-    depth: int
-    heads: int
-    mlp: int
-    patch: int
-    image: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    patch_size: int
+    image_size: int
     activation: str = "gelu_pytorch_tanh"
     eps: float = 1e-6
     taps: tuple[int, ...] = (-2,)
@@ -37,49 +37,49 @@ class Config:
         """From a SiglipVisionConfig. There is no class token, whatever is asked for."""
         r.skip("vision_use_head", "projection_dim")
         r.choice("num_channels", [3], 3)
-        width = r.count("hidden_size", 768)
+        hidden_size = r.count("hidden_size", 768)
         config = cls(
-            width=width,
-            depth=r.count("num_hidden_layers", 12, most=MOST_LAYERS),
-            heads=r.share("num_attention_heads", width, 12),
-            mlp=r.count("intermediate_size", 3072),
-            patch=r.count("patch_size", 16),
-            image=r.count("image_size", 224),
+            hidden_size=hidden_size,
+            num_layers=r.count("num_hidden_layers", 12, most=MOST_LAYERS),
+            num_heads=r.share("num_attention_heads", hidden_size, 12),
+            intermediate_size=r.count("intermediate_size", 3072),
+            patch_size=r.count("patch_size", 16),
+            image_size=r.count("image_size", 224),
             activation=r.choice("hidden_act", ["gelu_pytorch_tanh", "gelu"], "gelu_pytorch_tanh"),
             eps=r.positive("layer_norm_eps", 1e-6),
         )
-        if config.image < config.patch:
-            raise ConfigError(f"{r.where}: image_size {config.image} is less than one patch")
+        if config.image_size < config.patch_size:
+            raise ConfigError(f"{r.where}: image_size {config.image_size} is less than one patch")
         return resolve_taps(config, taps, r.where)
 
     @property
     def pixels(self) -> tuple[int, int]:
         """Height and width of the picture, in pixels."""
-        return self.image, self.image
+        return self.image_size, self.image_size
 
     @property
     def tokens(self) -> int:
         """Tokens per picture and output; a rest narrower than a patch is dropped."""
-        return (self.image // self.patch) ** 2
+        return (self.image_size // self.patch_size) ** 2
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def hidden_sizes(self) -> tuple[int, ...]:
         """Channels of each output."""
-        return (self.width,) * len(self.taps)
+        return (self.hidden_size,) * len(self.taps)
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
     """pixels [B, 3, image, image] -> for each tap [B, tokens, width]."""
-    x = op.add(vit.patches(op, w, pixels, c.width, c.patch), w["position"])
+    x = op.add(vit.patches(op, w, pixels, c.hidden_size, c.patch_size), w["position"])
     return vit.run(op, c, w, x)
 
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors, those that the taps need."""
     own: vit.Shapes = {
-        "patch.weight": (c.width, 3, c.patch, c.patch),
-        "patch.bias": (c.width,),
-        "position": (c.tokens, c.width),
+        "patch.weight": (c.hidden_size, 3, c.patch_size, c.patch_size),
+        "patch.bias": (c.hidden_size,),
+        "position": (c.tokens, c.hidden_size),
     }
     return own | vit.block_shapes(c, depth_needed(c.taps))
 
@@ -96,9 +96,17 @@ def names(c: Config) -> Mapping[str, Recipe]:
 
 def unused(c: Config) -> tuple[str, ...]:
     """Globs of tensors a complete tower has and these taps never read."""
-    return (*vit.clip_unused(c.taps, c.depth), "head.*")
+    return (*vit.clip_unused(c.taps, c.num_layers), "head.*")
 
 
 def tiny() -> Config:
     """A small instance for tests."""
-    return Config(width=32, depth=3, heads=4, mlp=72, patch=7, image=30, taps=(3, 1))
+    return Config(
+        hidden_size=32,
+        num_layers=3,
+        num_heads=4,
+        intermediate_size=72,
+        patch_size=7,
+        image_size=30,
+        taps=(3, 1),
+    )

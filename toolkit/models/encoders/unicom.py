@@ -21,46 +21,46 @@ _BATCH_EPS = 2e-5
 
 @dataclass(frozen=True)
 class Config:
-    """`embedding`: length of the head's output, 0 for patch tokens."""
+    """`embedding_dim`: length of the head's output, 0 for patch tokens."""
 
-    width: int
-    depth: int
-    heads: int
-    patch: int
-    image: int
-    embedding: int = 0
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    image_size: int
+    embedding_dim: int = 0
     eps: float = 1e-5
     activation: str = "relu6"
 
     @property
-    def mlp(self) -> int:
+    def intermediate_size(self) -> int:
         """Channels inside the MLP."""
-        return 4 * self.width
+        return 4 * self.hidden_size
 
     @property
     def taps(self) -> tuple[int, ...]:
         """The last hidden state."""
-        return (self.depth,)
+        return (self.num_layers,)
 
     @property
     def pixels(self) -> tuple[int, int]:
         """Height and width of the picture, in pixels."""
-        return self.image, self.image
+        return self.image_size, self.image_size
 
     @property
     def patches(self) -> int:
         """Patches of a picture."""
-        return (self.image // self.patch) ** 2
+        return (self.image_size // self.patch_size) ** 2
 
     @property
     def tokens(self) -> int:
         """Patch tokens, or the one embedding."""
-        return 1 if self.embedding else self.patches
+        return 1 if self.embedding_dim else self.patches
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def hidden_sizes(self) -> tuple[int, ...]:
         """Channels of the output."""
-        return (self.embedding or self.width,)
+        return (self.embedding_dim or self.hidden_size,)
 
 
 PUBLISHED = {
@@ -73,10 +73,10 @@ PUBLISHED = {
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
     """pixels [B, 3, image, image] -> [B, tokens, width], or the embedding as [B, 1, embedding]."""
-    x = op.add(vit.patches(op, w, pixels, c.width, c.patch), w["position"])
+    x = op.add(vit.patches(op, w, pixels, c.hidden_size, c.patch_size), w["position"])
     x = op.layer_norm(vit.run(op, c, w, x)[0], w / "norm", c.eps)
-    if c.embedding:
-        joined = op.reshape(x, (0, 1, c.patches * c.width))
+    if c.embedding_dim:
+        joined = op.reshape(x, (0, 1, c.patches * c.hidden_size))
         x = op.linear(op.linear(joined, w / "head.0"), w / "head.1")
     return (x,)
 
@@ -84,16 +84,19 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors; q, k and v have no biases."""
     found: vit.Shapes = {
-        "patch.weight": (c.width, 3, c.patch, c.patch),
-        "patch.bias": (c.width,),
-        "position": (c.patches, c.width),
+        "patch.weight": (c.hidden_size, 3, c.patch_size, c.patch_size),
+        "patch.bias": (c.hidden_size,),
+        "position": (c.patches, c.hidden_size),
     }
-    found |= vit.block_shapes(c, c.depth) | vit.norm_shapes("norm", width=c.width)
-    for i in range(c.depth):
+    found |= vit.block_shapes(c, c.num_layers) | vit.norm_shapes("norm", hidden_size=c.hidden_size)
+    for i in range(c.num_layers):
         for name in "qkv":
             del found[f"layers.{i}.attention.{name}.bias"]
-    if c.embedding:
-        sizes = {"head.0": (c.patches * c.width, c.width), "head.1": (c.width, c.embedding)}
+    if c.embedding_dim:
+        sizes = {
+            "head.0": (c.patches * c.hidden_size, c.hidden_size),
+            "head.1": (c.hidden_size, c.embedding_dim),
+        }
         found |= vit.linear_shapes(sizes)
     return found
 
@@ -108,7 +111,7 @@ def names(c: Config) -> Mapping[str, Recipe]:
         "norm.bias": keep("norm.bias"),
     }
     linears = {"attention.out": "attn.proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
-    for i in range(c.depth):
+    for i in range(c.num_layers):
         ours, theirs = f"layers.{i}", f"blocks.{i}"
         for number, name in enumerate("qkv"):
             table[f"{ours}.attention.{name}.weight"] = _third(f"{theirs}.attn.qkv.weight", number)
@@ -118,7 +121,7 @@ def names(c: Config) -> Mapping[str, Recipe]:
         for norm in ("norm1", "norm2"):
             for leaf in ("weight", "bias"):
                 table[f"{ours}.{norm}.{leaf}"] = keep(f"{theirs}.{norm}.{leaf}")
-    if c.embedding:
+    if c.embedding_dim:
         for number in range(2):
             linear, batch = f"feature.{2 * number}.weight", f"feature.{2 * number + 1}"
             table |= _folded(f"head.{number}", linear, batch)
@@ -145,9 +148,11 @@ def _folded(ours: str, linear: str, norm: str) -> dict[str, Recipe]:
 
 def unused(c: Config) -> tuple[str, ...]:
     """The head where only tokens are wanted, and batch counters."""
-    return ("*.num_batches_tracked", *(() if c.embedding else ("feature.*",)))
+    return ("*.num_batches_tracked", *(() if c.embedding_dim else ("feature.*",)))
 
 
 def tiny() -> Config:
     """A small instance for tests: with its head."""
-    return Config(width=32, depth=2, heads=4, patch=7, image=21, embedding=24)
+    return Config(
+        hidden_size=32, num_layers=2, num_heads=4, patch_size=7, image_size=21, embedding_dim=24
+    )

@@ -70,7 +70,7 @@ class Config:
         return "tokens"
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def hidden_sizes(self) -> tuple[int, ...]:
         """Channels of the output."""
         return self.dims[-1:]
 
@@ -92,12 +92,12 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
     return (convnet.tokens(op, x, c.dims[-1]),)
 
 
-def _block(op: Ops[T], w: Weights[T], x: T, width: int, kernel: int) -> T:
-    y = op.conv(x, w / "depthwise", stride=1, padding=kernel // 2, groups=width)
-    pooled = op.reshape(op.mean(y, (2, 3)), (0, width))
+def _block(op: Ops[T], w: Weights[T], x: T, channels: int, kernel: int) -> T:
+    y = op.conv(x, w / "depthwise", stride=1, padding=kernel // 2, groups=channels)
+    pooled = op.reshape(op.mean(y, (2, 3)), (0, channels))
     squeezed = op.relu(op.linear(pooled, w / "squeeze"))
     gate = op.sigmoid(op.linear(squeezed, w / "excite"))
-    y = convnet.channels_last(op, op.mul(y, op.reshape(gate, (0, width, 1, 1))))
+    y = convnet.channels_last(op, op.mul(y, op.reshape(gate, (0, channels, 1, 1))))
     y = op.response_norm(op.gelu(op.linear(y, w / "up")), w / "response", _RESPONSE_EPS)
     return op.add(x, convnet.channels_first(op, op.linear(y, w / "down")))
 

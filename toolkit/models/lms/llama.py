@@ -37,13 +37,13 @@ class RopeScaling:
 class Config:
     """`context` is the longest sequence, the length of the rotary tables."""
 
-    width: int
-    depth: int
-    heads: int
-    kv_heads: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
-    mlp: int
-    vocab: int
+    intermediate_size: int
+    vocab_size: int
     context: int
     eps: float = 1e-5
     theta: float = 10000.0
@@ -79,17 +79,19 @@ def read(
     """
     r.choice("hidden_act", ["silu"], "silu")
     r.skip("pretraining_tp")  # in how many pieces training summed: the same sum
-    width = r.count("hidden_size", 4096)
-    heads, head_dim = _heads(r, width)
+    hidden_size = r.count("hidden_size", 4096)
+    num_heads, head_dim = _heads(r, hidden_size)
     theta, scaling = _read_rope(r)
     return Config(
-        width=width,
-        depth=r.count("num_hidden_layers", 32, most=MOST_LAYERS),
-        heads=heads,
-        kv_heads=r.share("num_key_value_heads", heads, defaults.get("num_key_value_heads", heads)),
+        hidden_size=hidden_size,
+        num_layers=r.count("num_hidden_layers", 32, most=MOST_LAYERS),
+        num_heads=num_heads,
+        num_kv_heads=r.share(
+            "num_key_value_heads", num_heads, defaults.get("num_key_value_heads", num_heads)
+        ),
         head_dim=head_dim,
-        mlp=r.count("intermediate_size", defaults["intermediate_size"]),
-        vocab=r.count("vocab_size", defaults["vocab_size"]),
+        intermediate_size=r.count("intermediate_size", defaults["intermediate_size"]),
+        vocab_size=r.count("vocab_size", defaults["vocab_size"]),
         context=r.count("max_position_embeddings", defaults["max_position_embeddings"]),
         eps=r.positive("rms_norm_eps", 1e-6),
         theta=theta,
@@ -102,16 +104,18 @@ def read(
     )
 
 
-def _heads(r: Reader, width: int) -> tuple[int, int]:
+def _heads(r: Reader, hidden_size: int) -> tuple[int, int]:
     """Attention heads and their channels, which rotate in pairs."""
     given = r.has("head_dim")
-    heads = (
-        r.count("num_attention_heads", 32) if given else r.share("num_attention_heads", width, 32)
+    num_heads = (
+        r.count("num_attention_heads", 32)
+        if given
+        else r.share("num_attention_heads", hidden_size, 32)
     )
-    head_dim = r.count("head_dim", width // heads)
+    head_dim = r.count("head_dim", hidden_size // num_heads)
     if head_dim % 2:
         raise ConfigError(f"{r.where}: heads of {head_dim} channels cannot be rotated in pairs")
-    return heads, head_dim
+    return num_heads, head_dim
 
 
 def _read_rope(r: Reader) -> tuple[float, RopeScaling | None]:
@@ -163,14 +167,14 @@ def forward(
         op.constant("rotary.sin", sin),
     )
     n, present = op.rms_norm(x, w / "layers.0" / "norm1", c.eps), []
-    for i in range(c.depth):
+    for i in range(c.num_layers):
         layer = w / f"layers.{i}"
         mixed, cache = _attend(op, c, layer / "attention", n, past[i], step)
-        if i + 1 == c.depth:  # from here on only the scored places matter
+        if i + 1 == c.num_layers:  # from here on only the scored places matter
             mixed, x = (op.take(rows, inputs["score"]) for rows in (mixed, x))
         update = op.linear(mixed, layer / "attention" / "out")
         n, x = op.add_norm(update, x, layer / "norm2", c.eps, "rms")
-        following = w / f"layers.{i + 1}" / "norm1" if i + 1 < c.depth else w / "norm"
+        following = w / f"layers.{i + 1}" / "norm1" if i + 1 < c.num_layers else w / "norm"
         n, x = op.add_norm(_mlp(op, layer / "mlp", n), x, following, c.eps, "rms")
         present.append(cache)
     return op.unembed(n, w / "embed") if c.tied else op.linear(n, w / "head"), present
@@ -181,7 +185,7 @@ def _attend(
 ) -> tuple[T, tuple[T, T]]:
     q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
     mixed, *cache = op.attention_cached(
-        q, k, v, past, step, heads=c.heads, kv_heads=c.kv_heads, window=c.window
+        q, k, v, past, step, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, window=c.window
     )
     return mixed, (cache[0], cache[1])
 
@@ -215,26 +219,29 @@ def _stretch(frequencies: Array, scaling: RopeScaling | None) -> Array:
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors."""
-    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    found: dict[str, tuple[int, ...]] = {"embed.weight": (c.vocab, c.width)}
-    for i in range(c.depth):
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    found: dict[str, tuple[int, ...]] = {"embed.weight": (c.vocab_size, c.hidden_size)}
+    for i in range(c.num_layers):
         linears = {
-            "attention.q": (c.width, q, c.qkv_bias),
-            "attention.k": (c.width, kv, c.qkv_bias),
-            "attention.v": (c.width, kv, c.qkv_bias),
-            "attention.out": (q, c.width, c.out_bias),
-            "mlp.gate": (c.width, c.mlp, c.mlp_bias),
-            "mlp.up": (c.width, c.mlp, c.mlp_bias),
-            "mlp.down": (c.mlp, c.width, c.mlp_bias),
+            "attention.q": (c.hidden_size, q, c.qkv_bias),
+            "attention.k": (c.hidden_size, kv, c.qkv_bias),
+            "attention.v": (c.hidden_size, kv, c.qkv_bias),
+            "attention.out": (q, c.hidden_size, c.out_bias),
+            "mlp.gate": (c.hidden_size, c.intermediate_size, c.mlp_bias),
+            "mlp.up": (c.hidden_size, c.intermediate_size, c.mlp_bias),
+            "mlp.down": (c.intermediate_size, c.hidden_size, c.mlp_bias),
         }
-        found |= {f"layers.{i}.norm1.weight": (c.width,), f"layers.{i}.norm2.weight": (c.width,)}
+        found |= {
+            f"layers.{i}.norm1.weight": (c.hidden_size,),
+            f"layers.{i}.norm2.weight": (c.hidden_size,),
+        }
         for name, (inputs, outputs, bias) in linears.items():
             found[f"layers.{i}.{name}.weight"] = (inputs, outputs)
             if bias:
                 found[f"layers.{i}.{name}.bias"] = (outputs,)
-    found["norm.weight"] = (c.width,)
+    found["norm.weight"] = (c.hidden_size,)
     if not c.tied:
-        found["head.weight"] = (c.width, c.vocab)
+        found["head.weight"] = (c.hidden_size, c.vocab_size)
     return found
 
 
@@ -274,4 +281,13 @@ def unused(c: Config) -> tuple[str, ...]:
 
 def tiny() -> Config:
     """A small instance for tests: grouped heads, a head size other than width / heads."""
-    return Config(width=48, depth=2, heads=4, kv_heads=2, head_dim=16, mlp=80, vocab=96, context=32)
+    return Config(
+        hidden_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=80,
+        vocab_size=96,
+        context=32,
+    )

@@ -34,7 +34,7 @@ class Branch:
 
     name: str
     levels: tuple[int, ...]
-    width: int
+    hidden_size: int
     merge: Merge = "norm_linear"
     scale: Literal["softmax", "raw"] = "softmax"
     mlp_depth: int = 0
@@ -58,7 +58,7 @@ class Config:
     @property
     def sources(self) -> tuple[int, ...]:
         """Channels of every level, branch by branch."""
-        return tuple(b.width for b in self.branches for _ in b.levels)
+        return tuple(b.hidden_size for b in self.branches for _ in b.levels)
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], features: Sequence[T]) -> T:
@@ -95,9 +95,9 @@ def _prepared(op: Ops[T], c: Config, b: Branch, w: Weights[T], x: T) -> T:
     if b.merge == "linear_norm":
         return op.layer_norm(op.linear(x, w / "linear"), w / "norm", c.eps)
     if b.merge in ("conv1", "conv3"):
-        grid = op.reshape(op.transpose(x, (0, 2, 1)), (0, b.width, c.side, c.side))
+        grid = op.reshape(op.transpose(x, (0, 2, 1)), (0, b.hidden_size, c.side, c.side))
         y = op.conv(grid, w / "conv", stride=1, padding=int(b.merge[-1]) // 2)
-        return op.transpose(op.reshape(y, (0, b.width, -1)), (0, 2, 1))
+        return op.transpose(op.reshape(y, (0, b.hidden_size, -1)), (0, 2, 1))
     return x
 
 
@@ -110,9 +110,9 @@ def _sum(op: Ops[T], xs: Sequence[T]) -> T:
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors; norm_linear keeps a branch's linears on top of each other."""
-    found = vit.linear_shapes({"project": (sum(b.width for b in c.branches), c.outputs)})
+    found = vit.linear_shapes({"project": (sum(b.hidden_size for b in c.branches), c.outputs)})
     for b in c.branches:
-        d, n = b.width, b.count
+        d, n = b.hidden_size, b.count
         own: vit.Shapes = {} if b.merge.startswith("mean") else {"scale": (n,)}
         if b.merge == "norm_linear":
             own |= {"norm.weight": (n, d), "norm.bias": (n, d)}
@@ -120,7 +120,7 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
         for i in range(n):
             if b.merge == "linear_norm":
                 own |= vit.linear_shapes({f"levels.{i}.linear": (d, d)})
-                own |= vit.norm_shapes(f"levels.{i}.norm", width=d)
+                own |= vit.norm_shapes(f"levels.{i}.norm", hidden_size=d)
             if b.merge in ("conv1", "conv3"):
                 k = int(b.merge[-1])
                 own |= {f"levels.{i}.conv.weight": (d, d, k, k), f"levels.{i}.conv.bias": (d,)}

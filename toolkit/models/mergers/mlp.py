@@ -53,7 +53,7 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
              for i in range(c.layers)}  # fmt: skip
     found = vit.linear_shapes(sizes, c.bias)
     for i in range(c.blocks):
-        found |= vit.norm_shapes(f"blocks.{i}.norm", width=c.outputs)
+        found |= vit.norm_shapes(f"blocks.{i}.norm", hidden_size=c.outputs)
         square = (c.outputs, c.outputs)
         found |= vit.linear_shapes({f"blocks.{i}.up": square, f"blocks.{i}.down": square})
     return found

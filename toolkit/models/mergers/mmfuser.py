@@ -25,22 +25,22 @@ _EPS = 1e-6
 class Config:
     """width: channels of every level; side: tokens per row; layers: linears behind the fuser."""
 
-    width: int
+    hidden_size: int
     side: int
     outputs: int
     layers: int = 2
-    heads: int = 16
-    points: int = 4
+    num_heads: int = 16
+    num_points: int = 4
 
     @property
     def sources(self) -> tuple[int, ...]:
         """Four levels that are asked, in order, and the one that asks."""
-        return (self.width,) * (LEVELS + 1)
+        return (self.hidden_size,) * (LEVELS + 1)
 
     @property
     def projector(self) -> mlp.Config:
         """The linears behind the fuser."""
-        return mlp.Config((self.width,), self.outputs, self.layers)
+        return mlp.Config((self.hidden_size,), self.outputs, self.layers)
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], features: Sequence[T]) -> T:
@@ -63,9 +63,9 @@ def _attention(op: Ops[T], c: Config, w: Weights[T], query: T, values: T, levels
         op.linear(query, w / "offsets"),
         op.linear(query, w / "scores"),
         grids=((c.side, c.side),) * levels,
-        heads=c.heads,
-        points=c.points,
-        head_width=c.width // c.heads,
+        num_heads=c.num_heads,
+        num_points=c.num_points,
+        head_dim=c.hidden_size // c.num_heads,
         reference=cell_centres(c.side),
     )
     return op.linear(found, w / "out")
@@ -80,11 +80,13 @@ def cell_centres(side: int) -> Array:
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors."""
-    d = c.width
-    found = vit.norm_shapes("fuser.norm_query", "fuser.norm_features", "fuser.norm_self", width=d)
+    d = c.hidden_size
+    found = vit.norm_shapes(
+        "fuser.norm_query", "fuser.norm_features", "fuser.norm_self", hidden_size=d
+    )
     found |= {"fuser.gamma1": (d,), "fuser.gamma2": (d,)}
     for name, levels in (("cross", LEVELS), ("self", 1)):
-        samples = c.heads * levels * c.points
+        samples = c.num_heads * levels * c.num_points
         sizes = {"value": (d, d), "out": (d, d), "offsets": (d, 2 * samples),
                  "scores": (d, samples)}  # fmt: skip
         found |= vit.linear_shapes({f"fuser.{name}.{part}": size for part, size in sizes.items()})
@@ -129,4 +131,4 @@ def unused(c: Config) -> tuple[str, ...]:
 
 def tiny() -> Config:
     """A small instance for tests."""
-    return Config(width=32, side=4, outputs=48, heads=4, points=2)
+    return Config(hidden_size=32, side=4, outputs=48, num_heads=4, num_points=2)
