@@ -134,7 +134,7 @@ def build(
     target: Annotated[str, typer.Option(help="cpu, reference, a device or BACKEND/ARCH.")] = "cpu",
     max_context: Context = None,
     max_image_tiles: Annotated[
-        Optional[int], typer.Option(help="Most tiles of a picture; default: the model's.")
+        Optional[int], typer.Option(help="Most tiles of a image; default: the model's.")
     ] = None,
     precision: Annotated[
         Optional[str], typer.Option(help="int8 or int4: weights alone, without calibration.")
@@ -178,7 +178,7 @@ def build(
 def run(
     engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
     prompt: Annotated[Optional[str], typer.Argument(help="The question.")] = None,
-    image: Annotated[Optional[list[str]], typer.Option(help="A picture. Repeatable.")] = None,
+    image: Annotated[Optional[list[str]], typer.Option(help="A image. Repeatable.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus of this probability.")] = 1.0,
@@ -196,7 +196,7 @@ def run(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Ask an engine a question about pictures; the answer streams."""
+    """Ask an engine a question about images; the answer streams."""
     from edgevlm.engines.runtime import request_file
     from edgevlm.engines.runtime.sampling import Sampling
     from edgevlm.engines.runtime.session import Question, Session
@@ -213,7 +213,7 @@ def run(
 def profile(
     context: typer.Context,
     engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
-    image: Annotated[Optional[Path], typer.Option(help="A picture; default: generated.")] = None,
+    image: Annotated[Optional[Path], typer.Option(help="A image; default: generated.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 32,
     max_tokens: Annotated[int, typer.Option(help="Tokens generated in each run.")] = 64,
     runs: Annotated[int, typer.Option(help="Timed runs.")] = 5,

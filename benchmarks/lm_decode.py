@@ -1,7 +1,7 @@
 """The language model alone in float32: read 608 tokens, then write 64, greedily, one user.
 
 The same shapes run through edgevlm, onnxruntime-genai and transformers, each in a process of its
-own, in turn. 576 of our 608 positions hold image features, as they do after a picture. A run
+own, in turn. 576 of our 608 positions hold image features, as they do after a image. A run
 counts as undisturbed if other programs used less than 5 % of the processors meanwhile; where
 there are three such runs the others are dropped.
 """
@@ -61,7 +61,7 @@ def edgevlm_answer(model: Path, threads: int) -> Answer:
     session = Session(model, made, {"lm": opened}, 0.0)
     generator = np.random.default_rng(0)
     ids = tuple(generator.integers(0, VOCABULARY, PROMPT - IMAGE).tolist())
-    layout = prompts.lay_out(Prompt((ids[:1], ids[1:])), [np.arange(IMAGE)])
+    layout = prompts.assemble(Prompt((ids[:1], ids[1:])), [np.arange(IMAGE)])
     width = session.model.lm.config.hidden_size
     features = generator.standard_normal((IMAGE, width), np.float32)
     nothing, sample = np.zeros((1, width), np.float32), sampler(Sampling())

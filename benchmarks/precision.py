@@ -1,7 +1,7 @@
 """What `build --precision` changes: size, memory, load and speed of a whole model.
 
 `preset:llava-qwen2-0.5b` in float32, int8 and int4 through `edgevlm profile`, each engine in a
-process of its own, in turn. One picture and 32 tokens of text in, 64 tokens out.
+process of its own, in turn. One image and 32 tokens of text in, 64 tokens out.
 """
 
 from __future__ import annotations

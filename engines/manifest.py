@@ -19,9 +19,9 @@ from edgevlm.toolkit.vlm import config as model_config
 from edgevlm.toolkit.vlm.components import Edge
 from edgevlm.toolkit.vlm.config import ModelConfig
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION = "engine.json"
-PIECE = 256  # tokens of a prompt that the language model reads at a time
+PREFILL_CHUNK = 256  # tokens of a prompt that the language model reads at a time
 
 
 @dataclass(frozen=True)

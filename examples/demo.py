@@ -33,7 +33,7 @@ def main() -> int:
     introduce()
     step_export(bundle)
     step_build(bundle, engine)
-    agrees = step_original_picture(engine)
+    agrees = step_original_image(engine)
     step_photograph(engine, out)
     step_few_bits(bundle, out)
     step_profile(engine, out)
@@ -78,8 +78,8 @@ def step_build(bundle: Path, engine: Path) -> None:
     )
 
 
-def step_original_picture(engine: Path) -> bool:
-    """The golden's question and picture; True if the tokens are the original code's."""
+def step_original_image(engine: Path) -> bool:
+    """The golden's question and image; True if the tokens are the original code's."""
     title(3, "run: the same question that the original LLaVA code was asked")
     found, expected, equal = ask_as_the_original(engine)
     print(f"answer           {found['text']!r}")
@@ -90,7 +90,7 @@ def step_original_picture(engine: Path) -> bool:
         f"{equal} of {len(expected)} tokens are equal"
         + ("." if agrees else ": THIS IS A DEFECT. Please report it.")
         + f" The prompt took {found['prompt_tokens']} tokens, {found['image_tokens']} of them made "
-        "from the picture."
+        "from the image."
     )
     return agrees
 
@@ -165,7 +165,7 @@ def farewell(engine: Path, out: Path) -> None:
     title(7, "what to try next")
     ask = command("run", engine, "What do you see?", "--image", "YOUR.jpg", "--json")
     shape = command("export", "preset:llava-qwen2-0.5b", out / "half", "--random-weights")
-    print(f"your own picture         {ask}")
+    print(f"your own image         {ask}")
     print(f"your own checkpoint      {command('export', 'CHECKPOINT_FOLDER', 'BUNDLE')}")
     print(f"a real size, 3.1 GB disk {shape}")
     print(f"what this machine has    {command('doctor')}")

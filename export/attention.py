@@ -43,11 +43,11 @@ def cached_attention() -> onnx.FunctionProto:
     (-1: none) is already in the mask; kernels that mask by themselves need the number.
     """
 
-    def turned(source: str) -> onnx.NodeProto:
+    def rotated(source: str) -> onnx.NodeProto:
         return node(
             "RotaryEmbedding",
             [f"{source}_bhsd", "cos", "sin", "positions"],
-            [f"{source}_turned"],
+            [f"{source}_rotated"],
             interleaved=0,
             rotary_embedding_dim=0,
             num_heads=0,
@@ -65,28 +65,28 @@ def cached_attention() -> onnx.FunctionProto:
             *_heads("q", "head_split"),
             *_heads("k", "kv_split"),
             *_heads("v", "kv_split"),
-            turned("q"),
-            turned("k"),
+            rotated("q"),
+            rotated("k"),
             ints("first", 0),
             ints("second", 1),
             node("Slice", ["positions", "first", "second", "second"], ["start_column"]),
             node("Squeeze", ["start_column", "second"], ["start"]),
-            written("past_key", "k_turned", "present_key"),
+            written("past_key", "k_rotated", "present_key"),
             written("past_value", "v_bhsd", "present_value"),
-            *_attended(["q_turned", "present_key", "present_value", "mask"], scale="@scale:FLOAT"),
+            *_attended(["q_rotated", "present_key", "present_value", "mask"], scale="@scale:FLOAT"),
         ],
     )
 
 
 def rotary_attention() -> onnx.FunctionProto:
-    """Unmasked attention, q and k turned by a table of angles [S, d / 2] in float32."""
+    """Unmasked attention, q and k rotated by a table of angles [S, d / 2] in float32."""
 
-    def turned(source: str) -> list[onnx.NodeProto]:
-        wide, a, b = f"{source}_wide", f"{source}_first", f"{source}_second"
+    def rotated(source: str) -> list[onnx.NodeProto]:
+        f32, a, b = f"{source}_f32", f"{source}_first", f"{source}_second"
         return [
             *_heads(source, "head_split"),
-            node("Cast", [f"{source}_bhsd"], [wide], to=onnx.TensorProto.FLOAT),
-            node("Split", [wide], [a, b], axis=-1, num_outputs=2),
+            node("Cast", [f"{source}_bhsd"], [f32], to=onnx.TensorProto.FLOAT),
+            node("Split", [f32], [a, b], axis=-1, num_outputs=2),
             node("Mul", [a, "cos"], [f"{a}_cos"]),
             node("Mul", [b, "sin"], [f"{b}_sin"]),
             node("Mul", [b, "cos"], [f"{b}_cos"]),
@@ -94,7 +94,7 @@ def rotary_attention() -> onnx.FunctionProto:
             node("Sub", [f"{a}_cos", f"{b}_sin"], [f"{source}_left"]),
             node("Add", [f"{b}_cos", f"{a}_sin"], [f"{source}_right"]),
             node("Concat", [f"{source}_left", f"{source}_right"], [f"{source}_float"], axis=-1),
-            node("CastLike", [f"{source}_float", source], [f"{source}_turned"]),
+            node("CastLike", [f"{source}_float", source], [f"{source}_rotated"]),
         ]
 
     return function(
@@ -106,9 +106,9 @@ def rotary_attention() -> onnx.FunctionProto:
             node("Cast", ["angles"], ["angles_float"], to=onnx.TensorProto.FLOAT),
             node("Cos", ["angles_float"], ["cos"]),
             node("Sin", ["angles_float"], ["sin"]),
-            *turned("q"),
-            *turned("k"),
+            *rotated("q"),
+            *rotated("k"),
             *_heads("v", "head_split"),
-            *_attended(["q_turned", "k_turned", "v_bhsd"]),
+            *_attended(["q_rotated", "k_rotated", "v_bhsd"]),
         ],
     )

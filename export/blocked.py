@@ -10,14 +10,14 @@ import onnx
 from onnx import helper
 
 from edgevlm.export.nodes import function, ints, node
-from edgevlm.toolkit.checkpoints.safetensors_io import Planned
+from edgevlm.toolkit.checkpoints.safetensors_io import TensorSpec
 from edgevlm.toolkit.quantization.blockwise import (
     LINEAR,
-    MIDDLE,
     SCALE,
     TABLE,
+    ZERO_POINT,
     Bits,
-    Form,
+    StorageFormat,
     block_of,
     pack,
 )
@@ -34,86 +34,86 @@ class Emitter(Protocol):
     def one(self, kind: str, inputs: Sequence[str], name: str = "", **attrs: Any) -> str: ...
 
 
-class Stored:
+class QuantizedWeights:
     """The weights of one component that its graph takes in few bits, by key."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
-        self.forms: dict[str, Form] = {}
+        self.formats: dict[str, StorageFormat] = {}
 
-    def use(self, weight: str, form: Form) -> bool:
-        """Store `weight` in this form; False where no block divides its inputs."""
-        if block_of(self._rows(weight, form)[1]) is None:
+    def use(self, weight: str, storage: StorageFormat) -> bool:
+        """Store `weight` in this storage; False where no block divides its inputs."""
+        if block_of(self._rows(weight, storage)[1]) is None:
             return False
-        self.forms[weight] = form
+        self.formats[weight] = storage
         return True
 
-    def _rows(self, weight: str, form: Form) -> tuple[int, int]:
+    def _rows(self, weight: str, storage: StorageFormat) -> tuple[int, int]:
         first, second = self.shapes[weight]
-        return (second, first) if form.turned else (first, second)
+        return (second, first) if storage.transposed else (first, second)
 
     def sizes(self, weight: str) -> tuple[int, int, int]:
         """Outputs, inputs and block of a weight in use."""
-        outputs, inputs = self._rows(weight, self.forms[weight])
+        outputs, inputs = self._rows(weight, self.formats[weight])
         block = block_of(inputs)
         assert block is not None
         return outputs, inputs, block
 
-    def planned(self, weight: str, dtype: str) -> list[Planned]:
+    def planned(self, weight: str, dtype: str) -> list[TensorSpec]:
         """The two tensors of a weight in the weights file."""
-        form, (outputs, inputs, block) = self.forms[weight], self.sizes(weight)
-        name = weight + form.suffix
+        storage, (outputs, inputs, block) = self.formats[weight], self.sizes(weight)
+        name = weight + storage.suffix
         return [
-            Planned(name, "uint8", (outputs, inputs * form.bits // 8)),
-            Planned(name + SCALE, dtype, (outputs, inputs // block)),
+            TensorSpec(name, "uint8", (outputs, inputs * storage.bits // 8)),
+            TensorSpec(name + SCALE, dtype, (outputs, inputs // block)),
         ]
 
     def declared(self, name: str) -> tuple[int, tuple[int, ...]] | None:
         """ONNX type and shape of a stored tensor's codes; None for any other tensor."""
-        for weight, form in self.forms.items():
-            if name == weight + form.suffix:
-                return CODES[form.bits], self.sizes(weight)[:2]
+        for weight, storage in self.formats.items():
+            if name == weight + storage.suffix:
+                return CODES[storage.bits], self.sizes(weight)[:2]
         return None
 
 
-def linear_form(plan: PrecisionPlan, place: str) -> Form | None:
+def linear_format(plan: PrecisionPlan, place: str) -> StorageFormat | None:
     """How the plan wants the weight of a linear stored; None in float."""
     bits = WEIGHT_BITS.get(plan.at(place))
     return None if bits is None else LINEAR[bits]
 
 
-def table_form(plan: PrecisionPlan, place: str) -> Form | None:
-    """The same of an embedding table, for which there is only one form."""
+def table_format(plan: PrecisionPlan, place: str) -> StorageFormat | None:
+    """The same of an embedding table, for which there is only one storage."""
     return TABLE if plan.at(place) in WEIGHT_BITS else None
 
 
-def product(e: Emitter, stored: Stored, x: str, weight: str, place: str) -> str:
+def product(e: Emitter, stored: QuantizedWeights, x: str, weight: str, place: str) -> str:
     """x times a stored weight."""
-    form, (outputs, inputs, block) = stored.forms[weight], stored.sizes(weight)
-    name = weight + form.suffix
+    storage, (outputs, inputs, block) = stored.formats[weight], stored.sizes(weight)
+    name = weight + storage.suffix
     return e.one(
         "edgevlm.BlockedLinear",
-        [x, name, name + SCALE, _middle(e, form.bits, (outputs, inputs // block))],
+        [x, name, name + SCALE, _zero_points(e, storage.bits, (outputs, inputs // block))],
         place,
-        bits=form.bits,
+        bits=storage.bits,
         block=block,
         K=inputs,
         N=outputs,
     )
 
 
-def rows(e: Emitter, stored: Stored, ids: str, weight: str, place: str) -> str:
+def rows(e: Emitter, stored: QuantizedWeights, ids: str, weight: str, place: str) -> str:
     """Rows of a stored table."""
-    name, (_, _, block) = weight + stored.forms[weight].suffix, stored.sizes(weight)
+    name, (_, _, block) = weight + stored.formats[weight].suffix, stored.sizes(weight)
     inputs = [ids, name, name + SCALE]
     return e.one("edgevlm.BlockedEmbed", inputs, place, split=[0, 0, -1, block])
 
 
-def _middle(e: Emitter, bits: Bits, shape: tuple[int, int]) -> str:
+def _zero_points(e: Emitter, bits: Bits, shape: tuple[int, int]) -> str:
     """The zero points of all blocks, shared by weights of one shape."""
-    name, count = f"middle.uint{bits}.{shape[0]}x{shape[1]}", shape[0] * shape[1]
+    name, count = f"zero_point.uint{bits}.{shape[0]}x{shape[1]}", shape[0] * shape[1]
     if name not in e.small:
-        codes = np.full(count + count % 2, MIDDLE[bits], np.uint8)
+        codes = np.full(count + count % 2, ZERO_POINT[bits], np.uint8)
         content = (codes[:count] if bits == 8 else pack(codes)).tobytes()
         e.small[name] = helper.make_tensor(name, CODES[bits], shape, content, raw=True)
     return name
@@ -123,19 +123,19 @@ def blocked_linear() -> onnx.FunctionProto:
     """x @ weight^T, the weight [outputs, inputs] in few bits with a scale per `block` of inputs."""
     return function(
         "BlockedLinear",
-        ["x", "stored", "scale", "middle"],
+        ["x", "stored", "scale", "zero_point"],
         ["y"],
         ["bits", "block", "K", "N"],
         [
             node(
                 "DequantizeLinear",
-                ["stored", "scale", "middle"],
+                ["stored", "scale", "zero_point"],
                 ["weight"],
                 axis=1,
                 block_size="@block:INT",
             ),
-            node("Transpose", ["weight"], ["turned"], perm=[1, 0]),
-            node("MatMul", ["x", "turned"], ["y"]),
+            node("Transpose", ["weight"], ["transposed"], perm=[1, 0]),
+            node("MatMul", ["x", "transposed"], ["y"]),
         ],
     )
 
@@ -152,15 +152,15 @@ def blocked_embed() -> onnx.FunctionProto:
         ["split"],
         [
             node("Gather", ["stored", "ids"], ["codes"], axis=0),
-            node("Cast", ["codes"], ["wide"], to=onnx.TensorProto.FLOAT),
-            node("Constant", [], ["middle"], value_float=128.0),
-            node("Sub", ["wide", "middle"], ["steps"]),
+            node("Cast", ["codes"], ["f32"], to=onnx.TensorProto.FLOAT),
+            node("Constant", [], ["zero_point"], value_float=128.0),
+            node("Sub", ["f32", "zero_point"], ["steps"]),
             node("Constant", [], ["split_shape"], value_ints="@split:INTS"),
             node("Reshape", ["steps", "split_shape"], ["blocks"], allowzero=0),
             node("Gather", ["scale", "ids"], ["scales"], axis=0),
-            node("Cast", ["scales"], ["scales_wide"], to=onnx.TensorProto.FLOAT),
+            node("Cast", ["scales"], ["scales_f32"], to=onnx.TensorProto.FLOAT),
             ints("last", -1),
-            node("Unsqueeze", ["scales_wide", "last"], ["column"]),
+            node("Unsqueeze", ["scales_f32", "last"], ["column"]),
             node("Mul", ["blocks", "column"], ["values"]),
             ints("flat", 0, 0, -1),
             node("Reshape", ["values", "flat"], ["joined"], allowzero=0),

@@ -83,59 +83,59 @@ def _one_size(e: Emitter, plan: Plan, value: str, offsets: str, scores: str) -> 
         "edgevlm.MSDeformAttn",
         inputs,
         levels=[0, levels, height, width, m, d],
-        picture=[-1, d, height, width],
+        image=[-1, d, height, width],
         shifts=[0, 0, m, levels, p, 2],
         grid=[-1, q, p, 2],
         joint=[0, 0, m, levels * p],
-        shares=[0, 0, m, levels, p],
-        share=[-1, 1, q, p],
+        weights=[0, 0, m, levels, p],
+        weight=[-1, 1, q, p],
         heads=[-1, m, levels, d, q],
     )
 
 
 def _many_sizes(e: Emitter, plan: Plan, value: str, offsets: str, scores: str) -> str:
     levels, m, p = len(plan.grids), plan.heads, plan.points
-    joint = e.one("Reshape", [_wide(e, scores), e.ints(0, 0, m, levels * p)], allowzero=0)
+    joint = e.one("Reshape", [_to_float32(e, scores), e.ints(0, 0, m, levels * p)], allowzero=0)
     softmaxed = e.one("Softmax", [joint], axis=-1)
-    shares = e.one("Reshape", [softmaxed, e.ints(0, 0, m, levels, p)], allowzero=0)
-    shifts = e.one("Reshape", [_wide(e, offsets), e.ints(0, 0, m, levels, p, 2)], allowzero=0)
+    weights = e.one("Reshape", [softmaxed, e.ints(0, 0, m, levels, p)], allowzero=0)
+    shifts = e.one("Reshape", [_to_float32(e, offsets), e.ints(0, 0, m, levels, p, 2)], allowzero=0)
     found, start = [], 0
     for level, grid in enumerate(plan.grids):
-        rows = _slice(e, _wide(e, value), 1, start, start + grid[0] * grid[1])
-        moved, share = (_slice(e, x, 3, level, level + 1) for x in (shifts, shares))
+        rows = _slice(e, _to_float32(e, value), 1, start, start + grid[0] * grid[1])
+        moved, share = (_slice(e, x, 3, level, level + 1) for x in (shifts, weights))
         found.append(_level(e, plan, level, rows, moved, share))
         start += grid[0] * grid[1]
     total = found[0]
     for other in found[1:]:
         total = e.one("Add", [total, other])
     split = e.one("Reshape", [total, e.ints(-1, m, plan.head_width, plan.queries)], allowzero=0)
-    turned = e.one("Transpose", [split], perm=[0, 3, 1, 2])
-    joined = e.one("Reshape", [turned, e.ints(0, 0, -1)], allowzero=0)
+    transposed = e.one("Transpose", [split], perm=[0, 3, 1, 2])
+    joined = e.one("Reshape", [transposed, e.ints(0, 0, -1)], allowzero=0)
     return e.one("CastLike", [joined, value])
 
 
-def _level(e: Emitter, plan: Plan, level: int, rows: str, shifts: str, shares: str) -> str:
+def _level(e: Emitter, plan: Plan, level: int, rows: str, shifts: str, weights: str) -> str:
     """One level's samples, weighted and summed over points: [B * M, d, Q]."""
     m, p, q, d = plan.heads, plan.points, plan.queries, plan.head_width
     one = level % plan.reference.shape[1]
     grid, own = plan.grids[level], slice(one, one + 1)
     cells = e.one("Reshape", [rows, e.ints(0, grid[0], grid[1], m, d)], allowzero=0)
-    turned = e.one("Transpose", [cells], perm=[0, 3, 4, 1, 2])
-    picture = e.one("Reshape", [turned, e.ints(-1, d, *grid)], allowzero=0)
+    transposed = e.one("Transpose", [cells], perm=[0, 3, 4, 1, 2])
+    image = e.one("Reshape", [transposed, e.ints(-1, d, *grid)], allowzero=0)
     label = plan.label(grid, own)
     scaled = e.one("Mul", [shifts, e.float32(f"deform.step.{label}", plan.step(grid, own))])
     centre = e.float32(f"deform.centre.{label}", plan.centre(own))
     places = e.one("Transpose", [e.one("Add", [scaled, centre])], perm=[0, 2, 1, 3, 4, 5])
     flat = e.one("Reshape", [places, e.ints(-1, q, p, 2)], allowzero=0)
-    sampled = e.one("GridSample", [picture, flat], mode="linear", padding_mode="zeros",
+    sampled = e.one("GridSample", [image, flat], mode="linear", padding_mode="zeros",
                     align_corners=0)  # fmt: skip
-    by_head = e.one("Transpose", [shares], perm=[0, 2, 1, 3, 4])
+    by_head = e.one("Transpose", [weights], perm=[0, 2, 1, 3, 4])
     share = e.one("Reshape", [by_head, e.ints(-1, 1, q, p)], allowzero=0)
     weighted = e.one("Mul", [sampled, share])
     return e.one("ReduceSum", [weighted, e.ints(3)], keepdims=0)
 
 
-def _wide(e: Emitter, x: str) -> str:
+def _to_float32(e: Emitter, x: str) -> str:
     return e.one("Cast", [x], to=1)
 
 
@@ -151,26 +151,26 @@ def _reshaped(source: str, to: str) -> list[onnx.NodeProto]:
     ]
 
 
-def _turned(source: str, perm: list[int]) -> onnx.NodeProto:
-    return node("Transpose", [source], [f"{source}_turned"], perm=perm)
+def _transposed(source: str, perm: list[int]) -> onnx.NodeProto:
+    return node("Transpose", [source], [f"{source}_transposed"], perm=perm)
 
 
 def _sampled() -> list[onnx.NodeProto]:
     """Values at the deformed places: [B * M * L, d, Q, P]."""
     return [
-        node("Cast", ["value"], ["value_wide"], to=onnx.TensorProto.FLOAT),
-        node("Cast", ["offsets"], ["offsets_wide"], to=onnx.TensorProto.FLOAT),
-        *_reshaped("value_wide", "levels"),
-        _turned("levels_view", [0, 4, 1, 5, 2, 3]),
-        *_reshaped("levels_view_turned", "picture"),
-        *_reshaped("offsets_wide", "shifts"),
+        node("Cast", ["value"], ["value_f32"], to=onnx.TensorProto.FLOAT),
+        node("Cast", ["offsets"], ["offsets_f32"], to=onnx.TensorProto.FLOAT),
+        *_reshaped("value_f32", "levels"),
+        _transposed("levels_view", [0, 4, 1, 5, 2, 3]),
+        *_reshaped("levels_view_transposed", "image"),
+        *_reshaped("offsets_f32", "shifts"),
         node("Mul", ["shifts_view", "step"], ["scaled"]),
         node("Add", ["scaled", "centre"], ["places"]),
-        _turned("places", [0, 2, 3, 1, 4, 5]),
-        *_reshaped("places_turned", "grid"),
+        _transposed("places", [0, 2, 3, 1, 4, 5]),
+        *_reshaped("places_transposed", "grid"),
         node(
             "GridSample",
-            ["picture_view", "grid_view"],
+            ["image_view", "grid_view"],
             ["sampled"],
             mode="linear",
             padding_mode="zeros",
@@ -179,30 +179,30 @@ def _sampled() -> list[onnx.NodeProto]:
     ]
 
 
-def _shares() -> list[onnx.NodeProto]:
+def _weights() -> list[onnx.NodeProto]:
     """What each sample counts: [B * M * L, 1, Q, P]."""
     return [
-        node("Cast", ["scores"], ["scores_wide"], to=onnx.TensorProto.FLOAT),
-        *_reshaped("scores_wide", "joint"),
+        node("Cast", ["scores"], ["scores_f32"], to=onnx.TensorProto.FLOAT),
+        *_reshaped("scores_f32", "joint"),
         node("Softmax", ["joint_view"], ["softmaxed"], axis=-1),
-        *_reshaped("softmaxed", "shares"),
-        _turned("shares_view", [0, 2, 3, 1, 4]),
-        *_reshaped("shares_view_turned", "share"),
+        *_reshaped("softmaxed", "weights"),
+        _transposed("weights_view", [0, 2, 3, 1, 4]),
+        *_reshaped("weights_view_transposed", "weight"),
     ]
 
 
 def _summed() -> list[onnx.NodeProto]:
     """Over points, then over levels: [B, Q, M * d]."""
     return [
-        node("Mul", ["sampled", "share_view"], ["weighted"]),
+        node("Mul", ["sampled", "weight_view"], ["weighted"]),
         ints("point_axis", 3),
         node("ReduceSum", ["weighted", "point_axis"], ["points_sum"], keepdims=0),
         *_reshaped("points_sum", "heads"),
         ints("level_axis", 2),
         node("ReduceSum", ["heads_view", "level_axis"], ["levels_sum"], keepdims=0),
-        _turned("levels_sum", [0, 3, 1, 2]),
+        _transposed("levels_sum", [0, 3, 1, 2]),
         ints("flat", 0, 0, -1),
-        node("Reshape", ["levels_sum_turned", "flat"], ["joined"], allowzero=0),
+        node("Reshape", ["levels_sum_transposed", "flat"], ["joined"], allowzero=0),
         node("CastLike", ["joined", "value"], ["y"]),
     ]
 
@@ -211,14 +211,14 @@ def ms_deform_attn() -> onnx.FunctionProto:
     """Deformable attention over levels of one size, all sampled by one GridSample.
 
     step and centre turn offsets into GridSample's coordinates: offset * step + centre. The
-    attributes are Reshape targets: levels [0, L, h, w, M, d], picture [-1, d, h, w], shifts
-    [0, 0, M, L, P, 2], grid [-1, Q, P, 2], joint [0, 0, M, L * P], shares [0, 0, M, L, P], share
+    attributes are Reshape targets: levels [0, L, h, w, M, d], image [-1, d, h, w], shifts
+    [0, 0, M, L, P, 2], grid [-1, Q, P, 2], joint [0, 0, M, L * P], weights [0, 0, M, L, P], share
     [-1, 1, Q, P], heads [-1, M, L, d, Q].
     """
     return function(
         "MSDeformAttn",
         ["value", "offsets", "scores", "step", "centre"],
         ["y"],
-        ["levels", "picture", "shifts", "grid", "joint", "shares", "share", "heads"],
-        [*_sampled(), *_shares(), *_summed()],
+        ["levels", "image", "shifts", "grid", "joint", "weights", "weight", "heads"],
+        [*_sampled(), *_weights(), *_summed()],
     )

@@ -94,8 +94,8 @@ def unembed() -> onnx.FunctionProto:
         ["y"],
         [],
         [
-            node("Transpose", ["weight"], ["turned"], perm=[1, 0]),
-            node("MatMul", ["x", "turned"], ["y"]),
+            node("Transpose", ["weight"], ["transposed"], perm=[1, 0]),
+            node("MatMul", ["x", "transposed"], ["y"]),
         ],
     )
 
@@ -139,22 +139,22 @@ def layer_merge() -> onnx.FunctionProto:
 
 
 def response_norm() -> onnx.FunctionProto:
-    """Global response normalization over a picture [B, H, W, C], norms in float32."""
+    """Global response normalization over a image [B, H, W, C], norms in float32."""
     return function(
         "ResponseNorm",
         ["x", "weight"],
         ["y"],
         ["epsilon"],
         [
-            node("Cast", ["x"], ["wide"], to=onnx.TensorProto.FLOAT),
+            node("Cast", ["x"], ["f32"], to=onnx.TensorProto.FLOAT),
             ints("plane", 1, 2),
-            node("ReduceL2", ["wide", "plane"], ["norms"], keepdims=1),
+            node("ReduceL2", ["f32", "plane"], ["norms"], keepdims=1),
             ints("channels", -1),
             node("ReduceMean", ["norms", "channels"], ["mean"], keepdims=1),
             node("Constant", [], ["epsilon_float"], value_float="@epsilon:FLOAT"),
             node("Add", ["mean", "epsilon_float"], ["floor"]),
-            node("Div", ["norms", "floor"], ["ratios_wide"]),
-            node("CastLike", ["ratios_wide", "x"], ["ratios"]),
+            node("Div", ["norms", "floor"], ["ratios_f32"]),
+            node("CastLike", ["ratios_f32", "x"], ["ratios"]),
             node("Mul", ["weight", "ratios"], ["extra"]),
             node("Constant", [], ["one_float"], value_float=1.0),
             node("CastLike", ["one_float", "x"], ["one"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from edgevlm.export import blocked, deform
 from edgevlm.export.nodes import DOMAIN
 from edgevlm.toolkit.ops.vocabulary import Array, Grids, Norm, Step, Weights
-from edgevlm.toolkit.quantization.blockwise import Form
+from edgevlm.toolkit.quantization.blockwise import StorageFormat
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 
 ELEMENT = {
@@ -24,29 +24,6 @@ ELEMENT = {
     "uint8": onnx.TensorProto.UINT8,
     "bool": onnx.TensorProto.BOOL,
 }
-
-
-class Parameters(Mapping[str, str]):
-    """Tensor keys as graph names; remembers which were used."""
-
-    def __init__(self, keys: Mapping[str, tuple[int, ...]]) -> None:
-        self._keys = keys
-        self.used: dict[str, None] = {}
-
-    def __getitem__(self, key: str) -> str:
-        if key not in self._keys:
-            raise KeyError(key)
-        self.used[key] = None
-        return key
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._keys
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 class OnnxOps:
@@ -63,7 +40,7 @@ class OnnxOps:
         plan: PrecisionPlan | None = None,
     ) -> None:
         self.dtype = dtype
-        self.stored = blocked.Stored(shapes)
+        self.quantized = blocked.QuantizedWeights(shapes)
         self._plan = plan or PrecisionPlan()
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, Array] = {}
@@ -103,8 +80,8 @@ class OnnxOps:
 
     def _at(self, w: Weights[str]) -> str:
         """The node name of a place with parameters; later nodes are named beside it."""
-        self._scope = "/".join((self._component, *w.path[:-1]))
-        return "/".join((self._component, *w.path))
+        self._scope = "/".join((self._component, *w.steps[:-1]))
+        return "/".join((self._component, *w.steps))
 
     def ints(self, *values: int) -> str:
         """A small int64 vector, shared between its users."""
@@ -133,27 +110,31 @@ class OnnxOps:
 
     def linear(self, x: str, w: Weights[str]) -> str:
         place, bias = self._at(w), w.get("bias")
-        y = self._product(x, w["weight"], place, blocked.linear_form(self._plan, place))
+        y = self._product(x, w["weight"], place, blocked.linear_format(self._plan, place))
         return y if bias is None else self.one("Add", [y, bias], f"{place}/bias")
 
-    def _product(self, x: str, weight: str, place: str, form: Form | None) -> str:
-        if form is not None and weight in self.stored.shapes and self.stored.use(weight, form):
-            return blocked.product(self, self.stored, x, weight, place)
+    def _product(self, x: str, weight: str, place: str, storage: StorageFormat | None) -> str:
+        if (
+            storage is not None
+            and weight in self.quantized.shapes
+            and self.quantized.use(weight, storage)
+        ):
+            return blocked.product(self, self.quantized, x, weight, place)
         return self.one("MatMul", [x, weight], place)
 
     def unembed(self, x: str, w: Weights[str]) -> str:
         self._scope = self._component
         place, weight = f"{self._component}/unembed", w["weight"]
-        form = blocked.table_form(self._plan, f"{self._component}/{w.site}")
-        if form is not None and self.stored.use(weight, form):
-            return blocked.product(self, self.stored, x, weight, place)
+        storage = blocked.table_format(self._plan, f"{self._component}/{w.path}")
+        if storage is not None and self.quantized.use(weight, storage):
+            return blocked.product(self, self.quantized, x, weight, place)
         return self.one("edgevlm.Unembed", [x, weight], place)
 
     def embed(self, ids: str, w: Weights[str]) -> str:
         place, weight = self._at(w), w["weight"]
-        form = blocked.table_form(self._plan, place)
-        if form is not None and self.stored.use(weight, form):
-            return blocked.rows(self, self.stored, ids, weight, place)
+        storage = blocked.table_format(self._plan, place)
+        if storage is not None and self.quantized.use(weight, storage):
+            return blocked.rows(self, self.quantized, ids, weight, place)
         return self.one("Gather", [weight, ids], place, axis=0)
 
     def conv(
@@ -351,13 +332,13 @@ class OnnxOps:
     def _ends(self, first: int, second: int, last: str) -> str:
         return self.one("Concat", [self.ints(first, second), last], axis=0)
 
-    def mix_rows(self, x: str, rows: str, shares: str) -> str:
+    def weighted_gather(self, x: str, rows: str, weights: str) -> str:
         picked = self.one("Gather", [x, rows], axis=0)
-        column = self.one("CastLike", [self.one("Unsqueeze", [shares, self.ints(-1)]), x])
+        column = self.one("CastLike", [self.one("Unsqueeze", [weights, self.ints(-1)]), x])
         weighted = self.one("Mul", [picked, column])
         return self.one("ReduceSum", [weighted, self.ints(1)], keepdims=0)
 
-    def max_rows(self, x: str, rows: str) -> str:
+    def max_gather(self, x: str, rows: str) -> str:
         picked = self.one("Gather", [x, rows], axis=0)
         return self.one("ReduceMax", [picked, self.ints(1)], keepdims=0)
 
@@ -388,8 +369,8 @@ class OnnxOps:
 
     # -- precision -------------------------------------------------------------------------
 
-    def fake_quant(self, x: str, scale: Array, *, axis: int | None, bits: int, site: str) -> str:
-        place = f"{self._component}/{site}"
+    def fake_quant(self, x: str, scale: Array, *, axis: int | None, bits: int, path: str) -> str:
+        place = f"{self._component}/{path}"
         kind = {8: onnx.TensorProto.INT8, 4: onnx.TensorProto.INT4}[bits]
         steps = self._floats(f"{place}/scale", scale)
         zeros = helper.make_tensor(f"{place}/zero", kind, scale.shape, [0] * scale.size)

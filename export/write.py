@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from onnx import helper
 
 from edgevlm.export.functions import FUNCTIONS
 from edgevlm.export.nodes import DOMAIN, IR_VERSION, OPSET, VERSION
-from edgevlm.export.record import ELEMENT, OnnxOps, Parameters
+from edgevlm.export.record import ELEMENT, OnnxOps
 from edgevlm.toolkit.bundle import goldens
 from edgevlm.toolkit.bundle import manifest as bundles
 from edgevlm.toolkit.bundle.atomic import require_space, writing
@@ -22,7 +22,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import Source
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     STORAGE,
     Blocks,
-    Planned,
+    TensorSpec,
     Written,
     row_blocks,
     write_safetensors,
@@ -102,13 +102,15 @@ class Recorded:
     outputs: dict[str, str]
     dtype: str
 
-    def planned(self) -> list[Planned]:
+    def planned(self) -> list[TensorSpec]:
         """Every tensor of the weights file."""
-        stored, used = self.ops.stored, list[Planned]()
+        stored, used = self.ops.quantized, list[TensorSpec]()
         for name, shape in self.part.shapes.items():
-            few = name in stored.forms
-            used += stored.planned(name, self.dtype) if few else [Planned(name, self.dtype, shape)]
-        return used + [Planned(n, "fp32", x.shape) for n, x in self.ops.constants.items()]
+            few = name in stored.formats
+            used += (
+                stored.planned(name, self.dtype) if few else [TensorSpec(name, self.dtype, shape)]
+            )
+        return used + [TensorSpec(n, "fp32", x.shape) for n, x in self.ops.constants.items()]
 
     def nbytes(self) -> int:
         """Size of the weights file, its header aside."""
@@ -118,7 +120,7 @@ class Recorded:
         """The ONNX model whose weights stand in the file `location`."""
         initializers = list(self.ops.small.values())
         for name, entry in written.entries.items():
-            kind, dims = self.ops.stored.declared(name) or (ELEMENT[entry.dtype], entry.shape)
+            kind, dims = self.ops.quantized.declared(name) or (ELEMENT[entry.dtype], entry.shape)
             tensor = onnx.TensorProto(name=name, dims=dims, data_type=kind)
             tensor.data_location = onnx.TensorProto.EXTERNAL
             span = {"location": location, "offset": entry.offset, "length": entry.nbytes}
@@ -151,6 +153,29 @@ class Recorded:
             node.output[:] = [renamed.get(name, name) for name in node.output]
 
 
+class Parameters(Mapping[str, str]):
+    """Tensor keys as graph names; remembers which were used."""
+
+    def __init__(self, keys: Mapping[str, tuple[int, ...]]) -> None:
+        self._keys = keys
+        self.used: dict[str, None] = {}
+
+    def __getitem__(self, key: str) -> str:
+        if key not in self._keys:
+            raise KeyError(key)
+        self.used[key] = None
+        return key
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
 def record(part: Component, dtype: str, plan: PrecisionPlan | None = None) -> Recorded:
     """Run the component's function over the recorder."""
     ops, parameters = OnnxOps(part.name, dtype, part.shapes, plan), Parameters(part.shapes)
@@ -176,16 +201,21 @@ def _value(port: Port, dtype: str) -> onnx.ValueInfoProto:
 
 def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array]) -> Written:
     tables = recorded.ops.constants
-    forms = {name + form.suffix: (name, form) for name, form in recorded.ops.stored.forms.items()}
+    formats = {
+        name + storage.suffix: (name, storage)
+        for name, storage in recorded.ops.quantized.formats.items()
+    }
 
-    def produce(tensor: Planned) -> Blocks:
+    def produce(tensor: TensorSpec) -> Blocks:
         if tensor.name in tables:
             return row_blocks(tables[tensor.name])
-        few = forms.get(tensor.name.removesuffix(blockwise.SCALE))
+        few = formats.get(tensor.name.removesuffix(blockwise.SCALE))
         if few is not None:
-            name, form = few
-            rows = weights[name].T if form.turned else weights[name]
-            return blockwise.pieces(rows, form.bits, scales=tensor.name.endswith(blockwise.SCALE))
+            name, storage = few
+            rows = weights[name].T if storage.transposed else weights[name]
+            return blockwise.pieces(
+                rows, storage.bits, scales=tensor.name.endswith(blockwise.SCALE)
+            )
         if isinstance(weights, RandomWeights):
             return weights.blocks(tensor.name)
         return row_blocks(weights[tensor.name])
@@ -194,7 +224,7 @@ def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array])
 
 
 def describe(part: Component, graph: str, weights: str) -> ComponentRecord:
-    """The manifest's record of a component; flops for one picture or one token."""
+    """The manifest's record of a component; flops for one image or one token."""
     at = {**goldens.AXES, "sequence": 1, "rows": 1, "context": 1}
     params = sum(math.prod(shape) for shape in part.shapes.values())
     return ComponentRecord(
@@ -213,7 +243,7 @@ def _write_rest(
     kept = []
     with np.errstate(over="ignore"):
         for part in parts:
-            progress(f"{part.name}: running the oracle for its goldens")
+            progress(f"{part.name}: running the reference for its goldens")
             tensors = Tensors(folder / f"{part.name}.safetensors")
             kept += list(goldens.make_goldens(part, tensors))
     goldens.save(folder / bundles.GOLDENS, kept)

@@ -60,7 +60,7 @@ class Case:
         return drawn | self.integers
 
     def outputs(self) -> dict[str, Array]:
-        """What the oracle says."""
+        """What the reference says."""
         from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 
         found = self.body(NumpyOps(), Weights(self.weights()), self.feed())
@@ -244,13 +244,13 @@ CASES: dict[str, Case] = {
         },
         {"a": (2, 4, 8), "b": (2, 4, 8), "c": (2, 4, 8)},
     ),
-    "mix_rows": Case(
-        lambda op, w, x: op.mix_rows(x["x"], x["rows"], x["shares"]),
-        inputs={"x": (7, 8), "shares": (4, 2)},
+    "weighted_gather": Case(
+        lambda op, w, x: op.weighted_gather(x["x"], x["rows"], x["weights"]),
+        inputs={"x": (7, 8), "weights": (4, 2)},
         integers={"rows": np.asarray([[0, 6], [3, 3], [2, 1], [5, 0]], np.int64)},
     ),
-    "max_rows": Case(
-        lambda op, w, x: op.max_rows(x["x"], x["rows"]),
+    "max_gather": Case(
+        lambda op, w, x: op.max_gather(x["x"], x["rows"]),
         inputs={"x": (7, 8)},
         integers={"rows": np.asarray([[0, 6, 2], [3, 3, 1]], np.int64)},
     ),
@@ -287,13 +287,13 @@ CASES: dict[str, Case] = {
     "transpose": Case(lambda op, w, x: op.transpose(x["x"], (0, 2, 1)), inputs={"x": (2, 3, 5)}),
     "fake_quant": Case(
         lambda op, w, x: op.fake_quant(
-            x["x"], np.asarray(0.02, np.float32), axis=None, bits=8, site="s"
+            x["x"], np.asarray(0.02, np.float32), axis=None, bits=8, path="s"
         ),
         inputs={"x": (2, 3, 50)},
     ),
     "fake_quant per channel": Case(
         lambda op, w, x: op.fake_quant(
-            w["p"], np.linspace(0.01, 0.02, 6, dtype=np.float32), axis=1, bits=8, site="s"
+            w["p"], np.linspace(0.01, 0.02, 6, dtype=np.float32), axis=1, bits=8, path="s"
         ),
         {"p": (8, 6)},
     ),

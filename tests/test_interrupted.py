@@ -52,7 +52,7 @@ def verbs(ready: Path, out: Path) -> dict[str, tuple[object, ...]]:
 
 MOMENTS = [
     ("export", "encoder.clip: writing", signal.SIGINT),
-    ("export", "lm: running the oracle", signal.SIGTERM),
+    ("export", "lm: running the reference", signal.SIGTERM),
     ("build", "checking the bundle's files", signal.SIGTERM),
     ("build", "lm: comparing", signal.SIGINT),
 ]

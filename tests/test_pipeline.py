@@ -93,7 +93,7 @@ def test_many_requests_from_one_file(shell: Shell, tmp_path: Path) -> None:
     requests = [
         {"prompt": "What is this?", "image": "picture.png"},
         {"prompt": "Two?", "images": ["picture.png", "picture.png"], "max_tokens": 3},
-        {"prompt": "No picture."},
+        {"prompt": "No image."},
     ]
     file = tmp_path / "requests.jsonl"
     file.write_text("\n".join(json.dumps(r) for r in requests) + "\n\n")

@@ -1,4 +1,4 @@
-"""Pictures: what cannot be used is refused in a line, what is unusual is used and said so."""
+"""Images: what cannot be used is refused in a line, what is unusual is used and said so."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def png(width: int, height: int, *extra: bytes) -> bytes:
 
 def encoded(kind: str, size: tuple[int, int] = (60, 40)) -> bytes:
     file = BytesIO()
-    with Image.open(IMAGE) as picture:
-        picture.convert("RGB").resize(size).save(file, kind)
+    with Image.open(IMAGE) as image:
+        image.convert("RGB").resize(size).save(file, kind)
     return file.getvalue()
 
 
@@ -43,10 +43,10 @@ TEXT_BOMB = chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(200 << 20), 9))
 
 REFUSED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty (0 bytes)"),
-    "text": (b"this is no picture\n" * 9, "is not a picture"),
-    "zip": (b"PK\x03\x04" + bytes(60), "is not a picture"),
-    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is not a picture"),
-    "heic": (b"\0\0\0\x18ftypheic" + bytes(40), "is not a picture"),
+    "text": (b"this is no image\n" * 9, "is not a image"),
+    "zip": (b"PK\x03\x04" + bytes(60), "is not a image"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is not a image"),
+    "heic": (b"\0\0\0\x18ftypheic" + bytes(40), "is not a image"),
     "one pixel": (png(1, 1), "is 1 x 1 pixels"),
     "bomb": (png(30000, 30000), "too large: Image size (900000000 pixels)"),
     "gif bomb": (GIF_BOMB, "too large: Image size (3600000000 pixels)"),
@@ -65,19 +65,17 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_file_that_is_no_usable_picture_is_refused(
-    case: str, ready: Path, tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_usable_image_is_refused(case: str, ready: Path, tmp_path: Path) -> None:
     data, reason = REFUSED[case]
-    picture = tmp_path / "my picture.png"
-    picture.write_bytes(data)
+    image = tmp_path / "my picture.png"
+    image.write_bytes(data)
     for words in (("run", ready / "engine-cpu", "What?"), ("profile", ready / "engine-cpu")):
-        error, _ = refuses(tmp_path, *words, "--image", picture, "--quiet")
-        assert str(picture) in error
+        error, _ = refuses(tmp_path, *words, "--image", image, "--quiet")
+        assert str(image) in error
         assert reason in error
 
 
-def test_a_missing_picture_and_a_folder_are_refused(ready: Path, tmp_path: Path) -> None:
+def test_a_missing_image_and_a_folder_are_refused(ready: Path, tmp_path: Path) -> None:
     ask = ("run", ready / "engine-cpu", "What?", "--quiet", "--image")
     (tmp_path / "folder.png").mkdir()
     assert "nothing.png does not exist" in refuses(tmp_path, *ask, tmp_path / "nothing.png")[0]
@@ -87,7 +85,7 @@ def test_a_missing_picture_and_a_folder_are_refused(ready: Path, tmp_path: Path)
 
 
 def test_noise_in_any_format_is_refused_or_read() -> None:
-    """Decoders may raise anything; what comes out is a picture or an InputError."""
+    """Decoders may raise anything; what comes out is a image or an InputError."""
     generator, refused = np.random.default_rng(0), 0
     for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA", "ICO", "PCX"):
         good = np.frombuffer(encoded(kind), np.uint8)
@@ -129,10 +127,10 @@ def see_through(path: Path) -> None:
 
 
 def rotated(path: Path) -> None:
-    picture = Image.new("RGB", (40, 30), "red")
-    exif = picture.getexif()
+    image = Image.new("RGB", (40, 30), "red")
+    exif = image.getexif()
     exif[0x0112] = 6
-    picture.save(path, "JPEG", exif=exif, quality=100)
+    image.save(path, "JPEG", exif=exif, quality=100)
 
 
 UNUSUAL: dict[str, tuple[Callable[[Path], None], str, tuple[int, int]]] = {
@@ -146,13 +144,11 @@ UNUSUAL: dict[str, tuple[Callable[[Path], None], str, tuple[int, int]]] = {
 
 
 @pytest.mark.parametrize("case", UNUSUAL)
-def test_an_unusual_picture_is_used_and_the_user_told(
-    case: str, ready: Path, tmp_path: Path
-) -> None:
+def test_an_unusual_image_is_used_and_the_user_told(case: str, ready: Path, tmp_path: Path) -> None:
     make, note, size = UNUSUAL[case]
-    picture = tmp_path / "picture"
-    make(picture)
-    loaded = preprocess.load(picture).rgb
+    image = tmp_path / "image"
+    make(image)
+    loaded = preprocess.load(image).rgb
     assert loaded.size == size
     if case != "16 bits":  # the first frame, the ink and the palette are all red
         assert np.abs(np.asarray(loaded)[5, 5].astype(int) - (255, 0, 0)).max() <= 2
@@ -160,7 +156,7 @@ def test_an_unusual_picture_is_used_and_the_user_told(
         values = np.asarray(loaded)[..., 0]
         assert (values[0, 0], values[-1, -1]) == (0, 255)
         assert 126 <= values.mean() <= 129
-    words = ("run", ready / "engine-cpu", "What?", "--image", picture, "--max-tokens", 1)
+    words = ("run", ready / "engine-cpu", "What?", "--image", image, "--max-tokens", 1)
     ran = edgevlm(*words)
     assert ran.code == 0
     assert f"note: image 1: {note}" in ran.err.splitlines()

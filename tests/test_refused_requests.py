@@ -93,7 +93,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "stop": (b'{"prompt": "What?", "stop": [null]}\n', "stop = [None]"),
     "tokens": (b'{"prompt": "What?", "max_tokens": 0}\n', "max_tokens = 0"),
     "template": (b'{"prompt": "What?", "template": "v9"}\n', "v9"),
-    "no picture": (b'{"prompt": "What?", "image": "none.png"}\n', "none.png does not exist"),
+    "no image": (b'{"prompt": "What?", "image": "none.png"}\n', "none.png does not exist"),
     "roles": (b'{"messages": [{"role": "system", "content": "x"}]}\n', "not of role 'user'"),
     "parts": (
         b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n',

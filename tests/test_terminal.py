@@ -43,7 +43,7 @@ def test_steps_stay_and_the_cursor_comes_back(tmp_path: Path) -> None:
     kept = [line for line in re.split(r"\r|\n|\x1b\[2K", shown) if re.match(r" +\d", line)]
     assert [line.split("  ")[-1] for line in kept if "lm:" in line] == [
         "lm: writing graph and weights",
-        "lm: running the oracle for its goldens",
+        "lm: running the reference for its goldens",
     ]
 
 

@@ -78,4 +78,4 @@ class OutputError(ToolkitError):
 
 
 class AccuracyError(ToolkitError):
-    """A built component's output differs from the oracle's by more than its tolerance."""
+    """A built component's output differs from the reference's by more than its tolerance."""

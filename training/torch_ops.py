@@ -86,8 +86,8 @@ class TorchOps:
         self, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, *, num_heads: int
     ) -> Tensor:
         cos, sin = angles.float().cos(), angles.float().sin()
-        turned = [_rotate(_split(x, num_heads).float(), cos, sin).to(x.dtype) for x in (q, k)]
-        return _attend(turned[0], turned[1], _split(v, num_heads), None)
+        rotated = [_rotate(_split(x, num_heads).float(), cos, sin).to(x.dtype) for x in (q, k)]
+        return _attend(rotated[0], rotated[1], _split(v, num_heads), None)
 
     def ms_deform_attn(
         self,
@@ -102,14 +102,14 @@ class TorchOps:
         reference: Array,
     ) -> Tensor:
         batch, queries = offsets.shape[:2]
-        shares = scores.float().reshape(batch, queries, num_heads, -1).softmax(-1)
-        shares = shares.reshape(batch, queries, num_heads, len(grids), num_points)
+        weights = scores.float().reshape(batch, queries, num_heads, -1).softmax(-1)
+        weights = weights.reshape(batch, queries, num_heads, len(grids), num_points)
         shifts = offsets.float().reshape(batch, queries, num_heads, len(grids), num_points, 2)
         cells = torch.split(_split(value, num_heads).float(), [h * w for h, w in grids], 2)
         centres = torch.from_numpy(reference).to(value.device, torch.float32)
         found = [
             _sample(level, shifts[:, :, :, i], centres[:, i % centres.shape[1]], grid, num_points)
-            * shares[:, :, :, i, :, None]
+            * weights[:, :, :, i, :, None]
             for i, (level, grid) in enumerate(zip(cells, grids, strict=True))
         ]
         return torch.stack(found).sum((0, 4)).flatten(2).to(value.dtype)
@@ -117,10 +117,10 @@ class TorchOps:
     def layer_merge(self, xs: Sequence[Tensor], w: Weights[Tensor], eps: float) -> Tensor:
         return decompositions.layer_merge(self, xs, w, eps)
 
-    def mix_rows(self, x: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
-        return (x[rows] * shares[..., None].to(x.dtype)).sum(1)
+    def weighted_gather(self, x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        return (x[rows] * weights[..., None].to(x.dtype)).sum(1)
 
-    def max_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+    def max_gather(self, x: Tensor, rows: Tensor) -> Tensor:
         return x[rows].amax(1)
 
     def attention(
@@ -141,10 +141,10 @@ class TorchOps:
         window: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         cos, sin = (table[step.positions][:, None] for table in (step.cos, step.sin))
-        turned = _rotate(_split(q, num_heads), cos, sin)
+        rotated = _rotate(_split(q, num_heads), cos, sin)
         keys = _write(past[0], _rotate(_split(k, num_kv_heads), cos, sin), step.positions)
         values = _write(past[1], _split(v, num_kv_heads), step.positions)
-        return _attend(turned, keys, values, step.mask), keys, values
+        return _attend(rotated, keys, values, step.mask), keys, values
 
     def positions(self, ids: Tensor, start: Tensor) -> Tensor:
         return start[:, None] + torch.arange(ids.shape[1], device=ids.device)
@@ -183,7 +183,7 @@ class TorchOps:
         return torch.from_numpy(value).to(self.device, self.dtype)
 
     def fake_quant(
-        self, x: Tensor, scale: Array, *, axis: int | None, bits: int, site: str
+        self, x: Tensor, scale: Array, *, axis: int | None, bits: int, path: str
     ) -> Tensor:
         """The gradient passes where nothing was clipped (straight-through estimator)."""
         step = torch.from_numpy(scale).to(x.device, x.dtype)
@@ -221,9 +221,9 @@ def _sample(
         places = centre + shifts / num_points * reference[:, None, None, 2:] * 0.5
     else:
         places = centre + shifts / torch.tensor(grid[::-1], device=shifts.device)
-    pictures = cells.transpose(2, 3).reshape(batch * num_heads, width, *grid)
+    images = cells.transpose(2, 3).reshape(batch * num_heads, width, *grid)
     flat = (2 * places - 1).transpose(1, 2).flatten(0, 1)
-    found = F.grid_sample(pictures, flat, align_corners=False)
+    found = F.grid_sample(images, flat, align_corners=False)
     return found.reshape(batch, num_heads, *found.shape[1:]).permute(0, 3, 1, 4, 2)
 
 

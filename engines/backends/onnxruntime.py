@@ -19,8 +19,8 @@ from edgevlm.engines.backends import Compiled, LayerTime, Peaks, RunnerOptions, 
 from edgevlm.engines.backends.common import link
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import (
-    Planned,
     SafetensorsFile,
+    TensorSpec,
     row_blocks,
     write_safetensors,
 )
@@ -52,7 +52,7 @@ def _load_package() -> Any:
 
 
 def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Target) -> Compiled:
-    """Lower one component; weights are linked where they stay as they are, else widened."""
+    """Lower one component; weights are linked where they stay as they are, else upcast."""
     try:
         import onnx
     except ImportError:
@@ -63,9 +63,9 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
     lower.decide(record.name, model, target)
     model = lower.lower(model, target)
     notes = []
-    if lower.widen(model):
-        notes.append(f"{bundle.manifest.dtype} widened to fp32: this processor has no half kernels")
-        _widen_weights(bundle, record, folder, model)
+    if lower.upcast(model):
+        notes.append(f"{bundle.manifest.dtype} upcast to fp32: this processor has no half kernels")
+        _upcast_weights(bundle, record, folder, model)
     else:
         link(bundle.path / record.weights, folder / record.weights)
     lower.check_allowed(record.name, model, target)
@@ -75,13 +75,13 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
     return Compiled(record, (record.graph, record.weights), precision, tuple(notes))
 
 
-def _widen_weights(
+def _upcast_weights(
     bundle: Bundle, record: ComponentRecord, folder: Path, model: onnx.ModelProto
 ) -> None:
     """Write the weights again, floats as float32, and point the graph's tensors at them."""
     file = SafetensorsFile(bundle.path / record.weights)
     plan = [
-        Planned(name, "fp32" if e.dtype in ("fp16", "bf16") else e.dtype, e.shape)
+        TensorSpec(name, "fp32" if e.dtype in ("fp16", "bf16") else e.dtype, e.shape)
         for name, e in file.entries.items()
     ]
     written = write_safetensors(

@@ -1,4 +1,4 @@
-"""The reference backend: the oracle itself behind the interface of an engine. Slow and exact."""
+"""The reference backend: the reference itself behind the interface of an engine. Slow and exact."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import onnx
 
 Progress = Callable[[str], None]
-# The largest relative difference to the oracle that a build accepts, by the precision in which
-# the engine computes. The oracle runs the bundle's (possibly rounded) weights in float32.
+# The largest relative difference to the reference that a build accepts, by the precision in which
+# the engine computes. The reference runs the bundle's (possibly rounded) weights in float32.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1}
 
 
@@ -51,7 +51,7 @@ class Again:
 class Request:
     """What is to be built.
 
-    context: positions of the KV cache, None for the bundle's. tiles: the most tiles that a picture
+    context: positions of the KV cache, None for the bundle's. tiles: the most tiles that a image
     is cut into, None for all that the model knows. bisect: on divergence, look for the first op.
     again: the model in another precision than the bundle's.
     """
@@ -191,14 +191,14 @@ def _context(bundle: Bundle, asked: int | None) -> int:
 
 
 def _model(bundle: Bundle, tiles: int | None) -> Mapping[str, Any]:
-    """The bundle's model, whose pictures are cut into at most `tiles` tiles."""
+    """The bundle's model, whose images are cut into at most `tiles` tiles."""
     if tiles is None:
         return bundle.manifest.model
     rules = bundle.model.images
     if rules.tiling is None:
         raise ConfigError(
             f"--max-image-tiles {tiles} has no effect: {bundle.model.system} sees one view of "
-            "each picture",
+            "each image",
             hint="leave it out",
         )
     images = replace(rules, tiling=rules.tiling.limited(tiles))
@@ -222,8 +222,8 @@ def _new_bytes(bundle: Bundle, request: Request) -> int:
     """Disk that the work takes beyond what links share with the bundle, at most."""
     if request.again is not None:
         return memory.weights_bytes(bundle.model, request.again.plan, 4) + 64_000_000
-    widened = bundle.manifest.dtype != "fp32" and request.target.backend == "onnxruntime"
-    weights = memory.weights_bytes(bundle.model, bundle.manifest.plan, 4) if widened else 0
+    upcast = bundle.manifest.dtype != "fp32" and request.target.backend == "onnxruntime"
+    weights = memory.weights_bytes(bundle.model, bundle.manifest.plan, 4) if upcast else 0
     return weights + 64_000_000
 
 
@@ -265,7 +265,7 @@ def replay(
     found: dict[str, float] = {}
     for part in compiled:
         record, limit = part.record, TOLERANCE[part.precision]
-        progress(f"{record.name}: comparing with the oracle")
+        progress(f"{record.name}: comparing with the reference")
         own = [golden for golden in calls if golden.component == record.name]
         options = RunnerOptions(context=AXES["context"])
         runner = backend.open(folder, record, bundle.manifest.model, options)
@@ -276,8 +276,8 @@ def replay(
         if not worst <= limit:
             place = _first_op(bundle, part, folder, own[0], limit) if bisect else ""
             raise AccuracyError(
-                f"{record.name} differs from the oracle by {worst:.3g} (relative), allowed {limit}"
-                + place,
+                f"{record.name} differs from the reference by {worst:.3g} (relative), "
+                f"allowed {limit}{place}",
                 hint="nothing was written; please report this with the output of edgevlm doctor"
                 if bisect
                 else "add --bisect to find the first op that differs",

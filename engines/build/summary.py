@@ -56,7 +56,7 @@ def _floor_lines(time: Floors) -> list[str]:
 def built_engine(made: Engine, out: Path, worked: bool, explain: bool) -> Result:
     """What `build` made or found."""
     following = shlex.join(
-        ["edgevlm", "run", str(out), "What is in the picture?", "--image", "PHOTO.jpg"]
+        ["edgevlm", "run", str(out), "What is in the image?", "--image", "PHOTO.jpg"]
     )
     worst = max(made.build.golden_differences.values(), default=0.0)
     if worked:
@@ -64,7 +64,7 @@ def built_engine(made: Engine, out: Path, worked: bool, explain: bool) -> Result
     else:
         line = f"{out}: already built ({made.build.seconds:.1f} s saved)"
     lines = [*component_lines(made), *(_explained(list(made.lowering)) if explain else [])]
-    lines += [f"{line}; the oracle's answers are met to {worst:.1e}"]
+    lines += [f"{line}; the reference's answers are met to {worst:.1e}"]
     data = _engine_data(made, out) | {"already_built": not worked, "next": following}
     return data, lines, following
 
@@ -88,4 +88,4 @@ def inspect_engine(path: Path) -> tuple[Any, list[str]]:
     heading = f"engine for {made.target} of {made.bundle}, {precision}, context {made.context}"
     differences = ", ".join(f"{k} {v:.1e}" for k, v in made.build.golden_differences.items())
     lines = [heading, *component_lines(made), *plan_lines(made.plan)]
-    return data, [*lines, f"differences to the oracle: {differences}"]
+    return data, [*lines, f"differences to the reference: {differences}"]

@@ -1,4 +1,4 @@
-"""What each target does with each op: kept as it is, swapped for the target's own, spelled out.
+"""What each target does with each op: kept as it is, swapped for the target's own, decomposed.
 
 A table, read by lower.py. An op without a row is not supported there, and the build says so by
 name instead of finding out on the device.
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from edgevlm.engines.lowering.graph import Rewriter
 
-Action = Literal["keep", "swap", "spell out"]
-Swap = Callable[["onnx.NodeProto", "Rewriter"], "list[onnx.NodeProto]"]
+Action = Literal["keep", "swap", "decompose"]
+Rewrite = Callable[["onnx.NodeProto", "Rewriter"], "list[onnx.NodeProto]"]
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Row:
     """One op on one target.
 
     since: the first backend version for which the row holds. fits: whether the row suits a call
-    (None: every call); where it does not, `otherwise` is tried. Spelling out keeps our function's
+    (None: every call); where it does not, `otherwise` is tried. Decomposing keeps our function's
     standard body.
     """
 
     action: Action
     why: str
-    swap: Swap | None = None
+    rewrite: Rewrite | None = None
     into: str = ""
     since: Version = ()
     fits: Callable[[onnx.NodeProto], bool] | None = None
@@ -61,13 +61,13 @@ _STANDARD = (
 ).split()
 
 
-def _swap(swap: Swap, into: str, why: str) -> Row:
-    return Row("swap", why, swap, into)
+def _rewrite(rewrite: Rewrite, into: str, why: str) -> Row:
+    return Row("swap", why, rewrite, into)
 
 
 _KEEP = {op: Row("keep", "a standard op with a kernel") for op in _STANDARD}
 
-_SPELL_OUT = Row("spell out", "no kernel of its own; the standard body runs")
+_DECOMPOSE = Row("decompose", "no kernel of its own; the standard body runs")
 
 _ROTARY_FIRST = Row(
     "swap",
@@ -75,7 +75,7 @@ _ROTARY_FIRST = Row(
     rewrites.rotary_then_group_query_attention,
     "com.microsoft.GroupQueryAttention",
     fits=lambda node: rewrites.head_width(node) % 8 == 0,
-    otherwise=Row("spell out", "the kernel takes heads of 8n channels only"),
+    otherwise=Row("decompose", "the kernel takes heads of 8n channels only"),
 )
 _CACHED_ATTENTION = Row(
     "swap",
@@ -98,40 +98,40 @@ _ATTENTION = Row(
 ONNXRUNTIME_CPU: Mapping[str, Row] = {
     **_KEEP,
     "Attention": _ATTENTION,
-    "edgevlm.AddRMSNorm": _swap(
+    "edgevlm.AddRMSNorm": _rewrite(
         rewrites.add_rms_norm,
         "com.microsoft.SkipSimplifiedLayerNormalization",
         "one pass over memory",
     ),
-    "edgevlm.AddLayerNorm": _swap(
+    "edgevlm.AddLayerNorm": _rewrite(
         rewrites.add_layer_norm, "com.microsoft.SkipLayerNormalization", "one pass over memory"
     ),
-    "edgevlm.QuickGelu": _swap(
+    "edgevlm.QuickGelu": _rewrite(
         rewrites.quick_gelu, "com.microsoft.QuickGelu", "one pass over memory"
     ),
-    "edgevlm.SwiGLU": _swap(
+    "edgevlm.SwiGLU": _rewrite(
         rewrites.swiglu, "com.microsoft.QuickGelu", "silu is QuickGelu with alpha 1"
     ),
-    "edgevlm.Unembed": _swap(
+    "edgevlm.Unembed": _rewrite(
         rewrites.unembed,
         "com.microsoft.FusedMatMul",
         "reads the embedding table without turning it",
     ),
-    "edgevlm.BlockedLinear": _swap(
+    "edgevlm.BlockedLinear": _rewrite(
         rewrites.blocked_linear,
         "com.microsoft.MatMulNBits",
         "multiplies by the stored bytes; its input is rounded to 8 bits",
     ),
-    "edgevlm.BlockedEmbed": _SPELL_OUT,
+    "edgevlm.BlockedEmbed": _DECOMPOSE,
     "edgevlm.CachedAttention": _CACHED_ATTENTION,
-    "edgevlm.RotaryAttention": _swap(
+    "edgevlm.RotaryAttention": _rewrite(
         rewrites.rotary_attention,
         "com.microsoft.MultiHeadAttention",
         "turned as they lie, scores in tiles: no transposes, never all scores at once",
     ),
-    "edgevlm.MSDeformAttn": _SPELL_OUT,
-    "edgevlm.LayerMerge": _SPELL_OUT,
-    "edgevlm.ResponseNorm": _SPELL_OUT,
+    "edgevlm.MSDeformAttn": _DECOMPOSE,
+    "edgevlm.LayerMerge": _DECOMPOSE,
+    "edgevlm.ResponseNorm": _DECOMPOSE,
 }
 
 # ONNX Runtime 1.23, the last release for Python 3.10: opset 23, and a window that it gets wrong.

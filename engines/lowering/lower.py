@@ -14,7 +14,7 @@ from edgevlm.engines.lowering.graph import Rewriter, op_name
 from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.target import Target
 
-_NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_LOW_PRECISION = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def lower(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         row = _row(node, target)
-        nodes += row.swap(node, rewriter) if row and row.swap else [node]
+        nodes += row.rewrite(node, rewriter) if row and row.rewrite else [node]
     rewriter.finish(nodes)
     lowered = onnx.inliner.inline_local_functions(model) if model.functions else model
     if reads_opset_23_only(target):
@@ -71,29 +71,29 @@ def lower(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
     return lowered
 
 
-def widen(model: onnx.ModelProto) -> bool:
+def upcast(model: onnx.ModelProto) -> bool:
     """Make a half-precision graph float32, for processors without half kernels.
 
-    Returns whether anything changed; then the weights files must be widened too, and the caller
+    Returns whether anything changed; then the weights files must be upcast too, and the caller
     must set the external tensors' offsets anew.
     """
     graph = model.graph
     found = False
     for value in [*graph.input, *graph.output, *graph.value_info]:
-        if value.type.tensor_type.elem_type in _NARROW:
+        if value.type.tensor_type.elem_type in _LOW_PRECISION:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
             found = True
     for tensor in graph.initializer:
-        found |= _widen_tensor(tensor)
+        found |= _upcast_tensor(tensor)
     for node in graph.node:
         for attr in node.attribute:
-            if node.op_type == "Cast" and attr.name == "to" and attr.i in _NARROW:
+            if node.op_type == "Cast" and attr.name == "to" and attr.i in _LOW_PRECISION:
                 attr.i = TensorProto.FLOAT
     return found
 
 
-def _widen_tensor(tensor: onnx.TensorProto) -> bool:
-    if tensor.data_type not in _NARROW:
+def _upcast_tensor(tensor: onnx.TensorProto) -> bool:
+    if tensor.data_type not in _LOW_PRECISION:
         return False
     if tensor.data_location != TensorProto.EXTERNAL:
         values = onnx.numpy_helper.to_array(tensor).astype("float32")

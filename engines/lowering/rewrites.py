@@ -57,7 +57,7 @@ def swiglu(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
 
 
 def unembed(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
-    """A product that reads the table as it lies."""
+    """A product that reads the table as it is stored."""
     return [
         r.node(
             f"{CONTRIB}.FusedMatMul",
@@ -98,16 +98,16 @@ def multi_head_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodePro
 
 
 def rotary_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
-    """q and k turned by RotaryEmbedding as they lie, then MultiHeadAttention."""
+    """q and k rotated by RotaryEmbedding as they are stored, then MultiHeadAttention."""
     q, k, v, angles = node.input
     heads, places = attribute(node, "head_split")[2], _every_place(q, r)
     cos = r.once("Cos", [angles], f"{angles}.cos")
     sin = r.once("Sin", [angles], f"{angles}.sin")
     named = {"q": q, "k": k}
-    turned = [_turned(node, r, n, x, heads, (cos, sin, places)) for n, x in named.items()]
-    inputs = [*(t.output[0] for t in turned), v]
+    rotated = [_rotated(node, r, n, x, heads, (cos, sin, places)) for n, x in named.items()]
+    inputs = [*(t.output[0] for t in rotated), v]
     attend = f"{CONTRIB}.MultiHeadAttention"
-    return [*turned, r.node(attend, inputs, node.output, node.name, num_heads=heads)]
+    return [*rotated, r.node(attend, inputs, node.output, node.name, num_heads=heads)]
 
 
 def _every_place(x: str, r: Rewriter) -> str:
@@ -119,11 +119,11 @@ def _every_place(x: str, r: Rewriter) -> str:
     return r.once("Expand", [row, sizes], "places")
 
 
-def _turned(
+def _rotated(
     node: onnx.NodeProto, r: Rewriter, label: str, x: str, heads: int, table: tuple[str, str, str]
 ) -> onnx.NodeProto:
-    """x [B, S, heads * d] turned by (cos, sin, positions), half against half."""
-    name = f"{node.name}/{label}_turned"
+    """x [B, S, heads * d] rotated by (cos, sin, positions), half against half."""
+    name = f"{node.name}/{label}_rotated"
     return r.node(
         "RotaryEmbedding",
         [x, *table],
@@ -156,10 +156,10 @@ def rotary_then_group_query_attention(node: onnx.NodeProto, r: Rewriter) -> list
     """The same with the rotation in a node of its own."""
     q, k, v, key, value, cos, sin, positions, _ = node.input
     table = cos, sin, positions
-    turned_q = _turned(node, r, "q", q, attribute(node, "head_split")[2], table)
-    turned_k = _turned(node, r, "k", k, attribute(node, "kv_split")[2], table)
-    inputs = [turned_q.output[0], turned_k.output[0], v, key, value, *_lengths(positions, r)]
-    return [turned_q, turned_k, _attend(node, r, inputs, rotary=0)]
+    rotated_q = _rotated(node, r, "q", q, attribute(node, "head_split")[2], table)
+    rotated_k = _rotated(node, r, "k", k, attribute(node, "kv_split")[2], table)
+    inputs = [rotated_q.output[0], rotated_k.output[0], v, key, value, *_lengths(positions, r)]
+    return [rotated_q, rotated_k, _attend(node, r, inputs, rotary=0)]
 
 
 def _attend(node: onnx.NodeProto, r: Rewriter, inputs: list[str], rotary: int) -> onnx.NodeProto:

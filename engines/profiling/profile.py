@@ -17,7 +17,7 @@ from edgevlm.engines.runtime.clock import Clock, Span
 from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.images import preprocess
-from edgevlm.toolkit.images.preprocess import Picture
+from edgevlm.toolkit.images.preprocess import LoadedImage
 from edgevlm.toolkit.target import installed, threads_here
 from edgevlm.toolkit.text import prompts
 from edgevlm.toolkit.text.prompts import Prompt
@@ -27,7 +27,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. image None takes a generated picture of 640 x 480."""
+    """What is measured. image None takes a generated image of 640 x 480."""
 
     image: Path | None = None
     prompt_tokens: int = 32
@@ -138,11 +138,11 @@ def _run(session: Session, plan: Plan, number: int) -> _Run:
     """One question with a fixed number of answer tokens: the end-of-answer id does not count."""
     clock = Clock()
     with clock.time("image_decode"):
-        picture = _picture(plan, number)
-    found = session.vision.encode([picture], clock)
+        image = _image(plan, number)
+    found = session.vision.encode([image], clock)
     features = found.rows
     ids = _token_ids(session, plan.prompt_tokens)
-    layout = prompts.lay_out(Prompt((ids[:1], ids[1:])), found.places)
+    layout = prompts.assemble(Prompt((ids[:1], ids[1:])), found.places)
     if layout.length + plan.max_tokens > session.engine.context:
         raise InputError(
             f"{layout.length} prompt tokens and {plan.max_tokens} more do not fit into the "
@@ -160,13 +160,13 @@ def _run(session: Session, plan: Plan, number: int) -> _Run:
     return _Run(clock.spans, steps, first, layout.length, layout.image_tokens)
 
 
-def _picture(plan: Plan, number: int) -> Picture:
+def _image(plan: Plan, number: int) -> LoadedImage:
     if plan.image is not None:
         return preprocess.load(plan.image)
     from PIL import Image
 
     pixels = np.random.default_rng(number).integers(0, 256, (480, 640, 3), np.uint8)
-    return Picture(Image.fromarray(pixels))
+    return LoadedImage(Image.fromarray(pixels))
 
 
 def _token_ids(session: Session, count: int) -> tuple[int, ...]:

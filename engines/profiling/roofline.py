@@ -19,14 +19,14 @@ from edgevlm.toolkit.quantization.plan import WEIGHT_BITS, PrecisionPlan
 from edgevlm.toolkit.target import Target
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.config import ModelConfig
-from edgevlm.toolkit.vlm.cost import count, outputs, picture_axes
+from edgevlm.toolkit.vlm.cost import count, image_axes, outputs
 
 _PRODUCTS = ("linear", "unembed")
 
 
 @dataclass(frozen=True)
 class Work:
-    """One question: views of its picture, the picture's tokens, positions of the whole prompt."""
+    """One question: views of its image, the image's tokens, positions of the whole prompt."""
 
     views: int
     image_tokens: int
@@ -72,7 +72,7 @@ def roofline(
 
 @dataclass(frozen=True)
 class Floors:
-    """What a machine allows at best: one picture of 640 x 480 and 32 tokens of text."""
+    """What a machine allows at best: one image of 640 x 480 and 32 tokens of text."""
 
     time_to_first_token_ms: float
     inter_token_latency_ms: float
@@ -99,24 +99,24 @@ def floors(model: ModelConfig, plan: PrecisionPlan, target: Target) -> Floors:
 
 
 def question(model: ModelConfig, size: tuple[int, int] = (640, 480), text: int = 32) -> Work:
-    """The work of one picture of `size` (width, height) and so many tokens of text."""
+    """The work of one image of `size` (width, height) and so many tokens of text."""
     rules = model.images
     grid = None
     if rules.tiling is not None:
         wide, tall = best_resolution(size, rules.tiling.pinpoints)
         grid = (wide // rules.tiling.tile, tall // rules.tiling.tile)
     views = 1 + grid[0] * grid[1] if grid else 1
-    if rules.layout is not None:
-        tokens = len(arrange(rules.layout, views, grid, size).rows)
+    if rules.arrangement is not None:
+        tokens = len(arrange(rules.arrangement, views, grid, size).rows)
     else:
         merger = next(part for part in components.components(model) if part.name == "merger")
-        tokens = outputs(merger, picture_axes(model, views, 1))["features"].shape[0]
+        tokens = outputs(merger, image_axes(model, views, 1))["features"].shape[0]
     return Work(views, tokens, tokens + text)
 
 
 def _stages(model: ModelConfig, work: Work) -> list[tuple[str, int, Count]]:
     """Name, calls and cost of a call. An encoder sees one view at a time."""
-    axes = picture_axes(model, work.views, work.image_tokens) | {"context": work.prompt_tokens}
+    axes = image_axes(model, work.views, work.image_tokens) | {"context": work.prompt_tokens}
     encoders = {f"encoder.{part.name}" for part in model.encoders}
     found = []
     for part in components.components(model):
@@ -133,7 +133,7 @@ def _stages(model: ModelConfig, work: Work) -> list[tuple[str, int, Count]]:
 def _bound(
     stage: str, calls: int, counter: Count, plan: PrecisionPlan, peaks: Peaks, measured_ms: float
 ) -> Bound:
-    nbytes = calls * sum(c.weight_elements * plan.weight_bytes(c.site, 4) for c in counter.costs)
+    nbytes = calls * sum(c.weight_elements * plan.weight_bytes(c.path, 4) for c in counter.costs)
     narrow = calls * sum(c.flops for c in counter.costs if _rounds(c, plan))
     flops = calls * counter.flops
     arithmetic = ((flops - narrow) / peaks.gflop_s + narrow / peaks.int8_gop_s) / 1e6
@@ -151,4 +151,4 @@ def _bound(
 
 def _rounds(cost: Cost, plan: PrecisionPlan) -> bool:
     """Whether an op multiplies in 8 bits."""
-    return cost.op in _PRODUCTS and plan.at(cost.site) in WEIGHT_BITS
+    return cost.op in _PRODUCTS and plan.at(cost.path) in WEIGHT_BITS

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgevlm.engines.manifest import PIECE, Engine
+from edgevlm.engines.manifest import PREFILL_CHUNK, Engine
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.errors import OutOfMemory
 from edgevlm.toolkit.quantization.plan import WEIGHT_BITS, PrecisionPlan
@@ -17,7 +17,7 @@ from edgevlm.toolkit.target import Target
 from edgevlm.toolkit.terminal.console import human_bytes
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.config import ModelConfig
-from edgevlm.toolkit.vlm.cost import count, picture_axes
+from edgevlm.toolkit.vlm.cost import count, image_axes
 
 _FUSED = ("causal_mask", "attention_cached")
 # A container's limit and use: cgroup v2, then v1.
@@ -45,7 +45,7 @@ class Estimate:
 def estimate(
     bundle: Bundle, target: Target, context: int, plan: PrecisionPlan | None = None
 ) -> Estimate:
-    """Memory of an engine at a context length, for one picture and a full prompt.
+    """Memory of an engine at a context length, for one image and a full prompt.
 
     plan: in place of the bundle's own. Activations: twice the inputs and outputs of the op that
     has most of them, which leaves room for the residual stream, and the scores of attention over
@@ -65,7 +65,7 @@ def of_engine(made: Engine) -> Estimate:
 
 
 def _with_weights(model: ModelConfig, weights: int, context: int, size: int) -> Estimate:
-    lm, piece = model.lm.config, min(context, PIECE)
+    lm, piece = model.lm.config, min(context, PREFILL_CHUNK)
     cache = 2 * lm.num_layers * lm.num_kv_heads * lm.head_dim * context * size
     scores = lm.num_heads * piece * context
     return Estimate(weights, cache, (2 * _largest(model, context) + scores) * size, context)
@@ -76,9 +76,9 @@ def weights_bytes(model: ModelConfig, plan: PrecisionPlan, wide: int) -> int:
     total = 0.0
     for part in components.components(model):
         few = {
-            c.site: c.weight_elements
+            c.path: c.weight_elements
             for c in count(part, _axes(model, 1)).costs
-            if c.op == "linear" and plan.at(c.site) in WEIGHT_BITS
+            if c.op == "linear" and plan.at(c.path) in WEIGHT_BITS
         }
         if plan.at(f"{part.name}/embed") in WEIGHT_BITS and "embed.weight" in part.shapes:
             few[f"{part.name}/embed"] = math.prod(part.shapes["embed.weight"])
@@ -89,12 +89,12 @@ def weights_bytes(model: ModelConfig, plan: PrecisionPlan, wide: int) -> int:
 
 
 def _axes(model: ModelConfig, context: int) -> dict[str, int]:
-    """One question with the most views that a picture can have, read in pieces."""
+    """One question with the most views that a image can have, read in pieces."""
     tiling = model.images.tiling
     points = tiling.pinpoints if tiling else ()
     views = 1 + max((w * h // tiling.tile**2 for w, h in points if tiling), default=0)
-    lengths = {"context": context, "sequence": min(context, PIECE)}
-    return picture_axes(model, views, context) | lengths
+    lengths = {"context": context, "sequence": min(context, PREFILL_CHUNK)}
+    return image_axes(model, views, context) | lengths
 
 
 def _largest(model: ModelConfig, context: int) -> int:

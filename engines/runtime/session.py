@@ -1,6 +1,6 @@
 """The runtime: an engine opened once, asked many times. No model-specific code, no torch.
 
-A question goes: decode pictures, tokenize, preprocess, encoders, merger, prefill, then one token
+A question goes: decode images, tokenize, preprocess, encoders, merger, prefill, then one token
 per decode step. `Reply` streams it; `Answer` is what was said and where each millisecond went.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends import LayerTime, Runner, RunnerOptions
-from edgevlm.engines.manifest import PIECE, Engine
+from edgevlm.engines.manifest import PREFILL_CHUNK, Engine
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock
 from edgevlm.engines.runtime.memory import peak_rss_mb
@@ -29,7 +29,7 @@ from edgevlm.toolkit.images import preprocess
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import threads_here
 from edgevlm.toolkit.text import prompts
-from edgevlm.toolkit.text.prompts import Layout
+from edgevlm.toolkit.text.prompts import PromptSequence
 from edgevlm.toolkit.text.tokenizer import TextStream, Tokenizer
 
 Finish = Literal["stop", "length"]
@@ -62,7 +62,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished reply. timings_ms: stages by name; notes: what was done to the pictures."""
+    """A finished reply. timings_ms: stages by name; notes: what was done to the images."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -133,13 +133,13 @@ class Session:
 
     # -- the stages ------------------------------------------------------------------------
 
-    def prefill(self, layout: Layout, features: Array) -> Array:
+    def prefill(self, layout: PromptSequence, features: Array) -> Array:
         """Logits [vocab] after the whole prompt; the cache then holds it.
 
-        The prompt is read in equal pieces of at most PIECE tokens: less memory, and less time, as
-        attention computes a square of scores per piece of which the causal half counts.
+        The prompt is read in equal chunks of at most PREFILL_CHUNK tokens: less memory, and less
+        time, as attention computes a square of scores per chunk, of which the causal half counts.
         """
-        pieces = -(-layout.length // PIECE)
+        pieces = -(-layout.length // PREFILL_CHUNK)
         cuts = [layout.length * i // pieces for i in range(pieces + 1)]
         for begin, end in pairwise(cuts):
             last = end == layout.length
@@ -213,35 +213,35 @@ class Reply:
         if rest:
             yield Token(-1, rest, self._clock.now_ms())
 
-    def _read(self) -> tuple[Layout, Array]:
+    def _read(self) -> tuple[PromptSequence, Array]:
         """Everything before the language model."""
         session, question, clock = self._session, self._question, self._clock
         with clock.time("image_decode"):
             upright = session.model.images.upright
-            pictures = [preprocess.load(source, upright=upright) for source in question.images]
+            images = [preprocess.load(source, upright=upright) for source in question.images]
         self._notes = tuple(
             f"image {number}: {note}"
-            for number, picture in enumerate(pictures, 1)
-            for note in picture.notes
+            for number, image in enumerate(images, 1)
+            for note in image.notes
         )
         rules = session.model.prompts
         turns = [*question.history, question.prompt]
-        rendered = prompts.render(rules, turns, len(pictures), question.template)
+        rendered = prompts.render(rules, turns, len(images), question.template)
         if rendered.stop is not None:
             self._text.add_stop(rendered.stop)
         with clock.time("tokenize"):
             prompt = prompts.tokenize(rules, session.tokenizer, rendered.text)
-        again = rules.reuse_last and 0 < len(pictures) == prompt.images - 1
-        prompts.check_places(prompt, len(pictures) + again)
-        features = session.vision.encode(pictures, clock, tiles=rendered.tiles)
-        layout = prompts.lay_out(prompt, [*features.places, *(features.places[-1:] * again)])
+        again = rules.reuse_last and 0 < len(images) == prompt.images - 1
+        prompts.check_places(prompt, len(images) + again)
+        features = session.vision.encode(images, clock, tiles=rendered.tiles)
+        layout = prompts.assemble(prompt, [*features.places, *(features.places[-1:] * again)])
         if rules.cut is not None and layout.length > rules.cut:
             self._notes += (f"the prompt's {layout.length} tokens were cut to {rules.cut}",)
             layout = layout.first(rules.cut)
         self._check_length(layout)
         return layout, features.rows
 
-    def _check_length(self, layout: Layout) -> None:
+    def _check_length(self, layout: PromptSequence) -> None:
         context = self._session.engine.context
         if layout.length == 0:
             raise InputError("the prompt is empty")

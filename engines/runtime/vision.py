@@ -1,7 +1,7 @@
-"""From pictures to feature rows: views, encoders, merger, by walking the manifest's edges.
+"""From images to feature rows: views, encoders, merger, by walking the manifest's edges.
 
 Encoders see one view at a time, which bounds memory and makes an answer independent of how many
-pictures came along. Several encoders run side by side where the machine has cores for it.
+images came along. Several encoders run side by side where the machine has cores for it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from edgevlm.engines.manifest import Engine
 from edgevlm.engines.runtime.clock import Clock
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.images import preprocess, tiling
-from edgevlm.toolkit.images.preprocess import Picture
-from edgevlm.toolkit.images.tiling import Arrangement, Views
+from edgevlm.toolkit.images.preprocess import LoadedImage
+from edgevlm.toolkit.images.tiling import ArrangedTokens, Views
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.vlm.components import Edge
 from edgevlm.toolkit.vlm.config import ModelConfig
@@ -33,7 +33,7 @@ def side_by_side(encoders: int, threads: int) -> bool:
 
 @dataclass(frozen=True)
 class Features:
-    """Feature rows of all pictures [F, width], and for each the rows of its tokens, in order."""
+    """Feature rows of all images [F, width], and for each the rows of its tokens, in order."""
 
     rows: Array
     places: tuple[Array, ...]
@@ -54,45 +54,49 @@ class Vision:
         self._output = self._sources[f"{model.lm.name}:features"]
         self._pool = ThreadPoolExecutor(len(self._encoders)) if together else None
 
-    def encode(self, pictures: Sequence[Picture], clock: Clock, *, tiles: bool = True) -> Features:
-        """Features of all pictures. tiles=False gives every picture one view (chat scripts)."""
+    def encode(
+        self, images: Sequence[LoadedImage], clock: Clock, *, tiles: bool = True
+    ) -> Features:
+        """Features of all images. tiles=False gives every image one view (chat scripts)."""
         width: int = self._model.lm.config.hidden_size
-        if not pictures:
+        if not images:
             return Features(np.zeros((1, width), np.float32), ())
         parts, places, start = [], [], 0
-        for picture in pictures:
-            part, rows = self._one(picture, len(pictures), clock, tiles)
+        for image in images:
+            part, rows = self._one(image, len(images), clock, tiles)
             parts.append(part)
             places.append(rows + start)
             start += len(part)
         return Features(np.concatenate(parts), tuple(places))
 
-    def _one(self, picture: Picture, count: int, clock: Clock, tiles: bool) -> tuple[Array, Array]:
+    def _one(
+        self, image: LoadedImage, count: int, clock: Clock, tiles: bool
+    ) -> tuple[Array, Array]:
         with clock.time("preprocess"):
-            views, pixels = self._pixels(picture, count, tiles)
+            views, pixels = self._pixels(image, count, tiles)
         values = self._encoded(pixels, clock)
-        order = self._arrangement(views, picture)
+        order = self._arrangement(views, image)
         if order is not None:
-            values |= {"layout.rows": order.rows, "layout.shares": order.shares}
+            values |= {"arrangement.rows": order.rows, "arrangement.weights": order.weights}
         for record in self._after:
             self._run(record, values, clock)
         features = np.array(values[self._output])
-        mixed = any(source.startswith("layout.") for source in self._sources.values())
+        mixed = any(source.startswith("arrangement.") for source in self._sources.values())
         return features, np.arange(len(features)) if order is None or mixed else order.rows[:, 0]
 
     def _pixels(
-        self, picture: Picture, count: int, tiles: bool
+        self, image: LoadedImage, count: int, tiles: bool
     ) -> tuple[Views, list[dict[str, Array]]]:
         """The views, and for each its pixels by encoder."""
         rules = self._model.images
-        views, padded = Views((picture.rgb,), None), False
+        views, padded = Views((image.rgb,), None), False
         if rules.tiling is not None and tiles:
             if count > 1 and rules.tiling.several == "pad":
                 padded = True
             else:
-                views = tiling.cut(picture.rgb, rules.tiling)
+                views = tiling.cut(image.rgb, rules.tiling)
         found = []
-        for view in views.pictures:
+        for view in views.images:
             own = {n: r.padded() if padded else r for n, r in rules.encoders.items()}
             found.append(
                 {f"images.{n}": preprocess.preprocess(view, r)[None] for n, r in own.items()}
@@ -100,7 +104,7 @@ class Vision:
         return views, found
 
     def _encoded(self, pixels: list[dict[str, Array]], clock: Clock) -> dict[str, Array]:
-        """Every encoder's outputs, the views of a picture on the first axis."""
+        """Every encoder's outputs, the views of a image on the first axis."""
         found: dict[str, list[Array]] = {}
         for view in pixels:
             values: dict[str, Array] = dict(view)
@@ -121,11 +125,11 @@ class Vision:
             outputs = self._runners[record.name].run(inputs)
         values.update({f"{record.name}:{name}": array for name, array in outputs.items()})
 
-    def _arrangement(self, views: Views, picture: Picture) -> Arrangement | None:
-        layout = self._model.images.layout
+    def _arrangement(self, views: Views, image: LoadedImage) -> ArrangedTokens | None:
+        layout = self._model.images.arrangement
         if layout is None:
             return None
-        return tiling.arrange(layout, len(views.pictures), views.grid, picture.rgb.size)
+        return tiling.arrange(layout, len(views.images), views.grid, image.rgb.size)
 
 
 def _sees_pixels(record: ComponentRecord, edges: Sequence[Edge]) -> bool:

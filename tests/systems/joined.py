@@ -121,7 +121,7 @@ def below(prefix: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def pieces(kind: str, prompt: str) -> list[list[int]]:
-    """Ids of the texts around the pictures, by sentencepiece or by transformers' Qwen2."""
+    """Ids of the texts around the images, by sentencepiece or by transformers' Qwen2."""
     texts = prompt.split("<image>")
     if kind == "qwen2":
         fast = hf.PreTrainedTokenizerFast(tokenizer_file=str(QWEN / "tokenizer.json"))
@@ -134,7 +134,7 @@ def pieces(kind: str, prompt: str) -> list[list[int]]:
 
 
 def greedy(lm: Any, prompt: str, features: Sequence[torch.Tensor], tokens: int) -> list[int]:
-    """The language model's own answer; features [T, width] of every picture of the prompt."""
+    """The language model's own answer; features [T, width] of every image of the prompt."""
     embed, texts = lm.get_input_embeddings(), pieces(lm.config.model_type, prompt)
     parts = [embed(torch.tensor(texts[0], dtype=torch.long))]
     for rows, text in zip(features, texts[1:], strict=True):
@@ -166,7 +166,7 @@ def said(session: Session, prompt: str, files: Sequence[Path], tokens: int) -> l
     return list(session.answer(Question(prompt, files, tokens, template="none")).token_ids)
 
 
-def picture(folder: Path, width: int, height: int, seed: int = 0) -> Path:
+def image(folder: Path, width: int, height: int, seed: int = 0) -> Path:
     """A file with coarse random colours and some noise."""
     g = np.random.default_rng(seed)
     coarse = Image.fromarray(g.integers(0, 256, (5, 7, 3), np.uint8)).resize((width, height))
@@ -178,13 +178,13 @@ def picture(folder: Path, width: int, height: int, seed: int = 0) -> Path:
 
 
 def shown(path: Path) -> Any:
-    """The picture itself."""
+    """The image itself."""
     with Image.open(path) as file:
         return file.convert("RGB")
 
 
 def padded(path: Path, colour: tuple[int, int, int] = (122, 116, 104)) -> Any:
-    """The picture on a square of its longer side, centred, the odd remainder below or right."""
+    """The image on a square of its longer side, centred, the odd remainder below or right."""
     own = shown(path)
     side = max(own.size)
     square = Image.new("RGB", (side, side), colour)
@@ -193,6 +193,6 @@ def padded(path: Path, colour: tuple[int, int, int] = (122, 116, 104)) -> Any:
 
 
 def pixels(size: int, view: Any) -> torch.Tensor:
-    """CLIP's pixels of one picture [1, 3, size, size]."""
+    """CLIP's pixels of one image [1, 3, size, size]."""
     found: torch.Tensor = clip_processor(size)(view, return_tensors="pt")["pixel_values"]
     return found

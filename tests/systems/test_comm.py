@@ -97,10 +97,10 @@ def write(folder: Path, **changes: Any) -> tuple[Any, Any, Any, dict[str, torch.
 
 
 def expected_features(clip: Any, dino: Any, w: dict[str, torch.Tensor]) -> torch.Tensor:
-    picture = Image.open(IMAGE).convert("RGB")
-    side = max(picture.size)
+    image = Image.open(IMAGE).convert("RGB")
+    side = max(image.size)
     square = Image.new("RGB", (side, side), (122, 116, 104))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     first = clip_processor(56)(square, return_tensors="pt")["pixel_values"]
     other = clip_processor(56)
     second = other(square, image_mean=MEAN, image_std=STD, return_tensors="pt")["pixel_values"]

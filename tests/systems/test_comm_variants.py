@@ -32,7 +32,7 @@ class Variant:
     dino: dict[str, Any] = field(default_factory=dict)
     lm: str = "llama"
     text: dict[str, Any] = field(default_factory=dict)
-    picture: tuple[int, int] = (90, 61)
+    image: tuple[int, int] = (90, 61)
 
 
 VARIANTS = {
@@ -44,7 +44,7 @@ VARIANTS = {
     "raw, two MLPs of 3": Variant(config={"scale": "raw", "mlp_depth": 2, "mlp_ratio": 3}),
     "weighted sum, no MLP": Variant(
         ((0, 1, 2), (0, 1, 2, 3)),
-        {"merge": "layerscale", "mlp_depth": 0, "dinov2_levels": "all"}, picture=(40, 100),
+        {"merge": "layerscale", "mlp_depth": 0, "dinov2_levels": "all"}, image=(40, 100),
     ),
     "mean": Variant(
         ((1, 2), (2, 3)), {"merge": "mean", "clip_levels": [1, 2], "dinov2_levels": [2, 3]}
@@ -60,7 +60,7 @@ VARIANTS = {
         dino={"num_register_tokens": 2, "use_swiglu_ffn": True, "mlp_ratio": 2},
         config={"layer_norm_eps": 1e-2},
     ),
-    "square, mistral, nothing around pictures": Variant(
+    "square, mistral, nothing around images": Variant(
         config={"image_aspect_ratio": "square", "use_im_start_end": False}, lm="mistral",
         text={"sliding_window": 7, "num_key_value_heads": 1, "vocab_size": 1000},
     ),
@@ -194,7 +194,7 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
     clip, dino = towers(v)
     w = merger_tensors(v, lm.config.hidden_size)
     write(tmp_path, v, clip, dino, lm, w)
-    path = joined.picture(tmp_path, *v.picture)
+    path = joined.image(tmp_path, *v.image)
     rows = features(v, clip, dino, w, path)
     prompt, embed = joined.ASK, lm.get_input_embeddings()
     before, after = joined.pieces("llama", prompt)

@@ -35,7 +35,7 @@ class Variant:
     shards: int = 1
     torch_files: bool = False
     scaled: bool = True
-    picture: tuple[int, int] = (90, 61)
+    image: tuple[int, int] = (90, 61)
 
 
 VARIANTS = {
@@ -48,11 +48,11 @@ VARIANTS = {
         (1, 1, 2, 1), (6, 10, 14, 18), 70, {"mm_vision_select_layer": "-2"}
     ),
     "size no multiple of the stride, wide": Variant(
-        (1, 1, 1, 1, 1), (6, 10, 14, 18, 22), 203, picture=(203, 40), shards=2
+        (1, 1, 1, 1, 1), (6, 10, 14, 18, 22), 203, image=(203, 40), shards=2
     ),
     "no padding, tall, class tokens asked for": Variant(
         (1, 1, 1, 1, 1), (6, 10, 14, 18, 22), 150,
-        {"image_aspect_ratio": None, "mm_vision_select_feature": "cls_patch"}, picture=(40, 120),
+        {"image_aspect_ratio": None, "mm_vision_select_feature": "cls_patch"}, image=(40, 120),
     ),
     "torch files, id of the hub, inside, one linear with a number": Variant(
         (1, 1, 1, 1, 1), (6, 10, 14, 18, 22), 128, {"mm_projector_type": "mlp1x_gelu"},
@@ -139,7 +139,7 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
     assert session.model.system == "convllava"
     if int(v.config.get("mm_vision_select_layer", -1)) == -2:
         tower.encoder.stages[-1].layers = tower.encoder.stages[-1].layers[:-1]
-    path = joined.picture(tmp_path, *v.picture)
+    path = joined.image(tmp_path, *v.image)
     found = [projector(features(tower, view))[0] for view in views(v, path)]
     expected = joined.greedy(lm, joined.ASK, [torch.cat(found)], 16)
     assert joined.said(session, joined.ASK, [path], 16) == expected
@@ -156,7 +156,7 @@ def test_tower_weights_inside_the_checkpoint_are_ignored(tmp_path: Path) -> None
     tensors = joined.below("model.mm_projector.", projector) | other
     joined.write(tmp_path / "convllava", lm, tensors, settings)
     write_tower(tmp_path / "tower", tower, v)
-    path = joined.picture(tmp_path, 64, 64)
+    path = joined.image(tmp_path, 64, 64)
     rows = projector(features(tower, joined.pixels(64, joined.padded(path))))[0]
     expected = joined.greedy(lm, joined.ASK, [rows], 12)
     assert joined.said(joined.opened(tmp_path / "convllava"), joined.ASK, [path], 12) == expected
@@ -323,7 +323,7 @@ def test_unireplknet_goes_the_whole_way(
     w = lknet_tensors(merged, head)
     lm, projector = lknet_checkpoint(tmp_path, w, file)
     session = joined.opened(tmp_path / "convllava")
-    path = joined.picture(tmp_path, 110, 70)
+    path = joined.image(tmp_path, 110, 70)
     rows = lknet(w, joined.pixels(168, joined.padded(path)), merged)
     assert rows.shape == (1, 9, DIMS[-1])  # 168 -> 3, rounding up at every stride
     expected = joined.greedy(lm, joined.ASK, [projector(rows)[0]], 16)

@@ -173,9 +173,9 @@ def test_text_alone_equals_that_of_transformers(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     model = save(folder, "qwen2 untied")
     tokenizer = load_tokenizer(folder)
-    ids = torch.tensor([tokenizer("USER: What is a picture? ASSISTANT:")["input_ids"]])
+    ids = torch.tensor([tokenizer("USER: What is a image? ASSISTANT:")["input_ids"]])
     expected = model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist()
-    answer = ask(engine_of(folder, tmp_path), "USER: What is a picture? ASSISTANT:", [], 16)
+    answer = ask(engine_of(folder, tmp_path), "USER: What is a image? ASSISTANT:", [], 16)
     assert list(answer.token_ids) == expected
     assert answer.image_tokens == 0
 
@@ -183,16 +183,16 @@ def test_text_alone_equals_that_of_transformers(tmp_path: Path) -> None:
 def test_features_equal_those_of_transformers(tmp_path: Path) -> None:
     model = save(tmp_path / "checkpoint", "grouped heads")
     session = Session.open(engine_of(tmp_path / "checkpoint", tmp_path))
-    picture = preprocess.load(IMAGE)
+    image = preprocess.load(IMAGE)
     (rule,) = session.model.images.encoders.values()
-    pixels = torch.from_numpy(preprocess.preprocess(picture.rgb, rule)[None])
+    pixels = torch.from_numpy(preprocess.preprocess(image.rgb, rule)[None])
     with torch.no_grad():
         features = model.model.get_image_features(pixels)
     expected = getattr(features, "pooler_output", features)
     expected = torch.cat(list(expected)) if isinstance(expected, (list, tuple)) else expected
     from edgevlm.engines.runtime.clock import Clock
 
-    found = session.vision.encode([picture], Clock()).rows
+    found = session.vision.encode([image], Clock()).rows
     np.testing.assert_allclose(found, expected.reshape(found.shape).numpy(), atol=1e-4)
 
 

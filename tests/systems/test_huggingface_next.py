@@ -55,8 +55,8 @@ def save(folder: Path, onevision: bool, kind: str, aspect: str = "anyres_max_9")
     return model
 
 
-def pictures(folder: Path, *sizes: tuple[int, int]) -> list[Path]:
-    """Random pictures of these (width, height)."""
+def images(folder: Path, *sizes: tuple[int, int]) -> list[Path]:
+    """Random images of these (width, height)."""
     found = []
     for number, (width, height) in enumerate(sizes):
         pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
@@ -100,11 +100,11 @@ def test_next_answers_like_transformers(kind: str, tmp_path: Path) -> None:
     model = save(folder, False, kind)
     session = Session.open(engine_of(folder, tmp_path))
     for size in SIZES[: 5 if kind == "llama" else 2]:
-        files = pictures(tmp_path, size)
+        files = images(tmp_path, size)
         expected = expected_ids(model, False, folder, ONE, files, 12)
         answer = session.answer(Question(ONE, files, 12, template="none"))
         assert list(answer.token_ids) == expected, size
-    files = pictures(tmp_path, *SIZES[:2])
+    files = images(tmp_path, *SIZES[:2])
     expected = expected_ids(model, False, folder, TWO, files, 12)
     assert list(session.answer(Question(TWO, files, 12, template="none")).token_ids) == expected
 
@@ -115,11 +115,11 @@ def test_onevision_answers_like_transformers(aspect: str, tmp_path: Path) -> Non
     model = save(folder, True, "qwen2", aspect)
     session = Session.open(engine_of(folder, tmp_path))
     for size in SIZES:
-        files = pictures(tmp_path, size)
+        files = images(tmp_path, size)
         expected = expected_ids(model, True, folder, ONE, files, 12)
         answer = session.answer(Question(ONE, files, 12, template="none"))
         assert list(answer.token_ids) == expected, size
-    files = pictures(tmp_path, *SIZES[:2])
+    files = images(tmp_path, *SIZES[:2])
     expected = expected_ids(model, True, folder, TWO, files, 12)
     assert list(session.answer(Question(TWO, files, 12, template="none")).token_ids) == expected
 
@@ -131,9 +131,9 @@ def test_views_are_bit_equal(onevision: bool, tmp_path: Path) -> None:
     rules = Session.open(engine_of(folder, tmp_path)).model.images
     assert rules.tiling is not None
     (rule,) = rules.encoders.values()
-    for path in pictures(tmp_path, *SIZES):
-        picture = preprocess.load(path).rgb
-        views = tiling.cut(picture, rules.tiling)
-        found = np.stack([preprocess.preprocess(view, rule) for view in views.pictures])
-        expected = processor(onevision)([picture], return_tensors="np")["pixel_values"][0]
+    for path in images(tmp_path, *SIZES):
+        image = preprocess.load(path).rgb
+        views = tiling.cut(image, rules.tiling)
+        found = np.stack([preprocess.preprocess(view, rule) for view in views.images])
+        expected = processor(onevision)([image], return_tensors="np")["pixel_values"][0]
         assert np.array_equal(found, expected[: len(found)])

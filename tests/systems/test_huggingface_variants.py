@@ -26,7 +26,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One checkpoint. pictures: (width, height) of those in one question; split: the
+    """One checkpoint. images: (width, height) of those in one question; split: the
     preprocessing in preprocessor_config.json, as transformers 4 saved it."""
 
     kind: str
@@ -35,7 +35,7 @@ class Variant:
     config: dict[str, Any] = field(default_factory=dict)
     lm: str = "llama"
     tower: str = "clip"
-    pictures: tuple[tuple[int, int], ...] = (WIDE,)
+    images: tuple[tuple[int, int], ...] = (WIDE,)
     sharded: bool = False
     split: bool = False
 
@@ -45,15 +45,15 @@ TIED = {"tie_word_embeddings": True}
 VARIANTS = {
     "llava, siglip, sharded": Variant(
         "llava", {"image_size": 60}, config=LAST, lm="qwen2", tower="siglip", sharded=True,
-        pictures=(WIDE, HIGH),
+        images=(WIDE, HIGH),
     ),
     "llava, three levels, preprocessor_config": Variant(
         "llava", {"num_hidden_layers": 5}, {"head_dim": 12},
-        {"vision_feature_layer": [-4, 2, -1]}, split=True, pictures=(HIGH,),
+        {"vision_feature_layer": [-4, 2, -1]}, split=True, images=(HIGH,),
     ),
     "llava, all tokens of two levels": Variant(
         "llava", config={"vision_feature_layer": [1, -2], "vision_feature_select_strategy": "full"},
-        text={"num_key_value_heads": 1, "rms_norm_eps": 1e-2}, pictures=(SQUARE, WIDE, HIGH),
+        text={"num_key_value_heads": 1, "rms_norm_eps": 1e-2}, images=(SQUARE, WIDE, HIGH),
     ),
     "llava, no projector bias, tied above": Variant(
         "llava", config={"multimodal_projector_bias": False} | TIED, lm="mistral",
@@ -64,15 +64,15 @@ VARIANTS = {
         {"hidden_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1},
     ),
     "next, other pinpoints, sharded": Variant(
-        "next", config={"image_grid_pinpoints": PINPOINTS}, sharded=True, pictures=(WIDE, HIGH)
+        "next", config={"image_grid_pinpoints": PINPOINTS}, sharded=True, images=(WIDE, HIGH)
     ),
     "next, levels joined, preprocessor_config": Variant(
         "next", config={"vision_feature_layer": [-2, -1], "image_grid_pinpoints": PINPOINTS},
-        lm="mistral", split=True, pictures=(HIGH,),
+        lm="mistral", split=True, images=(HIGH,),
     ),
     "next, siglip, tied above": Variant(
         "next", config=LAST | TIED | {"image_grid_pinpoints": PINPOINTS}, tower="siglip",
-        lm="qwen2", pictures=(HIGH, SQUARE),
+        lm="qwen2", images=(HIGH, SQUARE),
     ),
     "next, mlcd, tied in the text's config": Variant(
         "next", text=TIED, config={"image_grid_pinpoints": PINPOINTS}, lm="qwen2", tower="mlcd"
@@ -84,11 +84,11 @@ VARIANTS = {
     "onevision, limit of two, preprocessor_config": Variant(
         "onevision", {"patch_size": 8},
         config={"image_grid_pinpoints": PINPOINTS, "vision_aspect_ratio": "anyres_max_2"},
-        lm="qwen2", tower="siglip", split=True, pictures=(HIGH,),
+        lm="qwen2", tower="siglip", split=True, images=(HIGH,),
     ),
-    "onevision, three pictures": Variant(
+    "onevision, three images": Variant(
         "onevision", config={"image_grid_pinpoints": PINPOINTS}, lm="qwen2", tower="siglip",
-        pictures=(HIGH, WIDE, SQUARE),
+        images=(HIGH, WIDE, SQUARE),
     ),
 }  # fmt: skip
 
@@ -130,18 +130,18 @@ def save(folder: Path, v: Variant) -> tuple[Any, Any]:
     assert len(list(folder.glob("*.safetensors"))) > 2 or not v.sharded
     add_tokenizer(folder)
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    pictures = image_processor(v, vision.image_size)
+    images = image_processor(v, vision.image_size)
     # OneVision's class takes its tokens, and cannot be made without a video processor.
     classes = {"llava": hf.LlavaProcessor}
     processor = classes.get(v.kind, hf.LlavaNextProcessor)(
-        image_processor=pictures,
+        image_processor=images,
         tokenizer=tokenizer,
         chat_template=TEMPLATE,
         patch_size=vision.patch_size,
         num_additional_image_tokens=int(v.tower != "siglip"),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
     )
-    (pictures if v.split else processor).save_pretrained(folder)
+    (images if v.split else processor).save_pretrained(folder)
     add_tokenizer(folder)
     return model, processor
 
@@ -168,7 +168,7 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
     combined = json.loads((folder / "processor_config.json").read_text()) if not v.split else {}
     assert v.split == (folder / "preprocessor_config.json").exists()
     assert v.split != ("image_processor" in combined)
-    files = [joined.picture(tmp_path, *size, seed=n) for n, size in enumerate(v.pictures)]
+    files = [joined.image(tmp_path, *size, seed=n) for n, size in enumerate(v.images)]
     said = [{"type": "image"}] * len(files) + [{"type": "text", "text": "What is in the image?"}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": said}], add_generation_prompt=True

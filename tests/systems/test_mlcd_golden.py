@@ -15,7 +15,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.images import preprocess, tiling
-from edgevlm.toolkit.images.tiling import TokenLayout
+from edgevlm.toolkit.images.tiling import TokenArrangement
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.text import prompts
@@ -26,14 +26,14 @@ CASE = "mlcd_llavanext_e2e"
 
 
 class Golden:
-    """The golden folder: prompts, arrays and pictures."""
+    """The golden folder: prompts, arrays and images."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
         self.inputs = dict(np.load(folder / "inputs.npz"))
         self.outputs = dict(np.load(folder / "outputs.npz"))
-        self.pictures = [folder / "image0.png", folder / "image1.png"]
+        self.images = [folder / "image0.png", folder / "image1.png"]
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,10 @@ def test_questions_are_token_exact(built: tuple[Golden, Session], name: str, cou
     assert ids_of(prompts.tokenize(session.model.prompts, session.tokenizer, text)) == (
         golden.inputs[f"{name}.input_ids"].reshape(-1).tolist()
     )
-    answer = session.answer(Question(text, golden.pictures[:count], 24, template="none"))
+    answer = session.answer(Question(text, golden.images[:count], 24, template="none"))
     assert list(answer.token_ids) == golden.outputs[f"{name}.greedy_ids"].tolist()
     question = text.split("<image>\n")[-1].split("<|im_end|>")[0]
-    again = session.answer(Question(question, golden.pictures[:count], 24))
+    again = session.answer(Question(question, golden.images[:count], 24))
     assert again.token_ids == answer.token_ids
 
 
@@ -88,7 +88,7 @@ def test_the_chat_script_is_token_exact(
     rendered = prompts.render(rules, turns, count, "mlcd_chat")
     ids = ids_of(prompts.tokenize(rules, session.tokenizer, rendered.text))
     assert ids == golden.inputs[f"{name}.input_ids"].reshape(-1).tolist()
-    question = Question(turns[-1], golden.pictures[:count], 24, template="mlcd_chat",
+    question = Question(turns[-1], golden.images[:count], 24, template="mlcd_chat",
                         history=turns[:-1])  # fmt: skip
     answer = session.answer(question)
     assert list(answer.token_ids) == golden.outputs[f"{name}.greedy_ids"].tolist()
@@ -99,13 +99,13 @@ def test_pixels_of_all_views_are_bit_equal(built: tuple[Golden, Session]) -> Non
     rules = session.model.images
     assert rules.tiling is not None
     (rule,) = rules.encoders.values()
-    for number, path in enumerate(golden.pictures):
-        picture = preprocess.load(path).rgb
-        views = tiling.cut(picture, rules.tiling)
+    for number, path in enumerate(golden.images):
+        image = preprocess.load(path).rgb
+        views = tiling.cut(image, rules.tiling)
         assert views.grid == tuple(golden.meta[f"image{number}_grid_tiles_wh"])
-        found = np.stack([preprocess.preprocess(view, rule) for view in views.pictures])
+        found = np.stack([preprocess.preprocess(view, rule) for view in views.images])
         assert np.array_equal(found, golden.outputs[f"image{number}.pixel_values_anyres"])
-        single = preprocess.preprocess(picture, rule)[None]
+        single = preprocess.preprocess(image, rule)[None]
         assert np.array_equal(single, golden.outputs[f"image{number}.pixel_values_single"])
 
 
@@ -113,7 +113,7 @@ def test_features_are_near(built: tuple[Golden, Session]) -> None:
     golden, session = built
     from edgevlm.engines.runtime.clock import Clock
 
-    for number, path in enumerate(golden.pictures):
+    for number, path in enumerate(golden.images):
         found = session.vision.encode([preprocess.load(path)], Clock())
         expected = golden.outputs[f"image{number}.projected"].reshape(-1, 64)
         near(found.rows[:-1], expected)
@@ -123,12 +123,16 @@ def test_features_are_near(built: tuple[Golden, Session]) -> None:
 
 
 LAYOUTS = {
-    "merged_tokens": TokenLayout(4, "spatial", unpad=True, newline=True),
-    "merged_tokens_anyres_max": TokenLayout(4, "spatial", unpad=True, newline=True, max_tiles=1),
-    "merged_tokens_spatial": TokenLayout(4, "spatial"),
-    "merged_tokens_flat": TokenLayout(4),
-    "merged_tokens_maxpool2x2": TokenLayout(4, "spatial", pool=True),
-    "merged_tokens_unpad_nobase": TokenLayout(4, "spatial", unpad=True, newline=True, base=False),
+    "merged_tokens": TokenArrangement(4, "spatial", unpad=True, newline=True),
+    "merged_tokens_anyres_max": TokenArrangement(
+        4, "spatial", unpad=True, newline=True, max_tiles=1
+    ),
+    "merged_tokens_spatial": TokenArrangement(4, "spatial"),
+    "merged_tokens_flat": TokenArrangement(4),
+    "merged_tokens_maxpool2x2": TokenArrangement(4, "spatial", pool=True),
+    "merged_tokens_unpad_nobase": TokenArrangement(
+        4, "spatial", unpad=True, newline=True, base=False
+    ),
 }
 
 
@@ -145,10 +149,10 @@ def test_merge_types(built: tuple[Golden, Session], name: str) -> None:
         near(_mixed(LAYOUTS[name], rows, order), golden.outputs[f"image{number}.{name}"], 1e-6)
 
 
-def _mixed(layout: TokenLayout, rows: Array, order: tiling.Arrangement) -> Array:
+def _mixed(layout: TokenArrangement, rows: Array, order: tiling.ArrangedTokens) -> Array:
     if layout.pool:
-        return NumpyOps().max_rows(rows, order.rows)
-    return NumpyOps().mix_rows(rows, order.rows, order.shares)
+        return NumpyOps().max_gather(rows, order.rows)
+    return NumpyOps().weighted_gather(rows, order.rows, order.weights)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,7 @@ def test_other_merge_types_go_the_whole_way(
     from edgevlm.engines.runtime.clock import Clock
 
     session = Session.open(engine_of(folder, tmp_path))
-    for number, path in enumerate(golden.pictures):
+    for number, path in enumerate(golden.images):
         found = session.vision.encode([preprocess.load(path)], Clock())
         near(found.rows[found.places[0]], golden.outputs[f"image{number}.{name}"])
 

@@ -38,8 +38,8 @@ class Variant:
     torch_files: bool = False
     inside: bool = False
     tower: str = "./clip-vit-tiny"
-    picture: tuple[int, int] = (97, 60)
-    pictures: int = 1
+    image: tuple[int, int] = (97, 60)
+    images: int = 1
 
 
 VARIANTS = {
@@ -51,7 +51,7 @@ VARIANTS = {
         shards=7, levels="list-7/-5/-4/-3/-2", projector="mlp3x_gelu", width=48, side=4
     ),
     "levels from the front, out of order, mlp1": Variant(
-        levels=[1, 4, 2, 0, 5], picture=(40, 90), projector="mlp1x_gelu", width=48
+        levels=[1, 4, 2, 0, 5], image=(40, 90), projector="mlp1x_gelu", width=48
     ),
     "levels between are ignored, a tower called otherwise": Variant(
         levels=[-6, -5, -4, -3, -7, 0, -1], tower="towers/eyes-large"
@@ -61,13 +61,13 @@ VARIANTS = {
         lm={"hidden_size": 104, "num_attention_heads": 2},
     ),
     "identity, no padding": Variant(
-        projector="identity", width=48, config={"image_aspect_ratio": "square"}, picture=(70, 160)
+        projector="identity", width=48, config={"image_aspect_ratio": "square"}, image=(70, 160)
     ),
     "tower inside is ignored": Variant(inside=True),
     "tower inside counts when it was trained": Variant(
         inside=True, config={"unfreeze_mm_vision_tower": True}
     ),
-    "two pictures": Variant(side=2, pictures=2),
+    "two images": Variant(side=2, images=2),
 }  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def fuser_tensors(d: int) -> dict[str, torch.Tensor]:
 def deform(
     w: dict[str, torch.Tensor], part: str, query: torch.Tensor, values: torch.Tensor, levels: int
 ) -> torch.Tensor:
-    """Deformable attention of the e x e grid's cells into `levels` equal grids, per picture."""
+    """Deformable attention of the e x e grid's cells into `levels` equal grids, per image."""
 
     def apply(name: str, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, w[f"{part}.{name}.weight"], w[f"{part}.{name}.bias"])
@@ -184,7 +184,7 @@ def write(work: Path, v: Variant) -> tuple[Any, Any, torch.nn.Module, dict[str, 
 def test_greedy_ids(name: str, tmp_path: Path) -> None:
     v = VARIANTS[name]
     lm, tower, projector, w = write(tmp_path, v)
-    files = [joined.picture(tmp_path, *v.picture, seed=n) for n in range(v.pictures)]
+    files = [joined.image(tmp_path, *v.image, seed=n) for n in range(v.images)]
     features = []
     for path in files:
         square = v.config.get("image_aspect_ratio") == "square"
@@ -195,7 +195,7 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
             ).hidden_states
             chosen = [states[n][0, 1:] for n in numbers(v)]
             features.append(projector(fused(w, [*chosen[:4], chosen[-1]])))
-    prompt = joined.ASK.replace("<image>", "<image>\n" * (v.pictures - 1) + "<image>")
+    prompt = joined.ASK.replace("<image>", "<image>\n" * (v.images - 1) + "<image>")
     expected = joined.greedy(lm, prompt, features, 16)
     session = joined.opened(tmp_path / "llava-mmfuser")
     assert session.model.system == "mmfuser"
@@ -206,7 +206,7 @@ def test_the_fuser_matters_for_these_answers(tmp_path: Path) -> None:
     """The truth with gammas of zero says something else, so a fuser left out would be seen."""
     v = VARIANTS["grid of three"]
     lm, tower, projector, w = write(tmp_path, v)
-    shown = joined.padded(joined.picture(tmp_path, *v.picture))
+    shown = joined.padded(joined.image(tmp_path, *v.image))
     with torch.no_grad():
         states = tower(joined.pixels(14 * v.side, shown), output_hidden_states=True).hidden_states
         levels = [states[n][0, 1:] for n in numbers(v)]

@@ -44,7 +44,7 @@ BIGG, LARGE = "mlcd-vit-bigG-patch14-42", "DeepGlint-AI/mlcd-vit-large-patch14-3
 class Variant:
     """One checkpoint. inside: prefix of other tower weights in it, which override the folder's.
 
-    sizes: pictures, each asked about alone. together: also all in one question. edge: the
+    sizes: images, each asked about alone. together: also all in one question. edge: the
     processor resizes to this, and crops.
     """
 
@@ -91,7 +91,7 @@ VARIANTS = {
         ANYRES | {"mm_patch_merge_type": "spatial", "image_grid_pinpoints": str(GRIDS)},
         inside=INSIDE, text={"vocab_size": 1003, "hidden_size": 40, "num_attention_heads": 2},
     ),
-    "flat tiles, two pictures": Variant(
+    "flat tiles, two images": Variant(
         "llava_next", "clip", "clip-vit", "mistral", ANYRES, together=True,
         sizes=((60, 20), (80, 81)), text={"sliding_window": None, "rope_theta": 1e6},
     ),
@@ -212,7 +212,7 @@ def best(size: tuple[int, int], allowed: Sequence[tuple[int, int]]) -> tuple[int
 
 
 def views(v: Variant, path: Path, tile: int) -> tuple[list[Any], tuple[int, int] | None]:
-    """Pictures for the processor and the grid of tiles (columns, rows)."""
+    """Images for the processor and the grid of tiles (columns, rows)."""
     shown = joined.shown(path)
     aspect = str(v.config.get("image_aspect_ratio"))
     if not aspect.startswith("anyres"):
@@ -329,7 +329,7 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
     session = joined.opened(tmp_path / "checkpoint")
     assert session.model.system == v.system
     prompt = joined.ASK_QWEN if v.lm == "qwen2" else joined.ASK
-    files = [joined.picture(tmp_path, w, h, seed=n) for n, (w, h) in enumerate(v.sizes)]
+    files = [joined.image(tmp_path, w, h, seed=n) for n, (w, h) in enumerate(v.sizes)]
     found = [features(v, tower, projector, newline, path) for path in files]
     for path, rows in zip(files, found, strict=True):
         expected = joined.greedy(lm, prompt, [rows], 12)
@@ -343,7 +343,7 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
 def test_text_alone(tmp_path: Path) -> None:
     v = VARIANTS["mlcd rope, heads of 12, tied"]
     lm, *_ = write(tmp_path, v)
-    prompt = "<|im_start|>user\nWhat is a picture?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = "<|im_start|>user\nWhat is a image?<|im_end|>\n<|im_start|>assistant\n"
     expected = joined.greedy(lm, prompt, [], 16)
     assert joined.said(joined.opened(tmp_path / "checkpoint"), prompt, [], 16) == expected
 

@@ -125,16 +125,16 @@ def test_two_images_in_their_order(built: tuple[Golden, Path], tmp_path: Path) -
     mirrored = tmp_path / "mirrored.png"
     ImageOps.mirror(Image.open(golden.image)).save(mirrored)
     session = Session.open(engine)
-    pictures = [preprocess.load(golden.image), preprocess.load(mirrored)]
-    features = session.vision.encode(pictures, _clock())
+    images = [preprocess.load(golden.image), preprocess.load(mirrored)]
+    features = session.vision.encode(images, _clock())
     layout = _layout(session, golden.case["prompt_two_images"], features.places)
     expected = golden.outputs["logits_two_images_last"].reshape(-1)
     near(session.prefill(layout, features.rows), expected)
 
 
-def _layout(session: Session, text: str, rows: Sequence[Array]) -> prompts.Layout:
+def _layout(session: Session, text: str, rows: Sequence[Array]) -> prompts.PromptSequence:
     prompt = prompts.tokenize(session.model.prompts, session.tokenizer, text)
-    return prompts.lay_out(prompt, rows)
+    return prompts.assemble(prompt, rows)
 
 
 def _clock() -> Any:

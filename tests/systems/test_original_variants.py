@@ -122,7 +122,7 @@ def write(folder: Path, v: Variant, tower: Any, lm: Any, projector: torch.nn.Mod
     tensors = {k: t for k, t in lm.state_dict().items() if "rotary" not in k}
     prefix = "model.mm_projector."
     tensors |= {prefix + k: t for k, t in projector.state_dict().items()}
-    if v.newline:  # made for "unpad", used where pictures are lists of views only
+    if v.newline:  # made for "unpad", used where images are lists of views only
         tensors["model.image_newline"] = torch.ones(v.text["hidden_size"])
     write_weights(folder, {k: t.contiguous() for k, t in tensors.items()}, v)
     place = folder.parent / "tower" if v.tower_place == "beside" else folder / "tower"
@@ -155,13 +155,13 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor], v: Variant) ->
 
 def expected_ids(v: Variant, tower: Any, lm: Any, projector: Any, tokens: int) -> list[int]:
     """Greedy ids of the parts joined by hand."""
-    picture = Image.open(IMAGE).convert("RGB")
+    image = Image.open(IMAGE).convert("RGB")
     if v.config["image_aspect_ratio"] == "pad":
-        side = max(picture.size)
+        side = max(image.size)
         square = Image.new("RGB", (side, side), MEAN)
-        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        picture = square
-    pixels = clip_processor(v.vision["image_size"])(picture, return_tensors="pt")["pixel_values"]
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    pixels = clip_processor(v.vision["image_size"])(image, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         states = tower(pixels, output_hidden_states=True).hidden_states
         chosen = states[int(v.config["mm_vision_select_layer"])]

@@ -47,12 +47,12 @@ def llava(tmp_path: Path) -> tuple[Golden, Path]:
 def test_a_turned_photograph(llava: tuple[Golden, Path], tmp_path: Path) -> None:
     golden, checkpoint = llava
     lying, turned, upright = (tmp_path / f"{n}.png" for n in ("lying", "turned", "upright"))
-    picture = Image.open(golden.image).convert("RGB").crop((0, 0, 70, 40))
+    image = Image.open(golden.image).convert("RGB").crop((0, 0, 70, 40))
     exif = Image.Exif()
     exif[0x0112] = 6  # show it turned by 90 degrees clockwise
-    picture.save(lying)
-    picture.save(turned, exif=exif)
-    picture.transpose(Image.Transpose.ROTATE_270).save(upright)
+    image.save(lying)
+    image.save(turned, exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(upright)
     prompt = golden.case["prompt"]
     plain, odd = opened(checkpoint, tmp_path), opened(checkpoint, tmp_path, "ignore-exif")
     answers = [asked(plain, prompt, [f]) for f in (lying, turned, upright)]
@@ -96,7 +96,7 @@ def _text_of(session: Session, ids: list[int]) -> str:
     return text
 
 
-def test_one_placeholder_more_than_pictures(tmp_path: Path) -> None:
+def test_one_placeholder_more_than_images(tmp_path: Path) -> None:
     from tests.conftest import golden_cases
 
     case = golden_cases()[MLCD]

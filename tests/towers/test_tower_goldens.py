@@ -1,4 +1,4 @@
-"""Towers and mergers alone against the original code's outputs: oracle and lowered ONNX."""
+"""Towers and mergers alone against the original code's outputs: reference and lowered ONNX."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edgevlm.toolkit.ops.vocabulary import Array, Weights
 from edgevlm.toolkit.strict import Reader, read_json
 from edgevlm.toolkit.target import this_cpu
 from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.config import Part
+from edgevlm.toolkit.vlm.config import ComponentConfig
 from tests.onnx_tools import model_of, run
 
 
@@ -42,8 +42,8 @@ def near(found: Array, expected: Array, tolerance: float = 1e-4) -> None:
 
 
 def both_ways(kind: str, config: Any, weights: dict[str, Array], pixels: Array) -> list[Array]:
-    """The encoder's outputs by the oracle, checked against the lowered graph's."""
-    part = components.encoder_component(Part("eye", kind, config))
+    """The encoder's outputs by the reference, checked against the lowered graph's."""
+    part = components.encoder_component(ComponentConfig("eye", kind, config))
     expected = part.forward(NumpyOps(), Weights(weights), {"pixels": pixels})
     found = run(lower(model_of(part, weights), this_cpu()), {"pixels": pixels})
     for name, array in expected.items():
@@ -103,9 +103,9 @@ def test_siglip(golden: Path) -> None:
         near(before, outputs[f"features_minus2_{name}"])
         near(last, outputs[f"features_minus1_{name}"])
     rule = read_preprocess(Reader(read_json(golden / "preprocessor_config.json"), "processor"))
-    picture = load(golden / "picture.png").rgb
-    assert np.array_equal(preprocess(picture, rule)[None], inputs["pixel_values_png"])
-    padded = preprocess(picture, rule.padded())
+    image = load(golden / "picture.png").rgb
+    assert np.array_equal(preprocess(image, rule)[None], inputs["pixel_values_png"])
+    padded = preprocess(image, rule.padded())
     assert np.array_equal(padded[None], inputs["pixel_values_png_padded"])
 
 

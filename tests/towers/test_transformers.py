@@ -20,7 +20,7 @@ from edgevlm.toolkit.ops.vocabulary import Array, Weights
 from edgevlm.toolkit.strict import Reader, read_json
 from edgevlm.toolkit.target import this_cpu
 from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.config import Part
+from edgevlm.toolkit.vlm.config import ComponentConfig
 from tests.onnx_tools import model_of, run
 from tests.systems.test_huggingface import scatter
 from tests.towers.test_tower_goldens import near, opened, tensors
@@ -29,7 +29,7 @@ hf: Any = transformers
 BASE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 7}
 VIT = BASE | {"intermediate_size": 72}
 
-# name -> (our kind, model class, configuration, picture size, options of Config.read)
+# name -> (our kind, model class, configuration, image size, options of Config.read)
 TOWERS: dict[str, tuple[str, Any, Any, tuple[int, int], dict[str, Any]]] = {
     "clip": ("clip", hf.CLIPVisionModel, hf.CLIPVisionConfig(**VIT, image_size=28), (28, 28), {}),
     "clip, gelu": (
@@ -54,14 +54,14 @@ TOWERS: dict[str, tuple[str, Any, Any, tuple[int, int], dict[str, Any]]] = {
         {},
     ),
     "dinov2": ("dinov2", hf.Dinov2Model, hf.Dinov2Config(**BASE, image_size=28), (28, 28), {}),
-    "dinov2, larger pictures": (
+    "dinov2, larger images": (
         "dinov2",
         hf.Dinov2Model,
         hf.Dinov2Config(**BASE, image_size=28),
         (42, 42),
         {"image_size": 42},
     ),
-    "dinov2, smaller pictures": (
+    "dinov2, smaller images": (
         "dinov2",
         hf.Dinov2Model,
         hf.Dinov2Config(**BASE, image_size=56),
@@ -125,7 +125,7 @@ def test_towers(name: str, tmp_path: Path) -> None:
     taps = (-1,) if convolutional else (0, 2, 3)
     config, weights = loaded(name, tmp_path, taps)
     pixels = np.random.default_rng(1).normal(size=(2, 3, *size)).astype(np.float32)
-    part = components.encoder_component(Part("eye", kind, config))
+    part = components.encoder_component(ComponentConfig("eye", kind, config))
     found = part.forward(NumpyOps(), Weights(weights), {"pixels": pixels})
     lowered = run(lower(model_of(part, weights), this_cpu()), {"pixels": pixels})
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_towers(name: str, tmp_path: Path) -> None:
             expected = [states[tap] for tap in taps]
     for i, truth in enumerate(expected):
         array = truth.numpy()
-        registers = getattr(config, "registers", 0)
+        registers = getattr(config, "num_registers", 0)
         if registers:  # ours drop them
             array = np.delete(array, range(1, 1 + registers), axis=1)
         near(found[f"features.{i}"], array)
@@ -199,7 +199,10 @@ def test_language_models(name: str, tmp_path: Path) -> None:
     checkpoint = opened(tmp_path / "model.safetensors")
     table = dict(file.names(config))
     check_tables([(table, file.shapes(config))], checkpoint, file.unused(config))
-    part, weights = components.lm_component(Part("lm", kind, config)), tensors(table, checkpoint)
+    part, weights = (
+        components.lm_component(ComponentConfig("lm", kind, config)),
+        tensors(table, checkpoint),
+    )
     ids = np.random.default_rng(3).integers(0, 200, (1, 12))
     with torch.no_grad():
         expected = model(torch.from_numpy(ids)).logits.numpy()
@@ -218,7 +221,7 @@ def call(
     part: components.Component, lowered: Any, weights: dict[str, Array], ids: Array, start: int,
     states: dict[str, Array],
 ) -> tuple[Array, dict[str, Array]]:  # fmt: skip
-    """One call of the lowered graph, compared with the oracle's; logits and states."""
+    """One call of the lowered graph, compared with the reference's; logits and states."""
     width = next(p.shape[1] for p in part.inputs if p.name == "features")
     feed: dict[str, Array] = {
         "ids": ids,

@@ -1,4 +1,4 @@
-"""Goldens: small inputs and the oracle's outputs, made at export, replayed at every build."""
+"""Goldens: small inputs and the reference's outputs, made at export, replayed at every build."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sample(size: int) -> Array:
 def make_goldens(
     component: Component, tensors: Mapping[str, Array], seed: int = 0
 ) -> Iterator[Golden]:
-    """Run the oracle over a component's golden calls, with weights read one at a time."""
+    """Run the reference over a component's golden calls, with weights read one at a time."""
     states = _zero_states(component)
     for inputs in _calls(component, seed):
         outputs = component.forward(NumpyOps(), Weights(tensors), {**inputs, **states})

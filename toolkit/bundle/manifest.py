@@ -3,7 +3,7 @@
 manifest.json   model configuration, components, edges, files with size and sha256
 NAME.onnx       one standard-opset graph per component; its weights stay outside
 NAME.safetensors  the component's weights, named as in the graph
-tokenizer.json  golden.npz (small inputs and the oracle's outputs, see toolkit/bundle/goldens.py)
+tokenizer.json  golden.npz (small inputs and the reference's outputs, see toolkit/bundle/goldens.py)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from edgevlm.toolkit.vlm import config as model_config
 from edgevlm.toolkit.vlm.components import Edge, Port, components, edges
 from edgevlm.toolkit.vlm.config import ModelConfig
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 GOLDENS = "golden.npz"
@@ -100,39 +100,39 @@ class Tensors(Mapping[str, Array]):
     def __init__(self, path: Path) -> None:
         self._file = SafetensorsFile(path)
         stored = self._file.entries
-        self._forms = {
-            name.removesuffix(form.suffix): form
-            for form in blockwise.FORMS
+        self._formats = {
+            name.removesuffix(storage.suffix): storage
+            for storage in blockwise.FORMATS
             for name in stored
-            if name.endswith(form.suffix) and name + blockwise.SCALE in stored
+            if name.endswith(storage.suffix) and name + blockwise.SCALE in stored
         }
-        packed = {key + form.suffix for key, form in self._forms.items()}
+        packed = {key + storage.suffix for key, storage in self._formats.items()}
         packed |= {name + blockwise.SCALE for name in packed}
-        self._names = [*(name for name in stored if name not in packed), *self._forms]
+        self._names = [*(name for name in stored if name not in packed), *self._formats]
 
     def __getitem__(self, key: str) -> Array:
-        form = self._forms.get(key)
-        if form is None:
+        storage = self._formats.get(key)
+        if storage is None:
             if key not in self._file.entries:
                 raise KeyError(key)
             return self._file.read(key)
         stored, scales = (
-            self._file.read(f"{key}{form.suffix}{part}") for part in ("", blockwise.SCALE)
+            self._file.read(f"{key}{storage.suffix}{part}") for part in ("", blockwise.SCALE)
         )
-        rows = blockwise.dequantize(stored, scales, form.bits)
-        return rows.T if form.turned else rows
+        rows = blockwise.dequantize(stored, scales, storage.bits)
+        return rows.T if storage.transposed else rows
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it."""
-        form = self._forms.get(key)
-        if form is None:
+        storage = self._formats.get(key)
+        if storage is None:
             return self._file.shape(key)
-        outputs, stored = self._file.shape(key + form.suffix)
-        inputs = stored * 8 // form.bits
-        return (inputs, outputs) if form.turned else (outputs, inputs)
+        outputs, stored = self._file.shape(key + storage.suffix)
+        inputs = stored * 8 // storage.bits
+        return (inputs, outputs) if storage.transposed else (outputs, inputs)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._forms or key in self._file.entries
+        return key in self._formats or key in self._file.entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -109,7 +109,7 @@ def _entry(path: Path, key: str, item: dict[str, list[int]], base: int) -> Entry
 
 
 @dataclass(frozen=True)
-class Planned:
+class TensorSpec:
     """A tensor to be written."""
 
     name: str
@@ -141,7 +141,7 @@ def row_blocks(array: Array) -> Iterator[Array]:
 
 
 def write_safetensors(
-    path: Path, plan: Sequence[Planned], produce: Callable[[Planned], Blocks]
+    path: Path, plan: Sequence[TensorSpec], produce: Callable[[TensorSpec], Blocks]
 ) -> Written:
     """Write `plan` in an aligned order, asking `produce` for one tensor at a time.
 
@@ -163,7 +163,9 @@ def write_safetensors(
     return Written(entries, digest.hexdigest(), size)
 
 
-def _pieces(order: Sequence[Planned], produce: Callable[[Planned], Blocks]) -> Iterator[memoryview]:
+def _pieces(
+    order: Sequence[TensorSpec], produce: Callable[[TensorSpec], Blocks]
+) -> Iterator[memoryview]:
     """The bytes of all tensors, piece by piece."""
     for tensor in order:
         rows = 0
@@ -191,12 +193,12 @@ def _one_ahead(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
             yield ready
 
 
-def _alignment(tensor: Planned) -> int:
+def _alignment(tensor: TensorSpec) -> int:
     size = math.prod(tensor.shape) * STORAGE[tensor.dtype].itemsize
     return math.gcd(size, 4096)
 
 
-def _layout(order: Sequence[Planned]) -> tuple[bytes, dict[str, Entry]]:
+def _layout(order: Sequence[TensorSpec]) -> tuple[bytes, dict[str, Entry]]:
     spans, offset = {}, 0
     for t in order:
         entry = Entry(t.dtype, t.shape, offset)
@@ -217,7 +219,7 @@ def _layout(order: Sequence[Planned]) -> tuple[bytes, dict[str, Entry]]:
     return struct.pack("<Q", len(text)) + text, entries
 
 
-def _stored(array: Array, tensor: Planned) -> memoryview:
+def _stored(array: Array, tensor: TensorSpec) -> memoryview:
     if tensor.dtype == "bf16":
         array = to_bfloat16(array)
     elif array.dtype != STORAGE[tensor.dtype]:
@@ -226,7 +228,7 @@ def _stored(array: Array, tensor: Planned) -> memoryview:
     return flat.view(np.uint8).data
 
 
-def _narrow(array: Array, tensor: Planned) -> Array:
+def _narrow(array: Array, tensor: TensorSpec) -> Array:
     kind = STORAGE[tensor.dtype]
     extremes = _extremes(array)
     if kind.kind == "f" and not np.isfinite(extremes).all():

@@ -1,7 +1,7 @@
-"""Pictures in, pixel tensors out: preprocessing declared as data, done with Pillow and NumPy.
+"""Images in, pixel tensors out: preprocessing declared as data, done with Pillow and NumPy.
 
 The result is bit-equal to what the originals feed their towers (Hugging Face's PIL processors
-after LLaVA's own aspect handling). What is done to unusual files is said in `Picture.notes`.
+after LLaVA's own aspect handling). What is done to unusual files is said in `LoadedImage.notes`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from edgevlm.toolkit.errors import ConfigError, InputError
-from edgevlm.toolkit.images.tiling import Tiling, TokenLayout
+from edgevlm.toolkit.images.tiling import Tiling, TokenArrangement
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import Reader
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PIXELS = 100_000_000  # a 30000 x 30000 picture would take 2.7 GB decoded
+MAX_PIXELS = 100_000_000  # a 30000 x 30000 image would take 2.7 GB decoded
 MAX_SIDE = 16_384  # padding to a square of this side already takes 0.8 GB
-MAX_RATIO = 200  # beyond this, resizing the short edge makes a picture of hundreds of megapixels
+MAX_RATIO = 200  # beyond this, resizing the short edge makes a image of hundreds of megapixels
 _ORIENTATION = 0x0112  # the EXIF tag
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _CROPPING = ("CLIP", "LlavaNext", "LlavaImage", "Bit")
@@ -34,7 +34,7 @@ _PROCESSORS = (
     "CLIPImageProcessor", "CLIPFeatureExtractor", "SiglipImageProcessor", "LlavaImageProcessor",
     "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor", "BitImageProcessor",
 )  # fmt: skip
-# Read elsewhere, or without meaning for one picture.
+# Read elsewhere, or without meaning for one image.
 _IDLE_KEYS = (
     "_valid_processor_keys auto_map data_format default_to_square device disable_grouping "
     "feature_extractor_type image_grid_pinpoints image_seq_length "
@@ -47,7 +47,7 @@ Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 class Preprocess:
     """One encoder's pixels: pad, resize, crop, rescale, normalise; in that order.
 
-    pad: colour of the square that the picture is first centred on, None for no padding.
+    pad: colour of the square that the image is first centred on, None for no padding.
     short_edge: resize so that the short edge has this length (long edge rounded down), or
     exact: resize to (height, width) regardless of aspect; crop: centred (height, width).
     """
@@ -63,7 +63,7 @@ class Preprocess:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the result. Raises ConfigError if they depend on the picture."""
+        """Height and width of the result. Raises ConfigError if they depend on the image."""
         size = self.crop or self.exact
         if size is None:
             raise ConfigError("the preprocessing has neither a crop nor an exact size")
@@ -77,21 +77,21 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class ImageRules:
-    """How one picture becomes pixels for every encoder, and its features tokens.
+    """How one image becomes pixels for every encoder, and its features tokens.
 
-    encoders: by name. tiling: AnyRes, None for one view. layout: the order of the views' tokens,
-    None for all of them as they come. upright: whether EXIF orientation is applied.
+    encoders: by name. tiling: AnyRes, None for one view. arrangement: the order of the views'
+    tokens, None for all of them as they come. upright: whether EXIF orientation is applied.
     """
 
     encoders: Mapping[str, Preprocess] = field(default_factory=dict)
     tiling: Tiling | None = None
-    layout: TokenLayout | None = None
+    arrangement: TokenArrangement | None = None
     upright: bool = True
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A decoded RGB picture; `notes` says what was done to get it."""
+class LoadedImage:
+    """A decoded RGB image; `notes` says what was done to get it."""
 
     rgb: Image
     notes: tuple[str, ...] = ()
@@ -176,7 +176,7 @@ def _three(value: Any, where: str) -> tuple[float, float, float]:
 # -- decoding ------------------------------------------------------------------------------
 
 
-def load(source: str | Path | bytes, *, upright: bool = True) -> Picture:
+def load(source: str | Path | bytes, *, upright: bool = True) -> LoadedImage:
     """Decode a file or its bytes to RGB. Raises InputError with the value and the reason.
 
     Orientation from EXIF is applied if `upright`, transparency dropped, CMYK and palettes are
@@ -210,7 +210,7 @@ def _why_unreadable(source: str | Path | bytes, name: str, refused: Exception) -
         return f"image {name} is empty (0 bytes)"
     if "DecompressionBomb" in type(refused).__name__:
         return f"image {name} is too large: {str(refused).split(',')[0]}"
-    return f"image {name} ({size} bytes) is not a picture that Pillow can read"
+    return f"image {name} ({size} bytes) is not a image that Pillow can read"
 
 
 def _refuse_odd_sizes(size: tuple[int, int], name: str) -> None:
@@ -230,7 +230,7 @@ def _refuse_odd_sizes(size: tuple[int, int], name: str) -> None:
         )
 
 
-def _to_rgb(file: Image, upright: bool) -> Picture:
+def _to_rgb(file: Image, upright: bool) -> LoadedImage:
     from PIL import ImageOps
 
     notes = []
@@ -242,14 +242,14 @@ def _to_rgb(file: Image, upright: bool) -> Picture:
     if shown.mode in ("I;16", "I;16B", "I;16L", "I"):
         notes.append("16-bit grey scaled to 8 bits")
         wide = np.asarray(shown).astype(np.int64)
-        return Picture(_grey(np.clip(wide >> 8, 0, 255).astype(np.uint8)), tuple(notes))
+        return LoadedImage(_grey(np.clip(wide >> 8, 0, 255).astype(np.uint8)), tuple(notes))
     if shown.mode in ("CMYK", "P", "PA"):
         kind = "CMYK" if shown.mode == "CMYK" else "palette"
         notes.append(f"{kind} converted to RGB")
     if shown.has_transparency_data:
         notes.append("alpha dropped")
         shown.info.pop("transparency", None)
-    return Picture(shown.convert("RGB"), tuple(notes))
+    return LoadedImage(shown.convert("RGB"), tuple(notes))
 
 
 def _grey(pixels: Array) -> Image:
@@ -261,12 +261,12 @@ def _grey(pixels: Array) -> Image:
 # -- preprocessing -------------------------------------------------------------------------
 
 
-def preprocess(picture: Image, rule: Preprocess) -> Array:
-    """One RGB picture -> float32 [3, height, width], the tensor the encoder was trained on."""
+def preprocess(image: Image, rule: Preprocess) -> Array:
+    """One RGB image -> float32 [3, height, width], the tensor the encoder was trained on."""
     if rule.pad is not None:
-        picture = _pad_square(picture, rule.pad)
-    picture = picture.resize(_target_size(picture.size, rule), _filter(rule.resample))
-    pixels = np.asarray(picture)
+        image = _pad_square(image, rule.pad)
+    image = image.resize(_target_size(image.size, rule), _filter(rule.resample))
+    pixels = np.asarray(image)
     if rule.crop is not None:
         pixels = _centre_crop(pixels, rule.crop)
     # A byte has 256 values: the float steps run once per value and channel, not per pixel.
@@ -274,15 +274,15 @@ def preprocess(picture: Image, rule: Preprocess) -> Array:
     return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
 
 
-def _pad_square(picture: Image, colour: tuple[int, int, int]) -> Image:
+def _pad_square(image: Image, colour: tuple[int, int, int]) -> Image:
     from PIL import Image
 
-    width, height = picture.size
+    width, height = image.size
     side = max(width, height)
     if width == height:
-        return picture
+        return image
     square = Image.new("RGB", (side, side), colour)
-    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
 
 
@@ -305,7 +305,7 @@ def _filter(name: Resample) -> Any:
 
 
 def _centre_crop(pixels: Array, size: tuple[int, int]) -> Array:
-    """The middle; zeros around it where the picture is smaller, as the originals pad."""
+    """The middle; zeros around it where the image is smaller, as the originals pad."""
     for axis, wanted in enumerate(size):
         have = pixels.shape[axis]
         if have < wanted:

@@ -1,8 +1,8 @@
-"""AnyRes: a picture as several views, and the order in which their tokens enter the prompt.
+"""AnyRes: a image as several views, and the order in which their tokens enter the prompt.
 
-A picture is fitted into the best of several resolutions and cut into tiles, with the whole picture
+A image is fitted into the best of several resolutions and cut into tiles, with the whole image
 in front. Arranging tokens is index arithmetic: which feature row stands where. Only pooling and
-bilinear shrinking compute anything, and they too are described by rows and shares.
+bilinear shrinking compute anything, and they too are described by rows and weights.
 Source: haotian-liu/LLaVA 1.6, LLaVA-VL/LLaVA-NeXT, deepglint/unicom; transformers' llava_next.
 """
 
@@ -27,8 +27,8 @@ Size = tuple[int, int]  # (width, height)
 class Tiling:
     """pinpoints: allowed resolutions as (width, height), multiples of `tile`.
 
-    several: what a question with more than one picture makes of each: tiles, or one padded view.
-    base: side of the squashed whole picture, if the processor resizes to another than it crops.
+    several: what a question with more than one image makes of each: tiles, or one padded view.
+    base: side of the squashed whole image, if the processor resizes to another than it crops.
     """
 
     pinpoints: tuple[Size, ...]
@@ -50,7 +50,7 @@ class Tiling:
 
 
 @dataclass(frozen=True)
-class TokenLayout:
+class TokenArrangement:
     """How the views' tokens follow each other; side: tokens per row of a view.
 
     order: "flat" view after view, or "spatial": the base view, then the tiles as one map. Of the
@@ -77,25 +77,25 @@ class TokenLayout:
 
 @dataclass(frozen=True)
 class Views:
-    """A picture's views, and the grid (columns, rows) of its tiles; None for a lone view."""
+    """A image's views, and the grid (columns, rows) of its tiles; None for a lone view."""
 
-    pictures: tuple[Image, ...]
+    images: tuple[Image, ...]
     grid: Size | None
 
 
 @dataclass(frozen=True)
-class Arrangement:
-    """Token i of a picture mixes feature rows[i, :] by shares[i, :], or takes their maximum."""
+class ArrangedTokens:
+    """Token i of a image mixes feature rows[i, :] by weights[i, :], or takes their maximum."""
 
     rows: Array
-    shares: Array
+    weights: Array
 
 
 # -- views -------------------------------------------------------------------------------------
 
 
 def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
-    """The pinpoint that keeps most of the picture's pixels; ties go to the least waste."""
+    """The pinpoint that keeps most of the image's pixels; ties go to the least waste."""
     width, height = size
     best, most, least = pinpoints[0], -1, 0
     for wide, tall in pinpoints:
@@ -107,10 +107,10 @@ def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
     return best
 
 
-def cut(picture: Image, tiling: Tiling) -> Views:
-    """The squashed whole picture, then tiles row by row of it fitted onto black."""
-    wide, tall = best_resolution(picture.size, tiling.pinpoints)
-    fitted = _fit(picture, (wide, tall))
+def cut(image: Image, tiling: Tiling) -> Views:
+    """The squashed whole image, then tiles row by row of it fitted onto black."""
+    wide, tall = best_resolution(image.size, tiling.pinpoints)
+    fitted = _fit(image, (wide, tall))
     side = tiling.tile
     tiles = [
         fitted.crop((x, y, x + side, y + side))
@@ -118,21 +118,21 @@ def cut(picture: Image, tiling: Tiling) -> Views:
         for x in range(0, wide, side)
     ]
     whole = tiling.base or side
-    base = picture.resize((whole, whole), _bicubic())
+    base = image.resize((whole, whole), _bicubic())
     return Views((base, *tiles), (wide // side, tall // side))
 
 
-def _fit(picture: Image, target: Size) -> Image:
+def _fit(image: Image, target: Size) -> Image:
     from PIL import Image
 
-    (width, height), (wide, tall) = picture.size, target
+    (width, height), (wide, tall) = image.size, target
     if wide / width < tall / height:
         size = (wide, min(math.ceil(height * (wide / width)), tall))
     else:
         size = (min(math.ceil(width * (tall / height)), wide), tall)
     canvas = Image.new("RGB", target, (0, 0, 0))
     place = ((wide - size[0]) // 2, (tall - size[1]) // 2)
-    canvas.paste(picture.resize(size, _bicubic()), place)
+    canvas.paste(image.resize(size, _bicubic()), place)
     return canvas
 
 
@@ -145,8 +145,8 @@ def _bicubic() -> int:
 # -- tokens ------------------------------------------------------------------------------------
 
 
-def arrange(layout: TokenLayout, views: int, grid: Size | None, size: Size) -> Arrangement:
-    """Where the tokens of a picture's `views` go; size: the picture's (width, height).
+def arrange(layout: TokenArrangement, views: int, grid: Size | None, size: Size) -> ArrangedTokens:
+    """Where the tokens of a image's `views` go; size: the image's (width, height).
 
     Feature rows: view after view, side^2 each, then the newline token if the layout has one.
     """
@@ -160,32 +160,32 @@ def arrange(layout: TokenLayout, views: int, grid: Size | None, size: Size) -> A
     found = _map(layout, grid, size)
     if layout.newline and not layout.pool:
         ends = np.full((found.rows.shape[0], 1, 4), newline)
-        found = Arrangement(
+        found = ArrangedTokens(
             np.concatenate([found.rows, ends], 1),
-            np.concatenate([found.shares, _first(ends.shape)], 1),
+            np.concatenate([found.weights, _first(ends.shape)], 1),
         )
-    flat = Arrangement(found.rows.reshape(-1, 4), found.shares.reshape(-1, 4))
+    flat = ArrangedTokens(found.rows.reshape(-1, 4), found.weights.reshape(-1, 4))
     if not layout.base:
         return flat
     base = _plain(np.arange(each))
-    return Arrangement(
-        np.concatenate([base.rows, flat.rows]), np.concatenate([base.shares, flat.shares])
+    return ArrangedTokens(
+        np.concatenate([base.rows, flat.rows]), np.concatenate([base.weights, flat.weights])
     )
 
 
-def _plain(rows: Array) -> Arrangement:
+def _plain(rows: Array) -> ArrangedTokens:
     """Each token is one row: repeated, so that a maximum works too."""
     repeated = np.repeat(rows[:, None], 4, 1)
-    return Arrangement(repeated, _first(repeated.shape))
+    return ArrangedTokens(repeated, _first(repeated.shape))
 
 
 def _first(shape: tuple[int, ...]) -> Array:
-    shares = np.zeros(shape, np.float32)
-    shares[..., 0] = 1
-    return shares
+    weights = np.zeros(shape, np.float32)
+    weights[..., 0] = 1
+    return weights
 
 
-def _map(layout: TokenLayout, grid: Size, size: Size) -> Arrangement:
+def _map(layout: TokenArrangement, grid: Size, size: Size) -> ArrangedTokens:
     """The tiles' tokens as one map [rows, columns, 4], cropped, pooled or shrunk."""
     n, (columns, rows) = layout.side, grid
     tile, y, x = (np.arange(count) for count in (rows * columns, n, n))
@@ -200,7 +200,7 @@ def _map(layout: TokenLayout, grid: Size, size: Size) -> Arrangement:
         if ratio > 1.1:
             return _shrunk(index, (int(index.shape[0] // ratio), int(index.shape[1] // ratio)))
     repeated = np.repeat(index[..., None], 4, 2)
-    return Arrangement(repeated, _first(repeated.shape))
+    return ArrangedTokens(repeated, _first(repeated.shape))
 
 
 def _unpad(index: Array, size: Size, *, rounded: bool) -> Array:
@@ -218,21 +218,21 @@ def _unpad(index: Array, size: Size, *, rounded: bool) -> Array:
     return index[:, cut_off : wide - cut_off]
 
 
-def _pooled(index: Array) -> Arrangement:
+def _pooled(index: Array) -> ArrangedTokens:
     rows, columns = (n // 2 for n in index.shape)
     blocks = index[: 2 * rows, : 2 * columns].reshape(rows, 2, columns, 2)
     flat = blocks.transpose(0, 2, 1, 3).reshape(rows, columns, 4)
-    return Arrangement(flat, _first(flat.shape))
+    return ArrangedTokens(flat, _first(flat.shape))
 
 
-def _shrunk(index: Array, size: tuple[int, int]) -> Arrangement:
+def _shrunk(index: Array, size: tuple[int, int]) -> ArrangedTokens:
     """Bilinear resizing to `size` (rows, columns), align_corners off, no antialias."""
     y, x = (_neighbours(have, wanted) for have, wanted in zip(index.shape, size, strict=True))
     rows = np.stack([index[np.ix_(y[a], x[b])] for a in (0, 1) for b in (0, 1)], -1)
     far = y[2][:, None], x[2][None, :]
     near = 1 - far[0], 1 - far[1]
-    shares = [near[0] * near[1], near[0] * far[1], far[0] * near[1], far[0] * far[1]]
-    return Arrangement(rows, np.stack(shares, -1).astype(np.float32))
+    weights = [near[0] * near[1], near[0] * far[1], far[0] * near[1], far[0] * far[1]]
+    return ArrangedTokens(rows, np.stack(weights, -1).astype(np.float32))
 
 
 def _neighbours(have: int, wanted: int) -> tuple[Array, Array, Array]:

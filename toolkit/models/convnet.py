@@ -1,4 +1,4 @@
-"""Pieces of convolutional towers: pictures of any size, stages of blocks, tokens row by row."""
+"""Pieces of convolutional towers: images of any size, stages of blocks, tokens row by row."""
 
 from __future__ import annotations
 

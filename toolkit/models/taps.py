@@ -27,7 +27,8 @@ def resolve_taps(config: C, taps: tuple[int, ...], where: str) -> C:
     for tap in taps:
         if not -states <= tap < states:
             raise ConfigError(
-                f"{where}: select layer {tap} does not exist: the tower has {config.num_layers} blocks"
+                f"{where}: select layer {tap} does not exist in a tower of "
+                f"{config.num_layers} blocks"
             )
     found = tuple(tap % states for tap in taps)
     changed: Any = replace(config, taps=found)  # type: ignore[type-var]

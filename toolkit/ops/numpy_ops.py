@@ -16,7 +16,7 @@ from edgevlm.toolkit.ops.vocabulary import Array, Grids, Norm, Step, Weights
 
 
 class NumpyOps:
-    """The oracle. Weights may be any mapping from key to array, also one that reads lazily."""
+    """The reference. Weights may be any mapping from key to array, also one that reads lazily."""
 
     def linear(self, x: Array, w: Weights[Array]) -> Array:
         y = _product(x, w["weight"])
@@ -27,13 +27,13 @@ class NumpyOps:
         return _product(x, w["weight"].T)
 
     def embed(self, ids: Array, w: Weights[Array]) -> Array:
-        return _wide(w["weight"][ids])
+        return _float32(w["weight"][ids])
 
     def conv(
         self, x: Array, w: Weights[Array], *, stride: int, padding: int = 0, groups: int = 1
     ) -> Array:
         """Tap by tap: memory stays near that of the input."""
-        kernel, bias = _wide(w["weight"]), w.get("bias")
+        kernel, bias = _float32(w["weight"]), w.get("bias")
         pad = ((0, 0), (0, 0), (padding, padding), (padding, padding))
         wide = np.pad(x, pad) if padding else x
         tall, broad = (
@@ -125,17 +125,17 @@ class NumpyOps:
         window: int | None,
     ) -> tuple[Array, Array, Array]:
         cos, sin = step.cos[step.positions][:, None], step.sin[step.positions][:, None]
-        turned = _rotate(_split(q, num_heads), cos, sin)
+        rotated = _rotate(_split(q, num_heads), cos, sin)
         keys = _write(past[0], _rotate(_split(k, num_kv_heads), cos, sin), step.positions)
         values = _write(past[1], _split(v, num_kv_heads), step.positions)
-        return _attend(turned, keys, values, step.mask), keys, values
+        return _attend(rotated, keys, values, step.mask), keys, values
 
     def attention_rotary(
         self, q: Array, k: Array, v: Array, angles: Array, *, num_heads: int
     ) -> Array:
         cos, sin = np.cos(angles), np.sin(angles)
-        turned_q, turned_k = (_rotate(_split(x, num_heads), cos, sin) for x in (q, k))
-        return _attend(turned_q, turned_k, _split(v, num_heads), None)
+        rotated_q, rotated_k = (_rotate(_split(x, num_heads), cos, sin) for x in (q, k))
+        return _attend(rotated_q, rotated_k, _split(v, num_heads), None)
 
     def ms_deform_attn(
         self,
@@ -152,8 +152,8 @@ class NumpyOps:
         batch, queries = offsets.shape[:2]
         levels = len(grids)
         values = _split(value, num_heads)
-        shares = _softmax(scores.reshape(batch, queries, num_heads, levels * num_points))
-        shares = shares.reshape(batch, queries, num_heads, levels, num_points)
+        weights = _softmax(scores.reshape(batch, queries, num_heads, levels * num_points))
+        weights = weights.reshape(batch, queries, num_heads, levels, num_points)
         shifts = offsets.reshape(batch, queries, num_heads, levels, num_points, 2)
         total, start = 0.0, 0
         for level, (height, width) in enumerate(grids):
@@ -161,7 +161,7 @@ class NumpyOps:
             around = reference[:, level % reference.shape[1]]
             places = sampling_places(shifts[:, :, :, level], around, (height, width), num_points)
             found = _bilinear(cells.reshape(batch, num_heads, height, width, -1), places)
-            total = total + (found * shares[:, :, :, level, :, None]).sum(3)
+            total = total + (found * weights[:, :, :, level, :, None]).sum(3)
             start += height * width
         return np.asarray(total, value.dtype).reshape(batch, queries, -1)
 
@@ -189,10 +189,10 @@ class NumpyOps:
         front = np.broadcast_to(rows, (x.shape[0], *rows.shape))
         return np.concatenate([front, x], axis=1)
 
-    def mix_rows(self, x: Array, rows: Array, shares: Array) -> Array:
-        return np.asarray((x[rows] * shares[..., None]).sum(1))
+    def weighted_gather(self, x: Array, rows: Array, weights: Array) -> Array:
+        return np.asarray((x[rows] * weights[..., None]).sum(1))
 
-    def max_rows(self, x: Array, rows: Array) -> Array:
+    def max_gather(self, x: Array, rows: Array) -> Array:
         return np.asarray(x[rows].max(1))
 
     def concat(self, xs: Sequence[Array], axis: int) -> Array:
@@ -213,30 +213,30 @@ class NumpyOps:
         return value
 
     def fake_quant(
-        self, x: Array, scale: Array, *, axis: int | None, bits: int, site: str
+        self, x: Array, scale: Array, *, axis: int | None, bits: int, path: str
     ) -> Array:
         step = scale if axis is None else _along(scale, axis, x.ndim)
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         return np.asarray(np.clip(np.rint(x / step), low, high) * step, x.dtype)
 
 
-def _wide(x: Array) -> Array:
+def _float32(x: Array) -> Array:
     """Half precision as float32; anything else as it is."""
     return x.astype(np.float32) if x.dtype == np.float16 else x
 
 
 def _product(x: Array, matrix: Array) -> Array:
-    """x @ matrix. Half-precision matrices are widened in pieces: an output layer has gigabytes."""
+    """x @ matrix. Half precision goes to float32 in pieces: an output layer has gigabytes."""
     if matrix.dtype != np.float16:
         return np.asarray(x @ matrix)
-    turned = matrix.flags.f_contiguous
-    lines = max((1 << 22) // matrix.shape[0 if turned else 1], 1)
-    pieces = range(0, matrix.shape[1 if turned else 0], lines)
-    if turned:
-        return np.concatenate([x @ _wide(matrix[:, i : i + lines]) for i in pieces], -1)
-    total: Array = x[..., :lines] @ _wide(matrix[:lines])
+    transposed = matrix.flags.f_contiguous
+    lines = max((1 << 22) // matrix.shape[0 if transposed else 1], 1)
+    pieces = range(0, matrix.shape[1 if transposed else 0], lines)
+    if transposed:
+        return np.concatenate([x @ _float32(matrix[:, i : i + lines]) for i in pieces], -1)
+    total: Array = x[..., :lines] @ _float32(matrix[:lines])
     for i in pieces[1:]:
-        total += x[..., i : i + lines] @ _wide(matrix[i : i + lines])
+        total += x[..., i : i + lines] @ _float32(matrix[i : i + lines])
     return total
 
 

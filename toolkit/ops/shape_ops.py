@@ -123,10 +123,10 @@ class ShapeOps:
     def layer_merge(self, xs: Sequence[Spec], w: Weights[Spec], eps: float) -> Spec:
         return decompositions.layer_merge(self, xs, w, eps)
 
-    def mix_rows(self, x: Spec, rows: Spec, shares: Spec) -> Spec:
+    def weighted_gather(self, x: Spec, rows: Spec, weights: Spec) -> Spec:
         return Spec((rows.shape[0], x.shape[1]))
 
-    def max_rows(self, x: Spec, rows: Spec) -> Spec:
+    def max_gather(self, x: Spec, rows: Spec) -> Spec:
         return Spec((rows.shape[0], x.shape[1]))
 
     def attention(self, q: Spec, k: Spec, v: Spec, *, num_heads: int, num_kv_heads: int) -> Spec:
@@ -183,5 +183,5 @@ class ShapeOps:
     def constant(self, name: str, value: Array) -> Spec:
         return Spec(value.shape)
 
-    def fake_quant(self, x: Spec, scale: Array, *, axis: int | None, bits: int, site: str) -> Spec:
+    def fake_quant(self, x: Spec, scale: Array, *, axis: int | None, bits: int, path: str) -> Spec:
         return x

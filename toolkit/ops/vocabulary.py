@@ -2,7 +2,7 @@
 
 NumPy runs them (toolkit/ops/numpy_ops.py), torch trains them (training/torch_ops.py), a recorder
 writes them down as ONNX (export/record.py). Shapes in brackets: B batch, S sequence, C channels,
-D width, H x W picture; `...` any leading axes.
+D width, H x W image; `...` any leading axes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Weights(Generic[T]):
     """
 
     tensors: Mapping[str, T]
-    path: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
 
     def __truediv__(self, step: str) -> Weights[T]:
-        return replace(self, path=(*self.path, step))
+        return replace(self, steps=(*self.steps, step))
 
     def __getitem__(self, leaf: str) -> T:
         return self.tensors[self.key(leaf)]
@@ -44,7 +44,7 @@ class Weights(Generic[T]):
 
     def key(self, leaf: str) -> str:
         """The tensor's name on disk: layers.0.attention.q.weight."""
-        return ".".join((*self.path, leaf))
+        return ".".join((*self.steps, leaf))
 
     def holding(self, **leaves: T) -> Weights[T]:
         """The same place with these tensors and no others."""
@@ -56,14 +56,14 @@ class Weights(Generic[T]):
         return replace(self, tensors=ChainMap(own, cast(Any, self.tensors)))
 
     @property
-    def site(self) -> str:
+    def path(self) -> str:
         """The place's name in graphs and plans: layers.0/attention.q."""
-        return "/".join(self.path)
+        return "/".join(self.steps)
 
 
 @dataclass(frozen=True)
 class Step(Generic[T]):
-    """What every layer of a decoder shares in one call, made once by the model function.
+    """What every layer of a decoder weights in one call, made once by the model function.
 
     positions [B, S] int64: index of each token in its row of the cache;
     mask [B, 1, S, S_max] bool: which cache entries a token may see;
@@ -249,11 +249,11 @@ class Ops(Protocol[T]):
         """Tokens in front of every row: x [B, S, D], tokens [D] or [N, D] -> [B, N + S, D]."""
         ...
 
-    def mix_rows(self, x: T, rows: T, shares: T) -> T:
-        """out[i] = sum over k of shares[i, k] * x[rows[i, k]]: x [F, D] -> [O, D]."""
+    def weighted_gather(self, x: T, rows: T, weights: T) -> T:
+        """out[i] = sum over k of weights[i, k] * x[rows[i, k]]: x [F, D] -> [O, D]."""
         ...
 
-    def max_rows(self, x: T, rows: T) -> T:
+    def max_gather(self, x: T, rows: T) -> T:
         """out[i] = elementwise maximum over k of x[rows[i, k]]: x [F, D], rows [O, K] -> [O, D]."""
         ...
 
@@ -281,9 +281,9 @@ class Ops(Protocol[T]):
 
     # -- precision -------------------------------------------------------------------------
 
-    def fake_quant(self, x: T, scale: Array, *, axis: int | None, bits: int, site: str) -> T:
+    def fake_quant(self, x: T, scale: Array, *, axis: int | None, bits: int, path: str) -> T:
         """clip(round(x / scale), -2^(bits-1), 2^(bits-1) - 1) * scale.
 
-        Rounds half to even; `scale` is a scalar, or a vector along `axis`; `site` names it.
+        Rounds half to even; `scale` is a scalar, or a vector along `axis`; `path` names it.
         """
         ...

@@ -34,9 +34,9 @@ class Wrapper(Generic[T]):
         op: Ops[T] = cast(Any, self)
         return decompositions.layer_merge(op, xs, w, eps)
 
-    def place(self, w: Weights[Any]) -> str:
-        """The site with its component in front: lm/layers.3/attention/q."""
-        return f"{self.component}/{w.site}"
+    def path_of(self, w: Weights[Any]) -> str:
+        """The path with its component in front: lm/layers.3/attention/q."""
+        return f"{self.component}/{w.path}"
 
 
 class Observe(Wrapper[Array]):
@@ -55,8 +55,8 @@ class Observe(Wrapper[Array]):
         return self.inner.conv(x, w, **sizes)
 
     def _see(self, x: Array, w: Weights[Array]) -> None:
-        place = self.place(w)
-        self.largest[place] = max(self.largest.get(place, 0.0), float(np.abs(x).max()))
+        path = self.path_of(w)
+        self.largest[path] = max(self.largest.get(path, 0.0), float(np.abs(x).max()))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Cost:
     """One op's work: multiply-adds count as two; weights and activations in elements moved."""
 
     op: str
-    site: str
+    path: str
     flops: int
     weight_elements: int
     activation_elements: int
@@ -76,7 +76,7 @@ class Count(Wrapper[Spec]):
     def __init__(self, inner: Ops[Spec], component: str) -> None:
         super().__init__(inner, component)
         self.costs: list[Cost] = []
-        self._site = component
+        self._path = component
 
     def __getattr__(self, op: str) -> Any:
         run = getattr(self.inner, op)
@@ -91,7 +91,7 @@ class Count(Wrapper[Spec]):
     def _add(self, op: str, args: tuple[Any, ...], result: Any, options: dict[str, Any]) -> None:
         weights = [arg for arg in args if isinstance(arg, Weights)]
         if weights:
-            self._site = self.place(weights[0])
+            self._path = self.path_of(weights[0])
         outputs = [result] if isinstance(result, Spec) else list(result)
         flops = _FLOPS.get(op, _elementwise)(args, outputs, options)
         if op in _FREE:
@@ -100,7 +100,7 @@ class Count(Wrapper[Spec]):
         held = sum(weights[0][leaf].size for leaf in ("weight",)) if weights else 0
         if op == "embed":
             held = outputs[0].size  # a gather reads the rows it returns, not the table
-        self.costs.append(Cost(op, self._site, flops, held, sum(s.size for s in moved)))
+        self.costs.append(Cost(op, self._path, flops, held, sum(s.size for s in moved)))
 
     @property
     def flops(self) -> int:

@@ -1,9 +1,9 @@
-"""Weights in 8 or 4 bits with one scale per block of inputs, as they lie in a weights file.
+"""Weights in 8 or 4 bits with one scale per block of inputs, as a weights file stores them.
 
 `NAME.int4` holds [outputs, inputs] unsigned, two values in a byte along the inputs, low half first,
-and `NAME.int4.scale` [outputs, inputs / block]: weight = (stored - middle) * scale, the middle
-being 8 or 128. ONNX Runtime's MatMulNBits reads these bytes as they are, and so does ONNX's
-DequantizeLinear with UINT4 or UINT8. An embedding table, whose rows are outputs as it stands, is
+and `NAME.int4.scale` [outputs, inputs / block]: weight = (stored - zero point) * scale, with zero
+point 8 or 128. ONNX Runtime's MatMulNBits reads these bytes as they are, and so does ONNX's
+DequantizeLinear with UINT4 or UINT8. An embedding table, whose rows are outputs already, is
 `NAME.rows_int8`.
 """
 
@@ -18,29 +18,32 @@ import numpy as np
 from edgevlm.toolkit.ops.vocabulary import Array
 
 Bits = Literal[8, 4]
-BLOCKS = (128, 64, 32, 16)  # inputs that share a scale: the largest that divides them
-MIDDLE: dict[Bits, int] = {8: 128, 4: 8}
+BLOCK_SIZES = (128, 64, 32, 16)  # inputs that share a scale: the largest that divides them
+ZERO_POINT: dict[Bits, int] = {8: 128, 4: 8}
 SCALE = ".scale"
 PIECE = 1 << 24  # weights that are rounded at a time
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a weight is stored. turned: ours is [inputs, outputs], the stored one the other way."""
+class StorageFormat:
+    """How a weight is stored. transposed: ours is [inputs, outputs], stored [outputs, inputs]."""
 
     bits: Bits
-    turned: bool
+    transposed: bool
     suffix: str
 
 
-LINEAR: dict[Bits, Form] = {8: Form(8, True, ".int8"), 4: Form(4, True, ".int4")}
-TABLE = Form(8, False, ".rows_int8")
-FORMS = (*LINEAR.values(), TABLE)
+LINEAR: dict[Bits, StorageFormat] = {
+    8: StorageFormat(8, True, ".int8"),
+    4: StorageFormat(4, True, ".int4"),
+}
+TABLE = StorageFormat(8, False, ".rows_int8")
+FORMATS = (*LINEAR.values(), TABLE)
 
 
 def block_of(inputs: int) -> int | None:
     """The block for so many inputs, None where none divides them: the weight stays in float."""
-    return next((size for size in BLOCKS if inputs % size == 0), None)
+    return next((size for size in BLOCK_SIZES if inputs % size == 0), None)
 
 
 def quantize(rows: Array, bits: Bits) -> tuple[Array, Array]:
@@ -52,12 +55,12 @@ def quantize(rows: Array, bits: Bits) -> tuple[Array, Array]:
     outputs, inputs = rows.shape
     block = block_of(inputs)
     if block is None:
-        raise ValueError(f"{inputs} inputs are not a multiple of {BLOCKS[-1]}")
+        raise ValueError(f"{inputs} inputs are not a multiple of {BLOCK_SIZES[-1]}")
     parts = rows.astype(np.float32).reshape(outputs, inputs // block, block)
     scales = _scales(parts, bits)
     steps = np.where(scales == 0, np.float32(1), scales)
-    middle = MIDDLE[bits]
-    codes = np.clip(np.rint(parts / steps[..., None]) + middle, 0, 2 * middle - 1)
+    zero_point = ZERO_POINT[bits]
+    codes = np.clip(np.rint(parts / steps[..., None]) + zero_point, 0, 2 * zero_point - 1)
     stored = codes.astype(np.uint8).reshape(outputs, inputs)
     return (stored if bits == 8 else pack(stored)), scales
 
@@ -73,7 +76,7 @@ def dequantize(stored: Array, scales: Array, bits: Bits) -> Array:
     """[outputs, inputs] float32 from what `quantize` gave."""
     codes = stored if bits == 8 else unpack(stored)
     outputs, inputs = codes.shape
-    parts = codes.reshape(outputs, scales.shape[1], -1).astype(np.float32) - MIDDLE[bits]
+    parts = codes.reshape(outputs, scales.shape[1], -1).astype(np.float32) - ZERO_POINT[bits]
     return np.asarray((parts * scales[..., None].astype(np.float32)).reshape(outputs, inputs))
 
 

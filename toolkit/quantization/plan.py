@@ -14,9 +14,9 @@ WEIGHT_BITS: dict[Precision, Literal[8, 4]] = {"int8_weights": 8, "int4_weights"
 
 @dataclass(frozen=True)
 class Rule:
-    """Places whose path matches `places` (a glob: lm/layers.*/mlp/*) run in `precision`."""
+    """Places whose path matches `paths` (a glob: lm/layers.*/mlp/*) run in `precision`."""
 
-    places: str
+    paths: str
     precision: Precision
 
 
@@ -34,17 +34,17 @@ class PrecisionPlan:
     samples: int = 0
     samples_sha256: str = ""
 
-    def at(self, place: str) -> Precision:
+    def at(self, path: str) -> Precision:
         """The precision of one place, for example lm/layers.3/attention/q."""
         chosen = self.default
         for rule in self.rules:
-            if fnmatchcase(place, rule.places):
+            if fnmatchcase(path, rule.paths):
                 chosen = rule.precision
         return chosen
 
-    def weight_bytes(self, place: str, wide: int) -> float:
+    def weight_bytes(self, path: str, wide: int) -> float:
         """Bytes that a weight of this place takes; `wide`: what one in float takes."""
-        chosen = self.at(place)
+        chosen = self.at(path)
         scale = wide / 128  # of a block; smaller blocks are those of tiny models
         if chosen in WEIGHT_BITS:
             return WEIGHT_BITS[chosen] / 8 + scale

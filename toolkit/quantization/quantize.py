@@ -35,31 +35,31 @@ class Quantize(Wrapper[T]):
         self._weights = weights
 
     def linear(self, x: T, w: Weights[T]) -> T:
-        if self._plan.at(self.place(w)) != "int8":
+        if self._plan.at(self.path_of(w)) != "int8":
             return self.inner.linear(x, w)
         return self.inner.linear(self._input(x, w), self._weight(w, axis=1))
 
     def conv(self, x: T, w: Weights[T], **sizes: int) -> T:
-        if self._plan.at(self.place(w)) != "int8":
+        if self._plan.at(self.path_of(w)) != "int8":
             return self.inner.conv(x, w, **sizes)
         return self.inner.conv(self._input(x, w), self._weight(w, axis=0), **sizes)
 
     def _input(self, x: T, w: Weights[T]) -> T:
-        place = self.place(w)
-        if place not in self._plan.ranges:
+        path = self.path_of(w)
+        if path not in self._plan.ranges:
             raise CalibrationError(
-                f"the plan has no range for the input of {place}",
+                f"the plan has no range for the input of {path}",
                 hint="calibrate again with samples that reach every component",
             )
-        scale = np.float32(max(self._plan.ranges[place], 1e-8) / 127)
-        site = f"{w.site}/input"
-        return self.inner.fake_quant(x, np.asarray(scale), axis=None, bits=8, site=site)
+        scale = np.float32(max(self._plan.ranges[path], 1e-8) / 127)
+        path = f"{w.path}/input"
+        return self.inner.fake_quant(x, np.asarray(scale), axis=None, bits=8, path=path)
 
     def _weight(self, w: Weights[T], axis: int) -> Weights[T]:
         array = np.abs(self._weights(w.key("weight")).astype(np.float32))
         others = tuple(i for i in range(array.ndim) if i != axis)
         scale = np.maximum(array.max(others), 1e-8).astype(np.float32) / np.float32(127)
-        site = f"{w.site}/weight"
-        rounded = self.inner.fake_quant(w["weight"], scale, axis=axis, bits=8, site=site)
+        path = f"{w.path}/weight"
+        rounded = self.inner.fake_quant(w["weight"], scale, axis=axis, bits=8, path=path)
         bias = w.get("bias")
         return w.holding(weight=rounded) if bias is None else w.holding(weight=rounded, bias=bias)

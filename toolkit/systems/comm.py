@@ -16,9 +16,9 @@ from typing import Any
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.layouts import original, towers
 from edgevlm.toolkit.checkpoints.layouts.source import (
+    ComponentTensors,
     Options,
     Source,
-    Stored,
     add_tokens,
     check,
     check_tokenizer,
@@ -35,7 +35,7 @@ from edgevlm.toolkit.models.mergers import comm
 from edgevlm.toolkit.strict import MOST_LAYERS, Reader, read_json
 from edgevlm.toolkit.text.prompts import PromptRules
 from edgevlm.toolkit.vlm import components, presets
-from edgevlm.toolkit.vlm.config import ModelConfig, Part
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 MODEL_TYPE = "edgevlm_comm"
 _LMS = {"llama": "llama", "qwen2": "qwen2", "mistral": "mistral"}
@@ -69,10 +69,10 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     stored = {f"encoder.{name}": _tower(eye, places[name], options) for name, eye in eyes.items()}
     file = models.lm(lm.kind)
     brain = open_checkpoint(lm_folder, options.torch_reader)
-    stored["lm"] = Stored(file.names(lm.config), file.shapes(lm.config), brain)
+    stored["lm"] = ComponentTensors(file.names(lm.config), file.shapes(lm.config), brain)
     own = open_checkpoint(folder, options.torch_reader)
     table, shapes = comm.names(merger.config), comm.shapes(merger.config)
-    stored["merger"] = Stored(table, shapes, own)
+    stored["merger"] = ComponentTensors(table, shapes, own)
     check([stored["merger"]], comm.unused(merger.config))
     check([stored["lm"]], file.unused(lm.config))
     model = ModelConfig(
@@ -118,42 +118,44 @@ def _levels(r: Reader, key: str, depth: int, default: range) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _clip(place: Path, r: Reader, options: Options) -> Part:
+def _clip(place: Path, r: Reader, options: Options) -> ComponentConfig:
     data = read_json(place / "config.json")
     reader = Reader(data, str(place / "config.json"), options.ignore_keys)
     depth = reader.count("num_hidden_layers", 12, most=MOST_LAYERS)
     levels = _levels(r, "clip_levels", depth, range(depth))
     config = clip.Config.read(reader, tuple(n + 1 for n in levels), False)
     reader.done()
-    return Part("clip", "clip", config)
+    return ComponentConfig("clip", "clip", config)
 
 
-def _dinov2(place: Path, r: Reader, side: int, options: Options) -> Part:
+def _dinov2(place: Path, r: Reader, side: int, options: Options) -> ComponentConfig:
     data = read_json(place / "config.json")
     reader = Reader(data, str(place / "config.json"), options.ignore_keys)
     depth = reader.count("num_hidden_layers", 12, most=MOST_LAYERS)
     levels = _levels(r, "dinov2_levels", depth, range(depth * 3 // 4, depth))
     config = dinov2.Config.read(reader, tuple(n + 1 for n in levels), False, image_size=side)
     reader.done()
-    return Part("dinov2", "dinov2", config)
+    return ComponentConfig("dinov2", "dinov2", config)
 
 
-def _tower(eye: Part, place: Path, options: Options) -> Stored:
+def _tower(eye: ComponentConfig, place: Path, options: Options) -> ComponentTensors:
     stored, unused = towers.stored_in(eye, place, options)
     check([stored], unused)
     return stored
 
 
-def _read_lm(folder: Path, options: Options) -> Part:
+def _read_lm(folder: Path, options: Options) -> ComponentConfig:
     data = read_json(folder / "config.json")
     reader = Reader(data, str(folder / "config.json"), options.ignore_keys)
     kind = _LMS[reader.choice("model_type", list(_LMS))]
     config = models.lm(kind).Config.read(reader)
     reader.done()
-    return Part("lm", kind, config)
+    return ComponentConfig("lm", kind, config)
 
 
-def _read_merger(r: Reader, eyes: Mapping[str, Part], outputs: int, side: int) -> Part:
+def _read_merger(
+    r: Reader, eyes: Mapping[str, ComponentConfig], outputs: int, side: int
+) -> ComponentConfig:
     merge = r.choice("merge", _MERGES, "norm_linear")
     scale = r.choice("scale", ("softmax", "raw"), "softmax")
     depth, ratio = r.count("mlp_depth", 1, least=0), r.count("mlp_ratio", 4)
@@ -161,7 +163,7 @@ def _read_merger(r: Reader, eyes: Mapping[str, Part], outputs: int, side: int) -
     if len(tokens) != 1:
         raise ConfigError(
             f"{r.where}: CLIP gives {eyes['clip'].config.tokens} tokens and DINOv2 "
-            f"{eyes['dinov2'].config.tokens} for pictures of {side}",
+            f"{eyes['dinov2'].config.tokens} for images of {side}",
             hint="choose image_size so that both grids are equal, as 336 with patches of 14",
         )
     branches = tuple(
@@ -177,18 +179,20 @@ def _read_merger(r: Reader, eyes: Mapping[str, Part], outputs: int, side: int) -
         for name, eye in eyes.items()
     )
     eps = r.positive("layer_norm_eps", 1e-5)
-    return Part("merger", "comm", comm.Config(branches, outputs, math.isqrt(tokens.pop()), eps))
+    return ComponentConfig(
+        "merger", "comm", comm.Config(branches, outputs, math.isqrt(tokens.pop()), eps)
+    )
 
 
 def _pixels(
     r: Reader, places: Mapping[str, Path], side: int, options: Options
 ) -> dict[str, Preprocess]:
-    """One picture for both: CLIP's geometry, each tower's own mean and deviation."""
+    """One image for both: CLIP's geometry, each tower's own mean and deviation."""
     aspect = r.choice("image_aspect_ratio", ("pad", "square"), "pad")
     first = towers.read_rule(places["clip"], options)
     if first.size != (side, side):
         raise ConfigError(
-            f"{places['clip']} makes pictures of {first.size}, config.json says {side}",
+            f"{places['clip']} makes images of {first.size}, config.json says {side}",
             hint="set image_size to what the CLIP tower was trained for",
         )
     first = first.padded() if aspect == "pad" else first
@@ -196,13 +200,13 @@ def _pixels(
     return {"clip": first, "dinov2": replace(first, mean=other.mean, std=other.std)}
 
 
-def _tokenizer(folder: Path, lm: Part, wrapped: bool) -> tuple[str, bool]:
+def _tokenizer(folder: Path, lm: ComponentConfig, wrapped: bool) -> tuple[str, bool]:
     text, doubled = read_tokenizer(folder, slow=True)
     text = add_tokens(text, ["<im_start>", "<im_end>"] * wrapped, lm.config.vocab_size)
     check_tokenizer(text, lm.config.vocab_size, str(folder))
     if wrapped and '"<im_start>"' not in text:
         raise ConfigError(
-            f"{folder}: the model has no row for <im_start>, which surrounds pictures",
+            f"{folder}: the model has no row for <im_start>, which surrounds images",
             hint="set use_im_start_end to false in config.json if it was trained without",
         )
     return text, doubled
@@ -211,7 +215,10 @@ def _tokenizer(folder: Path, lm: Part, wrapped: bool) -> tuple[str, bool]:
 def _preset(name: str, lm: llama.Config) -> ModelConfig:
     levels = {"clip": tuple(range(24)), "dinov2": tuple(range(18, 24))}
     base = {"clip": presets.CLIP_L_336, "dinov2": presets.DINOV2_L_336}
-    eyes = [Part(n, n, presets.tapped(base[n], *(level + 1 for level in levels[n]))) for n in base]
+    eyes = [
+        ComponentConfig(n, n, presets.tapped(base[n], *(level + 1 for level in levels[n])))
+        for n in base
+    ]
     branches = tuple(
         comm.Branch(n, levels[n], 1024, mlp_depth=1 if n == "dinov2" else 0) for n in base
     )
@@ -221,7 +228,7 @@ def _preset(name: str, lm: llama.Config) -> ModelConfig:
         name,
         "comm",
         eyes,
-        Part("merger", "comm", comm.Config(branches, lm.hidden_size, 24)),
+        ComponentConfig("merger", "comm", comm.Config(branches, lm.hidden_size, 24)),
         lm,
         ImageRules({"clip": rule, "dinov2": replace(rule, mean=other.mean, std=other.std)}),
     )

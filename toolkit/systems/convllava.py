@@ -16,9 +16,9 @@ from edgevlm.toolkit.images.preprocess import ImageRules
 from edgevlm.toolkit.models.lms import llama
 from edgevlm.toolkit.models.mergers import mlp
 from edgevlm.toolkit.vlm import presets
-from edgevlm.toolkit.vlm.config import ModelConfig, Part
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
-_RULES = original.Rules("convllava", projectors.linears)
+_RULES = original.OriginalRules("convllava", projectors.linears)
 
 
 def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
@@ -38,8 +38,8 @@ def _preset(name: str, lm: llama.Config, side: int) -> ModelConfig:
     return presets.model(
         name,
         "convllava",
-        [Part("convnext", "convnext", tower)],
-        Part("merger", "mlp", mlp.Config((tower.dims[-1],), lm.hidden_size)),
+        [ComponentConfig("convnext", "convnext", tower)],
+        ComponentConfig("merger", "mlp", mlp.Config((tower.dims[-1],), lm.hidden_size)),
         lm,
         ImageRules({"convnext": presets.clip_pixels(side).padded()}),
     )

@@ -15,17 +15,17 @@ from edgevlm.toolkit.images.preprocess import ImageRules
 from edgevlm.toolkit.models.lms import llama
 from edgevlm.toolkit.models.mergers import mlp
 from edgevlm.toolkit.vlm import presets
-from edgevlm.toolkit.vlm.config import ModelConfig, Part
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
-_ORIGINAL = original.Rules("llava", projectors.linears)
-_HUGGINGFACE = huggingface.Rules("llava", huggingface.one_view, original.TEMPLATES)
+_ORIGINAL = original.OriginalRules("llava", projectors.linears)
+_HUGGINGFACE = huggingface.HuggingFaceRules("llava", huggingface.one_view, original.TEMPLATES)
 
 
 def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
     """Whether a checkpoint folder is of this system: one level of one CLIP or SigLIP, one view."""
-    if huggingface.says(config, "llava"):
+    if huggingface.matches(config, "llava"):
         return True
-    if not original.is_original(config) or original.says_mlcd(config):
+    if not original.is_original(config) or original.names_mlcd(config):
         return False
     levels = towers.selected(config.get("mm_vision_select_layer")) or ()
     tiled = str(config.get("image_aspect_ratio")).startswith("anyres")
@@ -44,8 +44,8 @@ def _preset(name: str, lm: llama.Config) -> ModelConfig:
     return presets.model(
         name,
         "llava",
-        [Part("clip", "clip", presets.CLIP_L_336)],
-        Part("merger", "mlp", mlp.Config((1024,), lm.hidden_size)),
+        [ComponentConfig("clip", "clip", presets.CLIP_L_336)],
+        ComponentConfig("merger", "mlp", mlp.Config((1024,), lm.hidden_size)),
         lm,
         ImageRules({"clip": presets.clip_pixels(336).padded()}),
     )

@@ -16,21 +16,23 @@ from edgevlm.toolkit.checkpoints.layouts import huggingface, original, projector
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess
-from edgevlm.toolkit.images.tiling import Tiling, TokenLayout
+from edgevlm.toolkit.images.tiling import Tiling, TokenArrangement
 from edgevlm.toolkit.models.lms import llama
 from edgevlm.toolkit.models.mergers import mlp
 from edgevlm.toolkit.strict import Reader
 from edgevlm.toolkit.vlm import presets
-from edgevlm.toolkit.vlm.config import ModelConfig, Part
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
-_ORIGINAL = original.Rules("llava_next", projectors.linears, tower_wins=True, lone_newline=True)
+_ORIGINAL = original.OriginalRules(
+    "llava_next", projectors.linears, tower_wins=True, lone_newline=True
+)
 
 
 def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
     """Whether a checkpoint folder is of this system: AnyRes over one CLIP or SigLIP."""
-    if huggingface.says(config, "llava_next", "llava_onevision"):
+    if huggingface.matches(config, "llava_next", "llava_onevision"):
         return True
-    if not original.is_original(config) or original.says_mlcd(config):
+    if not original.is_original(config) or original.names_mlcd(config):
         return False
     tiled = str(config.get("image_aspect_ratio")).startswith("anyres")
     return tiled and towers.kind_of(config, folder, options) in ("clip", "siglip")
@@ -41,10 +43,12 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     if original.is_original(config):
         return original.load(folder, config, options, _ORIGINAL)
     if config["model_type"] == "llava_onevision":
-        rules = huggingface.Rules("llava_next", _onevision_pictures, original.TEMPLATES, -1, "full")
+        rules = huggingface.HuggingFaceRules(
+            "llava_next", _onevision_images, original.TEMPLATES, -1, "full"
+        )
     else:
-        rules = huggingface.Rules(
-            "llava_next", _next_pictures, original.TEMPLATES, ties_by_text=False
+        rules = huggingface.HuggingFaceRules(
+            "llava_next", _next_images, original.TEMPLATES, ties_by_text=False
         )
     return huggingface.load(folder, config, options, rules)
 
@@ -55,7 +59,7 @@ def _pinpoints(r: Reader) -> tuple[tuple[int, int], ...]:
     return tuple((int(w), int(h)) for h, w in pairs)
 
 
-def _side(r: Reader, encoder: Part) -> int:
+def _side(r: Reader, encoder: ComponentConfig) -> int:
     """Tokens per row of a view, which must be patches only."""
     tokens = encoder.config.tokens
     side = math.isqrt(tokens) if isinstance(tokens, int) else 0
@@ -67,14 +71,14 @@ def _side(r: Reader, encoder: Part) -> int:
     return side
 
 
-def _next_pictures(r: Reader, encoder: Part, rule: Preprocess) -> ImageRules:
+def _next_images(r: Reader, encoder: ComponentConfig, rule: Preprocess) -> ImageRules:
     r.choice("use_image_newline_parameter", [True], True)
-    layout = TokenLayout(_side(r, encoder), "spatial", unpad=True, newline=True, rounded=True)
+    layout = TokenArrangement(_side(r, encoder), "spatial", unpad=True, newline=True, rounded=True)
     tiling = Tiling(_pinpoints(r), rule.size[0], base=rule.short_edge)
     return ImageRules({encoder.name: rule}, tiling, layout)
 
 
-def _onevision_pictures(r: Reader, encoder: Part, rule: Preprocess) -> ImageRules:
+def _onevision_images(r: Reader, encoder: ComponentConfig, rule: Preprocess) -> ImageRules:
     r.choice("use_image_newline_parameter", [True], True)
     aspect = r.take("vision_aspect_ratio", str, "anyres_max_9")
     match = re.fullmatch(r"anyres_max_(\d+)", aspect)
@@ -83,7 +87,7 @@ def _onevision_pictures(r: Reader, encoder: Part, rule: Preprocess) -> ImageRule
             f"{r.where}: vision_aspect_ratio = {aspect!r} is not implemented",
             hint="implemented: anyres_max_N",
         )
-    layout = TokenLayout(
+    layout = TokenArrangement(
         _side(r, encoder), "spatial", unpad=True, newline=True, max_tiles=int(match[1]),
         rounded=True,
     )  # fmt: skip
@@ -93,12 +97,12 @@ def _onevision_pictures(r: Reader, encoder: Part, rule: Preprocess) -> ImageRule
 
 def _preset(name: str, lm: llama.Config) -> ModelConfig:
     pinpoints = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-    layout = TokenLayout(24, "spatial", unpad=True, newline=True)
+    layout = TokenArrangement(24, "spatial", unpad=True, newline=True)
     return presets.model(
         name,
         "llava_next",
-        [Part("clip", "clip", presets.CLIP_L_336)],
-        Part("merger", "mlp", mlp.Config((1024,), lm.hidden_size)),
+        [ComponentConfig("clip", "clip", presets.CLIP_L_336)],
+        ComponentConfig("merger", "mlp", mlp.Config((1024,), lm.hidden_size)),
         lm,
         ImageRules({"clip": presets.clip_pixels(336)}, Tiling(pinpoints, 336), layout),
     )

@@ -12,18 +12,18 @@ from typing import Any
 from edgevlm.toolkit.checkpoints.layouts import original, projectors
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
 from edgevlm.toolkit.images.preprocess import ImageRules
-from edgevlm.toolkit.images.tiling import Tiling, TokenLayout
+from edgevlm.toolkit.images.tiling import Tiling, TokenArrangement
 from edgevlm.toolkit.models.lms import llama
 from edgevlm.toolkit.models.mergers import mlp
 from edgevlm.toolkit.vlm import presets
-from edgevlm.toolkit.vlm.config import ModelConfig, Part
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
-_RULES = original.Rules("mlcd", projectors.linears, tower_wins=True, lone_newline=True)
+_RULES = original.OriginalRules("mlcd", projectors.linears, tower_wins=True, lone_newline=True)
 
 
 def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
     """Whether a checkpoint folder is of this system: its tower is called mlcd, as there."""
-    return original.is_original(config) and original.says_mlcd(config)
+    return original.is_original(config) and original.names_mlcd(config)
 
 
 def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
@@ -33,12 +33,12 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
 
 def _embodied(name: str, lm: llama.Config) -> ModelConfig:
     grids = tuple((336 * i, 336 * j) for i in range(1, 7) for j in range(1, 7))
-    layout = TokenLayout(24, "spatial", unpad=True, newline=True)
+    layout = TokenArrangement(24, "spatial", unpad=True, newline=True)
     return presets.model(
         name,
         "mlcd",
-        [Part("clip", "clip", presets.CLIP_L_336)],
-        Part("merger", "mlp", mlp.Config((1024,), lm.hidden_size)),
+        [ComponentConfig("clip", "clip", presets.CLIP_L_336)],
+        ComponentConfig("merger", "mlp", mlp.Config((1024,), lm.hidden_size)),
         lm,
         ImageRules({"clip": presets.clip_pixels(336)}, Tiling(grids, 336), layout),
     )
@@ -46,12 +46,12 @@ def _embodied(name: str, lm: llama.Config) -> ModelConfig:
 
 def _bigg(name: str, lm: llama.Config) -> ModelConfig:
     grids = ((448, 896), (896, 448), (896, 896), (1344, 448), (448, 1344))
-    layout = TokenLayout(32, "spatial", unpad=True, newline=True)
+    layout = TokenArrangement(32, "spatial", unpad=True, newline=True)
     return presets.model(
         name,
         "mlcd",
-        [Part("mlcd", "mlcd", presets.MLCD_BIGG_448)],
-        Part("merger", "mlp", mlp.Config((1664,), lm.hidden_size)),
+        [ComponentConfig("mlcd", "mlcd", presets.MLCD_BIGG_448)],
+        ComponentConfig("merger", "mlp", mlp.Config((1664,), lm.hidden_size)),
         lm,
         ImageRules({"mlcd": presets.clip_pixels(448)}, Tiling(grids, 448), layout),
     )

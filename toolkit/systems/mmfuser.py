@@ -19,7 +19,7 @@ from edgevlm.toolkit.models.lms import llama
 from edgevlm.toolkit.models.mergers import mmfuser
 from edgevlm.toolkit.strict import Reader
 from edgevlm.toolkit.vlm import presets
-from edgevlm.toolkit.vlm.config import ModelConfig, Part
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 LEVELS = (3, 8, 13, 18, 23)
 
@@ -46,7 +46,7 @@ def _taps(selected: tuple[int, ...]) -> tuple[int, ...]:
     return (*selected[: mmfuser.LEVELS], selected[-1])
 
 
-def _merger(r: Reader, encoder: Part, outputs: int) -> Part:
+def _merger(r: Reader, encoder: ComponentConfig, outputs: int) -> ComponentConfig:
     config = encoder.config
     if getattr(config, "class_token", False) or not isinstance(config.tokens, int):
         raise ConfigError(
@@ -58,18 +58,20 @@ def _merger(r: Reader, encoder: Part, outputs: int) -> Part:
         raise ConfigError(f"{r.where}: residual blocks behind the fuser are not implemented")
     projectors.check_identity(r, layers, config.hidden_size, outputs)
     side = math.isqrt(config.tokens)
-    return Part("merger", "mmfuser", mmfuser.Config(config.hidden_size, side, outputs, layers))
+    return ComponentConfig(
+        "merger", "mmfuser", mmfuser.Config(config.hidden_size, side, outputs, layers)
+    )
 
 
-_RULES = original.Rules("mmfuser", _merger, taps=_taps)
+_RULES = original.OriginalRules("mmfuser", _merger, taps=_taps)
 
 
 def _preset(name: str, lm: llama.Config) -> ModelConfig:
     return presets.model(
         name,
         "mmfuser",
-        [Part("clip", "clip", presets.tapped(presets.CLIP_L_336, *LEVELS))],
-        Part("merger", "mmfuser", mmfuser.Config(1024, 24, lm.hidden_size)),
+        [ComponentConfig("clip", "clip", presets.tapped(presets.CLIP_L_336, *LEVELS))],
+        ComponentConfig("merger", "mmfuser", mmfuser.Config(1024, 24, lm.hidden_size)),
         lm,
         ImageRules({"clip": presets.clip_pixels(336).padded()}),
     )

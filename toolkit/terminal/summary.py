@@ -98,7 +98,7 @@ def component_lines(m: Described) -> list[str]:
         )
         for c in m.components
     ]
-    return table(("component", "parameters", "weights", "one picture / token", "ports"), rows)
+    return table(("component", "parameters", "weights", "one image / token", "ports"), rows)
 
 
 def _ports(record: ComponentRecord) -> str:
@@ -117,7 +117,7 @@ def plan_lines(plan: PrecisionPlan) -> list[str]:
     """What is in fewer bits; nothing where nothing is."""
     if plan == PrecisionPlan():
         return []
-    rules = [f"{rule.precision} in {rule.places}" for rule in plan.rules]
+    rules = [f"{rule.precision} in {rule.paths}" for rule in plan.rules]
     return [f"weights: {', '.join([plan.default, *rules])} ({plan.method})"]
 
 

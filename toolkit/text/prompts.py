@@ -20,10 +20,10 @@ class PromptRules:
 
     splice: "pieces" cuts the text at the placeholder and tokenizes each piece as a text of its
     own, keeping the first BOS only (LLaVA); "token" knows a token of that name (Hugging Face).
-    placeholder: what stands for a picture in a raw prompt; image_text: what a rendered one has for
+    placeholder: what stands for a image in a raw prompt; image_text: what a rendered one has for
     it. eos: ids that end an answer. doubled_blank: see Tokenizer. template: the default one.
     cut: prompts end after so many positions, None for an error where they do not fit. reuse_last:
-    one place more than pictures shows the last picture again (both: layouts/quirks.py).
+    one place more than images shows the last image again (both: layouts/quirks.py).
     """
 
     template: str
@@ -49,7 +49,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PromptSequence:
     """A prompt laid out for the LM: ids and rows, both [1, S] int64, as Ops.place_tokens reads."""
 
     ids: Array
@@ -65,9 +65,9 @@ class Layout:
         """Positions that hold image tokens."""
         return int((self.rows >= 0).sum())
 
-    def first(self, positions: int) -> Layout:
+    def first(self, positions: int) -> PromptSequence:
         """Its beginning."""
-        return Layout(self.ids[:, :positions], self.rows[:, :positions])
+        return PromptSequence(self.ids[:, :positions], self.rows[:, :positions])
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def check_places(prompt: Prompt, images: int) -> None:
         )
 
 
-def lay_out(prompt: Prompt, images: Sequence[Array]) -> Layout:
+def assemble(prompt: Prompt, images: Sequence[Array]) -> PromptSequence:
     """Ids and rows of a prompt whose image k is the feature rows `images[k]`."""
     check_places(prompt, len(images))
     ids: list[Array] = []
@@ -153,4 +153,4 @@ def lay_out(prompt: Prompt, images: Sequence[Array]) -> Layout:
             rows.append(places)
         ids.append(np.asarray(run, np.int64))
         rows.append(np.full(len(run), -1, np.int64))
-    return Layout(np.concatenate(ids)[None], np.concatenate(rows)[None])
+    return PromptSequence(np.concatenate(ids)[None], np.concatenate(rows)[None])

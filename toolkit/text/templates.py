@@ -21,8 +21,8 @@ CUT = "\x1f"  # in a rendered prompt: what stands on its two sides is tokenized 
 class Template:
     """`roles`, `sep` and `sep2` as in the originals; `stop` ends an answer beside EOS.
 
-    generate: whether the prompt ends with the assistant's role. tiles: whether pictures are cut
-    into tiles where the model does that. after_image: text behind every picture.
+    generate: whether the prompt ends with the assistant's role. tiles: whether images are cut
+    into tiles where the model does that. after_image: text behind every image.
     """
 
     style: Style
@@ -153,7 +153,7 @@ TEMPLATES: dict[str, Template] = {
     "qwen_1_5": _im("You are a helpful assistant.", "<|im_end|>\n"),
     "qwen_2": _im("You are a helpful assistant.", "<|im_end|>\n"),
     # The embodied model's chat script: token lists joined without a newline after "system", a
-    # newline token behind every picture, one view per picture, and no generation prompt.
+    # newline token behind every image, one view per image, and no generation prompt.
     "mlcd_chat": Template(
         "chatml",
         f"<|im_start|>system{CUT}You are a helpful assistant.",

@@ -232,7 +232,7 @@ def token_of(text: str, number: int) -> str:
         if known == number:
             return str(token)
     raise ConfigError(
-        f"the tokenizer has no token with the id {number}, which stands for pictures",
+        f"the tokenizer has no token with the id {number}, which stands for images",
         hint="the tokenizer belongs to another model",
     )
 

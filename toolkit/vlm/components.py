@@ -1,7 +1,7 @@
 """A vision-language model as components and edges: encoders -> merger -> language model.
 
 A component is the unit that is recorded, built, timed and replaced. Axes that change from call
-to call are strings: tiles (pictures or cuts of them), rows (image tokens of a prompt), batch,
+to call are strings: tiles (images or cuts of them), rows (image tokens of a prompt), batch,
 sequence, scored, context (length of the KV cache).
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from edgevlm.toolkit import models
 from edgevlm.toolkit.models.recipes import Recipe
 from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
-from edgevlm.toolkit.vlm.config import ModelConfig, Part
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 Dim = int | str
 ARRANGE = "arrange"
@@ -57,7 +57,7 @@ class Edge:
 
 def components(c: ModelConfig) -> tuple[Component, ...]:
     """All components of a model, in the order in which they run."""
-    layout = c.images.layout
+    layout = c.images.arrangement
     merger = merger_component(c.merger, c.encoders, newline=bool(layout and layout.newline))
     parts = [*map(encoder_component, c.encoders), merger]
     if layout and layout.computes:
@@ -67,16 +67,16 @@ def components(c: ModelConfig) -> tuple[Component, ...]:
 
 def edges(c: ModelConfig) -> tuple[Edge, ...]:
     """How they connect; sources outside are "images.NAME", pixels of that encoder, and
-    "layout.rows" and "layout.shares" of edgevlm.toolkit.images.tiling.Arrangement.
+    "arrangement.rows" and "arrangement.weights" of edgevlm.toolkit.images.tiling.ArrangedTokens.
     """
     found = [Edge(f"images.{p.name}", f"encoder.{p.name}:pixels") for p in c.encoders]
     for part in c.encoders:
         for i in range(len(part.config.hidden_sizes)):
             port = f"{part.name}.{i}"
             found.append(Edge(f"encoder.{part.name}:features.{i}", f"merger:{port}"))
-    if not (c.images.layout and c.images.layout.computes):
+    if not (c.images.arrangement and c.images.arrangement.computes):
         return (*found, Edge("merger:features", "lm:features"))
-    found += [Edge(f"layout.{name}", f"{ARRANGE}:{name}") for name in ("rows", "shares")]
+    found += [Edge(f"arrangement.{name}", f"{ARRANGE}:{name}") for name in ("rows", "weights")]
     found.append(Edge("merger:features", f"{ARRANGE}:features"))
     return (*found, Edge(f"{ARRANGE}:tokens", "lm:features"))
 
@@ -88,7 +88,7 @@ def tables(c: ModelConfig) -> dict[str, Mapping[str, Recipe]]:
     return {**found, "merger": merger, "lm": models.lm(c.lm.kind).names(c.lm.config)}
 
 
-def encoder_component(part: Part) -> Component:
+def encoder_component(part: ComponentConfig) -> Component:
     """One encoder: pixels in, one output per tap."""
     file, c = models.encoder(part.kind), part.config
 
@@ -109,7 +109,7 @@ def encoder_component(part: Part) -> Component:
 
 
 def merger_component(
-    merger: Part, encoders: tuple[Part, ...], *, newline: bool = False
+    merger: ComponentConfig, encoders: tuple[ComponentConfig, ...], *, newline: bool = False
 ) -> Component:
     """The merger: every encoder's outputs in, rows of image tokens out.
 
@@ -139,18 +139,20 @@ def arrange_component(width: int, *, largest: bool) -> Component:
 
     def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
         x, rows = inputs["features"], inputs["rows"]
-        mixed = op.max_rows(x, rows) if largest else op.mix_rows(x, rows, inputs["shares"])
+        mixed = (
+            op.max_gather(x, rows) if largest else op.weighted_gather(x, rows, inputs["weights"])
+        )
         return {"tokens": mixed}
 
     inputs = (
         Port("features", "float", ("rows", width)),
         Port("rows", "int64", ("placed", 4)),
-        Port("shares", "float", ("placed", 4)),
+        Port("weights", "float", ("placed", 4)),
     )
     return Component(ARRANGE, forward, {}, inputs, (Port("tokens", "float", ("placed", width)),))
 
 
-def lm_component(part: Part) -> Component:
+def lm_component(part: ComponentConfig) -> Component:
     """The language model with its embedding, cache and output layer."""
     file, c = models.lm(part.kind), part.config
     cache = ("batch", c.num_kv_heads, "context", c.head_dim)

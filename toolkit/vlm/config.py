@@ -12,7 +12,7 @@ from edgevlm.toolkit.text.prompts import PromptRules
 
 
 @dataclass(frozen=True)
-class Part:
+class ComponentConfig:
     """One architecture in use: `kind` is its file in toolkit/models, `name` its role here."""
 
     name: str
@@ -26,9 +26,9 @@ class ModelConfig:
 
     name: str
     system: str
-    encoders: tuple[Part, ...]
-    merger: Part
-    lm: Part
+    encoders: tuple[ComponentConfig, ...]
+    merger: ComponentConfig
+    lm: ComponentConfig
     images: ImageRules
     prompts: PromptRules
 
@@ -43,8 +43,10 @@ def from_json(data: dict[str, Any], where: str) -> ModelConfig:
     """The inverse of to_json. Raises ConfigError at the first value that does not fit."""
     outline = from_plain(ModelConfig, data, where)
 
-    def typed(part: Part, kind: Any) -> Part:
-        return Part(part.name, part.kind, from_plain(kind, part.config, f"{where}.{part.name}"))
+    def typed(part: ComponentConfig, kind: Any) -> ComponentConfig:
+        return ComponentConfig(
+            part.name, part.kind, from_plain(kind, part.config, f"{where}.{part.name}")
+        )
 
     return ModelConfig(
         outline.name,

@@ -11,7 +11,7 @@ from edgevlm.toolkit.models.encoders import clip, convnext, dinov2, mlcd
 from edgevlm.toolkit.models.lms import llama, qwen2
 from edgevlm.toolkit.text.prompts import PromptRules
 from edgevlm.toolkit.text.tokenizer import byte_tokenizer
-from edgevlm.toolkit.vlm.config import ModelConfig, Part
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 CLIP_L_336 = clip.Config(
     hidden_size=1024,
@@ -92,7 +92,7 @@ _SPECIAL = {
 
 
 def clip_pixels(side: int) -> Preprocess:
-    """CLIP's preprocessing for square pictures of `side`."""
+    """CLIP's preprocessing for square images of `side`."""
     mean, std = _CLIP_MEAN
     return Preprocess("bicubic", 1 / 255, mean, std, short_edge=side, crop=(side, side))
 
@@ -114,15 +114,17 @@ Build = Callable[[llama.Config], ModelConfig]
 def model(
     name: str,
     system: str,
-    encoders: Sequence[Part],
-    merger: Part,
+    encoders: Sequence[ComponentConfig],
+    merger: ComponentConfig,
     lm: llama.Config,
     images: ImageRules,
 ) -> ModelConfig:
     """A published model; the language model's file follows from its class."""
     kind = "qwen2" if isinstance(lm, qwen2.Config) else "llama"
     prompts = PromptRules(_TEMPLATES[kind], "pieces", _EOS[kind])
-    return ModelConfig(name, system, tuple(encoders), merger, Part("lm", kind, lm), images, prompts)
+    return ModelConfig(
+        name, system, tuple(encoders), merger, ComponentConfig("lm", kind, lm), images, prompts
+    )
 
 
 def with_sibling(

@@ -86,7 +86,7 @@ def test_an_engine_that_diverges_is_not_written(
     bisect: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine_of(PLAIN / "llava-v1.5-tiny", tmp_path)
-    row = replace(capabilities.ONNXRUNTIME_CPU["edgevlm.QuickGelu"], swap=_wrong)
+    row = replace(capabilities.ONNXRUNTIME_CPU["edgevlm.QuickGelu"], rewrite=_wrong)
     table: Mapping[str, capabilities.Row] = {
         **capabilities.ONNXRUNTIME_CPU,
         "edgevlm.QuickGelu": row,

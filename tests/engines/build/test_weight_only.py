@@ -54,8 +54,8 @@ def weights_of(engine: Path) -> Mapping[str, int]:
 
 
 @pytest.mark.parametrize("kind", weight_only.KINDS)
-def test_the_portable_graph_is_the_oracle(kind: str, bundle: Path, tmp_path: Path) -> None:
-    """Only the weights are rounded: in plain ONNX Runtime the answer is the oracle's to 1e-4."""
+def test_the_portable_graph_is_the_reference(kind: str, bundle: Path, tmp_path: Path) -> None:
+    """Only the weights are rounded: in plain ONNX Runtime the answer is the reference's to 1e-4."""
     plan = weight_only.plan(kind)
     write.write_bundle(source_of(bundle, plan), tmp_path / "b", made_by="tests", progress=silent)
     for found, expected in replayed(Bundle.open(tmp_path / "b")):
@@ -87,7 +87,7 @@ def logits(engine: Path) -> Array:
     features = session.vision.encode([preprocess.load(GOLDEN / "image.png")], Clock())
     text = json.loads((GOLDEN / "case.json").read_text())["prompt"]
     prompt = prompts.tokenize(session.model.prompts, session.tokenizer, text)
-    return np.array(session.prefill(prompts.lay_out(prompt, features.places), features.rows))
+    return np.array(session.prefill(prompts.assemble(prompt, features.places), features.rows))
 
 
 def test_the_reference_engine_takes_it_too(bundle: Path, tmp_path: Path) -> None:

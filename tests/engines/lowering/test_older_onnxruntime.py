@@ -22,7 +22,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - REFUSED.keys()))
-def test_what_it_takes_is_of_opset_23_and_equals_the_oracle(name: str) -> None:
+def test_what_it_takes_is_of_opset_23_and_equals_the_reference(name: str) -> None:
     case = CASES[name]
     model = model_of(case.component(), case.weights())
     decide("case", model, OLD)

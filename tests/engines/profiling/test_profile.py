@@ -1,4 +1,4 @@
-"""Profiles of engines whose pictures change shape, or come as several views."""
+"""Profiles of engines whose images change shape, or come as several views."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 from edgevlm.calibration import weight_only
 from edgevlm.engines import manifest
 from edgevlm.engines.build.build import Request, build
-from edgevlm.engines.manifest import PIECE
+from edgevlm.engines.manifest import PREFILL_CHUNK
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.memory import Estimate, estimate
 from edgevlm.engines.runtime.session import Session
@@ -74,14 +74,14 @@ def test_every_preset_has_an_estimate(name: str) -> None:
     assert here.cache_bytes == 2 * there.cache_bytes
     assert here.cache_bytes == 4 * 2 * lm.num_layers * lm.num_kv_heads * lm.head_dim * 1024
     # A block's input, gate, up and their product live at the same time, for one piece of a prompt.
-    assert here.activations_bytes >= 4 * PIECE * (lm.hidden_size + 3 * lm.intermediate_size)
+    assert here.activations_bytes >= 4 * PREFILL_CHUNK * (lm.hidden_size + 3 * lm.intermediate_size)
     longer = estimate(bundle, parse("cpu"), 4096)
     assert longer.weights_bytes == here.weights_bytes
     assert longer.cache_bytes == 4 * here.cache_bytes
     assert longer.activations_bytes >= here.activations_bytes
 
 
-def test_pictures_count_where_they_are_larger_than_the_prompt() -> None:
+def test_images_count_where_they_are_larger_than_the_prompt() -> None:
     """A ConvNeXt's first stage at 1536 pixels: a quarter of the sides, 4 x 192 channels wide."""
     found = estimate(planned("convllava-0.5b-1536"), parse("cpu"), 64)
     assert found.activations_bytes >= 4 * 384 * 384 * (192 + 4 * 192)

@@ -30,7 +30,7 @@ def test_the_answer_does_not_depend_on_the_piece(
     work = tmp_path_factory.getbasetemp() / "prefill"
     work.mkdir(exist_ok=True)
     session = Session.open(engine_of(CASE, work, target=target))
-    monkeypatch.setattr(sessions, "PIECE", piece)
+    monkeypatch.setattr(sessions, "PREFILL_CHUNK", piece)
     text = json.loads((CASE / "meta.json").read_text())["prompt_one_image"]
     answer = session.answer(Question(text, [CASE / "image0.png"], 12, template="none"))
     expected = np.load(CASE / "outputs.npz")["one_image.greedy_ids"].tolist()
@@ -48,7 +48,7 @@ def test_pieces_are_of_nearly_equal_length(monkeypatch: pytest.MonkeyPatch, tmp_
         return run(inputs)
 
     monkeypatch.setattr(runner, "run", listening)
-    monkeypatch.setattr(sessions, "PIECE", 10)
+    monkeypatch.setattr(sessions, "PREFILL_CHUNK", 10)
     answer = session.answer(Question("What?", [CASE / "image0.png"], 3))
     *prompt, first, second = lengths
     assert sum(prompt) == answer.prompt_tokens

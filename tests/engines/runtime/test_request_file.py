@@ -50,7 +50,7 @@ def test_what_a_line_says_goes_first(tmp_path: Path) -> None:
     assert (found.max_tokens, found.template, list(found.stop)) == (5, "none", ["END", "x", "y"])
 
 
-def test_pictures_stand_beside_the_file(tmp_path: Path) -> None:
+def test_images_stand_beside_the_file(tmp_path: Path) -> None:
     found = read(
         tmp_path,
         {"prompt": "Q", "image": "a.png"},

@@ -52,8 +52,10 @@ def test_every_changed_file_is_noticed(folder: Path) -> None:
     for name in bundle.manifest.files:
         path = folder / name
         whole = path.read_bytes()
-        middle = len(whole) // 2
-        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        zero_point = len(whole) // 2
+        path.write_bytes(
+            whole[:zero_point] + bytes([whole[zero_point] ^ 1]) + whole[zero_point + 1 :]
+        )
         bundle.check_sizes()
         with pytest.raises(BundleError, match=f"{name} was changed"):
             bundle.verify()

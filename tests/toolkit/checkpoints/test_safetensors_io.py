@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     STORAGE,
-    Planned,
     SafetensorsFile,
+    TensorSpec,
     from_bfloat16,
     row_blocks,
     to_bfloat16,
@@ -48,7 +48,7 @@ def as_ours(tensor: torch.Tensor) -> Array:
 
 
 def write(path: Path, tensors: dict[str, tuple[str, Array]]) -> Any:
-    plan = [Planned(name, dtype, array.shape) for name, (dtype, array) in tensors.items()]
+    plan = [TensorSpec(name, dtype, array.shape) for name, (dtype, array) in tensors.items()]
     return write_safetensors(path, plan, lambda t: iter([tensors[t.name][1]]))
 
 
@@ -198,7 +198,7 @@ def test_a_tensor_may_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("edgevlm.toolkit.checkpoints.safetensors_io.BLOCK_BYTES", 100)
     array = np.arange(300, dtype=np.float32).reshape(60, 5)
     assert len(list(row_blocks(array))) == 12
-    plan = [Planned("x", "fp32", array.shape)]
+    plan = [TensorSpec("x", "fp32", array.shape)]
     pieces = write_safetensors(tmp_path / "a", plan, lambda t: row_blocks(array))
     whole = write_safetensors(tmp_path / "b", plan, lambda t: [array])
     assert pieces == whole
@@ -207,18 +207,18 @@ def test_a_tensor_may_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("shape", [(3, 2), (4, 3), (4,), (4, 2, 1)])
 def test_another_shape_than_planned_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    plan = [Planned("x", "fp32", (4, 2))]
+    plan = [TensorSpec("x", "fp32", (4, 2))]
     with pytest.raises(CheckpointError, match="planned"):
         write_safetensors(tmp_path / "a", plan, lambda t: [np.zeros(shape, np.float32)])
 
 
 def test_an_error_while_making_a_tensor_is_not_swallowed(tmp_path: Path) -> None:
-    def broken(tensor: Planned) -> Iterator[Array]:
+    def broken(tensor: TensorSpec) -> Iterator[Array]:
         yield np.zeros((1, 2), np.float32)
         raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
-        write_safetensors(tmp_path / "a", [Planned("x", "fp32", (2, 2))], broken)
+        write_safetensors(tmp_path / "a", [TensorSpec("x", "fp32", (2, 2))], broken)
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

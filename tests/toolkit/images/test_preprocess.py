@@ -38,7 +38,7 @@ def cropped(kind: Any, short: int, crop: tuple[int, int], **more: Any) -> Any:
 PROCESSORS: dict[str, Any] = {
     "clip": cropped(CLIPImageProcessorPil, 56, (56, 56)),
     "clip, odd": cropped(CLIPImageProcessorPil, 45, (45, 45)),
-    "crop larger than the picture": cropped(CLIPImageProcessorPil, 32, (57, 44)),
+    "crop larger than the image": cropped(CLIPImageProcessorPil, 32, (57, 44)),
     "crop smaller than the short edge": cropped(CLIPImageProcessorPil, 64, (41, 56)),
     "bit, as in ConvLLaVA's towers": cropped(BitImageProcessorPil, 64, (64, 64)),
     "bilinear": cropped(CLIPImageProcessorPil, 40, (40, 40), resample=2),
@@ -69,13 +69,13 @@ def rule_of(processor: Any) -> Preprocess:
 
 
 def noise(width: int, height: int) -> Image.Image:
-    """A picture of random pixels: every value that resizing gets wrong shows."""
+    """A image of random pixels: every value that resizing gets wrong shows."""
     pixels = np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 3))
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def theirs(processor: Any, picture: Image.Image) -> Array:
-    found: Array = processor(picture, return_tensors="np")["pixel_values"][0]
+def theirs(processor: Any, image: Image.Image) -> Array:
+    found: Array = processor(image, return_tensors="np")["pixel_values"][0]
     return found
 
 
@@ -90,27 +90,27 @@ def test_pixels_are_those_of_transformers(name: str) -> None:
     processor = PROCESSORS[name]
     rule = rule_of(processor)
     for size in SIZES:
-        picture = noise(*size)
-        same(preprocess(picture, rule), theirs(processor, picture))
+        image = noise(*size)
+        same(preprocess(image, rule), theirs(processor, image))
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(SIDE, SIDE, st.integers(8, 60), st.integers(8, 60), st.integers(8, 60))
 def test_any_size_any_crop(width: int, height: int, short: int, tall: int, wide: int) -> None:
     processor = cropped(CLIPImageProcessorPil, short, (tall, wide))
-    picture = noise(width, height)
-    same(preprocess(picture, rule_of(processor)), theirs(processor, picture))
+    image = noise(width, height)
+    same(preprocess(image, rule_of(processor)), theirs(processor, image))
 
 
-def expand2square(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+def expand2square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """LLaVA's padding, pixel by pixel: centred, an odd rest below or to the right."""
-    width, height = picture.size
+    width, height = image.size
     side = max(width, height)
     pixels = np.empty((side, side, 3), np.uint8)
     pixels[:] = colour
     top = (width - height) // 2 if width > height else 0
     left = (height - width) // 2 if height > width else 0
-    pixels[top : top + height, left : left + width] = np.asarray(picture)
+    pixels[top : top + height, left : left + width] = np.asarray(image)
     return Image.fromarray(pixels)
 
 
@@ -118,16 +118,16 @@ def expand2square(picture: Image.Image, colour: tuple[int, int, int]) -> Image.I
 @given(SIDE, SIDE)
 def test_padding_is_that_of_llava(width: int, height: int) -> None:
     processor = PROCESSORS["clip"]
-    picture, rule = noise(width, height), rule_of(processor).padded()
+    image, rule = noise(width, height), rule_of(processor).padded()
     assert rule.pad == (122, 116, 104)
-    same(preprocess(picture, rule), theirs(processor, expand2square(picture, (122, 116, 104))))
+    same(preprocess(image, rule), theirs(processor, expand2square(image, (122, 116, 104))))
 
 
 def test_padding_of_siglip_is_grey() -> None:
     processor = PROCESSORS["siglip"]
-    rule, picture = rule_of(processor).padded(), noise(31, 90)
+    rule, image = rule_of(processor).padded(), noise(31, 90)
     assert rule.pad == (127, 127, 127)
-    same(preprocess(picture, rule), theirs(processor, expand2square(picture, (127, 127, 127))))
+    same(preprocess(image, rule), theirs(processor, expand2square(image, (127, 127, 127))))
 
 
 @pytest.mark.parametrize("pads", [True, False])
@@ -136,12 +136,12 @@ def test_the_padding_of_a_llava_processor(pads: bool) -> None:
     rule = rule_of(processor)
     assert (rule.pad is not None) == pads
     for size in ((57, 90), (90, 57), (30, 30), (7, 200)):
-        picture = noise(*size)
-        same(preprocess(picture, rule), theirs(processor, picture))
+        image = noise(*size)
+        same(preprocess(image, rule), theirs(processor, image))
 
 
 def test_the_size_is_known_beforehand() -> None:
-    assert rule_of(PROCESSORS["crop larger than the picture"]).size == (57, 44)
+    assert rule_of(PROCESSORS["crop larger than the image"]).size == (57, 44)
     assert rule_of(PROCESSORS["siglip, oblong"]).size == (37, 62)
     loose = Preprocess("bicubic", 1 / 255, CLIP_MEAN, CLIP_STD, short_edge=40)
     with pytest.raises(ConfigError, match="neither"):

@@ -19,7 +19,14 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from edgevlm.toolkit.images.preprocess import Preprocess, preprocess
-from edgevlm.toolkit.images.tiling import Size, Tiling, TokenLayout, arrange, best_resolution, cut
+from edgevlm.toolkit.images.tiling import (
+    Size,
+    Tiling,
+    TokenArrangement,
+    arrange,
+    best_resolution,
+    cut,
+)
 from edgevlm.toolkit.ops.vocabulary import Array
 from tests.toolkit.images.test_preprocess import CLIP_MEAN, CLIP_STD, noise
 
@@ -56,26 +63,26 @@ def test_the_best_resolution(width: int, height: int, grids: tuple[Size, ...], t
 @example(200, 1, PUBLISHED)
 @example(2, 160, MANY)
 def test_views_are_those_of_transformers(width: int, height: int, grids: tuple[Size, ...]) -> None:
-    points, picture = pinpoints(grids, TILE), noise(width, height)
+    points, image = pinpoints(grids, TILE), noise(width, height)
     theirs = LlavaNextImageProcessorPil(
         size={"shortest_edge": TILE},
         crop_size={"height": TILE, "width": TILE},
         image_grid_pinpoints=flipped(points),
-    )(picture, return_tensors="np")["pixel_values"][0]
+    )(image, return_tensors="np")["pixel_values"][0]
     rule = Preprocess("bicubic", 1 / 255, CLIP_MEAN, CLIP_STD, short_edge=TILE, crop=(TILE, TILE))
-    views = cut(picture, Tiling(points, TILE))
-    found = np.stack([preprocess(view, rule) for view in views.pictures])
+    views = cut(image, Tiling(points, TILE))
+    found = np.stack([preprocess(view, rule) for view in views.images])
     assert views.grid is not None
     assert len(found) == 1 + views.grid[0] * views.grid[1]
     np.testing.assert_array_equal(found, theirs)
 
 
-def test_the_views_of_a_picture_by_hand() -> None:
+def test_the_views_of_a_image_by_hand() -> None:
     """Half red, half blue on two tiles side by side; the base squashes both."""
-    picture = Image.new("RGB", (56, 28), "red")
-    picture.paste("blue", (28, 0, 56, 28))
-    views = cut(picture, Tiling(((56, 28),), 28))
-    base, left, right = (np.asarray(view) for view in views.pictures)
+    image = Image.new("RGB", (56, 28), "red")
+    image.paste("blue", (28, 0, 56, 28))
+    views = cut(image, Tiling(((56, 28),), 28))
+    base, left, right = (np.asarray(view) for view in views.images)
     assert views.grid == (2, 1)
     assert (left == (255, 0, 0)).all()
     assert (right == (0, 0, 255)).all()
@@ -93,11 +100,11 @@ class Merge:
     kind: str
     most: int = 0
 
-    def layout(self, side: int, *, rounded: bool = False) -> TokenLayout:
+    def layout(self, side: int, *, rounded: bool = False) -> TokenArrangement:
         """The same in our words."""
         if self.kind == "flat":
-            return TokenLayout(side)
-        return TokenLayout(
+            return TokenArrangement(side)
+        return TokenArrangement(
             side,
             "spatial",
             unpad="unpad" in self.kind and "maxpool" not in self.kind,
@@ -173,7 +180,9 @@ def features(views: int, n: int) -> torch.Tensor:
     return torch.randn(views, n * n, 5, generator=torch.Generator().manual_seed(views * n))
 
 
-def arranged(layout: TokenLayout, views: torch.Tensor, newline: Any, grid: Any, size: Size) -> Any:
+def arranged(
+    layout: TokenArrangement, views: torch.Tensor, newline: Any, grid: Any, size: Size
+) -> Any:
     """Our index arithmetic, applied as the merger applies it."""
     found = arrange(layout, len(views), grid, size)
     rows = views.flatten(0, 1).numpy()
@@ -182,7 +191,7 @@ def arranged(layout: TokenLayout, views: torch.Tensor, newline: Any, grid: Any, 
     picked: Array = rows[found.rows]
     if layout.pool:
         return picked.max(1)
-    return (picked * found.shares[..., None]).sum(1)
+    return (picked * found.weights[..., None]).sum(1)
 
 
 @pytest.mark.parametrize("merge", MERGES, ids=lambda m: f"{m.kind} {m.most or ''}")
@@ -238,7 +247,7 @@ def test_the_grid_is_that_of_transformers(width: int, height: int, grids: tuple[
 
 def test_shares_of_a_token_add_up_to_one() -> None:
     found = arrange(Merge("spatial_unpad", 2).layout(6), 10, (3, 3), (640, 480))
-    np.testing.assert_allclose(found.shares.sum(1), 1, atol=1e-6)
+    np.testing.assert_allclose(found.weights.sum(1), 1, atol=1e-6)
     assert found.rows.min() >= 0
     assert found.rows.max() == 10 * 36
     assert len(found.rows) < 2 * 36 + 36 + 12

@@ -17,7 +17,7 @@ from edgevlm.toolkit.ops.vocabulary import Array, Weights
 from edgevlm.toolkit.target import this_cpu
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.components import Component
-from edgevlm.toolkit.vlm.config import ModelConfig, Part
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 from edgevlm.training.torch_ops import TorchOps
 from tests.onnx_tools import model_of, run
 
@@ -30,19 +30,19 @@ def component(room: str, kind: str) -> Component:
     """The architecture's tiny instance as a component of a model."""
     if room == "encoders":
         config = models.encoder(kind).tiny()
-        return components.encoder_component(Part("eye", kind, config))
+        return components.encoder_component(ComponentConfig("eye", kind, config))
     if room == "lms":
-        return components.lm_component(Part("lm", kind, models.lm(kind).tiny()))
+        return components.lm_component(ComponentConfig("lm", kind, models.lm(kind).tiny()))
     config = models.merger(kind).tiny()
-    return components.merger_component(Part("merger", kind, config), _feeding(config))
+    return components.merger_component(ComponentConfig("merger", kind, config), _feeding(config))
 
 
-def _feeding(config: Any) -> tuple[Part, ...]:
+def _feeding(config: Any) -> tuple[ComponentConfig, ...]:
     """Stand-in encoders whose outputs are what a merger takes."""
     clip = models.encoder("clip")
     base = clip.tiny()
     return tuple(
-        Part(f"eye{i}", "clip", type(base)(**{**vars(base), "hidden_size": size}))
+        ComponentConfig(f"eye{i}", "clip", type(base)(**{**vars(base), "hidden_size": size}))
         for i, size in enumerate(config.sources)
     )
 
@@ -95,7 +95,7 @@ def compare(found: dict[str, Array], expected: dict[str, Array], tolerance: floa
 
 
 @pytest.mark.parametrize(("room", "kind"), FILES)
-def test_torch_equals_the_oracle(room: str, kind: str) -> None:
+def test_torch_equals_the_reference(room: str, kind: str) -> None:
     part = component(room, kind)
     weights, inputs = tensors(part), feed(part)
     expected = part.forward(NumpyOps(), Weights(weights), inputs)
@@ -109,7 +109,7 @@ def test_torch_equals_the_oracle(room: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("room", "kind"), FILES)
-def test_onnx_equals_the_oracle_kept_and_lowered(room: str, kind: str) -> None:
+def test_onnx_equals_the_reference_kept_and_lowered(room: str, kind: str) -> None:
     part = component(room, kind)
     weights, inputs = tensors(part), feed(part)
     expected = part.forward(NumpyOps(), Weights(weights), inputs)

@@ -37,7 +37,7 @@ def test_every_op_has_a_case() -> None:
 
 
 def calls(case: Case) -> set[str]:
-    """The ops that a case calls, seen by a spy around the oracle."""
+    """The ops that a case calls, seen by a spy around the reference."""
     from edgevlm.toolkit.ops.numpy_ops import NumpyOps
     from edgevlm.toolkit.ops.wrappers import Wrapper
 
@@ -104,7 +104,7 @@ def test_onnx_lowered_for_this_processor(name: str) -> None:
 def test_fake_quant_lets_gradients_pass_where_nothing_is_clipped() -> None:
     x = torch.tensor([0.5, -0.3, 9.0], requires_grad=True)
     scale = np.asarray(0.05, np.float32)
-    y = TorchOps().fake_quant(x, scale, axis=None, bits=8, site="s")
+    y = TorchOps().fake_quant(x, scale, axis=None, bits=8, path="s")
     torch.autograd.backward(y.sum())
     assert x.grad is not None
     assert x.grad.tolist() == [1.0, 1.0, 0.0]

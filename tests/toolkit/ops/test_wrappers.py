@@ -45,7 +45,7 @@ def quantized(part: Component, plan: PrecisionPlan, weights: dict[str, Array]) -
 
 
 @pytest.mark.parametrize(("room", "kind"), ARCHITECTURES)
-def test_the_int8_oracle_is_the_recorded_qdq_graph(room: str, kind: str) -> None:
+def test_the_int8_reference_is_the_recorded_qdq_graph(room: str, kind: str) -> None:
     part = component(room, kind)
     weights, inputs = tensors(part), feed(part)
     exact = part.forward(NumpyOps(), Weights(weights), inputs)
@@ -126,10 +126,10 @@ def test_count_is_the_arithmetic_of_the_shapes() -> None:
     assert isinstance(tokens, int)
     counter = count(part, {"tiles": tiles, "rows": 1})
     first, second = 56 * 48, 48 * 48
-    products = [c for c in counter.costs if c.op == "linear" and "/linears." in c.site]
+    products = [c for c in counter.costs if c.op == "linear" and "/linears." in c.path]
     assert [cost.flops for cost in products] == [2 * tiles * tokens * n for n in (first, second)]
     assert [cost.weight_elements for cost in products] == [first, second]
-    assert [cost.site for cost in products] == ["merger/linears.0", "merger/linears.1"]
+    assert [cost.path for cost in products] == ["merger/linears.0", "merger/linears.1"]
 
 
 def test_count_of_a_causal_prompt_is_half_of_the_square() -> None:

@@ -1,4 +1,4 @@
-"""From turns to runs of token ids: where pictures stand, what keeps its BOS, what is refused."""
+"""From turns to runs of token ids: where images stand, what keeps its BOS, what is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def llama() -> Tokenizer:
 
 
 def plain_bytes() -> Tokenizer:
-    """No BOS; ids 0-255 are the bytes, then the picture's token."""
+    """No BOS; ids 0-255 are the bytes, then the image's token."""
     return Tokenizer(tokenizers.Tokenizer.from_str(byte_tokenizer({"<image>": 256})))
 
 
@@ -37,7 +37,7 @@ def text_of(rules: PromptRules, turns: list[str], images: int, template: str = "
 # -- rendering -----------------------------------------------------------------------------
 
 
-def test_pictures_come_first_unless_they_have_a_place() -> None:
+def test_images_come_first_unless_they_have_a_place() -> None:
     system = templates.find("vicuna_v1").system
     assert text_of(LLAVA, ["Q"], 0) == f"{system} USER: Q ASSISTANT:"
     assert text_of(LLAVA, ["Q"], 1) == f"{system} USER: <image>\nQ ASSISTANT:"
@@ -45,7 +45,7 @@ def test_pictures_come_first_unless_they_have_a_place() -> None:
     assert text_of(LLAVA, ["a <image> b"], 1) == f"{system} USER: a <image> b ASSISTANT:"
 
 
-def test_pictures_of_a_conversation_stand_in_its_first_turn() -> None:
+def test_images_of_a_conversation_stand_in_its_first_turn() -> None:
     system = templates.find("vicuna_v1").system
     found = text_of(LLAVA, ["Q", "A", "R"], 2)
     assert found == f"{system} USER: <image>\n<image>\nQ ASSISTANT: A</s>USER: R ASSISTANT:"
@@ -53,7 +53,7 @@ def test_pictures_of_a_conversation_stand_in_its_first_turn() -> None:
     assert later == f"{system} USER: Q ASSISTANT: A</s>USER: <image> R ASSISTANT:"
 
 
-def test_the_models_own_words_for_a_picture() -> None:
+def test_the_models_own_words_for_a_image() -> None:
     wrapped = PromptRules("plain", "pieces", (2,), image_text="<im_start><image><im_end>")
     assert text_of(wrapped, ["Q"], 1) == "<im_start><image><im_end>\nQ\n"
     cut = templates.CUT
@@ -119,7 +119,7 @@ def test_parts_between_cuts_are_texts_of_their_own_too() -> None:
     )
 
 
-def test_a_token_for_pictures_cuts_one_text() -> None:
+def test_a_token_for_images_cuts_one_text() -> None:
     tokenizer = plain_bytes()
     found = prompts.tokenize(FACING, tokenizer, "a<image>\nb<image>")
     assert found.runs == (
@@ -132,9 +132,9 @@ def test_a_token_for_pictures_cuts_one_text() -> None:
 # -- laying out ----------------------------------------------------------------------------
 
 
-def test_rows_of_pictures_stand_between_the_runs() -> None:
+def test_rows_of_images_stand_between_the_runs() -> None:
     prompt = Prompt(((1, 5), (6,), ()))
-    found = prompts.lay_out(prompt, [np.asarray([3, 2]), np.asarray([7])])
+    found = prompts.assemble(prompt, [np.asarray([3, 2]), np.asarray([7])])
     assert found.ids.tolist() == [[1, 5, 0, 0, 6, 0]]
     assert found.rows.tolist() == [[-1, -1, 3, 2, -1, 7]]
     assert found.ids.dtype == found.rows.dtype == np.int64
@@ -142,13 +142,13 @@ def test_rows_of_pictures_stand_between_the_runs() -> None:
 
 
 def test_text_alone_and_nothing_at_all() -> None:
-    assert prompts.lay_out(Prompt(((4, 4),)), []).rows.tolist() == [[-1, -1]]
-    assert prompts.lay_out(Prompt(((),)), []).length == 0
+    assert prompts.assemble(Prompt(((4, 4),)), []).rows.tolist() == [[-1, -1]]
+    assert prompts.assemble(Prompt(((),)), []).length == 0
 
 
 @pytest.mark.parametrize("images", [0, 2])
-def test_places_and_pictures_must_be_as_many(images: int) -> None:
+def test_places_and_images_must_be_as_many(images: int) -> None:
     with pytest.raises(InputError, match=rf"1 image place.* {images} image"):
         prompts.check_places(Prompt(((1,), (2,))), images)
     with pytest.raises(InputError):
-        prompts.lay_out(Prompt(((1,), (2,))), [np.asarray([0])] * images)
+        prompts.assemble(Prompt(((1,), (2,))), [np.asarray([0])] * images)

@@ -1,4 +1,4 @@
-"""Picture files: what is done to unusual ones, what is said about it, what is refused."""
+"""LoadedImage files: what is done to unusual ones, what is said about it, what is refused."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ UPRIGHT: dict[int, Any] = {
 }
 
 
-def stored(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def stored(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def rgb(source: bytes) -> Array:
-    picture = load(source).rgb
-    assert picture.mode == "RGB"
-    return np.asarray(picture)
+    image = load(source).rgb
+    assert image.mode == "RGB"
+    return np.asarray(image)
 
 
 def grey_thrice(values: Array) -> Array:
@@ -49,7 +49,7 @@ def grey_thrice(values: Array) -> Array:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(10))
-def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
+def test_images_are_turned_upright(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -108,21 +108,21 @@ def test_alpha_is_dropped_and_the_colours_stay() -> None:
 
 
 def test_palettes_with_and_without_transparency() -> None:
-    picture = Image.fromarray(PIXELS).quantize(16)
-    colours = np.asarray(picture.convert("RGB"))
-    source = stored(picture, "PNG")
+    image = Image.fromarray(PIXELS).quantize(16)
+    colours = np.asarray(image.convert("RGB"))
+    source = stored(image, "PNG")
     np.testing.assert_array_equal(rgb(source), colours)
     assert load(source).notes == ("palette converted to RGB",)
-    glassy = stored(picture, "PNG", transparency=3)
+    glassy = stored(image, "PNG", transparency=3)
     np.testing.assert_array_equal(rgb(glassy), colours)
     assert load(glassy).notes == ("palette converted to RGB", "alpha dropped")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_one_transparent_colour_is_noted(mode: str) -> None:
-    picture = Image.fromarray(PIXELS).convert(mode)
-    source = stored(picture, "PNG", transparency=(1, 2, 3) if mode == "RGB" else 7)
-    np.testing.assert_array_equal(rgb(source), np.asarray(picture.convert("RGB")))
+    image = Image.fromarray(PIXELS).convert(mode)
+    source = stored(image, "PNG", transparency=(1, 2, 3) if mode == "RGB" else 7)
+    np.testing.assert_array_equal(rgb(source), np.asarray(image.convert("RGB")))
     assert load(source).notes == ("alpha dropped",)
 
 
@@ -218,11 +218,11 @@ def test_a_damaged_file_is_decoded_or_refused(kind: str) -> None:
             assert load(bytes(damaged)).rgb.mode == "RGB"
 
 
-def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("not a picture")
+def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("not a image")
     (tmp_path / "empty.png").touch()
     for name, reason in (
-        ("text.png", "not a picture"),
+        ("text.png", "not a image"),
         ("empty.png", "empty"),
         ("missing.png", "does not exist"),
         ("", "is a folder"),

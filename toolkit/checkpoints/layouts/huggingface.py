@@ -14,9 +14,9 @@ from typing import Any
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.layouts import towers
 from edgevlm.toolkit.checkpoints.layouts.source import (
+    ComponentTensors,
     Options,
     Source,
-    Stored,
     below,
     check,
     check_tokenizer,
@@ -35,7 +35,7 @@ from edgevlm.toolkit.strict import Reader, read_json
 from edgevlm.toolkit.text.prompts import PromptRules
 from edgevlm.toolkit.text.tokenizer import token_of
 from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.config import ModelConfig, Part
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 LMS = {"llama": "llama", "qwen2": "qwen2", "mistral": "mistral"}
 TOWERS = ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.",
@@ -43,40 +43,42 @@ TOWERS = ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vis
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What one model class does. pictures: image rules from config.json and the preprocessing.
+class HuggingFaceRules:
+    """What one model class does. images: image rules from config.json and the preprocessing.
 
     layer, strategy: what a configuration without vision_feature_layer and -_select_strategy
     means. ties_by_text: whether text_config alone can tie the two ends of the language model.
     """
 
     system: str
-    pictures: Callable[[Reader, Part, Preprocess], ImageRules]
+    images: Callable[[Reader, ComponentConfig, Preprocess], ImageRules]
     templates: Mapping[str, str]
     layer: int = -2
     strategy: str = "default"
     ties_by_text: bool = True
 
 
-def says(config: Mapping[str, Any], *kinds: str) -> bool:
+def matches(config: Mapping[str, Any], *kinds: str) -> bool:
     """Whether a config.json is of this layout and of one of these model types."""
     own = "text_config" in config and "mm_vision_tower" not in config
     return own and config.get("model_type") in kinds
 
 
-def one_view(r: Reader, encoder: Part, rule: Preprocess) -> ImageRules:
-    """Pictures as they come: LlavaForConditionalGeneration."""
+def one_view(r: Reader, encoder: ComponentConfig, rule: Preprocess) -> ImageRules:
+    """Images as they come: LlavaForConditionalGeneration."""
     return ImageRules({encoder.name: rule})
 
 
-def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules) -> Source:
+def load(
+    folder: Path, config: Mapping[str, Any], options: Options, rules: HuggingFaceRules
+) -> Source:
     """Read a checkpoint. Raises ConfigError and CheckpointError naming what does not fit."""
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     lm, encoder = _read_lm(r), _read_encoder(r, options, rules)
     merger = _read_projector(r, encoder, lm)
     rule = read_processor(folder, options)
     towers.check_size(rule, encoder, str(folder))
-    images = rules.pictures(r, encoder, rule)
+    images = rules.images(r, encoder, rule)
     token, ties = _image_token(r), r.take("tie_word_embeddings", bool, False)
     r.skip("image_seq_length", "ignore_index", "vocab_size", "video_token_index",
            "video_token_id")  # fmt: skip
@@ -87,7 +89,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
 
     checkpoint = open_checkpoint(folder, options.torch_reader)
     lm = _tied(lm, ties, rules, checkpoint)
-    newline = images.layout is not None and images.layout.newline
+    newline = images.arrangement is not None and images.arrangement.newline
     stored = _stored(lm, encoder, merger, newline, checkpoint)
     check(stored.values(), _unused(lm, encoder))
     model = ModelConfig(
@@ -109,15 +111,17 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
     return Source(model, weights, text, {"layout": "huggingface"})
 
 
-def _read_lm(r: Reader) -> Part:
+def _read_lm(r: Reader) -> ComponentConfig:
     text = r.sub("text_config")
     kind = LMS[text.choice("model_type", list(LMS), "llama")]
     config = models.lm(kind).Config.read(text)
     text.done()
-    return Part("lm", kind, config)
+    return ComponentConfig("lm", kind, config)
 
 
-def _tied(lm: Part, ties: bool, rules: Rules, checkpoint: Checkpoint) -> Part:
+def _tied(
+    lm: ComponentConfig, ties: bool, rules: HuggingFaceRules, checkpoint: Checkpoint
+) -> ComponentConfig:
     """The language model with one table for both ends, or two: transformers 5 asks the whole
     configuration, 4 asked text_config and stored no head then.
     """
@@ -126,7 +130,7 @@ def _tied(lm: Part, ties: bool, rules: Rules, checkpoint: Checkpoint) -> Part:
     return replace(lm, config=replace(lm.config, tied=ties or by_text))
 
 
-def _read_encoder(r: Reader, options: Options, rules: Rules) -> Part:
+def _read_encoder(r: Reader, options: Options, rules: HuggingFaceRules) -> ComponentConfig:
     vision = r.take("vision_config", dict)
     kind, reader = read_encoder(vision, f"{r.where}: vision_config", options)
     taps = towers.selected(r.raw("vision_feature_layer")) or (rules.layer,)
@@ -140,20 +144,20 @@ def _read_encoder(r: Reader, options: Options, rules: Rules) -> Part:
             f"{kind} has no class token",
             hint="the original would drop a patch; set the strategy to full",
         )
-    return Part(kind, kind, parsed)
+    return ComponentConfig(kind, kind, parsed)
 
 
-def _read_projector(r: Reader, encoder: Part, lm: Part) -> Part:
+def _read_projector(r: Reader, encoder: ComponentConfig, lm: ComponentConfig) -> ComponentConfig:
     """Two linears with GELU between."""
     r.choice("projector_hidden_act", ["gelu"], "gelu")
     bias = r.take("multimodal_projector_bias", bool, True)
-    return Part(
+    return ComponentConfig(
         "merger", "mlp", mlp.Config(encoder.config.hidden_sizes, lm.config.hidden_size, 2, bias)
     )
 
 
 def _image_token(r: Reader) -> int:
-    """The id that stands for a picture in a tokenized prompt."""
+    """The id that stands for a image in a tokenized prompt."""
     found = r.raw("image_token_index")
     found = r.raw("image_token_id") if found is None else found
     r.skip("image_token_id")
@@ -173,7 +177,7 @@ def read_processor(folder: Path, options: Options) -> Preprocess:
         )
     else:
         raise CheckpointError(
-            f"{folder} does not say how pictures become pixels (preprocessor_config.json)",
+            f"{folder} does not say how images become pixels (preprocessor_config.json)",
             hint="save the processor of the model into the folder too",
         )
     rule = read_preprocess(settings)
@@ -185,8 +189,12 @@ def read_processor(folder: Path, options: Options) -> Preprocess:
 
 
 def _stored(
-    lm: Part, encoder: Part, merger: Part, newline: bool, checkpoint: Checkpoint
-) -> dict[str, Stored]:
+    lm: ComponentConfig,
+    encoder: ComponentConfig,
+    merger: ComponentConfig,
+    newline: bool,
+    checkpoint: Checkpoint,
+) -> dict[str, ComponentTensors]:
     tower = models.encoder(encoder.kind)
     eye = _part(tower.names(encoder.config), tower.shapes(encoder.config), checkpoint, *TOWERS)
     roots = ("multi_modal_projector.", "model.multi_modal_projector.")
@@ -195,7 +203,7 @@ def _stored(
     if newline:
         name = "model.image_newline" if "model.image_newline" in checkpoint else "image_newline"
         shapes["newline"] = (merger.config.outputs,)
-        joint = Stored({**joint.table, "newline": keep(name)}, shapes, checkpoint)
+        joint = ComponentTensors({**joint.table, "newline": keep(name)}, shapes, checkpoint)
     return {f"encoder.{encoder.name}": eye, "merger": joint, "lm": _lm_tensors(lm, checkpoint)}
 
 
@@ -204,9 +212,11 @@ def _part(
     shapes: Mapping[str, tuple[int, ...]],
     checkpoint: Checkpoint,
     *prefixes: str,
-) -> Stored:
+) -> ComponentTensors:
     """A part below whichever of `prefixes` the file uses."""
-    return Stored(below(table, find_prefix(table, checkpoint, *prefixes)), shapes, checkpoint)
+    return ComponentTensors(
+        below(table, find_prefix(table, checkpoint, *prefixes)), shapes, checkpoint
+    )
 
 
 def _projector_names(c: mlp.Config) -> dict[str, Recipe]:
@@ -219,7 +229,7 @@ def _projector_names(c: mlp.Config) -> dict[str, Recipe]:
     return table
 
 
-def _lm_tensors(lm: Part, checkpoint: Checkpoint) -> Stored:
+def _lm_tensors(lm: ComponentConfig, checkpoint: Checkpoint) -> ComponentTensors:
     """The language model's weights, in either generation of names."""
     file = models.lm(lm.kind)
     table = file.names(lm.config)
@@ -229,11 +239,11 @@ def _lm_tensors(lm: Part, checkpoint: Checkpoint) -> Stored:
             name: Recipe(tuple(s.replace("model.", new, 1) for s in r.sources), r.make)
             for name, r in table.items()
         }
-        return Stored(table, file.shapes(lm.config), checkpoint)
+        return ComponentTensors(table, file.shapes(lm.config), checkpoint)
     return _part(table, file.shapes(lm.config), checkpoint, "language_model.", "")
 
 
-def _unused(lm: Part, encoder: Part) -> list[str]:
+def _unused(lm: ComponentConfig, encoder: ComponentConfig) -> list[str]:
     """Globs of tensors that the file may hold and nobody reads."""
     globs = models.encoder(encoder.kind).unused(encoder.config)
     found = [prefix + glob for prefix in TOWERS for glob in globs]

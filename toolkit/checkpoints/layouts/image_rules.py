@@ -9,19 +9,24 @@ from typing import Any
 
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess
-from edgevlm.toolkit.images.tiling import Size, Tiling, TokenLayout
+from edgevlm.toolkit.images.tiling import Size, Tiling, TokenArrangement
 from edgevlm.toolkit.strict import Reader
-from edgevlm.toolkit.vlm.config import Part
+from edgevlm.toolkit.vlm.config import ComponentConfig
 
 _SIDES = (224, 336, 384, 448, 512)
 
 
 def read_rules(
-    r: Reader, encoder: Part, merger: Part, rule: Preprocess, *, lone_newline: bool
+    r: Reader,
+    encoder: ComponentConfig,
+    merger: ComponentConfig,
+    rule: Preprocess,
+    *,
+    lone_newline: bool,
 ) -> ImageRules:
     """Rules for a LLaVA configuration; a missing or unknown-to-nobody aspect is "square".
 
-    lone_newline: whether a picture without tiles gets the newline token of "unpad" behind it.
+    lone_newline: whether a image without tiles gets the newline token of "unpad" behind it.
     """
     aspect = r.take("image_aspect_ratio", str, "square")
     merge = r.take("mm_patch_merge_type", str, "flat")
@@ -45,7 +50,7 @@ def read_rules(
     return ImageRules({encoder.name: own}, tiling, layout)
 
 
-def _side(encoder: Part, merger: Part) -> int:
+def _side(encoder: ComponentConfig, merger: ComponentConfig) -> int:
     """Tokens per row of a view behind the merger; 0 where they are no fixed square of patches."""
     tokens = encoder.config.tokens
     side = math.isqrt(tokens) if isinstance(tokens, int) else 0
@@ -54,7 +59,7 @@ def _side(encoder: Part, merger: Part) -> int:
     return side // 2 if merger.kind == "pooler" else side
 
 
-def read_layout(r: Reader, merge: str, side: int, max_tiles: int) -> TokenLayout | None:
+def read_layout(r: Reader, merge: str, side: int, max_tiles: int) -> TokenArrangement | None:
     """The order of tokens that a merge type names, None if flat: view after view as they come.
 
     max_tiles of anyres_max_N, 0 for none.
@@ -69,7 +74,7 @@ def read_layout(r: Reader, merge: str, side: int, max_tiles: int) -> TokenLayout
         )
     pool = "maxpool2x2" in words
     unpad = "unpad" in words
-    return TokenLayout(
+    return TokenArrangement(
         side,
         "spatial",
         unpad=unpad and not pool,

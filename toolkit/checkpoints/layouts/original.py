@@ -2,7 +2,7 @@
 
 The vision tower is a Hugging Face folder (or, for UniRepLKNet, a weight file) that
 `mm_vision_tower` names. Source: the loaders of haotian-liu/LLaVA and its forks. What the forks do
-differently is a `Rules` value of their system.
+differently is a `OriginalRules` value of their system.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.layouts import image_rules, towers
 from edgevlm.toolkit.checkpoints.layouts.source import (
+    ComponentTensors,
     Options,
     Source,
-    Stored,
     add_tokens,
     below,
     check,
@@ -33,7 +33,7 @@ from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import Reader
 from edgevlm.toolkit.text.prompts import PromptRules
 from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.config import ModelConfig, Part
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 LMS = {
     "llava_llama": "llama",
@@ -50,7 +50,7 @@ TEMPLATES = {"llama": "vicuna_v1", "qwen2": "qwen_1_5", "mistral": "mistral_inst
 IN_CHECKPOINT = "model.vision_tower.vision_tower."
 
 # Written by the training scripts, read by no forward pass of ours: bookkeeping, training switches,
-# video settings, resamplers, which the originals build but never apply to pictures, and keys of
+# video settings, resamplers, which the originals build but never apply to images, and keys of
 # Hugging Face's layout that some releases carry beside their own.
 TRAINING_KEYS = (
     "add_faster_video add_time_instruction faster_token_stride force_sample freeze_backbone "
@@ -70,17 +70,17 @@ TRAINING_KEYS = (
 
 
 @dataclass(frozen=True)
-class Rules:
+class OriginalRules:
     """What one system does in this layout.
 
     merger: the projector for an encoder, from config.json. taps: which hidden states the
     encoder gives, from those that config.json selects. tower_wins: tower weights inside the
-    checkpoint override the tower's folder. lone_newline: pictures without tiles go as a list too,
+    checkpoint override the tower's folder. lone_newline: images without tiles go as a list too,
     and so get the newline token of "unpad" behind them. templates: by language model.
     """
 
     system: str
-    merger: Callable[[Reader, Part, int], Part]
+    merger: Callable[[Reader, ComponentConfig, int], ComponentConfig]
     tower_wins: bool = False
     lone_newline: bool = False
     taps: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
@@ -99,24 +99,24 @@ def lm_kind(config: Mapping[str, Any]) -> str:
     return (generic and named and named[0]) or LMS[str(config["model_type"])]
 
 
-def says_mlcd(config: Mapping[str, Any]) -> bool:
+def names_mlcd(config: Mapping[str, Any]) -> bool:
     """Whether the tower's name says MLCD, by which that fork chooses its tower class."""
     return "mlcd" in str(config.get("mm_vision_tower", "")).lower()
 
 
-def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules) -> Source:
+def load(folder: Path, config: Mapping[str, Any], options: Options, rules: OriginalRules) -> Source:
     """Read a checkpoint. Raises ConfigError and CheckpointError naming what does not fit."""
     kind = lm_kind(config)
     if kind == "qwen2":  # its original class drops this key whatever it says
         config = {**config, "rope_scaling": None}
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
-    lm = Part("lm", kind, models.lm(kind).Config.read(r))
+    lm = ComponentConfig("lm", kind, models.lm(kind).Config.read(r))
     tower = towers.open_tower(folder, r, options, rules.taps)
     merger = rules.merger(r, tower.part, lm.config.hidden_size)
     images = image_rules.read_rules(
         r, tower.part, merger, tower.rule, lone_newline=rules.lone_newline
     )
-    ends_rows = images.layout is not None and images.layout.newline
+    ends_rows = images.arrangement is not None and images.arrangement.newline
     spare = ["model.image_newline"] * ("unpad" in str(config.get("mm_patch_merge_type")))
     wins = _tower_wins(r, rules)
     r.choice("s2", [False], False)
@@ -164,7 +164,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Rules
     return Source(model, weights, text, origin)
 
 
-def _tower_wins(r: Reader, rules: Rules) -> bool:
+def _tower_wins(r: Reader, rules: OriginalRules) -> bool:
     """Whether tower weights inside the checkpoint override the folder's, which is read first
     unless delay_load is set and the tower was not trained.
     """
@@ -174,7 +174,9 @@ def _tower_wins(r: Reader, rules: Rules) -> bool:
     return trained or (rules.tower_wins and (tuned or not late))
 
 
-def _stored(lm: Part, merger: Part, newline: bool, checkpoint: Checkpoint) -> dict[str, Stored]:
+def _stored(
+    lm: ComponentConfig, merger: ComponentConfig, newline: bool, checkpoint: Checkpoint
+) -> dict[str, ComponentTensors]:
     """The language model's and the projector's weights in the LLaVA folder."""
     file, projector = models.lm(lm.kind), models.merger(merger.kind)
     table = dict(projector.names(merger.config))
@@ -186,12 +188,12 @@ def _stored(lm: Part, merger: Part, newline: bool, checkpoint: Checkpoint) -> di
         table["newline"] = keep("model.image_newline")
         shapes["newline"] = (lm.config.hidden_size,)
     return {
-        "lm": Stored(file.names(lm.config), file.shapes(lm.config), checkpoint),
-        "merger": Stored(table, shapes, checkpoint),
+        "lm": ComponentTensors(file.names(lm.config), file.shapes(lm.config), checkpoint),
+        "merger": ComponentTensors(table, shapes, checkpoint),
     }
 
 
-def _tower_inside(tower: towers.Tower, checkpoint: Checkpoint) -> Stored | None:
+def _tower_inside(tower: towers.Tower, checkpoint: Checkpoint) -> ComponentTensors | None:
     """The tower's weights inside the checkpoint, None if it holds none."""
     keys = checkpoint.keys()
     if not any(key.startswith(IN_CHECKPOINT) for key in keys):
@@ -199,10 +201,15 @@ def _tower_inside(tower: towers.Tower, checkpoint: Checkpoint) -> Stored | None:
     file = models.encoder(tower.part.kind)
     table = file.names(tower.part.config)
     prefix = find_prefix(table, checkpoint, f"{IN_CHECKPOINT}vision_model.", IN_CHECKPOINT)
-    return Stored(below(table, prefix), file.shapes(tower.part.config), checkpoint)
+    return ComponentTensors(below(table, prefix), file.shapes(tower.part.config), checkpoint)
 
 
-def _unused(lm: Part, merger: Part, inside: Stored | None, tower: towers.Tower) -> list[str]:
+def _unused(
+    lm: ComponentConfig,
+    merger: ComponentConfig,
+    inside: ComponentTensors | None,
+    tower: towers.Tower,
+) -> list[str]:
     """Globs of tensors in the LLaVA folder that nobody reads."""
     found = [*models.lm(lm.kind).unused(lm.config), "model.vision_resampler.*"]
     spare = models.merger(merger.kind).unused(merger.config)
@@ -214,8 +221,8 @@ def _unused(lm: Part, merger: Part, inside: Stored | None, tower: towers.Tower) 
 
 
 def shrink_vocab(
-    lm: Part, table: Mapping[str, Recipe], rows: int
-) -> tuple[Part, dict[str, Recipe]]:
+    lm: ComponentConfig, table: Mapping[str, Recipe], rows: int
+) -> tuple[ComponentConfig, dict[str, Recipe]]:
     """The LM with only the rows its tokenizer knows, as the originals' loader resizes it."""
     if rows >= lm.config.vocab_size:
         return lm, dict(table)

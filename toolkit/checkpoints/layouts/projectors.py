@@ -8,18 +8,18 @@ import re
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.mergers import mlp, pooler
 from edgevlm.toolkit.strict import Reader
-from edgevlm.toolkit.vlm.config import Part
+from edgevlm.toolkit.vlm.config import ComponentConfig
 
 
-def linears(r: Reader, encoder: Part, outputs: int) -> Part:
+def linears(r: Reader, encoder: ComponentConfig, outputs: int) -> ComponentConfig:
     """The projector that config.json names, for one encoder."""
     name, inputs = read_name(r, encoder), encoder.config.hidden_sizes
     if name == "pooler":
         side = math.isqrt(encoder.config.tokens)
-        return Part("merger", "pooler", pooler.Config(sum(inputs), outputs, side))
+        return ComponentConfig("merger", "pooler", pooler.Config(sum(inputs), outputs, side))
     layers, blocks = depth(r, name)
     check_identity(r, layers, sum(inputs), outputs)
-    return Part("merger", "mlp", mlp.Config(inputs, outputs, layers, blocks=blocks))
+    return ComponentConfig("merger", "mlp", mlp.Config(inputs, outputs, layers, blocks=blocks))
 
 
 def check_identity(r: Reader, layers: int, inputs: int, outputs: int) -> None:
@@ -32,7 +32,7 @@ def check_identity(r: Reader, layers: int, inputs: int, outputs: int) -> None:
         )
 
 
-def read_name(r: Reader, encoder: Part) -> str:
+def read_name(r: Reader, encoder: ComponentConfig) -> str:
     """mm_projector_type, after checking that mm_hidden_size is what the encoder gives."""
     width, given = sum(encoder.config.hidden_sizes), r.count("mm_hidden_size")
     if given not in (width, encoder.config.hidden_sizes[0]):

@@ -62,7 +62,7 @@ def _cut_prompt(source: Source, config: Mapping[str, Any]) -> Source:
 
 
 def _reuse_image(source: Source, config: Mapping[str, Any]) -> Source:
-    """One placeholder more than pictures shows the last picture again."""
+    """One placeholder more than images shows the last image again."""
     return _prompts(source, reuse_last=True)
 
 

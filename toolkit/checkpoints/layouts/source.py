@@ -23,7 +23,7 @@ from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.strict import Reader, read_json
 from edgevlm.toolkit.text.tokenizer import Tokenizer, from_sentencepiece
 from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, components
-from edgevlm.toolkit.vlm.config import ModelConfig, Part
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def random_source(model: ModelConfig, seed: int, tokenizer: str, preset: str) ->
 
 
 @dataclass(frozen=True)
-class Stored:
+class ComponentTensors:
     """The tensors of one component inside one checkpoint."""
 
     table: Mapping[str, Recipe]
@@ -73,7 +73,7 @@ class Stored:
         return Recipes(self.table, self.checkpoint)
 
 
-def check(parts: Iterable[Stored], unused: Iterable[str]) -> None:
+def check(parts: Iterable[ComponentTensors], unused: Iterable[str]) -> None:
     """Check all components that share one checkpoint against it, both ways."""
     stored = list(parts)
     free = tuple(unused)
@@ -195,14 +195,14 @@ def read_eos(folder: Path, config: Mapping[str, Any], kind: str) -> tuple[int, .
     return tuple(ids)
 
 
-def with_context(lm: Part, limit: int | None) -> Part:
+def with_context(lm: ComponentConfig, limit: int | None) -> ComponentConfig:
     """The language model with rotary tables for at most `limit` positions."""
     context = lm.config.context if limit is None else limit
     if context < GOLDEN_TOKENS:
         stated = "max_position_embeddings" if limit is None else "--max-context"
         raise ConfigError(
             f"{stated} {context} is less than {GOLDEN_TOKENS}, the tokens of a bundle's check",
-            hint="a picture alone takes tens to thousands of positions",
+            hint="a image alone takes tens to thousands of positions",
         )
     if limit is None:
         return lm

@@ -9,8 +9,8 @@ from typing import Any
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.layouts.source import (
+    ComponentTensors,
     Options,
-    Stored,
     below,
     find_prefix,
     read_encoder,
@@ -21,7 +21,7 @@ from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.images.preprocess import Preprocess, read_preprocess
 from edgevlm.toolkit.models.encoders import unireplknet
 from edgevlm.toolkit.strict import MOST_LAYERS, Reader, read_json
-from edgevlm.toolkit.vlm.config import Part
+from edgevlm.toolkit.vlm.config import ComponentConfig
 
 Taps = tuple[int, ...]
 
@@ -30,9 +30,9 @@ Taps = tuple[int, ...]
 class Tower:
     """An encoder with its preprocessing and weights; unused: globs of what may be left over."""
 
-    part: Part
+    part: ComponentConfig
     rule: Preprocess
-    stored: Stored
+    stored: ComponentTensors
     unused: tuple[str, ...]
 
 
@@ -75,7 +75,7 @@ def open_tower(folder: Path, r: Reader, options: Options, choose: Callable[[Taps
     taps, class_token = read_taps(r, depth)
     config = models.encoder(kind).Config.read(reader, choose(taps), class_token)
     reader.done()
-    part = Part(kind, kind, config)
+    part = ComponentConfig(kind, kind, config)
     rule = read_rule(place, options)
     check_size(rule, part, str(place))
     stored, unused = stored_in(part, place, options)
@@ -91,17 +91,19 @@ def read_rule(place: Path, options: Options) -> Preprocess:
     return rule
 
 
-def check_size(rule: Preprocess, part: Part, where: str) -> None:
-    """Raise ConfigError if the pictures are not of the size that the encoder takes."""
+def check_size(rule: Preprocess, part: ComponentConfig, where: str) -> None:
+    """Raise ConfigError if the images are not of the size that the encoder takes."""
     if isinstance(part.config.pixels[0], int) and rule.size != part.config.pixels:
         raise ConfigError(
-            f"{where}: preprocessor_config.json makes pictures of {rule.size}, the tower takes "
+            f"{where}: preprocessor_config.json makes images of {rule.size}, the tower takes "
             f"{part.config.pixels}",
             hint="take config.json and preprocessor_config.json from the same tower",
         )
 
 
-def stored_in(part: Part, place: Path, options: Options) -> tuple[Stored, tuple[str, ...]]:
+def stored_in(
+    part: ComponentConfig, place: Path, options: Options
+) -> tuple[ComponentTensors, tuple[str, ...]]:
     """The tower's weights in its own folder, and globs of what may be left there."""
     file = models.encoder(part.kind)
     checkpoint = open_checkpoint(place, options.torch_reader)
@@ -109,7 +111,10 @@ def stored_in(part: Part, place: Path, options: Options) -> tuple[Stored, tuple[
     prefix = find_prefix(table, checkpoint, "vision_model.", "")
     unused = tuple(prefix + glob for glob in file.unused(part.config))
     text = ("text_model.*", "logit_scale", "logit_bias", "text_projection.*", "visual_projection.*")
-    return Stored(below(table, prefix), file.shapes(part.config), checkpoint), (*unused, *text)
+    return ComponentTensors(below(table, prefix), file.shapes(part.config), checkpoint), (
+        *unused,
+        *text,
+    )
 
 
 def _open_file(place: Path, r: Reader, options: Options) -> Tower:
@@ -128,8 +133,8 @@ def _open_file(place: Path, r: Reader, options: Options) -> Tower:
     keys = list(source.keys())
     checkpoint = Checkpoint(dict.fromkeys(keys, source), str(place))
     config = unireplknet.Config.of({key: source.shape(key) for key in keys}, str(place))
-    stored = Stored(unireplknet.names(config), unireplknet.shapes(config), checkpoint)
-    part = Part("unireplknet", "unireplknet", config)
+    stored = ComponentTensors(unireplknet.names(config), unireplknet.shapes(config), checkpoint)
+    part = ComponentConfig("unireplknet", "unireplknet", config)
     return Tower(part, read_rule(place.parent, options), stored, unireplknet.unused(config))
 
 

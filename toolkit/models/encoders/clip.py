@@ -54,12 +54,12 @@ class Config:
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """Height and width of the picture, in pixels."""
+        """Height and width of the image, in pixels."""
         return self.image_size, self.image_size
 
     @property
     def tokens(self) -> int:
-        """Tokens per picture and output."""
+        """Tokens per image and output."""
         return (self.image_size // self.patch_size) ** 2 + self.class_token
 
     @property

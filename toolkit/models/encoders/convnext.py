@@ -1,6 +1,6 @@
 """ConvNeXt (Liu et al., arXiv 2201.03545) with any number of stages; ConvLLaVA adds a fifth.
 
-Any picture size: every stride floors, total stride 4 * 2^(stages - 1). The output is the last
+Any image size: every stride floors, total stride 4 * 2^(stages - 1). The output is the last
 stage without the final norm, as ConvLLaVA uses it. Names of Hugging Face's ConvNextModel.
 """
 
@@ -63,7 +63,7 @@ class Config:
 
     @property
     def pixels(self) -> tuple[str, str]:
-        """Height and width change from picture to picture."""
+        """Height and width change from image to image."""
         return "height", "width"
 
     @property

@@ -76,12 +76,12 @@ class Config:
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """Height and width of the picture, in pixels."""
+        """Height and width of the image, in pixels."""
         return self.image_size, self.image_size
 
     @property
     def tokens(self) -> int:
-        """Tokens per picture and output: patches, with the class token if kept."""
+        """Tokens per image and output: patches, with the class token if kept."""
         return (self.image_size // self.patch_size) ** 2 + self.class_token
 
     @property
@@ -113,7 +113,7 @@ def _swiglu(op: Ops[Any], c: Any, w: Weights[Any], x: Any) -> Any:
 
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
-    """Our tensors, those that the taps need; positions for the pictures it will see."""
+    """Our tensors, those that the taps need; positions for the images it will see."""
     d = c.hidden_size
     found: vit.Shapes = {
         "class_token": (d,),
@@ -176,7 +176,7 @@ def _layer_recipe(c: Config, key: str) -> Recipe:
 
 
 def positions(c: Config, stored: Array) -> Array:
-    """Stored positions [1, 1 + n^2, width] as [1 + m^2, width] for the pictures it will see.
+    """Stored positions [1, 1 + n^2, width] as [1 + m^2, width] for the images it will see.
 
     Bicubic as transformers resizes; the registers variant smooths when it shrinks.
     """
@@ -197,7 +197,7 @@ def unused(c: Config) -> tuple[str, ...]:
 
 
 def tiny() -> Config:
-    """A small instance for tests: registers, SwiGLU, several levels, another picture size."""
+    """A small instance for tests: registers, SwiGLU, several levels, another image size."""
     return Config(
         hidden_size=32,
         num_layers=3,

@@ -62,7 +62,7 @@ class Config:
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """Height and width of the picture, in pixels."""
+        """Height and width of the image, in pixels."""
         return self.image_size
 
     @property
@@ -72,7 +72,7 @@ class Config:
 
     @property
     def tokens(self) -> int:
-        """Tokens per picture and output."""
+        """Tokens per image and output."""
         return self.grid[0] * self.grid[1] + self.class_token
 
     @property

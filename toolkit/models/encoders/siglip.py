@@ -54,12 +54,12 @@ class Config:
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """Height and width of the picture, in pixels."""
+        """Height and width of the image, in pixels."""
         return self.image_size, self.image_size
 
     @property
     def tokens(self) -> int:
-        """Tokens per picture and output; a rest narrower than a patch is dropped."""
+        """Tokens per image and output; a rest narrower than a patch is dropped."""
         return (self.image_size // self.patch_size) ** 2
 
     @property

@@ -44,12 +44,12 @@ class Config:
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """Height and width of the picture, in pixels."""
+        """Height and width of the image, in pixels."""
         return self.image_size, self.image_size
 
     @property
     def patches(self) -> int:
-        """Patches of a picture."""
+        """Patches of a image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property

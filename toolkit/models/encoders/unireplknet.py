@@ -1,7 +1,7 @@
 """UniRepLKNet (Ding et al., arXiv 2311.15599) with five stages: ConvLLaVA's second tower.
 
 Always in its merged form: parallel dilated branches, batch norms and layer scales are folded into
-one convolution and one linear per block when the file is read (or read as merged). Any picture
+one convolution and one linear per block when the file is read (or read as merged). Any image
 size; every stride-2 convolution rounds up.
 """
 
@@ -61,7 +61,7 @@ class Config:
 
     @property
     def pixels(self) -> tuple[str, str]:
-        """Height and width change from picture to picture."""
+        """Height and width change from image to image."""
         return "height", "width"
 
     @property

@@ -154,7 +154,9 @@ def _branch_names(b: Branch) -> dict[str, Recipe]:
             for leaf in ("weight", "bias"):
                 sources = tuple(f"{level}.{part}.{leaf}" for level in b.levels)
                 square = part == "linear" and leaf == "weight"
-                table[f"{part}.{leaf}"] = Recipe(sources, _stacked_turned if square else _stacked)
+                table[f"{part}.{leaf}"] = Recipe(
+                    sources, _stacked_transposed if square else _stacked
+                )
     for i, level in enumerate(b.levels):
         if b.merge == "linear_norm":
             table[f"levels.{i}.linear.weight"] = flip(f"{level}.linear.weight")
@@ -174,7 +176,7 @@ def _stacked(*levels: Array) -> Array:
     return np.stack(levels)
 
 
-def _stacked_turned(*levels: Array) -> Array:
+def _stacked_transposed(*levels: Array) -> Array:
     return np.concatenate([level.T for level in levels])
 
 
