@@ -79,7 +79,7 @@ def test_the_identity_is_that_of_the_content(folder: Path) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"format": 2},
+        {"format": 1},
         {"format": None},
         {"surprise": 1},
         {"components": 5},
