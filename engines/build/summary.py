@@ -24,7 +24,7 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
     context, _ = builder.settled(bundle, request)
     plan = request.again.plan if request.again else bundle.manifest.plan
     memory = estimate(bundle, request.target, context, plan)
-    time = floors(bundle.model, plan, request.target)
+    time = floors(bundle.model, plan, request.target, bundle.manifest.dtype)
     decisions = builder.lowering(bundle, request)
     data = {
         "bundle": str(path),

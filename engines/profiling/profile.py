@@ -209,6 +209,7 @@ def _summarise(
     samples["decode"] = [ms for run in runs for ms in run.decode_ms]
     stages = {stage: _spread(values) for stage, values in samples.items()}
     medians = {stage: spread.p50_ms for stage, spread in stages.items()}
+    size = memory.element_bytes(session.engine.parsed_target(), session.engine.dtype)
     made, encoders = session.engine, [f"encoder.{part.name}" for part in session.model.encoders]
     views = max(sum(span.stage == name for span in runs[0].spans) for name in encoders)
     work = Work(views, runs[0].image_tokens, runs[0].prompt_tokens)
@@ -228,7 +229,7 @@ def _summarise(
         prompt_tokens=runs[0].prompt_tokens,
         image_tokens=runs[0].image_tokens,
         generated_tokens=generated,
-        roofline=roofline(session.model, made.plan, peaks, work, medians),
+        roofline=roofline(session.model, made.plan, peaks, work, medians, size),
         device=_device(session),
         samples={stage: [round(ms, 3) for ms in values] for stage, values in samples.items()},
         layers=layers,

@@ -41,11 +41,3 @@ class PrecisionPlan:
             if fnmatchcase(path, rule.paths):
                 chosen = rule.precision
         return chosen
-
-    def weight_bytes(self, path: str, wide: int) -> float:
-        """Bytes that a weight of this place takes; `wide`: what one in float takes."""
-        chosen = self.at(path)
-        scale = wide / 128  # of a block; smaller blocks are those of tiny models
-        if chosen in WEIGHT_BITS:
-            return WEIGHT_BITS[chosen] / 8 + scale
-        return wide

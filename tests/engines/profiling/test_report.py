@@ -22,8 +22,8 @@ SPREAD = Spread(1.5, 2.5, 3.5, 1.75)
 
 def profile(name: str) -> Profile:
     bounds = (
-        Bound(name, 1.0, 0.5, 0.75, name, 0.5),
-        Bound("decode", 0.1, 0.2, 0.5, "memory", 0.4),
+        Bound(name, 1.0, 0.5, 0.0, 0.75, name, 0.5),
+        Bound("decode", 0.1, 0.2, 0.05, 0.5, "memory", 0.4),
     )
     return Profile(
         engine=name,
