@@ -37,9 +37,12 @@ class Expected:
 
 def counted(case: Expected) -> Count:
     counter = Count(ShapeOps(), "part")
-    held = Weights({key: Parameter(shape) for key, shape in case.weights.items()})
-    case.call(counter, held)
+    case.call(counter, parameters(case.weights))
     return counter
+
+
+def parameters(shapes: Mapping[str, tuple[int, ...]]) -> Weights[Spec]:
+    return Weights({key: Parameter(shape) for key, shape in shapes.items()})
 
 
 def _cached(length: int, window: int | None, visible: list[int], rows_read: int) -> Expected:
@@ -364,8 +367,7 @@ def test_a_merge_of_levels_costs_its_norms_and_one_product() -> None:
         "linear.bias": (2, 6),
     }
     counter = Count(ShapeOps(), "merger")
-    held = Weights({key: Parameter(shape) for key, shape in shapes.items()})
-    counter.layer_merge([s(3, 5, 8), s(3, 5, 8)], held, 1e-5)
+    counter.layer_merge([s(3, 5, 8), s(3, 5, 8)], parameters(shapes), 1e-5)
     kinds = {cost.op for cost in counter.costs}
     assert {"layer_norm", "concat", "linear", "mul", "sum", "add"} <= kinds
     (product,) = (c for c in counter.costs if c.op == "linear")
@@ -380,11 +382,11 @@ def test_a_merge_of_levels_costs_its_norms_and_one_product() -> None:
 
 def test_a_block_is_the_ops_inside() -> None:
     def layer(op: Any, w: Weights[Spec], x: Spec, twice: bool) -> Spec:
-        y = op.linear(x, w / "up")
+        y: Spec = op.linear(x, w / "up")
         return op.add(y, y) if twice else y
 
     counter = Count(ShapeOps(), "lm")
-    held: Weights[Spec] = Weights({"layers.0.up.weight": Parameter((4, 3))})
+    held = parameters({"layers.0.up.weight": (4, 3)})
     y = counter.block(layer, held / "layers.0", s(2, 4), True)
     assert y.shape == (2, 3)
     assert [(c.op, c.path) for c in counter.costs] == [
