@@ -95,7 +95,8 @@ class ShapeOps:
         return x
 
     def mean(self, x: Spec, axes: tuple[int, ...]) -> Spec:
-        return Spec(tuple(1 if i in axes else n for i, n in enumerate(x.shape)))
+        gone = {axis % len(x.shape) for axis in axes}  # negative axes count from the end
+        return Spec(tuple(1 if i in gone else n for i, n in enumerate(x.shape)))
 
     def sum(self, x: Spec, axes: tuple[int, ...]) -> Spec:
         return self.mean(x, axes)
