@@ -120,8 +120,8 @@ def question(model: ModelConfig, size: tuple[int, int] = (640, 480), text: int =
     rules = model.images
     grid = None
     if rules.tiling is not None:
-        wide, tall = best_resolution(size, rules.tiling.pinpoints)
-        grid = (wide // rules.tiling.tile, tall // rules.tiling.tile)
+        width, height = best_resolution(size, rules.tiling.pinpoints)
+        grid = (width // rules.tiling.tile, height // rules.tiling.tile)
     views = 1 + grid[0] * grid[1] if grid else 1
     if rules.arrangement is not None:
         tokens = len(arrange(rules.arrangement, views, grid, size).rows)

@@ -256,16 +256,16 @@ def ms_deform_attn(
     head_dim: int,
     reference: Array,
 ) -> Cost:
-    """Per sample (one of batch * queries * heads * levels * points): where it lies, its four
+    """Per sample (one of batch * queries * heads * levels * points): its position, its four
     corners' weights, and 4 corners and one mix of 2 * head_dim each.
 
-    Where it lies: four per coordinate from a point, six from a box. Corner weights: floor,
+    Position: four per coordinate from a point, six from a box. Corner weights: floor,
     fraction and complement of both coordinates, four products. The softmax of the scores adds
     five. Four corners of head_dim values are read per sample, those outside included.
     """
     samples = scores.size
-    where = 2 * (4 if reference.shape[-1] == 2 else 6)
-    each = where + 2 * 3 + 4 + (4 + 1) * 2 * head_dim + _SOFTMAX
+    position = 2 * (4 if reference.shape[-1] == 2 else 6)
+    each = position + 2 * 3 + 4 + (4 + 1) * 2 * head_dim + _SOFTMAX
     gathered = samples * 4 * head_dim
     table = Parameter(reference.shape)
     return _moved(samples * each, y, offsets, scores, table, gathered=gathered)

@@ -99,6 +99,18 @@ def test_the_largest_op_is_found() -> None:
     assert found == 4 * (2 * 3 * 256 * 11008 + 32 * 256 * 1024)
 
 
+def test_an_encoder_sees_one_view_at_a_time_and_the_merger_all() -> None:
+    """LLaVA-NeXT: up to 5 views of 576 tokens."""
+    model = planned("llava-next-0.5b")
+    tiling = model.model.images.tiling
+    assert tiling is not None
+    views = 1 + max(w * h // tiling.tile**2 for w, h in tiling.pinpoints)
+    merger = views * 576 * (1024 + 896)  # its first product
+    assert 2 * 577 * 4096 < merger < views * 2 * 577 * 4096  # activations of the encoder's MLP
+    scores = 14 * 64 * 64
+    assert estimate(model, parse("cpu"), 64).activations_bytes == 4 * (2 * merger + scores)
+
+
 def test_a_processor_computes_in_float32_and_others_in_the_bundles_type() -> None:
     cpu, jetson = parse("cpu"), parse("jetson-agx-orin")
     assert [memory.element_bytes(cpu, d) for d in ("fp32", "fp16", "bf16")] == [4, 4, 4]
