@@ -40,7 +40,7 @@ def bounds(
     return {bound.stage: bound for bound in found.stages}
 
 
-@pytest.mark.parametrize("size", [4, 2])
+@pytest.mark.parametrize("size", [4, 2, 10**6])  # the last one shows a single row
 @pytest.mark.parametrize("prompt", [608, 100_000])
 def test_a_token_moves_every_weight_and_the_cache(prompt: int, size: int) -> None:
     decode = bounds(Work(1, 576, prompt), size=size)["decode"]
@@ -50,6 +50,15 @@ def test_a_token_moves_every_weight_and_the_cache(prompt: int, size: int) -> Non
     assert decode.gbytes == round(size * (PARAMETERS + others + cache) / 1e9, 3)
     assert decode.floor_ms == pytest.approx(1000 * decode.gbytes / PEAKS.gb_s, abs=0.02)
     assert decode.limited_by == "memory"
+
+
+def test_only_products_with_weights_in_few_bits_run_at_the_rate_of_8_bits() -> None:
+    """What is left of a token in float: norms, biases, activations, attention over the cache."""
+    peaks = Peaks(gflop_s=1.0, int8_gop_s=1e9, gb_s=1e9)
+    decode = bounds(Work(1, 576, 608), peaks=peaks, plan=weight_only.plan("int8"))["decode"]
+    attention = 24 * 609 * (4 * 896 + 6 * 14) / 1e9
+    assert attention < decode.floor_ms / 1000 < 1.05 * attention
+    assert decode.gflops > 2 * (PARAMETERS - NORMS - BIASES) / 1e9
 
 
 def test_a_prompt_writes_the_cache_and_reads_it_back() -> None:

@@ -405,6 +405,18 @@ def test_what_an_op_makes_of_a_parameter_is_an_activation_unless_it_is_a_view() 
         assert counter.costs[-1].read_elements == 24 - 2 * weights
 
 
+def test_a_weight_that_was_computed_is_an_activation() -> None:
+    """A fake-quantized matrix, for one: its product reads what the rounding wrote."""
+    counter: Any = Count(ShapeOps(), "part")
+    w = parameters({"l.weight": (7, 5), "l.bias": (5,)}) / "l"
+    rounded = counter.fake_quant(w["weight"], _SCALE[:5], axis=1, bits=8, path="l/weight")
+    counter.linear(s(2, 7), w.replacing(weight=rounded))
+    rounding, product = counter.costs
+    assert (rounding.weight_elements, rounding.read_elements) == (35 + 5, 0)
+    assert (product.weight_elements, product.read_elements) == (5, 2 * 7 + 35)
+    assert product.matrix_elements == 0
+
+
 def test_tables_are_known_by_name_once() -> None:
     counter: Any = Count(ShapeOps(), "part")
     for _ in range(2):
