@@ -29,7 +29,7 @@ def check_files(layers: int, *files: Path | None) -> None:
 
 
 def write_files(profiles: Sequence[Profile], page: Path | None, events: Path | None) -> None:
-    """Write the files that were asked for. Raises OutputError if one cannot be written."""
+    """Write the files that have a path. Raises OutputError if one cannot be written."""
     try:
         if page is not None:
             write_html(page, profiles)

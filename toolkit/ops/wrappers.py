@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Wrapper(Generic[T]):
-    """Passes every op to `inner`; a subclass replaces the ops it cares about."""
+    """Passes every op to `inner`; a subclass replaces some of them."""
 
     def __init__(self, inner: Ops[T], component: str) -> None:
         self.inner = inner
@@ -31,12 +31,12 @@ class Wrapper(Generic[T]):
         return getattr(self.inner, op)
 
     def layer_merge(self, xs: Sequence[T], w: Weights[T], eps: float) -> T:
-        """In simpler ops through this wrapper, so that it meets the linear inside."""
+        """Decomposed through this wrapper, so that it sees the linear inside."""
         op: Ops[T] = cast(Any, self)
         return decompositions.layer_merge(op, xs, w, eps)
 
     def block(self, function: Callable[..., Any], w: Weights[T], *args: Any) -> Any:
-        """The function with this wrapper as its ops, so that it meets those inside."""
+        """The function with this wrapper as its ops, so that it sees those inside."""
         return function(self, w, *args)
 
     def path_of(self, w: Weights[Any]) -> str:

@@ -144,10 +144,10 @@ def test_states_are_the_arrays_that_a_decoder_carries(kind: str) -> None:
     assert 4 * state_elements(part, axes) == sum(v.nbytes for v in carried.values()) > 0
 
 
-@pytest.mark.parametrize(("room", "kind"), [f for f in FILES if f[0] != "lms"])
-def test_every_parameter_is_read_once(room: str, kind: str) -> None:
+@pytest.mark.parametrize(("folder", "kind"), [f for f in FILES if f[0] != "lms"])
+def test_every_parameter_is_read_once(folder: str, kind: str) -> None:
     """Of encoders and mergers, whatever the batch; tables of points are not parameters."""
-    part = component(room, kind)
+    part = component(folder, kind)
     axes = {"height": 40, "width": 56, "tokens": 4, "tiles": 3, "rows": 5}
     counter = count(part, axes)
     views = {"softmax", "mul", "slice"}  # scales of levels are read by several ops
