@@ -218,6 +218,10 @@ CASES: dict[str, Case] = {
     "relu6": Case(lambda op, w, x: op.relu(x["x"], limit=0.5), inputs={"x": (2, 3, 8)}),
     "sigmoid": Case(lambda op, w, x: op.sigmoid(x["x"]), inputs={"x": (2, 3, 8)}),
     "softmax": Case(lambda op, w, x: op.softmax(x["x"]), inputs={"x": (2, 3, 8)}),
+    "mean over the first and the last axis": Case(
+        lambda op, w, x: op.mean(x["x"], (0, 3)), inputs={"x": (2, 3, 5, 8)}
+    ),
+    "sum over two axes": Case(lambda op, w, x: op.sum(x["x"], (0, 2)), inputs={"x": (3, 4, 8)}),
     "mean": Case(lambda op, w, x: op.mean(x["x"], (1, 2)), inputs={"x": (2, 3, 5, 8)}),
     "sum": Case(lambda op, w, x: op.sum(x["x"], (1,)), inputs={"x": (2, 3, 8)}),
     "response_norm": Case(
@@ -280,11 +284,41 @@ CASES: dict[str, Case] = {
     "concat": Case(
         lambda op, w, x: op.concat([x["a"], x["b"]], 1), inputs={"a": (2, 3, 8), "b": (2, 2, 8)}
     ),
+    "concat on the first axis": Case(
+        lambda op, w, x: op.concat([x["a"], x["b"]], 0), inputs={"a": (2, 3), "b": (4, 3)}
+    ),
+    "concat on the last axis, three": Case(
+        lambda op, w, x: op.concat([x["a"], x["b"], x["a"]], 2),
+        inputs={"a": (2, 3, 5), "b": (2, 3, 1)},
+    ),
+    "slice of the first axis": Case(
+        lambda op, w, x: op.slice(x["x"], 0, 1, 3), inputs={"x": (4, 5, 8)}
+    ),
+    "slice of the last axis": Case(
+        lambda op, w, x: op.slice(x["x"], 2, 3, None), inputs={"x": (2, 5, 8)}
+    ),
     "slice": Case(lambda op, w, x: op.slice(x["x"], 1, 1, 4), inputs={"x": (2, 5, 8)}),
     "slice to the end": Case(
         lambda op, w, x: op.slice(x["x"], 1, 2, None), inputs={"x": (2, 5, 8)}
     ),
     "reshape": Case(lambda op, w, x: op.reshape(x["x"], (0, 15, -1)), inputs={"x": (2, 3, 5, 4)}),
+    "reshape keeping two axes": Case(
+        lambda op, w, x: op.reshape(x["x"], (0, 0, 2, -1)), inputs={"x": (2, 3, 8)}
+    ),
+    "reshape joining the first axes": Case(
+        lambda op, w, x: op.reshape(x["x"], (-1, 8)), inputs={"x": (2, 3, 8)}
+    ),
+    "transpose of four axes": Case(
+        lambda op, w, x: op.transpose(x["x"], (2, 0, 3, 1)), inputs={"x": (2, 3, 5, 7)}
+    ),
+    "mul with two axes broadcast": Case(
+        lambda op, w, x: op.mul(x["a"], x["b"]), inputs={"a": (2, 3, 1, 7), "b": (3, 5, 1)}
+    ),
+    "attention of a batch of three": Case(
+        lambda op, w, x: op.attention(x["q"], x["k"], x["v"], num_heads=2),
+        inputs={"q": (3, 4, 16), "k": (3, 4, 16), "v": (3, 4, 16)},
+    ),
+    "attention_cached batch of three": _cached_case([0, 4, 10], 1),
     "transpose": Case(lambda op, w, x: op.transpose(x["x"], (0, 2, 1)), inputs={"x": (2, 3, 5)}),
     "fake_quant": Case(
         lambda op, w, x: op.fake_quant(x["x"], np.asarray(0.02, np.float32), axis=None, path="s"),
