@@ -74,7 +74,7 @@ _ROTARY_FIRST = Row(
     "as above; the kernel rotates heads of 16n channels only, so RotaryEmbedding comes first",
     rewrites.rotary_then_group_query_attention,
     "com.microsoft.GroupQueryAttention",
-    fits=lambda node: rewrites.head_width(node) % 8 == 0,
+    fits=rewrites.heads_of(8),
     otherwise=Row("decompose", "the kernel takes heads of 8n channels only"),
 )
 _CACHED_ATTENTION = Row(
@@ -82,7 +82,7 @@ _CACHED_ATTENTION = Row(
     "writes the cache in place; no mask, no copy per token",
     rewrites.group_query_attention,
     "com.microsoft.GroupQueryAttention",
-    fits=lambda node: rewrites.head_width(node) % 16 == 0,
+    fits=rewrites.heads_of(16),
     otherwise=_ROTARY_FIRST,
 )
 
@@ -98,14 +98,6 @@ _ATTENTION = Row(
 ONNXRUNTIME_CPU: Mapping[str, Row] = {
     **_KEEP,
     "Attention": _ATTENTION,
-    "edgevlm.AddRMSNorm": _rewrite(
-        rewrites.add_rms_norm,
-        "com.microsoft.SkipSimplifiedLayerNormalization",
-        "one pass over memory",
-    ),
-    "edgevlm.AddLayerNorm": _rewrite(
-        rewrites.add_layer_norm, "com.microsoft.SkipLayerNormalization", "one pass over memory"
-    ),
     "edgevlm.QuickGelu": _rewrite(
         rewrites.quick_gelu, "com.microsoft.QuickGelu", "one pass over memory"
     ),
@@ -138,10 +130,10 @@ ONNXRUNTIME_CPU: Mapping[str, Row] = {
 _NEW_IN_1_24 = ("DequantizeLinear", "QuantizeLinear", "Swish", "TensorScatter")
 _NO_WINDOW = replace(
     _CACHED_ATTENTION,
-    fits=lambda node: rewrites.head_width(node) % 16 == 0 and not rewrites.windowed(node),
+    fits=lambda node: rewrites.heads_of(16)(node) and not rewrites.windowed(node),
     otherwise=replace(
         _ROTARY_FIRST,
-        fits=lambda node: rewrites.head_width(node) % 8 == 0 and not rewrites.windowed(node),
+        fits=lambda node: rewrites.heads_of(8)(node) and not rewrites.windowed(node),
         otherwise=None,
     ),
 )

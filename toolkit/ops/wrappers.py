@@ -15,7 +15,7 @@ import numpy as np
 from edgevlm.toolkit.ops import decompositions
 from edgevlm.toolkit.ops.costs import COSTS, Cost, kind_of
 from edgevlm.toolkit.ops.shape_ops import Spec
-from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, R, Weights
 
 T = TypeVar("T")
 
@@ -29,6 +29,10 @@ class Wrapper(Generic[T]):
 
     def __getattr__(self, op: str) -> Any:
         return getattr(self.inner, op)
+
+    def block(self, function: Callable[..., R], w: Weights[T], *args: Any) -> R:
+        """Run by the ops inside, but through this wrapper: it sees every op of the layer."""
+        return self.inner.block(lambda _, w, *args: function(self, w, *args), w, *args)
 
     def layer_merge(self, xs: Sequence[T], w: Weights[T], eps: float) -> T:
         """Decomposed through this wrapper, so that it sees the linear inside."""

@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from edgevlm.engines.lowering.lower import lower
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.weights import RandomWeights
+from edgevlm.toolkit.models.encoders import mlcd
+from edgevlm.toolkit.models.lms import llama
+from edgevlm.toolkit.models.mergers import mmfuser
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.shape_ops import ShapeOps, Spec, Specs
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.ops.wrappers import Wrapper
 from edgevlm.toolkit.target import this_cpu
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.components import Component
@@ -128,10 +133,121 @@ def test_shapes_and_ports_tell_the_truth(room: str, kind: str) -> None:
     given = {k: Spec(v.shape) for k, v in inputs.items()}
     found = part.forward(ShapeOps(), Weights(Specs(part.shapes)), given)
     assert {k: s.shape for k, s in found.items()} == {k: v.shape for k, v in expected.items()}
+    axes = {
+        name: length
+        for port in part.inputs
+        for name, length in zip(port.shape, inputs[port.name].shape, strict=True)
+    }
     for port in part.outputs:
-        fixed = [n for n in port.shape if isinstance(n, int)]
-        assert len(port.shape) == expected[port.name].ndim
-        assert all(n in expected[port.name].shape for n in fixed)
+        shape = expected[port.name].shape
+        assert len(port.shape) == len(shape)
+        for name, length in zip(port.shape, shape, strict=True):
+            known = name if isinstance(name, int) else axes.get(name)
+            assert name in MADE_INSIDE or known == length, (port.name, name)
+
+
+MADE_INSIDE = ("tokens", "rows")  # axes of outputs whose length follows from the architecture
+
+
+@pytest.mark.parametrize("kind", LMS)
+def test_rows_of_a_batch_are_those_of_single_calls(kind: str) -> None:
+    part = component("lms", kind)
+    weights: Weights[Array] = Weights(tensors(part))
+    generator, one = np.random.default_rng(7), feed(part)
+    ids = generator.integers(0, 90, (3, 2))
+    past = {k: generator.normal(0, 1, (3, *v.shape[1:])) for k, v in one.items() if "past" in k}
+    calls = {
+        "ids": ids,
+        "rows": np.asarray([[-1, -1], [3, -1], [0, 1]]),
+        "start": np.asarray([0, 4, 9]),
+        "score": np.asarray([[1], [0], [1]]),
+        **{k: v.astype(np.float32) for k, v in past.items()},
+    }
+    together = part.forward(NumpyOps(), weights, one | calls)
+    for row in range(3):
+        alone = part.forward(
+            NumpyOps(), weights, one | {k: v[row : row + 1] for k, v in calls.items()}
+        )
+        for name, array in alone.items():
+            np.testing.assert_allclose(together[name][row], array[0], atol=1e-5, err_msg=name)
+
+
+LAYERS = {
+    "clip": ["layers.0", "layers.1"],
+    "siglip": ["layers.0", "layers.1", "layers.2"],
+    "dinov2": ["layers.0", "layers.1", "layers.2"],
+    "mlcd": ["layers.0", "layers.1"],
+    "unicom": ["layers.0", "layers.1"],
+    "convnext": ["stages.0/blocks.0", "stages.1/blocks.0", "stages.2/blocks.0",
+                 "stages.2/blocks.1"],
+    "unireplknet": ["stages.0/blocks.0", "stages.1/blocks.0", "stages.2/blocks.0",
+                    "stages.2/blocks.1"],
+    "llama": ["layers.0", "layers.1"],
+    "mistral": ["layers.0", "layers.1"],
+    "qwen2": ["layers.0", "layers.1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("room", "kind"), [f for f in FILES if f[0] != "mergers"])
+def test_each_layer_is_a_block_that_owns_its_parameters(room: str, kind: str) -> None:
+    """Seen from inside a wrapper: which block runs, and whose parameters each op reads."""
+    part = component(room, kind)
+    blocks: list[str] = []
+    read: list[tuple[str, str]] = []
+
+    class Watch(Wrapper[Array]):
+        inside = ""
+
+        def block(self, function: Any, w: Weights[Array], *args: Any) -> Any:
+            blocks.append(w.path)
+            self.inside = w.path
+            result = super().block(function, w, *args)
+            self.inside = ""
+            return result
+
+        def linear(self, x: Array, w: Weights[Array]) -> Array:
+            read.append((self.inside, w.path))
+            return self.inner.linear(x, w)
+
+        def layer_norm(self, x: Array, w: Weights[Array], eps: float) -> Array:
+            read.append((self.inside, w.path))
+            return self.inner.layer_norm(x, w, eps)
+
+        def rms_norm(self, x: Array, w: Weights[Array], eps: float) -> Array:
+            read.append((self.inside, w.path))
+            return self.inner.rms_norm(x, w, eps)
+
+    watch: Any = Watch(NumpyOps(), part.name)
+    part.forward(watch, Weights(tensors(part)), feed(part))
+    assert blocks == LAYERS[kind]
+    assert {inside for inside, _ in read if inside} == set(LAYERS[kind])
+    for inside, path in read:
+        owner = next((layer for layer in LAYERS[kind] if f"{path}/".startswith(f"{layer}/")), "")
+        assert inside == owner, path
+
+
+@pytest.mark.parametrize(("room", "kind"), FILES)
+def test_functions_say_what_they_are_in_numbers(room: str, kind: str) -> None:
+    """No Reshape targets: a call's attributes are numbers, and are those its function names."""
+    part = component(room, kind)
+    model = model_of(part, tensors(part))
+    declared = {f.name: set(f.attribute) for f in model.functions}
+    for node in model.graph.node:
+        if node.domain == "edgevlm":
+            assert {a.name for a in node.attribute} == declared[node.op_type]
+            kinds = {a.type for a in node.attribute}
+            assert kinds <= {onnx.AttributeProto.INT, onnx.AttributeProto.FLOAT}
+
+
+def test_tables_are_made_once_and_cannot_be_changed() -> None:
+    for table in (
+        lambda: llama.rotary_tables(llama.tiny())[0],
+        lambda: mlcd.patch_angles(mlcd.tiny()),
+        lambda: mmfuser.cell_centres(4),
+    ):
+        assert table() is table()
+        with pytest.raises(ValueError, match="read-only"):
+            table()[0, 0] = 1.0
 
 
 @pytest.mark.parametrize(("room", "kind"), FILES)

@@ -88,7 +88,7 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
             x = op.conv(x, stage / "down" / "conv", stride=2, padding=1)
             x = convnet.channel_norm(op, x, stage / "down" / "norm", _LAYER_EPS)
         for j, kernel in enumerate(kernels):
-            x = _block(op, stage / f"blocks.{j}", x, c.dims[s], kernel)
+            x = op.block(_block, stage / f"blocks.{j}", x, c.dims[s], kernel)
     return (convnet.tokens(op, x, c.dims[-1]),)
 
 
