@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgevlm.toolkit.ops.shape_ops import Spec
-from edgevlm.toolkit.ops.vocabulary import Array, Grids, Norm, Step, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, Step, Weights
 
 _SIGMOID = 4  # negate, exp, add, divide
 _SOFTMAX = 5  # maximum, subtract, exp, sum, divide
@@ -117,22 +117,17 @@ def rms_norm(y: Spec, x: Spec, w: Weights[Spec], eps: float) -> Cost:
     return _moved(4 * x.size + 3 * (x.size // x.shape[-1]), y, x, w["weight"])
 
 
-def add_norm(
-    y: tuple[Spec, Spec], x: Spec, residual: Spec, w: Weights[Spec], eps: float, kind: Norm
-) -> Cost:
-    """One addition per element and the norm; both results are written."""
-    norm = (rms_norm if kind == "rms" else layer_norm)(y[0], x, w, eps)
-    both = _moved(norm.flops + x.size, y[0], x, residual)
-    written = y[0].size + y[1].size
-    return replace(both, weight_elements=norm.weight_elements, written_elements=written)
-
-
 # -- elementwise -----------------------------------------------------------------------------
 
 
 def add(y: Spec, a: Spec, b: Spec) -> Cost:
     """Of add and of mul: one per output; an operand that is broadcast is read once."""
     return _moved(y.size, y, a, b)
+
+
+def scale(y: Spec, x: Spec, factor: float) -> Cost:
+    """One product per element; the factor is part of the op."""
+    return _moved(x.size, y, x)
 
 
 def gelu(y: Spec, x: Spec, *, tanh: bool = False) -> Cost:
@@ -187,7 +182,7 @@ def response_norm(y: Spec, x: Spec, w: Weights[Spec], eps: float) -> Cost:
 # -- attention -------------------------------------------------------------------------------
 
 
-def attention(y: Spec, q: Spec, k: Spec, v: Spec, *, num_heads: int, num_kv_heads: int) -> Cost:
+def attention(y: Spec, q: Spec, k: Spec, v: Spec, *, num_heads: int) -> Cost:
     """Per head and pair of tokens: 2 * head_dim for the score, 2 * head_dim for the mix, and
     one for the scale and five for the softmax.
     """
@@ -210,6 +205,7 @@ def attention_cached(
     *,
     num_heads: int,
     num_kv_heads: int,
+    head_dim: int,
     window: int | None,
 ) -> Cost:
     """Attention of the last S of T cached tokens: token i sees T - S + i of them, at most
@@ -236,7 +232,9 @@ def attention_cached(
     )
 
 
-def attention_rotary(y: Spec, q: Spec, k: Spec, v: Spec, angles: Spec, *, num_heads: int) -> Cost:
+def attention_rotary(
+    y: Spec, q: Spec, k: Spec, v: Spec, angles: Spec, *, num_heads: int, head_dim: int
+) -> Cost:
     """Sine and cosine of every angle, three per channel of q and k, and the attention."""
     batch, length, channels = q.shape
     rotation = 2 * angles.size + _ROTATION * (q.size + k.size)
@@ -250,7 +248,8 @@ def ms_deform_attn(
     offsets: Spec,
     scores: Spec,
     *,
-    grids: Grids,
+    grid: tuple[int, int],
+    num_levels: int,
     num_heads: int,
     num_points: int,
     head_dim: int,
@@ -259,13 +258,12 @@ def ms_deform_attn(
     """Per sample (one of batch * queries * heads * levels * points): its position, its four
     corners' weights, and 4 corners and one mix of 2 * head_dim each.
 
-    Position: four per coordinate from a point, six from a box. Corner weights: floor,
-    fraction and complement of both coordinates, four products. The softmax of the scores adds
+    Position: four per coordinate. Corner weights: floor, fraction and complement of both
+    coordinates, four products. The softmax of the scores adds
     five. Four corners of head_dim values are read per sample, those outside included.
     """
     samples = scores.size
-    position = 2 * (4 if reference.shape[-1] == 2 else 6)
-    each = position + 2 * 3 + 4 + (4 + 1) * 2 * head_dim + _SOFTMAX
+    each = 2 * 4 + 2 * 3 + 4 + (4 + 1) * 2 * head_dim + _SOFTMAX
     gathered = samples * 4 * head_dim
     table = Parameter(reference.shape)
     return _moved(samples * each, y, offsets, scores, table, gathered=gathered)
@@ -340,10 +338,15 @@ def constant(y: Spec, name: str, value: Array) -> Cost:
     return Cost()
 
 
+def to_float32(y: Spec, x: Spec) -> Cost:
+    """No arithmetic; every element is copied."""
+    return _moved(0, y, x)
+
+
 # -- precision -------------------------------------------------------------------------------
 
 
-def fake_quant(y: Spec, x: Spec, scale: Array, *, axis: int | None, bits: int, path: str) -> Cost:
+def fake_quant(y: Spec, x: Spec, scale: Array, *, axis: int | None, path: str) -> Cost:
     """Five per element: divide, round, two limits, product; the scales are weights."""
     return _moved(5 * x.size, y, x, Parameter(scale.shape))
 
@@ -356,9 +359,9 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "conv": conv,
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
-    "add_norm": add_norm,
     "add": add,
     "mul": add,
+    "scale": scale,
     "gelu": gelu,
     "quick_gelu": quick_gelu,
     "swiglu": swiglu,
@@ -384,6 +387,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "reshape": reshape,
     "transpose": transpose,
     "constant": constant,
+    "to_float32": to_float32,
     "fake_quant": fake_quant,
 }
 

@@ -39,10 +39,6 @@ class Wrapper(Generic[T]):
         op: Ops[T] = cast(Any, self)
         return decompositions.layer_merge(op, xs, w, eps)
 
-    def block(self, function: Callable[..., Any], w: Weights[T], *args: Any) -> Any:
-        """The function with this wrapper as its ops, so that it sees those inside."""
-        return function(self, w, *args)
-
     def path_of(self, w: Weights[Any]) -> str:
         """The path with its component in front: lm/layers.3/attention/q."""
         return f"{self.component}/{w.path}"

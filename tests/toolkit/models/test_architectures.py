@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -240,11 +241,12 @@ def test_functions_say_what_they_are_in_numbers(room: str, kind: str) -> None:
 
 
 def test_tables_are_made_once_and_cannot_be_changed() -> None:
-    for table in (
+    tables: list[Callable[[], Array]] = [
         lambda: llama.rotary_tables(llama.tiny())[0],
         lambda: mlcd.patch_angles(mlcd.tiny()),
         lambda: mmfuser.cell_centres(4),
-    ):
+    ]
+    for table in tables:
         assert table() is table()
         with pytest.raises(ValueError, match="read-only"):
             table()[0, 0] = 1.0
