@@ -9,8 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.manifest import PREFILL_CHUNK, Engine
 from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.checkpoints.safetensors_io import STORAGE
 from edgevlm.toolkit.errors import OutOfMemory
 from edgevlm.toolkit.quantization.plan import WEIGHT_BITS, PrecisionPlan
 from edgevlm.toolkit.target import Target
@@ -52,8 +54,7 @@ def estimate(
     the cache for one piece of the prompt. Not known here, and not in it: what kernels allocate
     for themselves.
     """
-    wide = target.backend in ("onnxruntime", "reference")
-    size = 4 if wide or bundle.manifest.dtype == "fp32" else 2
+    size = STORAGE[capabilities.of(target).computes_in(bundle.manifest.dtype)].itemsize
     weights = weights_bytes(bundle.model, plan or bundle.manifest.plan, size)
     return _with_weights(bundle.model, weights, context, size)
 
@@ -179,7 +180,7 @@ def require(needed: Estimate, what: str) -> None:
 
 def require_component(bundle: Bundle, plan: PrecisionPlan, target: Target) -> None:
     """The same for a build, which holds one component at a time."""
-    size = 4 if target.backend in ("onnxruntime", "reference") else 2
+    size = STORAGE[capabilities.of(target).computes_in(bundle.manifest.dtype)].itemsize
     shares = [c.params for c in bundle.manifest.components]
     largest = round(weights_bytes(bundle.model, plan, size) * max(shares) / max(sum(shares), 1))
     require(Estimate(largest, 0, 0, 0), "building the largest component")
