@@ -24,7 +24,7 @@ from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
 Progress = Callable[[str], None]
 # The largest error of kernels that a build accepts, by the precision in which they compute. int8:
 # their inputs are rounded to 8 bits in blocks.
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-1}
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 2e-1}
 # The largest loss against the float model that a build accepts unless told otherwise, by the
 # precision of the plan. Weights in 8 bits lose 0.006 to 0.03 in random models and 0.06 in
 # SmolLM2-135M; in 4 bits, rounded to nearest, 0.3 to 0.5 and 0.8: there perplexity grows by 26 %

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +10,9 @@ import onnx
 import pytest
 
 from edgevlm.engines.build.build import Request, build
-from edgevlm.engines.lowering import capabilities, rewrites
+from edgevlm.engines.lowering import rewrites
 from edgevlm.engines.lowering.graph import Rewriter
+from edgevlm.engines.lowering.onnxruntime_rows import ROWS
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.toolkit.errors import AccuracyError, ConfigError
 from edgevlm.toolkit.target import this_cpu
@@ -86,12 +86,8 @@ def test_an_engine_that_diverges_is_not_written(
     bisect: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine_of(PLAIN / "llava-v1.5-tiny", tmp_path)
-    row = replace(capabilities.ONNXRUNTIME_CPU["edgevlm.QuickGelu"], rewrite=_wrong)
-    table: Mapping[str, capabilities.Row] = {
-        **capabilities.ONNXRUNTIME_CPU,
-        "edgevlm.QuickGelu": row,
-    }
-    monkeypatch.setitem(capabilities.TABLES, "onnxruntime", table)
+    row = replace(ROWS["edgevlm.QuickGelu"], rewrite=_wrong)
+    monkeypatch.setitem(ROWS, "edgevlm.QuickGelu", row)
     with pytest.raises(AccuracyError, match=r"encoder\.clip differs") as caught:
         build(tmp_path / "bundle", tmp_path / "wrong", request(bisect=bisect), silent)
     assert not (tmp_path / "wrong").exists()
