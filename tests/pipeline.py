@@ -14,7 +14,6 @@ from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.target import Target, parse, this_cpu
 from edgevlm.training.torch_files import reader
 
-
 LOSS_IN_4_BITS = 0.7  # more than the tiny models with random weights lose: 0.3 to 0.5
 
 

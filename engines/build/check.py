@@ -23,13 +23,15 @@ from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
 
 Progress = Callable[[str], None]
 # The largest error of kernels that a build accepts, by the precision in which they compute. int8:
-# their inputs are rounded to 8 bits in blocks.
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 2e-1}
+# the inputs of products are rounded to 8 bits in blocks, which a trained decoder amplifies, on
+# random tokens more than on text: in SmolLM2-135M to 0.15 and 0.05; in encoders it stays near 0.01.
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-1}
+DECODER_TOLERANCE = {**TOLERANCE, "int8": 2e-1}
 # The largest loss against the float model that a build accepts unless told otherwise, by the
-# precision of the plan. Weights in 8 bits lose 0.006 to 0.03 in random models and 0.06 in
-# SmolLM2-135M; in 4 bits, rounded to nearest, 0.3 to 0.5 and 0.8: there perplexity grows by 26 %
-# and four answers of ten begin with another token. Zeroed weights lose 0.7 to 1.
-MAX_LOSS: Mapping[Precision, float] = {"int8_weights": 0.1, "int4_weights": 0.2, "int8": 0.2}
+# precision of the plan. Weights in 8 bits lose 0.01 to 0.04 in random models and 0.12 in
+# SmolLM2-135M, whose perplexity grows by 0.35 %; in 4 bits, rounded to nearest, 0.3 to 0.5 and
+# 0.7: there perplexity grows by 26 % and four tokens of ten differ. Zeroed weights lose 0.7 to 1.
+MAX_LOSS: Mapping[Precision, float] = {"int8_weights": 0.2, "int4_weights": 0.2, "int8": 0.2}
 _CENTERED = "logits"  # the outputs that mean the same if a constant is added to a row
 
 
@@ -76,7 +78,7 @@ def check(
     every = goldens.load(bundle.path / GOLDENS)
     found = Found({}, {})
     for part in compiled:
-        name, limit = part.record.name, TOLERANCE[part.precision]
+        name, limit = part.record.name, tolerance(part)
         progress(f"{name}: comparing with the reference")
         calls = [golden for golden in every if golden.component == name]
         answers = _answers(bundle, part, backend, folder, calls)
@@ -91,6 +93,12 @@ def check(
                 raise _lossy(name, loss, allowed)
             found.losses[name] = loss
     return found
+
+
+def tolerance(part: Compiled) -> float:
+    """The largest error that a component's kernels may have."""
+    decodes = any(port.updates for port in part.record.outputs)
+    return (DECODER_TOLERANCE if decodes else TOLERANCE)[part.precision]
 
 
 @dataclass(frozen=True)
