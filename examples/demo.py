@@ -121,10 +121,8 @@ def step_few_bits(bundle: Path, out: Path) -> None:
     kernels, losses = (
         max(made["build"][name].values()) for name in ("kernel_differences", "precision_losses")
     )
-    print(
-        f"differences      {losses:.1%} (rms) to the float model, of which {kernels:.1%} by kernels,"
-    )
-    print("                 which round their inputs to 8 bits too")
+    print(f"differences      {losses:.1%} (rms) from the float model; kernels alone {kernels:.1%},")
+    print("                 because they round their inputs to 8 bits too")
     found, expected, _ = ask_as_the_original(engine)
     pairs = zip(found["token_ids"], expected, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(expected))

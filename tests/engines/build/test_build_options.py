@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
 from edgevlm.engines.build.build import Request, build
-from edgevlm.engines.lowering import rewrites
+from edgevlm.engines.lowering import lower, rewrites
+from edgevlm.engines.lowering.capabilities import Row
 from edgevlm.engines.lowering.graph import Rewriter
 from edgevlm.engines.lowering.onnxruntime_rows import ROWS
 from edgevlm.engines.runtime.session import Question, Session
@@ -72,6 +74,28 @@ def test_tiles_that_cannot_be_are_refused(tiled: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no effect"):
         build(tmp_path / "bundle", tmp_path / "e", request(2), silent)
     assert not (tmp_path / "e").exists()
+
+
+def test_every_component_is_lowered_once(
+    tiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[str]] = {"load": [], "choose": []}
+    load, choose = onnx.load, lower._chosen
+
+    def loaded(path: str, **options: bool) -> onnx.ModelProto:
+        seen["load"].append(Path(path).stem)
+        return load(path, **options)
+
+    def chosen(component: str, *rest: Any) -> list[Row]:
+        seen["choose"].append(component)
+        return choose(component, *rest)
+
+    monkeypatch.setattr(onnx, "load", loaded)
+    monkeypatch.setattr(lower, "_chosen", chosen)
+    made, _ = build(tiled, tmp_path / "e", request(), silent)
+    names = [record.name for record in made.components]
+    assert seen == {"load": names, "choose": names}
+    assert {d.component for d in made.lowering} == set(names)
 
 
 def _wrong(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
