@@ -57,10 +57,10 @@ def test_integer_products_are_exact(generator: np.random.Generator) -> None:
     np.testing.assert_array_equal(run([node], {"w": w}, x, TensorProto.INT32), exact(x, w))
 
 
-def qdq(label: str, x: str, scale: str, zero: str, **axis: int) -> list[onnx.NodeProto]:
+def qdq(label: str, x: str, scale: str, zero: str) -> list[onnx.NodeProto]:
     return [
         helper.make_node("QuantizeLinear", [x, scale, zero], [f"{label}.q"]),
-        helper.make_node("DequantizeLinear", [f"{label}.q", scale, zero], [f"{label}.f"], **axis),
+        helper.make_node("DequantizeLinear", [f"{label}.q", scale, zero], [f"{label}.f"]),
     ]
 
 

@@ -36,15 +36,15 @@ def writing(out: Path, *, force: bool) -> Iterator[Path]:
     """
     recover(out)
     refuse_existing(out, force=force)
-    place = out.resolve()  # a link keeps pointing at what is written
-    parents = [parent for parent in place.parents if not parent.exists()]
+    final = out.resolve()  # a link keeps pointing at what is written
+    parents = [parent for parent in final.parents if not parent.exists()]
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(place) as partial:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(final) as partial:
             partial.mkdir()
             yield partial
             refuse_existing(out, force=force)  # another process may have been faster
-            _publish(partial, place)
+            _publish(partial, final)
     except OSError as refused:
         raise _output_error(refused, out) from None
     finally:
@@ -101,13 +101,13 @@ def refuse_source(out: Path, source: Path) -> None:
 
 def require_space(out: Path, nbytes: int) -> None:
     """Raise OutputError before the work starts if the disk cannot hold `nbytes` more."""
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    disk = out.absolute()
+    while not disk.exists():
+        disk = disk.parent
+    free = shutil.disk_usage(disk).free
     if free < nbytes:
         raise OutputError(
-            f"{out} needs {nbytes / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free",
+            f"{out} needs {nbytes / 1e9:.2f} GB, {disk} has {free / 1e9:.2f} GB free",
             hint="free some space, or write to another disk",
         )
 
@@ -115,24 +115,24 @@ def require_space(out: Path, nbytes: int) -> None:
 def recover(out: Path) -> None:
     """Remove what killed writers of `out` left, and put back what one of them had moved away."""
     with suppress(OSError, ValueError):  # a bad path is told of when it is written to
-        place = out.resolve()
-        for partial in _partial_folders(place):
+        final = out.resolve()
+        for partial in _partial_folders(final):
             lock = _lock_of(partial)
             with suppress(FileNotFoundError), _taken(lock) as stale:
                 if stale:
-                    _clear(partial, place)
+                    _clear(partial, final)
                     lock.unlink(missing_ok=True)
 
 
-def _partial_folders(place: Path) -> list[Path]:
+def _partial_folders(final: Path) -> list[Path]:
     """Paths of partial folders that have left something: themselves, the old artifact, a lock."""
-    found = place.parent.glob(f"{glob.escape(_partial_prefix(place))}*")
+    found = final.parent.glob(f"{glob.escape(_partial_prefix(final))}*")
     names = {path.name.removesuffix(_OLD).removesuffix(_LOCK) for path in found}
-    return [place.parent / name for name in sorted(names)]
+    return [final.parent / name for name in sorted(names)]
 
 
-def _partial_prefix(place: Path) -> str:
-    return f".{place.name}.partial-"
+def _partial_prefix(final: Path) -> str:
+    return f".{final.name}.partial-"
 
 
 def _lock_of(partial: Path) -> Path:
@@ -143,19 +143,19 @@ def _old_of(partial: Path) -> Path:
     return partial.with_name(partial.name + _OLD)
 
 
-def _clear(partial: Path, place: Path) -> None:
+def _clear(partial: Path, final: Path) -> None:
     old = _old_of(partial)
-    if old.exists() and not place.exists():
-        old.rename(place)  # killed between the two renames of _publish
+    if old.exists() and not final.exists():
+        old.rename(final)  # killed between the two renames of _publish
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
-def _locked(place: Path) -> Iterator[Path]:
+def _locked(final: Path) -> Iterator[Path]:
     """A partial folder's path of this writer's own, whose lock is held until the block ends."""
     while True:
-        partial = place.with_name(_partial_prefix(place) + secrets.token_hex(4))
+        partial = final.with_name(_partial_prefix(final) + secrets.token_hex(4))
         lock = _lock_of(partial)
         descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         # Before it is locked, another process may take the new file for a leftover.
@@ -165,7 +165,7 @@ def _locked(place: Path) -> Iterator[Path]:
     try:
         yield partial
     finally:
-        _clear(partial, place)
+        _clear(partial, final)
         lock.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -211,16 +211,16 @@ def _is_old(lock: Path) -> bool:
     return time.time() - max(changed, default=0.0) > _DAY_S
 
 
-def _publish(partial: Path, place: Path) -> None:
-    if not place.exists() or not any(place.iterdir()):
-        partial.rename(place)
+def _publish(partial: Path, final: Path) -> None:
+    if not final.exists() or not any(final.iterdir()):
+        partial.rename(final)
         return
     old = _old_of(partial)
-    place.rename(old)
+    final.rename(old)
     try:
-        partial.rename(place)
+        partial.rename(final)
     except BaseException:
-        old.rename(place)
+        old.rename(final)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

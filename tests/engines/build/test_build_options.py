@@ -82,7 +82,7 @@ def test_every_component_is_lowered_once(
     seen: dict[str, list[str]] = {"load": [], "choose": []}
     load, choose = onnx.load, lower._chosen
 
-    def loaded(path: str, **options: bool) -> onnx.ModelProto:
+    def loaded(path: str, **options: Any) -> onnx.ModelProto:
         seen["load"].append(Path(path).stem)
         return load(path, **options)
 

@@ -114,7 +114,7 @@ def test_an_engine_that_was_accepted_is_not_kept_for_a_stricter_build(
     strict = replace(requantized(bundle, "int4", gated=True), force=True)
     with pytest.raises(AccuracyError):
         build(bundle, engine, strict, silent)
-    assert Session.open(engine).close() is None
+    Session.open(engine).close()  # the old engine stands as it was
 
 
 def zeroed(rows: Array, bits: blockwise.Bits) -> tuple[Array, Array]:
