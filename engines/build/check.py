@@ -17,7 +17,7 @@ from edgevlm.engines.backends import Backend, Compiled, RunnerOptions
 from edgevlm.toolkit.bundle import goldens
 from edgevlm.toolkit.bundle.goldens import AXES, Golden, relative_rms
 from edgevlm.toolkit.bundle.manifest import GOLDENS, Bundle
-from edgevlm.toolkit.errors import AccuracyError, ConfigError
+from edgevlm.toolkit.errors import AccuracyError, BundleError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
 
@@ -36,7 +36,7 @@ _CENTERED = "logits"  # the outputs that mean the same if a constant is added to
 
 
 @dataclass(frozen=True)
-class Found:
+class Errors:
     """Errors by component: of kernels; and of the precision, empty for a float model."""
 
     kernels: dict[str, float]
@@ -69,14 +69,19 @@ def check(
     progress: Progress,
     *,
     bisect: bool = False,
-) -> Found:
+) -> Errors:
     """Run the goldens on the compiled components in `folder`.
 
     Raises AccuracyError naming the first component whose kernels are beyond their tolerance (with
     `bisect`, its first op too) or whose precision costs more than `allowed`.
     """
     every = goldens.load(bundle.path / GOLDENS)
-    found = Found({}, {})
+    if bundle.manifest.plan.precisions and not all(golden.float_outputs for golden in every):
+        raise BundleError(
+            f"{bundle.path} is quantized and lacks the float model's answers",
+            hint="quantize the float bundle again",
+        )
+    errors = Errors({}, {})
     for part in compiled:
         name, limit = part.record.name, tolerance(part)
         progress(f"{name}: comparing with the reference")
@@ -86,13 +91,13 @@ def check(
         if not error <= limit:
             op = _first_op(bundle, part, folder, calls, limit) if bisect else ""
             raise _wrong_kernels(name, error, limit, op, bisect=bisect)
-        found.kernels[name] = error
+        errors.kernels[name] = error
         if all(golden.float_outputs for golden in calls):
             loss = _error(answers, [golden.float_outputs for golden in calls])
             if not loss <= allowed:
                 raise _lossy(name, loss, allowed)
-            found.losses[name] = loss
-    return found
+            errors.losses[name] = loss
+    return errors
 
 
 def tolerance(part: Compiled) -> float:

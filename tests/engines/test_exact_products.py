@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgevlm.engines.backends import sessions
 from edgevlm.toolkit.ops.vocabulary import Array
+from tests.conftest import ROOT
 
 ROWS, INPUTS, OUTPUTS = 5, 256, 64
 
@@ -114,3 +115,12 @@ def test_the_setting_follows_the_processor(
     else:
         with pytest.raises(Exception, match="does not have configuration"):
             options.get_session_config_entry("session.x64quantprecision")
+
+
+def test_every_session_is_made_there() -> None:
+    """Whoever opens one by hand forgets the setting."""
+    made = "Inference" + "Session("
+    folders = ("engines", "export", "toolkit", "training", "calibration", "tests", "benchmarks")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    makers = [path for path in files if made in path.read_text()]
+    assert makers == [ROOT / "engines/backends/sessions.py"]

@@ -20,9 +20,15 @@ from edgevlm.export import write
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle import goldens
 from edgevlm.toolkit.bundle.goldens import Golden, centered, relative_rms, sampled
-from edgevlm.toolkit.bundle.manifest import GOLDENS
+from edgevlm.toolkit.bundle.manifest import (
+    GOLDENS,
+    MANIFEST,
+    read_manifest,
+    record_file,
+    write_manifest,
+)
 from edgevlm.toolkit.checkpoints.layouts.source import Options
-from edgevlm.toolkit.errors import AccuracyError, ConfigError
+from edgevlm.toolkit.errors import AccuracyError, BundleError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization import blockwise
 from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
@@ -85,6 +91,20 @@ def test_a_quantized_bundle_keeps_the_float_answers_of_its_origin(
                 same, own = other.float_outputs[name], other.outputs[name]
                 np.testing.assert_allclose(same, values, atol=1e-5 * size, rtol=0)
                 assert np.abs(own - values).max() > 1e-3 * size
+
+
+def test_a_quantized_bundle_without_the_float_answers_is_refused(
+    bundle: Path, tmp_path: Path
+) -> None:
+    source = replace(systems.load(bundle, Options()), plan=weight_only.plan("int8"))
+    write.write_bundle(source, tmp_path / "b", made_by="tests", progress=silent)
+    path = tmp_path / "b" / GOLDENS
+    goldens.save(path, [replace(golden, float_outputs={}) for golden in goldens.load(path)])
+    made = read_manifest(tmp_path / "b" / MANIFEST)
+    files = {**made.files, GOLDENS: record_file(path)}
+    write_manifest(tmp_path / "b", replace(made, files=files))
+    with pytest.raises(BundleError, match="lacks the float model's answers"):
+        build(tmp_path / "b", tmp_path / "e", Request(this_cpu(), None, False, "t"), silent)
 
 
 # -- refused, accepted, recorded ---------------------------------------------------------------
