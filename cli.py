@@ -139,6 +139,10 @@ def build(
     precision: Annotated[
         Optional[str], typer.Option(help="int8 or int4: weights alone, without calibration.")
     ] = None,
+    accept_loss: Annotated[
+        Optional[float],
+        typer.Option(help="Accept this relative rms error against float, such as 0.5."),
+    ] = None,
     bisect: Annotated[
         bool, typer.Option("--bisect", help="If the engine diverges, name the first op.")
     ] = False,
@@ -163,6 +167,7 @@ def build(
         max_context=max_context,
         max_image_tiles=max_image_tiles,
         precision=precision,
+        accept_loss=accept_loss,
         bisect=bisect,
         force=force,
         progress=console.step,

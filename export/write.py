@@ -17,6 +17,7 @@ from edgevlm.export.record import ELEMENT, OnnxOps
 from edgevlm.toolkit.bundle import goldens
 from edgevlm.toolkit.bundle import manifest as bundles
 from edgevlm.toolkit.bundle.atomic import require_space, writing
+from edgevlm.toolkit.bundle.goldens import Golden
 from edgevlm.toolkit.bundle.manifest import ComponentRecord, FileRecord, Manifest, Tensors
 from edgevlm.toolkit.checkpoints.layouts.source import Source
 from edgevlm.toolkit.checkpoints.safetensors_io import (
@@ -244,8 +245,17 @@ def _write_rest(
     with np.errstate(over="ignore"):
         for part in parts:
             progress(f"{part.name}: running the reference for its goldens")
-            tensors = Tensors(folder / f"{part.name}.safetensors")
-            kept += list(goldens.make_goldens(part, tensors))
+            kept += _goldens(part, Tensors(folder / f"{part.name}.safetensors"), source)
     goldens.save(folder / bundles.GOLDENS, kept)
     for name in (bundles.TOKENIZER, bundles.GOLDENS):
         files[name] = bundles.record_file(folder / name)
+
+
+def _goldens(part: Component, stored: Tensors, source: Source) -> list[Golden]:
+    """The answers of the weights as they were stored, and the float model's where those differ."""
+    known = goldens.load(source.goldens) if source.goldens else []
+    origin = [golden for golden in known if golden.component == part.name]
+    if not source.plan.precisions and not any(golden.float_outputs for golden in origin):
+        return list(goldens.make_goldens(part, stored))
+    floats = origin or goldens.make_goldens(part, source.weights.get(part.name, {}))
+    return list(goldens.requantized(part, stored, floats))

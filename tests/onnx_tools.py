@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import numpy_helper
 
-from edgevlm.engines.lowering.capabilities import reads_opset_23_only
+from edgevlm.engines.backends import sessions
+from edgevlm.engines.lowering import capabilities
 from edgevlm.export.write import record
 from edgevlm.toolkit.checkpoints.safetensors_io import Entry, Written
 from edgevlm.toolkit.errors import UnsupportedError
@@ -33,14 +33,9 @@ def model_of(part: Component, tensors: Mapping[str, Array]) -> onnx.ModelProto:
 
 def run(model: onnx.ModelProto, feed: Mapping[str, Array]) -> dict[str, Array]:
     """Outputs by name. Raises UnsupportedError where this ONNX Runtime is too old for the graph."""
-    if reads_opset_23_only(this_cpu()) and model.opset_import[0].version > 23:
+    if model.opset_import[0].version > capabilities.of(this_cpu()).opset:
         raise UnsupportedError("a portable graph needs opset 24")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = sessions.open_session(model.SerializeToString(), sessions.session_options(1))
     names = [output.name for output in session.get_outputs()]
     known = {value.name for value in session.get_inputs()}
     found = session.run(names, {k: v for k, v in feed.items() if k in known})

@@ -9,11 +9,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 from edgevlm.toolkit.errors import ConfigError, TargetMismatch
 
 Version = tuple[int, ...]
 BACKENDS = ("onnxruntime", "tensorrt", "reference")
+_VNNI = {"avx512_vnni", "avx_vnni"}  # flags of processors that add 8-bit products in 32 bits
 
 
 @dataclass(frozen=True)
@@ -148,3 +150,19 @@ def threads_here() -> int:
     """Processors this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else (os.cpu_count() or 1)
+
+
+def saturates_int8(arch: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether 8-bit products of U8 by S8 may saturate on this processor: x86 without VNNI.
+
+    AVX2 adds pairs of such products in 16 bits, which 2 * 255 * 127 exceeds; VNNI adds in 32.
+    True where an x86 processor's flags cannot be read.
+    """
+    if (arch or machine()) != "x86_64":
+        return False
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return True
+    flags = [set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")]
+    return not flags or not all(found & _VNNI for found in flags)

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
+from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
 from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -63,12 +64,14 @@ class Compiled:
     """What building one component gave: files in the engine folder, and notes on it.
 
     precision: the number format it computes in, which decides how close the goldens must be.
+    lowering: what happened to its ops; empty where nothing is lowered.
     """
 
     record: ComponentRecord
     files: tuple[str, ...]
     precision: str = "fp32"
     notes: tuple[str, ...] = ()
+    lowering: tuple[Decision, ...] = ()
 
 
 class Backend(Protocol):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgevlm.engines.backends import Compiled, LayerTime, Peaks, RunnerOptions, probes
+from edgevlm.engines.backends import Compiled, LayerTime, Peaks, RunnerOptions, probes, sessions
 from edgevlm.engines.backends.common import link
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import (
@@ -57,22 +57,25 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
         import onnx
     except ImportError:
         raise MissingExtra("onnx", "export", purpose="building an engine") from None
-    from edgevlm.engines.lowering import lower
+    from edgevlm.engines.lowering import capabilities, lower
 
     model = onnx.load(str(bundle.path / record.graph), load_external_data=False)
-    lower.decide(record.name, model, target)
-    model = lower.lower(model, target)
-    notes = []
-    if lower.upcast(model):
-        notes.append(f"{bundle.manifest.dtype} upcast to fp32: this processor has no half kernels")
+    lowered = lower.lower_component(record.name, model, target)
+    model, notes, dtype = lowered.model, [], bundle.manifest.dtype
+    if (computed := capabilities.of(target).computes_in(dtype)) != dtype and lower.upcast(model):
+        notes.append(f"{dtype} upcast to {computed}: this processor has no half kernels")
         _upcast_weights(bundle, record, folder, model)
     else:
         link(bundle.path / record.weights, folder / record.weights)
-    lower.check_allowed(record.name, model, target)
     (folder / record.graph).write_bytes(model.SerializeToString())
     rounds = any(node.op_type == "MatMulNBits" for node in model.graph.node)
-    precision = "int8" if rounds else "fp32"
-    return Compiled(record, (record.graph, record.weights), precision, tuple(notes))
+    return Compiled(
+        record,
+        (record.graph, record.weights),
+        "int8" if rounds else computed,
+        tuple(notes),
+        lowered.decisions,
+    )
 
 
 def _upcast_weights(
@@ -105,11 +108,8 @@ def extras(folder: Path) -> tuple[str, ...]:
 
 def peaks(folder: Path) -> Peaks:
     """Arithmetic in both precisions, and the memory rate."""
-    ort, options = _load_package(), _session_options(RunnerOptions(context=1))
-    providers = ["CPUExecutionProvider"]
-    return probes.measure(
-        folder, lambda path: ort.InferenceSession(path, options, providers=providers)
-    )
+    options = _session_options(RunnerOptions(context=1))
+    return probes.measure(folder, lambda path: sessions.open_session(path, options))
 
 
 # -- run -------------------------------------------------------------------------------------
@@ -119,10 +119,8 @@ def _session_options(options: RunnerOptions, *, stateful: bool = False) -> Any:
     """Threads of a session's own. Only a decoder's go on spinning between calls: its next call
     comes at once, while an encoder's would spin against the components after it.
     """
-    ort = _load_package()
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = options.threads or threads_here()
-    settings.log_severity_level = 3
+    _load_package()
+    settings = sessions.session_options(options.threads or threads_here())
     if not stateful:
         settings.add_session_config_entry("session.force_spinning_stop", "1")
     if options.profile:
@@ -135,13 +133,10 @@ def open(
     folder: Path, record: ComponentRecord, model: Mapping[str, object], options: RunnerOptions
 ) -> OnnxRuntimeRunner:
     """Load one component. Raises BuildError with ONNX Runtime's reason."""
-    ort = _load_package()
     stateful = any(port.updates for port in record.outputs)
     settings = _session_options(options, stateful=stateful)
     try:
-        session = ort.InferenceSession(
-            str(folder / record.graph), settings, providers=["CPUExecutionProvider"]
-        )
+        session = sessions.open_session(folder / record.graph, settings)
     except Exception as refused:  # ONNX Runtime raises many types of its own
         raise BuildError(
             f"ONNX Runtime cannot load {record.graph}: {refused}",

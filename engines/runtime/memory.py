@@ -8,8 +8,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.manifest import PREFILL_CHUNK, Engine
 from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.checkpoints.safetensors_io import STORAGE
 from edgevlm.toolkit.errors import OutOfMemory
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import Target
@@ -42,12 +44,8 @@ class Estimate:
 
 
 def element_bytes(target: Target, dtype: str) -> int:
-    """Bytes of a float that `target` computes with, in an engine of a bundle of `dtype`.
-
-    The processor's backends compute in float32, whatever the bundle holds.
-    """
-    computes_in_float32 = target.backend in ("onnxruntime", "reference")
-    return 4 if computes_in_float32 or dtype == "fp32" else 2
+    """Bytes of a float that `target` computes with, in an engine of a bundle of `dtype`."""
+    return STORAGE[capabilities.of(target).computes_in(dtype)].itemsize
 
 
 def estimate(

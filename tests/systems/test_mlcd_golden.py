@@ -38,12 +38,9 @@ class Golden:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Golden, Session]:
-    from tests.conftest import golden_cases
+    from tests.conftest import golden_case
 
-    found = golden_cases().get(CASE)
-    if found is None:
-        pytest.skip(f"golden case {CASE} is not on this machine")
-    golden = Golden(found)
+    golden = Golden(golden_case(CASE))
     return golden, Session.open(engine_of(golden.folder, tmp_path_factory.mktemp(CASE)))
 
 

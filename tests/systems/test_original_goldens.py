@@ -43,12 +43,9 @@ def near(found: Array, expected: Array, tolerance: float = 1e-4) -> None:
 def built(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Golden, Path]:
-    from tests.conftest import golden_cases
+    from tests.conftest import golden_case
 
-    found = golden_cases().get(request.param)
-    if found is None:
-        pytest.skip(f"golden case {request.param} is not on this machine")
-    golden = Golden(found)
+    golden = Golden(golden_case(request.param))
     return golden, engine_of(golden.checkpoint, tmp_path_factory.mktemp(request.param))
 
 

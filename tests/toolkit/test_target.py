@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgevlm.toolkit import target
 from edgevlm.toolkit.errors import ConfigError, TargetMismatch
-from edgevlm.toolkit.target import BACKENDS, DEVICES, Target, check_runs_here, parse, release
+from edgevlm.toolkit.target import (
+    BACKENDS,
+    DEVICES,
+    Target,
+    check_runs_here,
+    parse,
+    release,
+    saturates_int8,
+)
 
 VERSIONS = st.lists(st.integers(0, 30), max_size=4).map(tuple)
 TARGETS = st.builds(
@@ -110,3 +120,32 @@ def test_spellings_of_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     for spelled, meant in (("AMD64", "x86_64"), ("arm64", "aarch64"), ("riscv64", "riscv64")):
         monkeypatch.setattr("platform.machine", lambda spelled=spelled: spelled)
         assert target.machine() == meant
+
+
+FLAGS = {
+    "zen 3": ("fpu sse4_2 avx avx2 fma sha_ni vaes vpclmulqdq", True),
+    "zen 5": ("fpu sse4_2 avx avx2 fma avx512f avx512bw avx512_vnni avx_vnni", False),
+    "skylake-x": ("fpu avx avx2 fma avx512f avx512bw avx512vl", True),
+    "alder lake": ("fpu avx avx2 fma avx_vnni", False),
+    "a name that only contains it": ("fpu avx2 no_avx_vnni_here", True),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_vnni_is_read_from_the_flags(name: str, tmp_path: Path) -> None:
+    flags, saturates = FLAGS[name]
+    one = f"processor\t: 0\nmodel name\t: avx512_vnni\nflags\t\t: {flags}\nvmx flags\t: vnmi\n\n"
+    (tmp_path / "cpuinfo").write_text(2 * one)
+    assert saturates_int8("x86_64", tmp_path / "cpuinfo") is saturates
+    assert saturates_int8("aarch64", tmp_path / "cpuinfo") is False
+
+
+def test_where_flags_cannot_be_read_products_may_saturate(tmp_path: Path) -> None:
+    assert saturates_int8("x86_64", tmp_path / "absent") is True
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\n")
+    assert saturates_int8("x86_64", tmp_path / "cpuinfo") is True
+
+
+def test_all_processors_must_have_it(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("flags\t: avx2 avx_vnni\n\nflags\t: avx2\n")
+    assert saturates_int8("x86_64", tmp_path / "cpuinfo") is True

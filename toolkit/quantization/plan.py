@@ -34,6 +34,11 @@ class PrecisionPlan:
     samples: int = 0
     samples_sha256: str = ""
 
+    @property
+    def precisions(self) -> frozenset[Precision]:
+        """All that the plan names, "float" aside; empty for a float model."""
+        return frozenset({self.default, *(rule.precision for rule in self.rules)} - {"float"})
+
     def at(self, path: str) -> Precision:
         """The precision of one place, for example lm/layers.3/attention/q."""
         chosen = self.default

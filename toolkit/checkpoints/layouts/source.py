@@ -42,7 +42,8 @@ class Options:
 class Source:
     """A model ready to be written or run: weights are read when asked for.
 
-    plan: in which precision they are to be recorded; a bundle keeps its own.
+    plan: in which precision they are to be recorded; a bundle keeps its own. goldens: the file
+    with the float model's answers, where the source is a bundle.
     """
 
     model: ModelConfig
@@ -50,6 +51,7 @@ class Source:
     tokenizer: str
     origin: Mapping[str, Any]
     plan: PrecisionPlan = PrecisionPlan()
+    goldens: Path | None = None
 
 
 def random_source(model: ModelConfig, seed: int, tokenizer: str, preset: str) -> Source:
