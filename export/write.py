@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.shape_inference
 from onnx import helper
 
 from edgevlm.export.functions import FUNCTIONS
@@ -88,15 +89,28 @@ def _write_component(
     written = _write_weights(folder / weights, recorded, source.weights.get(part.name, {}))
     files[weights] = FileRecord(written.nbytes, written.sha256)
     graph = folder / f"{part.name}.onnx"
-    graph.write_bytes(recorded.model(weights, written).SerializeToString())
+    model = recorded.model(weights, written)
+    graph.write_bytes(model.SerializeToString())
     onnx.checker.check_model(str(graph), full_check=True)
+    check_shapes(model)
     files[graph.name] = bundles.record_file(graph)
     return describe(part, graph.name, weights)
 
 
+def check_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its shapes inferred. Raises InferenceError where two do not fit.
+
+    Follows the shapes that function bodies compute from their attributes, which the checker's
+    own inference does not.
+    """
+    return onnx.shape_inference.infer_shapes(
+        model, check_type=True, strict_mode=True, data_prop=True
+    )
+
+
 @dataclass(frozen=True)
 class Recorded:
-    """A component written down: nodes and tables, and which of its parameters they use."""
+    """A recorded component: nodes and tables, and which of its parameters they use."""
 
     part: Component
     ops: OnnxOps
@@ -118,7 +132,7 @@ class Recorded:
         return sum(math.prod(t.shape) * STORAGE[t.dtype].itemsize for t in self.planned())
 
     def model(self, location: str, written: Written) -> onnx.ModelProto:
-        """The ONNX model whose weights stand in the file `location`."""
+        """The ONNX model whose weights are in the file `location`."""
         initializers = list(self.ops.small.values())
         for name, entry in written.entries.items():
             kind, dims = self.ops.quantized.declared(name) or (ELEMENT[entry.dtype], entry.shape)

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from edgevlm.engines.backends import sessions
 from edgevlm.engines.lowering import capabilities
-from edgevlm.export.write import record
+from edgevlm.export.write import check_shapes, record
 from edgevlm.toolkit.checkpoints.safetensors_io import Entry, Written
 from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -28,6 +28,7 @@ def model_of(part: Component, tensors: Mapping[str, Array]) -> onnx.ModelProto:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
     onnx.checker.check_model(model, full_check=True)
+    check_shapes(model)
     return model
 
 

@@ -2,6 +2,11 @@
 
 A rewrite takes the call and returns the nodes that replace it; capabilities.py says which targets
 use it.
+
+There is none for Add and the norm behind it: ONNX Runtime's kernels for both at once are slower
+than the two ops. Milliseconds, one thread, ONNX Runtime 1.31 on a processor with AVX-512:
+SkipLayerNormalization 2.96 against 0.44 at [1, 577, 1024], SkipSimplifiedLayerNormalization 0.59
+against 0.27 at [1, 608, 896] and 0.0022 against 0.0017 at [1, 1, 896].
 """
 
 from __future__ import annotations

@@ -37,10 +37,10 @@ class Counted(TorchOps):
 
 
 def gradients(
-    room: str, kind: str, op: Counted, plan: PrecisionPlan | None = None
+    role: str, kind: str, op: Counted, plan: PrecisionPlan | None = None
 ) -> tuple[dict[str, torch.Tensor], int, int]:
     """Of the mean square of the outputs; products of the forward pass, and of both passes."""
-    part = component(room, kind)
+    part = component(role, kind)
     weights = tensors(part)
     parameters = {k: torch.nn.Parameter(torch.from_numpy(v)) for k, v in weights.items()}
     given = {k: torch.from_numpy(v) for k, v in feed(part).items()}
@@ -54,11 +54,11 @@ def gradients(
     return found, forward, op.products
 
 
-@pytest.mark.parametrize(("room", "kind"), LAYERED)
-def test_gradients_through_recomputed_blocks_are_the_same(room: str, kind: str) -> None:
-    kept, forward, once = gradients(room, kind, Counted())
+@pytest.mark.parametrize(("role", "kind"), LAYERED)
+def test_gradients_through_recomputed_blocks_are_the_same(role: str, kind: str) -> None:
+    kept, forward, once = gradients(role, kind, Counted())
     assert once == forward
-    recomputed, forward, twice = gradients(room, kind, Counted(checkpoint=True))
+    recomputed, forward, twice = gradients(role, kind, Counted(checkpoint=True))
     assert twice > forward  # the backward pass ran the blocks again
     for name, gradient in kept.items():
         assert torch.equal(gradient, recomputed[name]), name

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from edgevlm.engines.lowering.lower import lower
+from edgevlm.export.write import check_shapes
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.weights import RandomWeights
 from edgevlm.toolkit.models.encoders import mlcd
@@ -27,17 +28,17 @@ from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 from edgevlm.training.torch_ops import TorchOps
 from tests.onnx_tools import model_of, run
 
-ROOMS = ("encoders", "mergers", "lms")
-FILES = [(room, kind) for room in ROOMS for kind in models.kinds(room)]  # type: ignore[arg-type]
+ROLES = ("encoders", "mergers", "lms")
+FILES = [(role, kind) for role in ROLES for kind in models.kinds(role)]  # type: ignore[arg-type]
 LMS = models.kinds("lms")
 
 
-def component(room: str, kind: str) -> Component:
+def component(role: str, kind: str) -> Component:
     """The architecture's tiny instance as a component of a model."""
-    if room == "encoders":
+    if role == "encoders":
         config = models.encoder(kind).tiny()
         return components.encoder_component(ComponentConfig("eye", kind, config))
-    if room == "lms":
+    if role == "lms":
         return components.lm_component(ComponentConfig("lm", kind, models.lm(kind).tiny()))
     config = models.merger(kind).tiny()
     return components.merger_component(ComponentConfig("merger", kind, config), _feeding(config))
@@ -100,9 +101,9 @@ def compare(found: dict[str, Array], expected: dict[str, Array], tolerance: floa
         np.testing.assert_allclose(found[name], array, atol=tolerance * scale, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize(("room", "kind"), FILES)
-def test_torch_equals_the_reference(room: str, kind: str) -> None:
-    part = component(room, kind)
+@pytest.mark.parametrize(("role", "kind"), FILES)
+def test_torch_equals_the_reference(role: str, kind: str) -> None:
+    part = component(role, kind)
     weights, inputs = tensors(part), feed(part)
     expected = part.forward(NumpyOps(), Weights(weights), inputs)
     parameters = {k: torch.nn.Parameter(torch.from_numpy(v)) for k, v in weights.items()}
@@ -114,9 +115,9 @@ def test_torch_equals_the_reference(room: str, kind: str) -> None:
     assert [name for name, p in parameters.items() if p.grad is None] == []
 
 
-@pytest.mark.parametrize(("room", "kind"), FILES)
-def test_onnx_equals_the_reference_kept_and_lowered(room: str, kind: str) -> None:
-    part = component(room, kind)
+@pytest.mark.parametrize(("role", "kind"), FILES)
+def test_onnx_equals_the_reference_kept_and_lowered(role: str, kind: str) -> None:
+    part = component(role, kind)
     weights, inputs = tensors(part), feed(part)
     expected = part.forward(NumpyOps(), Weights(weights), inputs)
     model = model_of(part, weights)
@@ -126,9 +127,9 @@ def test_onnx_equals_the_reference_kept_and_lowered(room: str, kind: str) -> Non
     compare(found, {k: v for k, v in expected.items() if k in plain}, 2e-5)
 
 
-@pytest.mark.parametrize(("room", "kind"), FILES)
-def test_shapes_and_ports_tell_the_truth(room: str, kind: str) -> None:
-    part = component(room, kind)
+@pytest.mark.parametrize(("role", "kind"), FILES)
+def test_shapes_and_ports_tell_the_truth(role: str, kind: str) -> None:
+    part = component(role, kind)
     inputs = feed(part)
     expected = part.forward(NumpyOps(), Weights(tensors(part)), inputs)
     given = {k: Spec(v.shape) for k, v in inputs.items()}
@@ -189,10 +190,10 @@ LAYERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("room", "kind"), [f for f in FILES if f[0] != "mergers"])
-def test_each_layer_is_a_block_that_owns_its_parameters(room: str, kind: str) -> None:
+@pytest.mark.parametrize(("role", "kind"), [f for f in FILES if f[0] != "mergers"])
+def test_each_layer_is_a_block_that_owns_its_parameters(role: str, kind: str) -> None:
     """Seen from inside a wrapper: which block runs, and whose parameters each op reads."""
-    part = component(room, kind)
+    part = component(role, kind)
     blocks: list[str] = []
     read: list[tuple[str, str]] = []
 
@@ -227,10 +228,10 @@ def test_each_layer_is_a_block_that_owns_its_parameters(room: str, kind: str) ->
         assert inside == owner, path
 
 
-@pytest.mark.parametrize(("room", "kind"), FILES)
-def test_functions_say_what_they_are_in_numbers(room: str, kind: str) -> None:
+@pytest.mark.parametrize(("role", "kind"), FILES)
+def test_functions_say_what_they_are_in_numbers(role: str, kind: str) -> None:
     """No Reshape targets: a call's attributes are numbers, and are those its function names."""
-    part = component(room, kind)
+    part = component(role, kind)
     model = model_of(part, tensors(part))
     declared = {f.name: set(f.attribute) for f in model.functions}
     for node in model.graph.node:
@@ -238,6 +239,17 @@ def test_functions_say_what_they_are_in_numbers(room: str, kind: str) -> None:
             assert {a.name for a in node.attribute} == declared[node.op_type]
             kinds = {a.type for a in node.attribute}
             assert kinds <= {onnx.AttributeProto.INT, onnx.AttributeProto.FLOAT}
+
+
+@pytest.mark.parametrize(("role", "kind"), FILES)
+def test_shapes_are_known_through_the_function_bodies(role: str, kind: str) -> None:
+    """Also those that a body computes from its attributes: the channels are always a number."""
+    part = component(role, kind)
+    inferred = check_shapes(model_of(part, tensors(part)))
+    known = {v.name: v.type.tensor_type.shape for v in inferred.graph.value_info}
+    for node in inferred.graph.node:
+        if node.domain == "edgevlm":
+            assert all(known[n].dim[-1].dim_value for n in node.output if n in known), node.name
 
 
 def test_tables_are_made_once_and_cannot_be_changed() -> None:
@@ -252,9 +264,9 @@ def test_tables_are_made_once_and_cannot_be_changed() -> None:
             table()[0, 0] = 1.0
 
 
-@pytest.mark.parametrize(("room", "kind"), FILES)
-def test_names_cover_every_tensor_once(room: str, kind: str) -> None:
-    file: Any = {"encoders": models.encoder, "mergers": models.merger, "lms": models.lm}[room](kind)
+@pytest.mark.parametrize(("role", "kind"), FILES)
+def test_names_cover_every_tensor_once(role: str, kind: str) -> None:
+    file: Any = {"encoders": models.encoder, "mergers": models.merger, "lms": models.lm}[role](kind)
     config = file.tiny()
     table = file.names(config)
     assert set(table) == set(file.shapes(config))

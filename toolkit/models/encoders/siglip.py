@@ -52,7 +52,7 @@ class Config:
 
     @property
     def tokens(self) -> int:
-        """Tokens per image and output; a rest narrower than a patch is dropped."""
+        """Tokens per image and output; what is left beside whole patches is dropped."""
         return (self.image_size // self.patch_size) ** 2
 
     @property

@@ -126,8 +126,8 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
 def names(c: Config) -> Mapping[str, Recipe]:
     """How each of our tensors is made from the original's file, merged or not."""
     table: dict[str, Recipe] = {}
-    places = {"conv1": 0, "norm1": 1, "conv2": 3, "norm2": 4}
-    for name, number in places.items():
+    numbers = {"conv1": 0, "norm1": 1, "conv2": 3, "norm2": 4}
+    for name, number in numbers.items():
         for leaf in ("weight", "bias"):
             table[f"stem.{name}.{leaf}"] = keep(f"downsample_layers.0.{number}.{leaf}")
     for s, kernels in enumerate(c.kernels):
