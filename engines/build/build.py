@@ -270,7 +270,8 @@ def replay(
         options = RunnerOptions(context=AXES["context"])
         runner = backend.open(folder, record, bundle.manifest.model, options)
         try:
-            worst = max(max(_differences(g, runner.run(g.inputs))) for g in own)
+            state = runner.new_state()
+            worst = max(max(_differences(g, runner.run(g.inputs, state))) for g in own)
         finally:
             runner.close()
         if not worst <= limit:
