@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from edgevlm.engines import backends, manifest
-from edgevlm.engines.backends import Peaks, State
+from edgevlm.engines.backends import Peaks
+from edgevlm.engines.backends.state import State
 from edgevlm.engines.profiling.roofline import Roofline, Work, roofline
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock, Span

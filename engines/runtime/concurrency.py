@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from threading import Lock
 
-from edgevlm.engines.backends import State
+from edgevlm.engines.backends.state import State
 from edgevlm.toolkit.errors import InputError
 
 

@@ -28,17 +28,17 @@ class Question:
 
     images: in the order of their places in the prompt, each a path, the bytes of a file, a PIL
     image or a uint8 array [height, width] or [height, width, 3 or 4]; a lone one need not be in a
-    list, and None is no image. template: as in prompts.render. stop: texts that end the answer,
+    list, and None is none. template: as in prompts.render. stop: texts that end the answer,
     or one text. history: earlier turns of the conversation, user and assistant alternating.
     """
 
     prompt: str
-    images: Sequence[ImageSource] | ImageSource | None = ()
+    images: Sequence[ImageSource] | ImageSource = ()
     max_tokens: int = 512
     sampling: Sampling = field(default_factory=Sampling)
     template: str = "auto"
-    stop: Sequence[str] | str | None = ()
-    history: Sequence[str] | None = ()
+    stop: Sequence[str] = ()
+    history: Sequence[str] = ()
 
     def checked(self) -> CheckedQuestion:
         """The same, its sequences as tuples. Raises InputError or ConfigError with the reason."""

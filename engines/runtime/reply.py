@@ -97,7 +97,7 @@ class Reply:
     def close(self) -> None:
         """Stop, and release the state; a finished reply keeps its answer."""
         self._closed = True
-        tokens = self._iterator and self._iterator()
+        tokens = self._iterator() if self._iterator else None
         if tokens is not None:
             with suppress(ValueError):  # another thread computes a token: it stops behind that
                 tokens.close()

@@ -150,7 +150,7 @@ def best(values: Array, count: int) -> Array:
     last = np.partition(found, len(found) - count)[len(found) - count]
     kept = found > last
     kept[np.flatnonzero(found == last)[: count - int(kept.sum())]] = True
-    return ids[kept]
+    return np.asarray(ids[kept])
 
 
 def _floor(values: Array, count: int) -> Array:
@@ -218,8 +218,8 @@ def _bits(value: float) -> int:
     return int(np.float32(value).view(np.int32))
 
 
-def _from_bits(bits: int) -> np.float32:
-    return np.int32(bits).view(np.float32)
+def _from_bits(bits: int) -> Array:
+    return np.asarray(bits, np.int32).view(np.float32)
 
 
 def draw(weights: Array, uniform: float) -> int:

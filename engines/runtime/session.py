@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from edgevlm.engines import backends, manifest
-from edgevlm.engines.backends import LayerTime, Runner, RunnerOptions, State
+from edgevlm.engines.backends import LayerTime, Runner, RunnerOptions
+from edgevlm.engines.backends.state import State
 from edgevlm.engines.manifest import PREFILL_CHUNK, Engine
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock
@@ -167,7 +168,7 @@ class Session:
     def decode_batch(self, tokens: Sequence[int], positions: Sequence[int], state: State) -> Array:
         """Logits [slots, vocab] after one more token in every slot, each at its own position."""
         column = (len(tokens), 1)
-        inputs = {
+        inputs: dict[str, Array] = {
             "ids": np.asarray(tokens, np.int64).reshape(column),
             "rows": np.full(column, -1, np.int64),
             "features": self._no_features,

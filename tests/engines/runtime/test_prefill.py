@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgevlm.engines.backends import State
+from edgevlm.engines.backends.state import State
 from edgevlm.engines.runtime import session as sessions
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.toolkit.ops.vocabulary import Array
