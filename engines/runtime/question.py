@@ -26,7 +26,7 @@ _KINDS = "a path, bytes of a file, a PIL image, or a uint8 array [height, width,
 class Question:
     """One request.
 
-    images: in the order of their places in the prompt, each a path, the bytes of a file, a PIL
+    images: in the order of their slots in the prompt, each a path, the bytes of a file, a PIL
     image or a uint8 array [height, width] or [height, width, 3 or 4]; a lone one need not be in a
     list, and None is none. template: as in prompts.render. stop: texts that end the answer,
     or one text. history: earlier turns of the conversation, user and assistant alternating.
@@ -102,11 +102,17 @@ def _images(values: object) -> tuple[ImageSource, ...]:
         return ()
     given = [values] if _is_image(values) else values
     if not isinstance(given, Sequence):
-        raise InputError(f"images = {values!r:.80}, expected a list; each is {_KINDS}")
+        raise InputError(f"images is {_shown(values)}, expected a list; each is {_KINDS}")
     for number, image in enumerate(given, 1):
         if not _is_image(image):
-            raise InputError(f"image {number} is {image!r:.80}, expected {_KINDS}")
+            raise InputError(f"image {number} is {_shown(image)}, expected {_KINDS}")
     return tuple(given)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array {list(value.shape)} of {value.dtype}"
+    return f"{value!r:.80}"
 
 
 def _is_image(value: object) -> bool:

@@ -36,7 +36,7 @@ from edgevlm.toolkit.target import threads_here
 from edgevlm.toolkit.text.prompts import PromptSequence
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 
-REPLIES = 4  # that one session has open at once, unless told otherwise
+REPLIES = 8  # that one session has open at once, unless told otherwise
 _MOST_THREADS = 4  # per processor
 
 

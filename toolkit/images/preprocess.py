@@ -188,7 +188,7 @@ def load(
     """
     from PIL import Image, UnidentifiedImageError
 
-    name = str(source) if isinstance(source, (str, PathLike)) else "image"
+    name = str(source) if isinstance(source, (str, PathLike)) else "given in memory"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns where we refuse
@@ -235,7 +235,7 @@ def _why_unreadable(source: object, name: str, refused: Exception) -> str:
     elif isinstance(source, (str, PathLike)):
         size = Path(source).stat().st_size
     else:
-        return f"{name} cannot be decoded: {refused}"
+        return f"image {name} cannot be decoded: {refused}"
     if size == 0:
         return f"image {name} is empty (0 bytes)"
     if "DecompressionBomb" in type(refused).__name__:
