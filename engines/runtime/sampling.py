@@ -113,15 +113,15 @@ def survivors(logits: Array, sampling: Sampling) -> tuple[Array | None, Array]:
     top = logits.max()
     _check_number(float(top))
     ids = best(logits, sampling.top_k) if 0 < sampling.top_k < len(logits) else None
-    values = (logits if ids is None else logits[ids]) - top
-    weights = _weights(values, sampling.temperature)
+    values = logits if ids is None else logits[ids]
+    weights = _weights(values, top, sampling.temperature)
     if sampling.top_p == 1:
         return ids, weights
     total = float(weights.sum(dtype=np.float64))
-    target = sampling.top_p * total
+    target = sampling.top_p * total * (1 - 1e-12)  # sums of the same weights round apart
     if len(values) > _FEW:
         likely = best(values, _LIKELY) if target < _LIKELY else np.arange(0)  # no weight exceeds 1
-        exact = _weights(values[likely], sampling.temperature)
+        exact = _weights(values[likely], top, sampling.temperature)
         if exact.sum() < target:
             return ids, _nucleus(values, weights, total, target)
     else:
@@ -131,13 +131,13 @@ def survivors(logits: Array, sampling: Sampling) -> tuple[Array | None, Array]:
     return (found if ids is None else ids[found]), exact[kept]
 
 
-def _weights(values: Array, temperature: float) -> Array:
-    """exp(value / temperature), values at most 0: float64 for a few, float32 for many."""
+def _weights(values: Array, top: Array, temperature: float) -> Array:
+    """exp((value - top) / temperature), at most 1: float64 for a few, float32 for many."""
     least, most = _TEMPERATURES
-    if len(values) <= _FEW:
-        values = values.astype(np.float64)
+    kind = np.float64 if len(values) <= _FEW else np.float32
     with np.errstate(over="ignore", under="ignore"):  # beyond the smallest number is nothing
-        scaled = values / min(max(temperature, least), most)
+        scaled = values.astype(kind) - kind(top)
+        scaled /= kind(min(max(temperature, least), most))
         return np.asarray(np.exp(scaled, out=scaled))
 
 
@@ -172,7 +172,9 @@ def _smallest(values: Array, weights: Array, target: float) -> Array:
 
     Nucleus sampling (Holtzman et al., arXiv 1904.09751).
     """
-    if values.min() == values.max():  # ties are in order, and each weighs the same
+    if (
+        not len(values) or values.min() == values.max()
+    ):  # ties are in order, and each weighs the same
         return np.arange(min(len(values), math.ceil(target / max(weights[0], 1e-300))))
     order = np.argsort(-values, kind="stable")
     count = int(np.searchsorted(weights[order].cumsum(), target)) + 1
@@ -196,7 +198,9 @@ def _nucleus(values: Array, weights: Array, total: float, target: float) -> Arra
     above = weights >= _from_bits(high)
     between = np.flatnonzero((weights >= _from_bits(low)) & ~above)
     left = target - float((weights * above).sum(dtype=np.float64))
-    above[between[_smallest(values[between], weights[between].astype(np.float64), left)]] = True
+    if left > 0 and len(between):
+        kept = _smallest(values[between], weights[between].astype(np.float64), left)
+        above[between[kept]] = True
     return weights * above
 
 
