@@ -14,7 +14,7 @@ class Bindings(Generic[B]):
     """The bindings of one state.
 
     Those of single tokens, which every decode step uses, are kept apart from the others: however
-    many lengths a prompt is read in, none takes the place of a decode binding. Of each kind the
+    many lengths a prompt is read in, none replaces a decode binding. Of each kind the
     least recently used one goes first.
     """
 

@@ -80,7 +80,7 @@ class Session:
     ) -> Session:
         """Load an engine that can have `replies` replies open at once.
 
-        threads: 0 takes one for each processor. Raises BundleError, TargetMismatch, MissingExtra,
+        threads: 0 takes one for each processor, more than four times as many are refused. Raises BundleError, TargetMismatch, MissingExtra,
         OutOfMemory, BuildError or InputError; what was opened before is closed then.
         """
         cores = _threads(threads)

@@ -132,10 +132,10 @@ class Vision:
         values.update({f"{record.name}:{name}": array for name, array in outputs.items()})
 
     def _arrangement(self, views: Views, image: LoadedImage) -> ArrangedTokens | None:
-        layout = self._model.images.arrangement
-        if layout is None:
+        rules = self._model.images.arrangement
+        if rules is None:
             return None
-        return tiling.arrange(layout, len(views.images), views.grid, image.rgb.size)
+        return tiling.arrange(rules, len(views.images), views.grid, image.rgb.size)
 
 
 def _sees_pixels(record: ComponentRecord, edges: Sequence[Edge]) -> bool:

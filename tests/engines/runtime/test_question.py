@@ -24,7 +24,7 @@ IMAGE = GOLDEN / "image.png"
 PIXELS = np.asarray(Image.open(IMAGE).convert("RGB"))
 
 
-def asked(**fields: Any) -> Any:
+def checked(**fields: Any) -> Any:
     return Question(**{"prompt": "What?", **fields}).checked()
 
 
@@ -32,19 +32,19 @@ def asked(**fields: Any) -> Any:
     "one", [str(IMAGE), IMAGE, IMAGE.read_bytes(), PIXELS, Image.new("L", (4, 4))]
 )
 def test_a_lone_image_is_one_image(one: Any) -> None:
-    assert len(asked(images=one).images) == 1
-    assert len(asked(images=[one, one]).images) == 2
-    assert asked(images=deque([one])).images[0] is one
+    assert len(checked(images=one).images) == 1
+    assert len(checked(images=[one, one]).images) == 2
+    assert checked(images=deque([one])).images[0] is one
 
 
 def test_none_is_no_image_and_no_text() -> None:
-    found = asked(images=None, stop=None, history=None)
+    found = checked(images=None, stop=None, history=None)
     assert (found.images, found.stop, found.history) == ((), (), ())
 
 
 def test_a_lone_stop_is_one_text() -> None:
-    assert asked(stop="xyz X").stop == ("xyz X",)
-    assert asked(stop=["x", ""]).stop == ("x", "")
+    assert checked(stop="xyz X").stop == ("xyz X",)
+    assert checked(stop=["x", ""]).stop == ("x", "")
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -81,14 +81,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_has_no_meaning_is_refused(case: tuple[dict[str, Any], str]) -> None:
     fields, reason = case
     with pytest.raises(ToolkitError) as refused:
-        asked(**fields)
+        checked(**fields)
     assert reason in refused.value.message
     assert "\n" not in refused.value.message
 
 
 def test_whole_numbers_of_any_kind_count_tokens() -> None:
-    assert asked(max_tokens=np.int64(5)).max_tokens == 5
-    assert asked(max_tokens=10**30).max_tokens == 10**30
+    assert checked(max_tokens=np.int64(5)).max_tokens == 5
+    assert checked(max_tokens=10**30).max_tokens == 10**30
 
 
 # -- images in memory ---------------------------------------------------------------------------

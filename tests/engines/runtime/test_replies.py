@@ -73,6 +73,7 @@ def test_threads_give_what_each_gives_alone(session: Session, alone: list[Answer
 
     def work(number: int) -> None:
         for _ in range(8):
+            found: Any
             try:
                 found = session.answer(QUESTIONS[number]).token_ids
             except BaseException as refused:

@@ -69,13 +69,13 @@ def test_images_stand_beside_the_file(tmp_path: Path) -> None:
 
 
 def test_messages_are_a_history_and_a_question(tmp_path: Path) -> None:
-    def said(*turns: tuple[str, str]) -> dict[str, Any]:
+    def request(*turns: tuple[str, str]) -> dict[str, Any]:
         return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
     one, three = read(
         tmp_path,
-        said(("user", "Q")),
-        said(("user", "Q"), ("assistant", "A"), ("user", "R")),
+        request(("user", "Q")),
+        request(("user", "Q"), ("assistant", "A"), ("user", "R")),
     )
     assert (one.prompt, list(one.history)) == ("Q", [])
     assert (three.prompt, list(three.history)) == ("R", ["Q", "A"])

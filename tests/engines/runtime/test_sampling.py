@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_values_without_a_meaning_are_refused(sampling: Sampling, named: str) ->
 
 # -- large vocabularies: thresholds instead of sorting ------------------------------------------
 
-KINDS = {
+KINDS: dict[str, Callable[[np.random.Generator, int], Array]] = {
     "normal": lambda g, n: g.normal(size=n) * 3,
     "nearly flat": lambda g, n: g.normal(size=n) * 0.3,
     "peaked": lambda g, n: g.normal(size=n) * 9,
@@ -307,7 +308,7 @@ def test_odd_numbers_are_drawn_with() -> None:
         Sampling(1.0, 0, 1e-320),
         Sampling(1.0, 0, float(np.nextafter(1, 0))),
         Sampling(1.0, seed=10**40),
-        Sampling(np.float32(0.5), np.int64(5), np.float64(0.5), np.int32(3)),  # type: ignore[arg-type]
+        Sampling(np.float32(0.5), np.int64(5), np.float64(0.5), np.int32(3)),
     ):
         assert 0 <= sampler(setting)(logits) < 6000
     assert drawn_from(logits, Sampling(1.0, 0, 1e-320)).keys() == {int(logits.argmax())}

@@ -24,8 +24,8 @@ class Words:
         return "".join(self._pieces[i] for i in ids)
 
 
-def cut(text: str, places: list[int]) -> list[str]:
-    ends = sorted({place % (len(text) + 1) for place in places} | {0, len(text)})
+def cut(text: str, cuts: list[int]) -> list[str]:
+    ends = sorted({at % (len(text) + 1) for at in cuts} | {0, len(text)})
     return [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
 
@@ -58,10 +58,10 @@ def before_the_first(text: str, stops: list[str]) -> tuple[str, bool]:
 @example("abab#", ["ab#"], [1, 3])
 @example("aba#", ["ba#", "a#"], [2])
 def test_the_answer_ends_before_the_first_stop(
-    text: str, stops: list[str], places: list[int]
+    text: str, stops: list[str], cuts: list[int]
 ) -> None:
     expected, stopped = before_the_first(text, stops)
-    released, stopping = released_by(cut(text, places), stops)
+    released, stopping = released_by(cut(text, cuts), stops)
     assert "".join(released) == expected
     assert (stopping.text, stopping.stopped) == (expected, stopped)
 
