@@ -80,8 +80,9 @@ class Session:
     ) -> Session:
         """Load an engine that can have `replies` replies open at once.
 
-        threads: 0 takes one for each processor, more than four times as many are refused. Raises BundleError, TargetMismatch, MissingExtra,
-        OutOfMemory, BuildError or InputError; what was opened before is closed then.
+        threads: 0 takes one for each processor; more than four times as many are refused. What
+        was opened is closed if something else cannot be. Raises BundleError, TargetMismatch,
+        MissingExtra, OutOfMemory, BuildError or InputError.
         """
         cores = _threads(threads)
         if replies < 1:
