@@ -30,7 +30,6 @@ from edgevlm.toolkit.checkpoints.safetensors_io import (
 from edgevlm.toolkit.errors import BuildError, MissingExtra
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import Target, this_cpu, threads_here
-from edgevlm.toolkit.vlm.components import Port
 
 if TYPE_CHECKING:
     import onnx
@@ -163,7 +162,8 @@ class _Bound:
         self, session: Any, inputs: dict[str, Array], outputs: dict[str, Array | None]
     ) -> None:
         self.inputs = inputs
-        self._session, self._outputs = session, outputs
+        self._session, self._outputs = session, list(outputs)
+        self._known = {name: array for name, array in outputs.items() if array is not None}
         self._binding = session.io_binding()
         for name, array in inputs.items():
             self._binding.bind_input(name, *_address(array))
@@ -174,21 +174,11 @@ class _Bound:
     def run(self) -> dict[str, Array]:
         """Run on what the input buffers hold."""
         self._session.run_with_iobinding(self._binding)
-        known = {name: array for name, array in self._outputs.items() if array is not None}
+        known = self._known
         if len(known) == len(self._outputs):
             return known
-        values = dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
-        return {
-            name: known[name] if name in known else value.numpy() for name, value in values.items()
-        }
-
-
-def _length(ports: Sequence[Port], shapes: Sequence[tuple[int, ...]]) -> int | None:
-    """Tokens of each row of a call; None for a component that reads no sequence."""
-    for port, shape in zip(ports, shapes, strict=True):
-        if "sequence" in port.shape:
-            return shape[port.shape.index("sequence")]
-    return None
+        values = zip(self._outputs, self._binding.get_outputs(), strict=True)
+        return {name: known[name] if name in known else value.numpy() for name, value in values}
 
 
 def _address(array: Array) -> tuple[Any, ...]:
@@ -211,6 +201,15 @@ class OnnxRuntimeRunner:
         self._results = [port.name for port in record.outputs if not port.updates]
         self._bindings: WeakKeyDictionary[Allocation, Bindings[_Bound]] = WeakKeyDictionary()
         self._stateless = zeros((), (), context=options.context)
+        # Where the tokens of a call are counted: (input, axis); None where no sequence is read.
+        self._tokens = next(
+            (
+                (number, port.shape.index("sequence"))
+                for number, port in enumerate(self._plain)
+                if "sequence" in port.shape
+            ),
+            None,
+        )
 
     def new_state(self, slots: int = 1) -> State:
         inputs, outputs = self._record.inputs, self._record.outputs
@@ -225,12 +224,15 @@ class OnnxRuntimeRunner:
         bound = bindings.get(
             (held.first, held.count, shapes),
             lambda: self._bind(inputs, held),
-            decode=_length(self._plain, shapes) == 1,
+            decode=self._reads_one_token(shapes),
         )
         for port in self._plain:
             np.copyto(bound.inputs[port.name], inputs[port.name])
         outputs = bound.run()
         return {name: outputs[name] for name in self._results}
+
+    def _reads_one_token(self, shapes: Sequence[tuple[int, ...]]) -> bool:
+        return self._tokens is not None and shapes[self._tokens[0]][self._tokens[1]] == 1
 
     def _bind(self, inputs: Mapping[str, Array], state: State) -> _Bound:
         own = {p.name: np.empty(inputs[p.name].shape, _TYPES[p.dtype]) for p in self._plain}

@@ -7,8 +7,8 @@ per decode step. `Reply` streams it; `Answer` is its text and where each millise
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -73,6 +73,7 @@ class Session:
         # What every decode step reads beside its token: one feature row that nothing points at.
         width: int = self.model.lm.config.hidden_size
         self._no_features = np.zeros((1, width), np.float32)
+        self._columns: dict[int, tuple[Array, Array]] = {}
 
     @classmethod
     def open(
@@ -135,7 +136,8 @@ class Session:
         self, images: Sequence[LoadedImage], clock: Clock, *, tiles: bool = True
     ) -> Features:
         """Features of all images; see Vision.encode."""
-        with self._running():
+        with self._turns:
+            self._check_open()
             return self.vision.encode(images, clock, tiles=tiles)
 
     def prefill(self, sequence: PromptSequence, features: Array, state: State) -> Array:
@@ -155,7 +157,8 @@ class Session:
                 "start": np.asarray([begin], np.int64),
                 "score": np.full((1, 1 if last else 0), end - begin - 1, np.int64),
             }
-            with self._running():
+            with self._turns:
+                self._check_open()
                 outputs = self._lm.run(inputs, state)
         return np.asarray(outputs["logits"][0, 0])
 
@@ -169,19 +172,28 @@ class Session:
     def decode_batch(self, tokens: Sequence[int], positions: Sequence[int], state: State) -> Array:
         """Logits [slots, vocab] after one more token in every slot, each at its own position."""
         column = (len(tokens), 1)
+        no_rows, score = self._columns.get(len(tokens)) or self._column(len(tokens))
         inputs: dict[str, Array] = {
             "ids": np.asarray(tokens, np.int64).reshape(column),
-            "rows": np.full(column, -1, np.int64),
+            "rows": no_rows,
             "features": self._no_features,
             "start": np.asarray(positions, np.int64),
-            "score": np.zeros(column, np.int64),
+            "score": score,
         }
-        with self._running():
+        with self._turns:
+            self._check_open()
             return np.asarray(self._lm.run(inputs, state)["logits"][:, 0])
+
+    def _column(self, slots: int) -> tuple[Array, Array]:
+        """For each slot: no feature row, and the only position as the one to score."""
+        made = np.full((slots, 1), -1, np.int64), np.zeros((slots, 1), np.int64)
+        self._columns[slots] = made
+        return made
 
     def layers(self) -> dict[str, list[LayerTime]]:
         """Time per node of every component; for a session opened with profile=True."""
-        with self._running():
+        with self._turns:
+            self._check_open()
             return {name: runner.layers() for name, runner in self._runners.items()}
 
     # -- the end ---------------------------------------------------------------------------
@@ -207,13 +219,6 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise InputError("the session is closed", hint=f"open {self.folder} again")
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """The block runs components: alone, and not after `close`."""
-        with self._turns:
-            self._check_open()
-            yield
 
 
 def _require_state(made: Engine, held: int) -> None:
