@@ -210,8 +210,8 @@ def run(
     sampling = Sampling(temperature, top_k, top_p, seed)
     given = Question(prompt or "", image or (), max_tokens, sampling, template, stop or ())
     questions = request_file.gather(given, input_file)
-    session = Session.open(engine, threads=threads)
-    request_file.answer_all(session, questions, console, many=input_file is not None)
+    with Session.open(engine, threads=threads) as session:
+        request_file.answer_all(session, questions, console, many=input_file is not None)
 
 
 @app.command()

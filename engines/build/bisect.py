@@ -16,9 +16,10 @@ import onnx
 
 from edgevlm.engines.backends import sessions
 from edgevlm.engines.lowering.graph import op_name
-from edgevlm.toolkit.bundle.goldens import Golden, relative_difference, zero_states
+from edgevlm.toolkit.bundle.goldens import AXES, Golden, relative_difference
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
 from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.vlm.components import zero_states
 
 _AT_ONCE = 48
 
@@ -73,7 +74,7 @@ def first_divergence(
     portable = _Graph(_load(bundle.path / record.graph), bundle.path, plain=True)
     lowered = _Graph(_load(folder / record.graph), folder, plain=False)
     updates = {port.name: port.updates for port in record.outputs if port.updates}
-    states = zero_states(record)
+    states = zero_states(record.inputs, record.outputs, AXES)
     for golden in calls:
         feed = {**states, **golden.inputs}
         for found in _beyond(portable, lowered, feed, tolerance, skip=updates.keys()):

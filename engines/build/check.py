@@ -122,8 +122,9 @@ def _answers(
     runner = backend.open(folder, part.record, bundle.manifest.model, options)
     found = []
     try:
+        state = runner.new_state()
         for golden in calls:
-            outputs = runner.run(golden.inputs)
+            outputs = runner.run(golden.inputs, state)
             found.append(
                 {n: _Answer(outputs[n].shape, goldens.sampled(outputs[n])) for n in golden.outputs}
             )

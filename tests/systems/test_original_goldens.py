@@ -98,7 +98,7 @@ def test_features_and_logits_are_near(built: tuple[Golden, Path]) -> None:
     parts = {p.name: p for p in components.components(bundle.model)}
     session = Session.open(engine)
     found = session.vision.encode([preprocess.load(golden.image)], _clock())
-    features, rows = found.rows, found.places
+    features, rows = found.rows, found.indices
     near(features, golden.outputs["projector_output"])
     (encoder,) = [p for n, p in parts.items() if n.startswith("encoder.")]
     outputs = encoder.forward(
@@ -112,7 +112,7 @@ def test_features_and_logits_are_near(built: tuple[Golden, Path]) -> None:
     op, table = NumpyOps(), Weights(bundle.tensors("lm")) / "embed"
     embedded = op.place_tokens(op.embed(layout.ids, table), features, layout.rows)
     near(embedded, golden.outputs["inputs_embeds"])
-    near(session.prefill(layout, features), golden.outputs["logits"][0, -1])
+    near(session.prefill(layout, features, session.new_state()), golden.outputs["logits"][0, -1])
 
 
 def test_two_images_in_their_order(built: tuple[Golden, Path], tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_two_images_in_their_order(built: tuple[Golden, Path], tmp_path: Path) -
     session = Session.open(engine)
     images = [preprocess.load(golden.image), preprocess.load(mirrored)]
     features = session.vision.encode(images, _clock())
-    layout = _layout(session, golden.case["prompt_two_images"], features.places)
+    layout = _layout(session, golden.case["prompt_two_images"], features.indices)
     expected = golden.outputs["logits_two_images_last"].reshape(-1)
-    near(session.prefill(layout, features.rows), expected)
+    near(session.prefill(layout, features.rows, session.new_state()), expected)
 
 
 def _layout(session: Session, text: str, rows: Sequence[Array]) -> prompts.PromptSequence:

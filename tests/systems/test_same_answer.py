@@ -20,6 +20,7 @@ from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.errors import CheckpointError, ConfigError, ToolkitError
 from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.vlm.components import zero_states
 from tests.conftest import golden_case
 from tests.pipeline import ask, engine_of
 from tests.systems.test_original_goldens import Golden
@@ -145,7 +146,9 @@ def replayed(bundle: Bundle) -> Iterator[tuple[Array, Array]]:
     for golden in goldens.load(bundle.path / "golden.npz"):
         record = bundle.manifest.component(golden.component)
         session = sessions.open_session(bundle.path / record.graph)
-        own = states.setdefault(record.name, dict(goldens.zero_states(record)))
+        own = states.setdefault(
+            record.name, dict(zero_states(record.inputs, record.outputs, goldens.AXES))
+        )
         names = [o.name for o in session.get_outputs()]
         found = dict(zip(names, session.run(names, {**golden.inputs, **own}), strict=True))
         own.update({p.updates: found[p.name] for p in record.outputs if p.updates})

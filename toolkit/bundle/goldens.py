@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
-from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, Component, Port
+from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, Component, Port, zero_states
 
 AXES = {
     "height": 128,
@@ -30,16 +29,6 @@ AXES = {
 }
 _KINDS = ("in", "out", "float")  # in the names of the arrays of golden.npz
 _KEEP = 1 << 16  # outputs larger than this are stored as that many evenly spaced values
-
-
-class Ports(Protocol):
-    """A component, or the record of one."""
-
-    @property
-    def inputs(self) -> tuple[Port, ...]: ...
-
-    @property
-    def outputs(self) -> tuple[Port, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -121,22 +110,12 @@ def requantized(
 def _answered(
     component: Component, tensors: Mapping[str, Array], calls: Iterable[dict[str, Array]]
 ) -> Iterator[Golden]:
-    states = zero_states(component)
+    states = zero_states(component.inputs, component.outputs, AXES)
     for inputs in calls:
         outputs = component.forward(NumpyOps(), Weights(tensors), {**inputs, **states})
         states = {p.updates: outputs[p.name] for p in component.outputs if p.updates}
         plain = [p.name for p in component.outputs if p.updates is None]
         yield Golden(component.name, inputs, {n: sampled(outputs[n]) for n in plain})
-
-
-def zero_states(ports: Ports, axes: Mapping[str, int] | None = None) -> dict[str, Array]:
-    """Empty states (KV caches) by input name; axes: sizes in place of a golden's."""
-    names = {p.updates for p in ports.outputs if p.updates}
-    return {
-        p.name: np.zeros([_size(n, axes or AXES) for n in p.shape], np.float32)
-        for p in ports.inputs
-        if p.name in names
-    }
 
 
 def _size(dim: int | str, axes: Mapping[str, int]) -> int:

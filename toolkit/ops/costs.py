@@ -391,11 +391,8 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "fake_quant": fake_quant,
 }
 
-# Ops that wrappers run as simpler ones; their cost is that of the ops inside.
-COMPOSITE = (
-    "block",
-    "layer_merge",
-)
+# Wrappers run these as the ops inside.
+COMPOSITE = ("block", "layer_merge")
 
 
 def kind_of(op: str, operands: Sequence[Any], y: Spec) -> Spec:

@@ -85,11 +85,12 @@ def test_the_engine_multiplies_by_the_stored_bytes(kind: str, bundle: Path, tmp_
 
 def logits(engine: Path) -> Array:
     """After the golden's whole prompt."""
-    session = Session.open(engine)
-    features = session.vision.encode([preprocess.load(GOLDEN / "image.png")], Clock())
-    text = json.loads((GOLDEN / "case.json").read_text())["prompt"]
-    prompt = prompts.tokenize(session.model.prompts, session.tokenizer, text)
-    return np.array(session.prefill(prompts.assemble(prompt, features.places), features.rows))
+    with Session.open(engine) as session:
+        features = session.encode([preprocess.load(GOLDEN / "image.png")], Clock())
+        text = json.loads((GOLDEN / "case.json").read_text())["prompt"]
+        prompt = prompts.tokenize(session.model.prompts, session.tokenizer, text)
+        sequence = prompts.assemble(prompt, features.indices)
+        return np.array(session.prefill(sequence, features.rows, session.new_state()))
 
 
 def test_the_reference_engine_takes_it_too(bundle: Path, tmp_path: Path) -> None:
