@@ -174,13 +174,13 @@ def _locked(final: Path) -> Iterator[Path]:
 def _taken(lock: Path) -> Iterator[bool]:
     """Whether the writer of this lock is gone; while the block runs nobody else is told so.
 
-    Without the lock's file, or on a file system without locks, the age decides: no writer takes a
-    day.
+    The file of the lock is there before a partial folder and after it: without it the writer is
+    gone. On a file system without locks the age decides: no writer takes a day.
     """
     try:
         descriptor = os.open(lock, os.O_RDWR)
     except FileNotFoundError:
-        yield _is_old(lock)
+        yield True
         return
     try:
         locked = _try_lock(descriptor)
