@@ -77,7 +77,7 @@ def with_value(value: float, at: tuple[int, int] = (999, 63)) -> Any:
 
 NORM = "model.norm.weight"
 WEIGHTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "cut short": (bytes_of(lambda b: b[:-1000]), "is not a whole safetensors file"),
+    "cut short": (bytes_of(lambda b: b[:-1000]), "is not a complete safetensors file"),
     "header cut": (bytes_of(lambda b: b[:100]), "model.safetensors (100 bytes)"),
     "empty file": (bytes_of(lambda b: b""), "model.safetensors (0 bytes)"),
     "text": (bytes_of(lambda b: b"version https://git-lfs.github.com/spec/v1\n"), "(43 bytes)"),
@@ -150,7 +150,7 @@ INDEXES: dict[str, tuple[str, str]] = {
     "no object": ("[]", "holds a JSON list"),
     "no map": ("{}", "has no weight_map"),
     "numbers": ('{"weight_map": {"a": 1}}', "has no weight_map"),
-    "missing shard": ('{"weight_map": {"a": "one.safetensors"}}', "not there: one.safetensors"),
+    "missing shard": ('{"weight_map": {"a": "one.safetensors"}}', "do not exist: one.safetensors"),
     "tensor in no shard": (
         '{"weight_map": {"a": "part.safetensors"}}',
         "1 missing: lm_head.weight",
@@ -260,7 +260,7 @@ CONFIGS: list[tuple[str, str, Any, str]] = [
     (LM, "mm_vision_tower", 7, "'7'"),
     (LM, "image_aspect_ratio", "stretch", "image_aspect_ratio = 'stretch'"),
     (LM, "eos_token_id", "</s>", "eos_token_id = '</s>'"),
-    (LM, "sparse_attention", True, "keys we do not know: sparse_attention"),
+    (LM, "sparse_attention", True, "unknown keys: sparse_attention"),
     (TOWER, "num_attention_heads", 5, "num_attention_heads = 5 does not divide 48"),
     (TOWER, "image_size", 336, "the tower takes (336, 336)"),
     (TOWER, "num_hidden_layers", "four", "num_hidden_layers = 'four'"),

@@ -43,10 +43,10 @@ TEXT_BOMB = chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(200 << 20), 9))
 
 REFUSED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty (0 bytes)"),
-    "text": (b"this is no image\n" * 9, "is not a image"),
-    "zip": (b"PK\x03\x04" + bytes(60), "is not a image"),
-    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is not a image"),
-    "heic": (b"\0\0\0\x18ftypheic" + bytes(40), "is not a image"),
+    "text": (b"this is no image\n" * 9, "is not an image"),
+    "zip": (b"PK\x03\x04" + bytes(60), "is not an image"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is not an image"),
+    "heic": (b"\0\0\0\x18ftypheic" + bytes(40), "is not an image"),
     "one pixel": (png(1, 1), "is 1 x 1 pixels"),
     "bomb": (png(30000, 30000), "too large: Image size (900000000 pixels)"),
     "gif bomb": (GIF_BOMB, "too large: Image size (3600000000 pixels)"),
@@ -85,7 +85,7 @@ def test_a_missing_image_and_a_folder_are_refused(ready: Path, tmp_path: Path) -
 
 
 def test_noise_in_any_format_is_refused_or_read() -> None:
-    """Decoders may raise anything; what comes out is a image or an InputError."""
+    """Decoders may raise anything; what comes out is an image or an InputError."""
     generator, refused = np.random.default_rng(0), 0
     for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA", "ICO", "PCX"):
         good = np.frombuffer(encoded(kind), np.uint8)

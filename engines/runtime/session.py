@@ -232,7 +232,7 @@ class Reply:
         with clock.time("tokenize"):
             prompt = prompts.tokenize(rules, session.tokenizer, rendered.text)
         again = rules.reuse_last and 0 < len(images) == prompt.images - 1
-        prompts.check_places(prompt, len(images) + again)
+        prompts.check_slots(prompt, len(images) + again)
         features = session.vision.encode(images, clock, tiles=rendered.tiles)
         layout = prompts.assemble(prompt, [*features.places, *(features.places[-1:] * again)])
         if rules.cut is not None and layout.length > rules.cut:

@@ -173,9 +173,9 @@ def test_text_alone_equals_that_of_transformers(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     model = save(folder, "qwen2 untied")
     tokenizer = load_tokenizer(folder)
-    ids = torch.tensor([tokenizer("USER: What is a image? ASSISTANT:")["input_ids"]])
+    ids = torch.tensor([tokenizer("USER: What is an image? ASSISTANT:")["input_ids"]])
     expected = model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist()
-    answer = ask(engine_of(folder, tmp_path), "USER: What is a image? ASSISTANT:", [], 16)
+    answer = ask(engine_of(folder, tmp_path), "USER: What is an image? ASSISTANT:", [], 16)
     assert list(answer.token_ids) == expected
     assert answer.image_tokens == 0
 

@@ -343,7 +343,7 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
 def test_text_alone(tmp_path: Path) -> None:
     v = VARIANTS["mlcd rope, heads of 12, tied"]
     lm, *_ = write(tmp_path, v)
-    prompt = "<|im_start|>user\nWhat is a image?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = "<|im_start|>user\nWhat is an image?<|im_end|>\n<|im_start|>assistant\n"
     expected = joined.greedy(lm, prompt, [], 16)
     assert joined.said(joined.opened(tmp_path / "checkpoint"), prompt, [], 16) == expected
 

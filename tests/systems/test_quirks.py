@@ -103,15 +103,15 @@ def test_one_placeholder_more_than_images(tmp_path: Path) -> None:
     prompt = json.loads((case / "meta.json").read_text())["prompt_two_images"]
     first, second = case / "image0.png", case / "image1.png"
     plain, odd = opened(case, tmp_path), opened(case, tmp_path, "reuse-image")
-    with pytest.raises(InputError, match=r"2 image place\(s\) and 1"):
+    with pytest.raises(InputError, match=r"2 image slot\(s\) and 1"):
         asked(plain, prompt, [first])
     again = asked(plain, prompt, [first, first])
     assert asked(odd, prompt, [first]).token_ids == again.token_ids
     assert asked(odd, prompt, [first, second]).token_ids != again.token_ids
     for images in ([], [first, first, first]):
-        with pytest.raises(InputError, match="image place"):
+        with pytest.raises(InputError, match="image slot"):
             asked(odd, prompt, images)
-    with pytest.raises(InputError, match="3 image place"):
+    with pytest.raises(InputError, match="3 image slot"):
         asked(odd, "<image>" + prompt, [first])
 
 

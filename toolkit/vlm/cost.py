@@ -20,7 +20,7 @@ def count(part: Component, axes: Mapping[str, int]) -> Count:
 
 
 def image_axes(model: ModelConfig, views: int, placed: int) -> dict[str, int]:
-    """All axes that change with a image: `views` of the size the encoders were published for,
+    """All axes that change with an image: `views` of the size the encoders were published for,
     `placed` tokens of it in the prompt.
     """
     found = {"tiles": views, "placed": placed, "rows": 1, "batch": 1, "scored": 1}

@@ -206,9 +206,9 @@ def test_a_tensor_may_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (4, 3), (4,), (4, 2, 1)])
-def test_another_shape_than_planned_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_another_shape_than_stated_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     plan = [TensorSpec("x", "fp32", (4, 2))]
-    with pytest.raises(CheckpointError, match="planned"):
+    with pytest.raises(CheckpointError, match="expected"):
         write_safetensors(tmp_path / "a", plan, lambda t: [np.zeros(shape, np.float32)])
 
 

@@ -158,14 +158,14 @@ def test_one_file_and_shards_hold_the_same(tmp_path: Path) -> None:
 
 def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
     shards(tmp_path, [STORED], {"a": "model-0.safetensors", "b": "model-7.safetensors"})
-    with pytest.raises(CheckpointError, match=r"not there: model-7\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"do not exist: model-7\.safetensors"):
         open_checkpoint(tmp_path)
 
 
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     names = {"a": "model-0.safetensors", "b": "model-1.safetensors"}
     shards(tmp_path, [STORED, {"token": np.zeros(3, np.float32)}], names)
-    with pytest.raises(CheckpointError, match="token stands in two shards"):
+    with pytest.raises(CheckpointError, match="token is stored in two shards"):
         open_checkpoint(tmp_path)
 
 

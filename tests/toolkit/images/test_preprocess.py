@@ -69,7 +69,7 @@ def rule_of(processor: Any) -> Preprocess:
 
 
 def noise(width: int, height: int) -> Image.Image:
-    """A image of random pixels: every value that resizing gets wrong shows."""
+    """An image of random pixels: every value that resizing gets wrong shows."""
     pixels = np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 3))
     return Image.fromarray(pixels.astype(np.uint8))
 

@@ -148,7 +148,7 @@ def test_text_alone_and_nothing_at_all() -> None:
 
 @pytest.mark.parametrize("images", [0, 2])
 def test_places_and_images_must_be_as_many(images: int) -> None:
-    with pytest.raises(InputError, match=rf"1 image place.* {images} image"):
-        prompts.check_places(Prompt(((1,), (2,))), images)
+    with pytest.raises(InputError, match=rf"1 image slot.* {images} image"):
+        prompts.check_slots(Prompt(((1,), (2,))), images)
     with pytest.raises(InputError):
         prompts.assemble(Prompt(((1,), (2,))), [np.asarray([0])] * images)
