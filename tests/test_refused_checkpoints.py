@@ -81,9 +81,9 @@ WEIGHTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "header cut": (bytes_of(lambda b: b[:100]), "model.safetensors (100 bytes)"),
     "empty file": (bytes_of(lambda b: b""), "model.safetensors (0 bytes)"),
     "text": (bytes_of(lambda b: b"version https://git-lfs.github.com/spec/v1\n"), "(43 bytes)"),
-    "endless header": (bytes_of(lambda b: struct.pack("<Q", 1 << 60) + b[8:]), "not a whole"),
-    "huge shape": (header_of(lambda h: h[Q].update(shape=[BIG, BIG])), "not a whole"),
-    "unknown dtype": (header_of(lambda h: h[Q].update(dtype="F4")), "not a whole"),
+    "endless header": (bytes_of(lambda b: struct.pack("<Q", 1 << 60) + b[8:]), "not a complete"),
+    "huge shape": (header_of(lambda h: h[Q].update(shape=[BIG, BIG])), "not a complete"),
+    "unknown dtype": (header_of(lambda h: h[Q].update(dtype="F4")), "not a complete"),
     "missing": (tensors(lambda t: t.pop(Q)), f"1 missing: {Q}"),
     "missing in the tower": (
         tensors(lambda t: t.pop("vision_model.embeddings.class_embedding"), TOWER),

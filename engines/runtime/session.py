@@ -98,11 +98,11 @@ class Session:
         self.tokenizer = Tokenizer.open(folder / TOKENIZER, doubled_blank=rules.doubled_blank)
 
     @classmethod
-    def open(cls, folder: Path, *, threads: int = 0, profile: bool = False) -> Session:
+    def open(cls, folder: str | Path, *, threads: int = 0, profile: bool = False) -> Session:
         """Load an engine. Raises BundleError, TargetMismatch, MissingExtra or BuildError."""
         if threads < 0:
             raise InputError(f"--threads {threads} is negative", hint="0 takes all there are")
-        started = time.perf_counter()
+        started, folder = time.perf_counter(), Path(folder)
         made = manifest.read(folder)
         manifest.check(folder, made)
         memory.require(memory.of_engine(made), f"opening {folder}")

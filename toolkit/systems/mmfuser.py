@@ -59,7 +59,7 @@ def _merger(r: Reader, encoder: ComponentConfig, outputs: int) -> ComponentConfi
         )
     layers, blocks = projectors.depth(r, projectors.read_name(r, encoder))
     if blocks:
-        raise ConfigError(f"{r.where}: residual blocks behind the fuser are not implemented")
+        raise ConfigError(f"{r.where}: residual blocks after the fuser are not implemented")
     projectors.check_identity(r, layers, config.hidden_size, outputs)
     side = math.isqrt(config.tokens)
     return ComponentConfig(

@@ -153,7 +153,7 @@ TEMPLATES: dict[str, Template] = {
     "qwen_1_5": _im("You are a helpful assistant.", "<|im_end|>\n"),
     "qwen_2": _im("You are a helpful assistant.", "<|im_end|>\n"),
     # The embodied model's chat script: token lists joined without a newline after "system", a
-    # newline token behind every image, one view per image, and no generation prompt.
+    # newline token after every image, one view per image, and no generation prompt.
     "mlcd_chat": Template(
         "chatml",
         f"<|im_start|>system{CUT}You are a helpful assistant.",

@@ -62,10 +62,10 @@ def components(c: ModelConfig) -> tuple[Component, ...]:
     """All components of a model, in the order in which they run."""
     order = c.images.arrangement
     merger = merger_component(c.merger, c.encoders, newline=bool(order and order.newline))
-    found = [*map(encoder_component, c.encoders), merger]
+    vision = [*map(encoder_component, c.encoders), merger]
     if order and order.computes:
-        found.append(arrange_component(c.merger.config.outputs, largest=order.pool))
-    return (*found, lm_component(c.lm))
+        vision.append(arrange_component(c.merger.config.outputs, largest=order.pool))
+    return (*vision, lm_component(c.lm))
 
 
 def edges(c: ModelConfig) -> tuple[Edge, ...]:

@@ -227,7 +227,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for part in (0, 7, 100, len(whole) - 1):
         path.write_bytes(whole[:part])
-        with pytest.raises(CheckpointError, match="not a whole"):
+        with pytest.raises(CheckpointError, match="not a complete"):
             SafetensorsFile(path)
     with pytest.raises(CheckpointError, match="does not exist"):
         SafetensorsFile(tmp_path / "missing")

@@ -229,7 +229,7 @@ def _below_first(
 
 
 def _projector_names(c: mlp.Config) -> dict[str, Recipe]:
-    """Where the projector's tensors stand below `multi_modal_projector.`."""
+    """The names of the projector's tensors below `multi_modal_projector.`."""
     table = {}
     for i in range(c.layers):
         table[f"linears.{i}.weight"] = flip(f"linear_{i + 1}.weight")

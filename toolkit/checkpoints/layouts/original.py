@@ -39,7 +39,7 @@ IN_CHECKPOINT = "model.vision_tower.vision_tower."
 
 # Keys that training scripts write and that do not change an image's answer: bookkeeping, training
 # switches, video settings, resamplers (the originals build them but never apply them to images),
-# and keys of Hugging Face's layout that some releases carry beside their own.
+# and keys of Hugging Face's layout that some releases have in addition.
 TRAINING_KEYS = (
     "add_faster_video add_time_instruction faster_token_stride force_sample freeze_backbone "
     "freeze_mm_mlp_adapter freeze_mm_vision_resampler ignore_index image_crop_resolution "
