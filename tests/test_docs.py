@@ -1,7 +1,9 @@
-"""The pages say what is there: verbs, options, systems, presets, files; and their snippet runs."""
+"""The pages describe what exists: verbs, options, systems, presets, files; and their code runs."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import shutil
 from pathlib import Path
@@ -9,8 +11,9 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+import edgevlm
 from edgevlm import cli
-from edgevlm.toolkit import systems
+from edgevlm.toolkit import errors, systems
 from tests.conftest import ROOT
 from tests.pipeline import engine_of
 
@@ -60,11 +63,54 @@ def test_the_snippet_prints_what_the_page_says(
 ) -> None:
     case = Path("tests/goldens/e2e_llava15")
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    place = next(i for i, (language, _) in enumerate(blocks) if language == "python")
+    snippet = next(i for i, (language, _) in enumerate(blocks) if language == "python")
     engine = engine_of(ROOT / case / "llava-v1.5-tiny", tmp_path / "demo-out")
     engine.rename(tmp_path / "demo-out/engine")
     (tmp_path / case).mkdir(parents=True)
     shutil.copy(ROOT / case / "image.png", tmp_path / case)
     monkeypatch.chdir(tmp_path)
-    exec(compile(blocks[place][1], "README.md", "exec"), {})
-    assert capsys.readouterr().out == blocks[place + 1][1]
+    code = blocks[snippet][1]
+    imports = re.findall(r"^(?:import|from) +(\S+)", code, re.M)
+    assert imports == ["edgevlm"]  # the public surface only
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == blocks[snippet + 1][1]
+
+
+def parameters(call: str) -> list[tuple[str, str]]:
+    """Names and defaults of a signature such as "f(a, *, b=1)"."""
+    arguments = ast.parse(call, mode="eval")
+    assert isinstance(arguments.body, ast.Call)
+    given = [ast.unparse(a) for a in arguments.body.args if not isinstance(a, ast.Starred)]
+    named = [(str(k.arg), ast.unparse(k.value)) for k in arguments.body.keywords]
+    return [(name, "") for name in given] + named
+
+
+@pytest.mark.parametrize("name", ["export_bundle", "build_engine", "Question", "Sampling"])
+def test_the_python_page_has_the_true_signatures(name: str) -> None:
+    page = (ROOT / "docs/python.md").read_text()
+    told = re.search(rf"^\| `({name}\(.*?\))` \|", page, re.M)
+    assert told is not None
+    signature = inspect.signature(getattr(edgevlm, name))
+    true = [
+        (p.name, "" if p.default is p.empty else default_of(p))
+        for p in signature.parameters.values()
+    ]
+    assert parameters(told[1].replace("*, ", "")) == true
+
+
+def default_of(parameter: inspect.Parameter) -> str:
+    """A default as code; that of a dataclass factory is its type called without arguments."""
+    made = parameter.name == "sampling"
+    return "Sampling()" if made else ast.unparse(ast.parse(repr(parameter.default), mode="eval"))
+
+
+def test_the_python_page_names_every_public_name_and_error() -> None:
+    page = (ROOT / "docs/python.md").read_text()
+    kinds = [k.__name__ for k in vars(errors).values() if isinstance(k, type)]
+    assert [name for name in [*edgevlm.__all__, *kinds] if name not in page] == []
+
+
+def test_the_glossary_stays_short() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    glossary = re.split(r"^## .*Glossary\n", page, flags=re.M)[1].strip()
+    assert 20 < len(glossary.splitlines()) <= 40
