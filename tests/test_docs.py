@@ -6,14 +6,20 @@ import ast
 import inspect
 import re
 import shutil
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.main import get_command
 
 import edgevlm
 from edgevlm import cli
 from edgevlm.toolkit import errors, systems
+from edgevlm.toolkit.ops.numpy_ops import NumpyOps
+from edgevlm.toolkit.ops.vocabulary import Weights
+from edgevlm.toolkit.strict import Reader
 from tests.conftest import ROOT
 from tests.pipeline import engine_of
 
@@ -114,3 +120,29 @@ def test_the_glossary_stays_short() -> None:
     page = (ROOT / "docs/architecture.md").read_text()
     glossary = re.split(r"^## .*Glossary\n", page, flags=re.M)[1].strip()
     assert 20 < len(glossary.splitlines()) <= 40
+
+
+def test_the_encoder_of_the_extending_page_works(generator: np.random.Generator) -> None:
+    page = (ROOT / "docs/extending.md").read_text()
+    code = re.search(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert code is not None
+    file = types.ModuleType("small")
+    sys.modules["small"] = file  # where a dataclass looks up its annotations
+    try:
+        exec(compile(code[1], "docs/extending.md", "exec"), vars(file))
+    finally:
+        del sys.modules["small"]
+    described = {"num_channels": 3, "projection_dim": 9, "hidden_size": 32, "num_hidden_layers": 3}
+    described |= {"num_attention_heads": 4, "intermediate_size": 72, "patch_size": 7}
+    config = file.Config.read(Reader(described | {"image_size": 28}, "here"), (3, 1), False)
+    assert config == file.tiny()
+    assert set(file.names(config)) == set(file.shapes(config))
+    weights = {
+        name: generator.standard_normal(shape).astype(np.float32) / 8
+        for name, shape in file.shapes(config).items()
+    }
+    pixels = generator.standard_normal((2, 3, *config.pixels)).astype(np.float32)
+    outputs = file.forward(NumpyOps(), config, Weights(weights), pixels)
+    expected = [(2, config.tokens, size) for size in config.hidden_sizes]
+    assert [x.shape for x in outputs] == expected
+    assert np.abs(outputs[0] - outputs[1]).max() > 0.1
