@@ -1,4 +1,4 @@
-"""Checkpoint -> bundle -> engine -> answer, the way the command line goes."""
+"""Checkpoint -> bundle -> engine -> answer, as the command line does it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgevlm.training.torch_files import reader
 
 
 def silent(message: str) -> None:
-    """Progress that nobody reads."""
+    """Progress that is not shown."""
 
 
 def engine_of(checkpoint: Path, work: Path, *, target: str = "cpu", dtype: str = "fp32") -> Path:
@@ -32,7 +32,7 @@ def engine_of(checkpoint: Path, work: Path, *, target: str = "cpu", dtype: str =
 
 
 def requantized(bundle: Path, kind: str, target: Target | None = None) -> Request:
-    """A request for `bundle` with weights alone in few bits, as `build --precision` makes it."""
+    """A request for `bundle` with weight-only quantization, as `build --precision` makes it."""
     source = replace(systems.load(bundle, Options()), plan=weight_only.plan(kind))
 
     def written(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Questions that cannot be asked: prompts, options, request files, and what profile is told."""
+"""Questions that are refused: prompts, options, request files, and options of profile."""
 
 from __future__ import annotations
 

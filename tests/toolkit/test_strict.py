@@ -78,7 +78,7 @@ def test_nested_values_become_what_they_were() -> None:
     assert from_plain(Outer, json.loads(json.dumps(to_plain(value))), "x") == value
 
 
-def test_an_int_will_do_for_a_float_only() -> None:
+def test_an_int_is_accepted_as_a_float_only() -> None:
     found = from_plain(Outer, GOOD | {"share": 2}, "x")
     assert (found.share, type(found.share)) == (2.0, float)
 
@@ -120,7 +120,7 @@ def test_what_is_missing_is_named() -> None:
 # -- published configurations --------------------------------------------------------------
 
 
-def test_a_reader_refuses_what_nobody_asked_for() -> None:
+def test_a_reader_refuses_keys_that_were_not_read() -> None:
     r = Reader({"a": 1, "b": 2, "c": 3, "d": 4, "model_type": "x"}, "config.json", ["d"])
     assert r.take("a", int) == 1
     r.skip("b")
