@@ -247,17 +247,17 @@ def profile(
     debug: Debug = False,
 ) -> None:
     """Measure an engine: every stage and layer, compared with the machine's limits."""
-    from edgevlm.engines.profiling import profile as profiler
     from edgevlm.engines.profiling import report
+    from edgevlm.engines.profiling.profile import Plan, profile_all
 
     console = _console(as_json, quiet, context)
-    settings = profiler.Plan(
+    settings = Plan(
         image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
     )
     report.check_files(layers, html, trace)
-    found = profiler.profile_all([engine, *(compare or [])], settings, console.step)
-    report.write_files(found, html, trace)
-    console.result(*report.result(found, layers))
+    profiles = profile_all([engine, *(compare or [])], settings, console.step)
+    report.write_files(profiles, html, trace)
+    console.result(*report.result(profiles, layers))
 
 
 @app.command()
@@ -281,9 +281,9 @@ def doctor(
 ) -> None:
     """Show what this machine can do, what is missing, and how to install it."""
     from edgevlm import __version__
-    from edgevlm.toolkit.terminal import doctor as report
+    from edgevlm.toolkit.terminal.doctor import report
 
-    _console(as_json, quiet).result(*report.report(__version__))
+    _console(as_json, quiet).result(*report(__version__))
 
 
 @app.callback(invoke_without_command=True)
