@@ -121,9 +121,9 @@ class Recipes(Mapping[str, Array]):
         return recipe.make(*(self._read(source) for source in recipe.sources))
 
     def _read(self, source: str) -> Array:
-        """A stored tensor. Raises CheckpointError for what cannot be a weight, such as a NaN:
+        """A stored tensor. Raises CheckpointError for what cannot be a weight, such as a NaN.
 
-        goldens made with it would agree with it, and only the answers would be wrong.
+        Goldens would be made with the NaN too, so the build would not notice it.
         """
         tensor = self._checkpoint.read(source)
         if tensor.dtype.kind != "f":

@@ -86,8 +86,10 @@ class Views:
 
 @dataclass(frozen=True)
 class ArrangedTokens:
-    """rows int64 and weights float32, both [tokens, 4]: token i of an image is the sum of feature
-    rows rows[i, :] weighted by weights[i, :], or their maximum.
+    """The tokens of an image as combinations of feature rows.
+
+    rows int64 and weights float32, both [tokens, 4]: token i is the sum of the feature rows
+    rows[i, :] weighted by weights[i, :], or their maximum.
     """
 
     rows: Array

@@ -94,7 +94,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
 
 
 def _find_folder(folder: Path, name: str) -> Path:
-    """The folder that config.json calls `name`: in the checkpoint, beside it, or that very path."""
+    """The folder that config.json calls `name`: in the checkpoint, beside it, or that path."""
     for path in (folder / name, folder.parent / name, Path(name)):
         if (path / "config.json").exists():
             return path

@@ -21,8 +21,9 @@ _PREFIX = "\u2581"  # sentencepiece's visible blank
 
 
 class Tokenizer:
-    """A tokenizer.json. doubled_blank: a leading blank of the text is kept besides the one that
-    sentencepiece adds.
+    """A tokenizer.json.
+
+    doubled_blank: a leading blank of the text is kept besides the one that sentencepiece adds.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, *, doubled_blank: bool = False) -> None:
@@ -62,8 +63,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes ids one by one; the pieces joined are exactly decode(all ids) if all characters are
-    complete.
+    """Decodes ids one by one; the pieces joined are decode(all ids) if all characters are complete.
 
     Bytes that are no character give a replacement sign each; text printed before them stays.
     """
@@ -71,7 +71,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._settled = 0  # ids before this one are printed and settle no later text
+        self._settled = 0  # the window that is decoded begins here; ids before it are printed
         self._printed = 0  # ids before this one have been printed
 
     def push(self, token: int) -> str:
@@ -95,7 +95,7 @@ class TextStream:
         now = self._tokenizer.decode(self._ids[self._settled :])
         if now.startswith(before):
             return before, now
-        # After bytes that are no character, decoding changes the text before them.
+        # Next to bytes that are no character, decoding replaces bytes that were one.
         return "", self._tokenizer.decode(self._ids[self._printed :])
 
 

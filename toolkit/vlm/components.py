@@ -26,8 +26,7 @@ Forward = Callable[[Ops[Any], Weights[Any], Mapping[str, Any]], dict[str, Any]]
 class Port:
     """An input or output. dtype "float" is the model's own precision.
 
-    `updates` on an output names the input that it replaces in the next call: a state (KV cache)
-    that a runner keeps in one buffer.
+    `updates` on an output names the input that it replaces in the next call: a KV cache.
     """
 
     name: str

@@ -51,7 +51,7 @@ def _ignore_exif(source: Source, config: Mapping[str, Any]) -> Source:
 
 
 def _cut_prompt(source: Source, config: Mapping[str, Any]) -> Source:
-    """Embedded prompts end after tokenizer_model_max_length positions."""
+    """Prompts end after tokenizer_model_max_length positions."""
     limit = config.get("tokenizer_model_max_length")
     if not isinstance(limit, int) or limit < 1:
         raise ConfigError(
