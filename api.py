@@ -154,18 +154,21 @@ def build_request(
     max_context: int | None = None,
     max_image_tiles: int | None = None,
     precision: str | None = None,
+    accept_loss: float | None = None,
     bisect: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Request:
-    """What `edgevlm build` is asked for, with the recorder handed in where it must record again."""
+    """What `edgevlm build` is to do, with the recorder handed in where it must record again."""
     from edgevlm.engines.build.build import Request
     from edgevlm.toolkit.target import parse
 
     again = None
     if precision is not None:
         again = _again(Path(bundle), precision, progress or _silent)
-    return Request(parse(target), max_context, force, made_by(), max_image_tiles, bisect, again)
+    return Request(
+        parse(target), max_context, force, made_by(), max_image_tiles, bisect, again, accept_loss
+    )
 
 
 def _again(bundle: Path, precision: str, progress: Progress) -> Again:
@@ -195,12 +198,15 @@ def build_engine(
     max_context: int | None = None,
     max_image_tiles: int | None = None,
     precision: str | None = None,
+    accept_loss: float | None = None,
     bisect: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Engine:
     """Build a bundle into the engine `out`, as `edgevlm build` does; what engine.json holds.
 
+    accept_loss: the relative rms error against the float model that rounded weights may have, in
+    place of the limit of `precision`; beyond it the build raises AccuracyError.
     An engine of the same bundle and options that stands at `out` is kept. Raises ToolkitError;
     nothing half-written stays.
     """
@@ -212,6 +218,7 @@ def build_engine(
         max_context=max_context,
         max_image_tiles=max_image_tiles,
         precision=precision,
+        accept_loss=accept_loss,
         bisect=bisect,
         force=force,
         progress=progress,

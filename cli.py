@@ -146,6 +146,10 @@ def build(
     precision: Annotated[
         Optional[str], typer.Option(help="int8 or int4: weight-only quantization, without samples.")
     ] = None,
+    accept_loss: Annotated[
+        Optional[float],
+        typer.Option(help="Accept this relative rms error against float, such as 0.5."),
+    ] = None,
     bisect: Annotated[
         bool,
         typer.Option(
@@ -173,6 +177,7 @@ def build(
         max_context=max_context,
         max_image_tiles=max_image_tiles,
         precision=precision,
+        accept_loss=accept_loss,
         bisect=bisect,
         force=force,
         progress=console.step,
@@ -220,8 +225,8 @@ def run(
     sampling = Sampling(temperature, top_k, top_p, seed)
     given = Question(prompt or "", image or (), max_tokens, sampling, template, stop or ())
     questions = request_file.gather(given, input_file)
-    session = Session.open(engine, threads=threads)
-    request_file.answer_all(session, questions, console, many=input_file is not None)
+    with Session.open(engine, threads=threads) as session:
+        request_file.answer_all(session, questions, console, many=input_file is not None)
 
 
 @app.command()

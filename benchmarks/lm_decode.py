@@ -61,17 +61,17 @@ def edgevlm_answer(model: Path, threads: int) -> Answer:
     session = Session(model, made, {"lm": opened}, 0.0)
     generator = np.random.default_rng(0)
     ids = tuple(generator.integers(0, VOCABULARY, PROMPT - IMAGE).tolist())
-    layout = prompts.assemble(Prompt((ids[:1], ids[1:])), [np.arange(IMAGE)])
+    sequence = prompts.assemble(Prompt((ids[:1], ids[1:])), [np.arange(IMAGE)])
     width = session.model.lm.config.hidden_size
     features = generator.standard_normal((IMAGE, width), np.float32)
-    nothing, sample = np.zeros((1, width), np.float32), sampler(Sampling())
+    state, sample = session.new_state(), sampler(Sampling())
 
     def answer(count: int) -> tuple[float, float]:
         begin = time.perf_counter()
-        token = sample(session.prefill(layout, features))
+        token = sample(session.prefill(sequence, features, state))
         first = time.perf_counter()
         for step in range(count - 1):
-            token = sample(session.decode(token, layout.length + step, nothing))
+            token = sample(session.decode(token, sequence.length + step, state))
         return first - begin, time.perf_counter() - first
 
     return answer

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.engines import backends
+from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle.manifest import ComponentRecord, FileRecord, check_parts
 from edgevlm.toolkit.errors import BundleError, ConfigError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
@@ -25,24 +26,19 @@ PREFILL_CHUNK = 256  # tokens of a prompt that the language model reads at a tim
 
 
 @dataclass(frozen=True)
-class Decided:
-    """One line of the lowering table."""
-
-    component: str
-    op: str
-    count: int
-    action: str
-    into: str
-    why: str
-
-
-@dataclass(frozen=True)
 class Built:
-    """What the build cost and found. golden_differences: relative, per component."""
+    """What the build cost and found.
+
+    Relative root mean square errors by component: kernel_differences to the reference on the same
+    weights; precision_losses to the float model, empty where no weight is rounded. accepted_loss:
+    what the user accepted in place of the precision's own limit, None where nothing.
+    """
 
     seconds: float
     peak_rss_mb: float
-    golden_differences: Mapping[str, float]
+    kernel_differences: Mapping[str, float]
+    precision_losses: Mapping[str, float]
+    accepted_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class Engine:
     edges: tuple[Edge, ...]
     files: Mapping[str, FileRecord]
     plan: PrecisionPlan
-    lowering: tuple[Decided, ...]
+    lowering: tuple[Decision, ...]
     build: Built
 
     def parsed_target(self) -> Target:
@@ -86,6 +82,8 @@ class Engine:
             words += ["--max-image-tiles", str(self.max_image_tiles)]
         if self.precision is not None:
             words += ["--precision", self.precision]
+        if self.build.accepted_loss is not None:
+            words += ["--accept-loss", f"{self.build.accepted_loss:g}"]
         return shlex.join([*words, "--force"])
 
 

@@ -6,16 +6,20 @@ from collections.abc import Sequence
 
 import onnx
 
-from edgevlm.export.nodes import function, ints, node
+from edgevlm.export.nodes import function, ints, node, shape
 
 
-def _heads(source: str, split: str) -> list[onnx.NodeProto]:
-    """[B, S, heads * d] -> [B, heads, S, d]; the attribute `split` is the Reshape target."""
+def _heads(source: str, num_heads: str) -> list[onnx.NodeProto]:
+    """[B, S, heads * d] -> [B, heads, S, d]."""
     return [
-        node("Constant", [], [f"{source}_split"], value_ints=f"@{split}:INTS"),
+        *shape(f"{source}_split", 0, 0, num_heads, "@head_dim"),
         node("Reshape", [source, f"{source}_split"], [f"{source}_bshd"], allowzero=0),
         node("Transpose", [f"{source}_bshd"], [f"{source}_bhsd"], perm=[0, 2, 1, 3]),
     ]
+
+
+def _float32(source: str) -> onnx.NodeProto:
+    return node("Cast", [source], [f"{source}_f32"], to=onnx.TensorProto.FLOAT)
 
 
 def _attended(inputs: Sequence[str], **scale: str) -> list[onnx.NodeProto]:
@@ -39,19 +43,24 @@ def _attended(inputs: Sequence[str], **scale: str) -> list[onnx.NodeProto]:
 def cached_attention() -> onnx.FunctionProto:
     """Rotary attention over a cache of static length, written in place at positions[:, 0].
 
-    head_split and kv_split are the Reshape targets [0, 0, heads, -1] of q and of k, v. window
-    (-1: none) is already in the mask; kernels that mask by themselves need the number.
+    cos and sin are float32, and so is the rotation. window (-1: none) is already in the mask;
+    kernels that mask by themselves need the number.
     """
 
-    def rotated(source: str) -> onnx.NodeProto:
-        return node(
-            "RotaryEmbedding",
-            [f"{source}_bhsd", "cos", "sin", "positions"],
-            [f"{source}_rotated"],
-            interleaved=0,
-            rotary_embedding_dim=0,
-            num_heads=0,
-        )
+    def rotated(source: str) -> list[onnx.NodeProto]:
+        f32 = f"{source}_bhsd_f32"
+        return [
+            _float32(f"{source}_bhsd"),
+            node(
+                "RotaryEmbedding",
+                [f32, "cos", "sin", "positions"],
+                [f"{f32}_rotated"],
+                interleaved=0,
+                rotary_embedding_dim=0,
+                num_heads=0,
+            ),
+            node("CastLike", [f"{f32}_rotated", source], [f"{source}_rotated"]),
+        ]
 
     def written(past: str, update: str, present: str) -> onnx.NodeProto:
         return node("TensorScatter", [past, update, "start"], [present], axis=2, mode="linear")
@@ -60,13 +69,13 @@ def cached_attention() -> onnx.FunctionProto:
         "CachedAttention",
         ["q", "k", "v", "past_key", "past_value", "cos", "sin", "positions", "mask"],
         ["y", "present_key", "present_value"],
-        ["head_split", "kv_split", "scale", "window"],
+        ["num_heads", "num_kv_heads", "head_dim", "scale", "window"],
         [
-            *_heads("q", "head_split"),
-            *_heads("k", "kv_split"),
-            *_heads("v", "kv_split"),
-            rotated("q"),
-            rotated("k"),
+            *_heads("q", "@num_heads"),
+            *_heads("k", "@num_kv_heads"),
+            *_heads("v", "@num_kv_heads"),
+            *rotated("q"),
+            *rotated("k"),
             ints("first", 0),
             ints("second", 1),
             node("Slice", ["positions", "first", "second", "second"], ["start_column"]),
@@ -79,14 +88,14 @@ def cached_attention() -> onnx.FunctionProto:
 
 
 def rotary_attention() -> onnx.FunctionProto:
-    """Unmasked attention, q and k rotated by a table of angles [S, d / 2] in float32."""
+    """Unmasked attention, q and k rotated in float32 by float32 angles [S, d / 2]."""
 
     def rotated(source: str) -> list[onnx.NodeProto]:
-        f32, a, b = f"{source}_f32", f"{source}_first", f"{source}_second"
+        a, b = f"{source}_first", f"{source}_second"
         return [
-            *_heads(source, "head_split"),
-            node("Cast", [f"{source}_bhsd"], [f32], to=onnx.TensorProto.FLOAT),
-            node("Split", [f32], [a, b], axis=-1, num_outputs=2),
+            *_heads(source, "@num_heads"),
+            _float32(f"{source}_bhsd"),
+            node("Split", [f"{source}_bhsd_f32"], [a, b], axis=-1, num_outputs=2),
             node("Mul", [a, "cos"], [f"{a}_cos"]),
             node("Mul", [b, "sin"], [f"{b}_sin"]),
             node("Mul", [b, "cos"], [f"{b}_cos"]),
@@ -101,14 +110,13 @@ def rotary_attention() -> onnx.FunctionProto:
         "RotaryAttention",
         ["q", "k", "v", "angles"],
         ["y"],
-        ["head_split"],
+        ["num_heads", "head_dim"],
         [
-            node("Cast", ["angles"], ["angles_float"], to=onnx.TensorProto.FLOAT),
-            node("Cos", ["angles_float"], ["cos"]),
-            node("Sin", ["angles_float"], ["sin"]),
+            node("Cos", ["angles"], ["cos"]),
+            node("Sin", ["angles"], ["sin"]),
             *rotated("q"),
             *rotated("k"),
-            *_heads("v", "head_split"),
+            *_heads("v", "@num_heads"),
             *_attended(["q_rotated", "k_rotated", "v_bhsd"]),
         ],
     )

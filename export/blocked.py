@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from edgevlm.export.nodes import function, ints, node
+from edgevlm.export.nodes import function, ints, node, shape
 from edgevlm.toolkit.checkpoints.safetensors_io import TensorSpec
 from edgevlm.toolkit.quantization.blockwise import (
     LINEAR,
@@ -76,37 +76,37 @@ class QuantizedWeights:
         return None
 
 
-def linear_format(plan: PrecisionPlan, place: str) -> StorageFormat | None:
+def linear_format(plan: PrecisionPlan, path: str) -> StorageFormat | None:
     """How the plan wants the weight of a linear stored; None in float."""
-    bits = WEIGHT_BITS.get(plan.at(place))
+    bits = WEIGHT_BITS.get(plan.at(path))
     return None if bits is None else LINEAR[bits]
 
 
-def table_format(plan: PrecisionPlan, place: str) -> StorageFormat | None:
+def table_format(plan: PrecisionPlan, path: str) -> StorageFormat | None:
     """The same of an embedding table, for which there is only one storage."""
-    return TABLE if plan.at(place) in WEIGHT_BITS else None
+    return TABLE if plan.at(path) in WEIGHT_BITS else None
 
 
-def product(e: Emitter, stored: QuantizedWeights, x: str, weight: str, place: str) -> str:
+def product(e: Emitter, stored: QuantizedWeights, x: str, weight: str, path: str) -> str:
     """x times a stored weight."""
     storage, (outputs, inputs, block) = stored.formats[weight], stored.sizes(weight)
     name = weight + storage.suffix
     return e.one(
         "edgevlm.BlockedLinear",
         [x, name, name + SCALE, _zero_points(e, storage.bits, (outputs, inputs // block))],
-        place,
+        path,
         bits=storage.bits,
-        block=block,
-        K=inputs,
-        N=outputs,
+        block_size=block,
+        in_features=inputs,
+        out_features=outputs,
     )
 
 
-def rows(e: Emitter, stored: QuantizedWeights, ids: str, weight: str, place: str) -> str:
+def rows(e: Emitter, stored: QuantizedWeights, ids: str, weight: str, path: str) -> str:
     """Rows of a stored table."""
     name, (_, _, block) = weight + stored.formats[weight].suffix, stored.sizes(weight)
     inputs = [ids, name, name + SCALE]
-    return e.one("edgevlm.BlockedEmbed", inputs, place, split=[0, 0, -1, block])
+    return e.one("edgevlm.BlockedEmbed", inputs, path, block_size=block)
 
 
 def _zero_points(e: Emitter, bits: Bits, shape: tuple[int, int]) -> str:
@@ -120,19 +120,19 @@ def _zero_points(e: Emitter, bits: Bits, shape: tuple[int, int]) -> str:
 
 
 def blocked_linear() -> onnx.FunctionProto:
-    """x @ weight^T, the weight [outputs, inputs] in few bits with a scale per `block` of inputs."""
+    """x @ weight^T, the weight [outputs, inputs] in few bits with a scale per block_size inputs."""
     return function(
         "BlockedLinear",
         ["x", "stored", "scale", "zero_point"],
         ["y"],
-        ["bits", "block", "K", "N"],
+        ["bits", "block_size", "in_features", "out_features"],
         [
             node(
                 "DequantizeLinear",
                 ["stored", "scale", "zero_point"],
                 ["weight"],
                 axis=1,
-                block_size="@block:INT",
+                block_size="@block_size:INT",
             ),
             node("Transpose", ["weight"], ["transposed"], perm=[1, 0]),
             node("MatMul", ["x", "transposed"], ["y"]),
@@ -141,22 +141,19 @@ def blocked_linear() -> onnx.FunctionProto:
 
 
 def blocked_embed() -> onnx.FunctionProto:
-    """Rows of a table in 8 bits; only those asked for are made floats.
-
-    split: [0, 0, -1, block].
-    """
+    """Rows of a table in 8 bits; only the rows that are read become floats."""
     return function(
         "BlockedEmbed",
         ["ids", "stored", "scale"],
         ["y"],
-        ["split"],
+        ["block_size"],
         [
             node("Gather", ["stored", "ids"], ["codes"], axis=0),
             node("Cast", ["codes"], ["f32"], to=onnx.TensorProto.FLOAT),
             node("Constant", [], ["zero_point"], value_float=128.0),
             node("Sub", ["f32", "zero_point"], ["steps"]),
-            node("Constant", [], ["split_shape"], value_ints="@split:INTS"),
-            node("Reshape", ["steps", "split_shape"], ["blocks"], allowzero=0),
+            *shape("split", 0, 0, -1, "@block_size"),
+            node("Reshape", ["steps", "split"], ["blocks"], allowzero=0),
             node("Gather", ["scale", "ids"], ["scales"], axis=0),
             node("Cast", ["scales"], ["scales_f32"], to=onnx.TensorProto.FLOAT),
             ints("last", -1),

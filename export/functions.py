@@ -1,6 +1,8 @@
 """Ops that deserve a fused kernel, as ONNX functions of domain "edgevlm" with standard bodies.
 
-Any runtime can run the body; a target that has a kernel swaps the call (engines/lowering/lower.py).
+Any runtime can run the body; a target that has a kernel rewrites the call
+(engines/lowering/lower.py). Attributes say what the op is (num_heads, head_dim, grid), so that a
+kernel needs nothing else.
 """
 
 from __future__ import annotations
@@ -10,49 +12,7 @@ import onnx
 from edgevlm.export.attention import cached_attention, rotary_attention
 from edgevlm.export.blocked import blocked_embed, blocked_linear
 from edgevlm.export.deform import ms_deform_attn
-from edgevlm.export.nodes import function, ints, node
-
-
-def add_rms_norm() -> onnx.FunctionProto:
-    """(rms_norm(x + residual), x + residual)."""
-    return function(
-        "AddRMSNorm",
-        ["x", "residual", "weight"],
-        ["normed", "total"],
-        ["epsilon"],
-        [
-            node("Add", ["x", "residual"], ["total"]),
-            node(
-                "RMSNormalization",
-                ["total", "weight"],
-                ["normed"],
-                axis=-1,
-                stash_type=1,
-                epsilon="@epsilon:FLOAT",
-            ),
-        ],
-    )
-
-
-def add_layer_norm() -> onnx.FunctionProto:
-    """(layer_norm(x + residual), x + residual)."""
-    return function(
-        "AddLayerNorm",
-        ["x", "residual", "weight", "bias"],
-        ["normed", "total"],
-        ["epsilon"],
-        [
-            node("Add", ["x", "residual"], ["total"]),
-            node(
-                "LayerNormalization",
-                ["total", "weight", "bias"],
-                ["normed"],
-                axis=-1,
-                stash_type=1,
-                epsilon="@epsilon:FLOAT",
-            ),
-        ],
-    )
+from edgevlm.export.nodes import function, ints, node, shape
 
 
 def quick_gelu() -> onnx.FunctionProto:
@@ -101,21 +61,22 @@ def unembed() -> onnx.FunctionProto:
 
 
 def layer_merge() -> onnx.FunctionProto:
-    """Levels joined on channels: normed each by itself, scaled, then one product for all.
-
-    split: [0, 0, levels, D]; unit: ones [D].
-    """
+    """Levels joined on channels: normed each by itself, scaled, then one product for all."""
     return function(
         "LayerMerge",
-        ["x", "unit", "norm_weight", "norm_bias", "scale", "weight", "bias"],
+        ["x", "norm_weight", "norm_bias", "scale", "weight", "bias"],
         ["y"],
-        ["split", "epsilon"],
+        ["levels", "hidden_size", "epsilon"],
         [
-            node("Constant", [], ["split_shape"], value_ints="@split:INTS"),
-            node("Reshape", ["x", "split_shape"], ["levels"], allowzero=0),
+            *shape("split", 0, 0, "@levels", "@hidden_size"),
+            node("Reshape", ["x", "split"], ["levels_apart"], allowzero=0),
+            *shape("channels", "@hidden_size"),
+            node("Constant", [], ["one"], value_float=1.0),
+            node("CastLike", ["one", "x"], ["one_like"]),
+            node("Expand", ["one_like", "channels"], ["unit"]),
             node(
                 "LayerNormalization",
-                ["levels", "unit"],
+                ["levels_apart", "unit"],
                 ["normed"],
                 axis=-1,
                 stash_type=1,
@@ -139,7 +100,7 @@ def layer_merge() -> onnx.FunctionProto:
 
 
 def response_norm() -> onnx.FunctionProto:
-    """Global response normalization over a image [B, H, W, C], norms in float32."""
+    """Global response normalization over an image [B, H, W, C], norms in float32."""
     return function(
         "ResponseNorm",
         ["x", "weight"],
@@ -167,8 +128,6 @@ def response_norm() -> onnx.FunctionProto:
 FUNCTIONS = {
     f.name: f
     for f in (
-        add_rms_norm(),
-        add_layer_norm(),
         quick_gelu(),
         swiglu(),
         unembed(),

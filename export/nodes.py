@@ -36,6 +36,27 @@ def ints(name: str, *values: int) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value_ints=list(values))
 
 
+def shape(name: str, *dims: int | str) -> list[onnx.NodeProto]:
+    """An int64 vector for a Reshape: numbers, attributes of the function as "@name", and names of
+    vectors of length 1.
+
+    A body cannot put an integer attribute into a list, so it is joined from pieces; runtimes fold
+    that into a constant.
+    """
+    found, pieces = [ints(f"{name}.axis", 0)], []
+    for i, dim in enumerate(dims):
+        piece = f"{name}.{i}"
+        if isinstance(dim, int):
+            found.append(ints(piece, dim))
+        elif _refers(dim):
+            found.append(node("Constant", [], [f"{piece}.scalar"], value_int=f"{dim}:INT"))
+            found.append(node("Unsqueeze", [f"{piece}.scalar", f"{name}.axis"], [piece]))
+        else:
+            piece = dim
+        pieces.append(piece)
+    return [*found, node("Concat", pieces, [name], axis=0)]
+
+
 def function(
     name: str,
     inputs: Sequence[str],

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edgevlm.export import blocked, deform
+from edgevlm.export import blocked
 from edgevlm.export.nodes import DOMAIN
-from edgevlm.toolkit.ops.vocabulary import Array, Grids, Norm, Step, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, R, Step, Weights
 from edgevlm.toolkit.quantization.blockwise import StorageFormat
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 
@@ -56,7 +57,7 @@ class OnnxOps:
     def _emit(
         self, kind: str, inputs: Sequence[str], name: str = "", outputs: int = 1, **attrs: Any
     ) -> list[str]:
-        """One node named after its place; a kind "edgevlm.X" calls our function X."""
+        """One node named after its path; a kind "edgevlm.X" calls our function X."""
         domain, _, plain = kind.rpartition(".")
         if domain == DOMAIN:
             self.functions.add(plain)
@@ -79,7 +80,7 @@ class OnnxOps:
         return found
 
     def _at(self, w: Weights[str]) -> str:
-        """The node name of a place with parameters; later nodes are named beside it."""
+        """The node name of a path with parameters; later nodes are named beside it."""
         self._scope = "/".join((self._component, *w.steps[:-1]))
         return "/".join((self._component, *w.steps))
 
@@ -95,7 +96,7 @@ class OnnxOps:
         self.small.setdefault(name, numpy_helper.from_array(value, name))
         return name
 
-    def float32(self, name: str, value: Array) -> str:
+    def _float32(self, name: str, value: Array) -> str:
         """A float32 constant whatever the model's precision."""
         return self._inline(name, np.asarray(value, np.float32))
 
@@ -106,36 +107,39 @@ class OnnxOps:
         self.small.setdefault(name, tensor)
         return name
 
-    # -- with parameters -------------------------------------------------------------------
+    # -- structure and parameters ----------------------------------------------------------
+
+    def block(self, function: Callable[..., R], w: Weights[str], *args: Any) -> R:
+        return function(self, w, *args)
 
     def linear(self, x: str, w: Weights[str]) -> str:
-        place, bias = self._at(w), w.get("bias")
-        y = self._product(x, w["weight"], place, blocked.linear_format(self._plan, place))
-        return y if bias is None else self.one("Add", [y, bias], f"{place}/bias")
+        path, bias = self._at(w), w.get("bias")
+        y = self._product(x, w["weight"], path, blocked.linear_format(self._plan, path))
+        return y if bias is None else self.one("Add", [y, bias], f"{path}/bias")
 
-    def _product(self, x: str, weight: str, place: str, storage: StorageFormat | None) -> str:
+    def _product(self, x: str, weight: str, path: str, storage: StorageFormat | None) -> str:
         if (
             storage is not None
             and weight in self.quantized.shapes
             and self.quantized.use(weight, storage)
         ):
-            return blocked.product(self, self.quantized, x, weight, place)
-        return self.one("MatMul", [x, weight], place)
+            return blocked.product(self, self.quantized, x, weight, path)
+        return self.one("MatMul", [x, weight], path)
 
     def unembed(self, x: str, w: Weights[str]) -> str:
         self._scope = self._component
-        place, weight = f"{self._component}/unembed", w["weight"]
+        path, weight = f"{self._component}/unembed", w["weight"]
         storage = blocked.table_format(self._plan, f"{self._component}/{w.path}")
         if storage is not None and self.quantized.use(weight, storage):
-            return blocked.product(self, self.quantized, x, weight, place)
-        return self.one("edgevlm.Unembed", [x, weight], place)
+            return blocked.product(self, self.quantized, x, weight, path)
+        return self.one("edgevlm.Unembed", [x, weight], path)
 
     def embed(self, ids: str, w: Weights[str]) -> str:
-        place, weight = self._at(w), w["weight"]
-        storage = blocked.table_format(self._plan, place)
+        path, weight = self._at(w), w["weight"]
+        storage = blocked.table_format(self._plan, path)
         if storage is not None and self.quantized.use(weight, storage):
-            return blocked.rows(self, self.quantized, ids, weight, place)
-        return self.one("Gather", [weight, ids], place, axis=0)
+            return blocked.rows(self, self.quantized, ids, weight, path)
+        return self.one("Gather", [weight, ids], path, axis=0)
 
     def conv(
         self, x: str, w: Weights[str], *, stride: int, padding: int = 0, groups: int = 1
@@ -167,16 +171,6 @@ class OnnxOps:
             "RMSNormalization", [x, w["weight"]], self._at(w), axis=-1, epsilon=eps, stash_type=1
         )
 
-    def add_norm(
-        self, x: str, residual: str, w: Weights[str], eps: float, kind: Norm
-    ) -> tuple[str, str]:
-        if kind == "rms":
-            function, inputs = "edgevlm.AddRMSNorm", [x, residual, w["weight"]]
-        else:
-            function, inputs = "edgevlm.AddLayerNorm", [x, residual, w["weight"], w["bias"]]
-        normed, total = self._emit(function, inputs, self._at(w), 2, epsilon=eps)
-        return normed, total
-
     # -- elementwise -----------------------------------------------------------------------
 
     def add(self, a: str, b: str) -> str:
@@ -184,6 +178,9 @@ class OnnxOps:
 
     def mul(self, a: str, b: str) -> str:
         return self.one("Mul", [a, b])
+
+    def scale(self, x: str, factor: float) -> str:
+        return self.one("Mul", [x, self._floats(f"float.{factor}", np.asarray(factor))])
 
     def gelu(self, x: str, *, tanh: bool = False) -> str:
         return self.one("Gelu", [x], approximate="tanh" if tanh else "none")
@@ -217,12 +214,12 @@ class OnnxOps:
 
     # -- attention -------------------------------------------------------------------------
 
-    def attention(self, q: str, k: str, v: str, *, num_heads: int, num_kv_heads: int) -> str:
+    def attention(self, q: str, k: str, v: str, *, num_heads: int) -> str:
         return self.one(
             "Attention",
             [q, k, v],
             q_num_heads=num_heads,
-            kv_num_heads=num_kv_heads,
+            kv_num_heads=num_heads,
             is_causal=0,
             softcap=0.0,
             qk_matmul_output_mode=0,
@@ -238,28 +235,32 @@ class OnnxOps:
         *,
         num_heads: int,
         num_kv_heads: int,
+        head_dim: int,
         window: int | None,
     ) -> tuple[str, str, str]:
-        width = 2 * self.constants[step.cos.removeprefix(f"{self._component}/")].shape[1]
         inputs = [q, k, v, *past, step.cos, step.sin, step.positions, step.mask]
         y, key, value = self._emit(
             "edgevlm.CachedAttention",
             inputs,
             f"{self._scope}/attend",
             3,
-            head_split=[0, 0, num_heads, -1],
-            kv_split=[0, 0, num_kv_heads, -1],
-            scale=1 / math.sqrt(width),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            scale=1 / math.sqrt(head_dim),
             window=-1 if window is None else window,
         )
         return y, key, value
 
-    def attention_rotary(self, q: str, k: str, v: str, angles: str, *, num_heads: int) -> str:
+    def attention_rotary(
+        self, q: str, k: str, v: str, angles: str, *, num_heads: int, head_dim: int
+    ) -> str:
         return self.one(
             "edgevlm.RotaryAttention",
             [q, k, v, angles],
             f"{self._scope}/attend",
-            head_split=[0, 0, num_heads, -1],
+            num_heads=num_heads,
+            head_dim=head_dim,
         )
 
     def ms_deform_attn(
@@ -268,31 +269,36 @@ class OnnxOps:
         offsets: str,
         scores: str,
         *,
-        grids: Grids,
+        grid: tuple[int, int],
+        num_levels: int,
         num_heads: int,
         num_points: int,
         head_dim: int,
         reference: Array,
     ) -> str:
-        plan = deform.Plan(grids, num_heads, num_points, reference, head_dim)
-        return deform.record(self, plan, value, offsets, scores)
+        label = hashlib.sha256(reference.tobytes()).hexdigest()[:8]
+        return self.one(
+            "edgevlm.MSDeformAttn",
+            [value, offsets, scores, self._float32(f"reference.{label}", reference)],
+            num_heads=num_heads,
+            num_points=num_points,
+            head_dim=head_dim,
+            levels=num_levels,
+            height=grid[0],
+            width=grid[1],
+        )
 
     def layer_merge(self, xs: Sequence[str], w: Weights[str], eps: float) -> str:
-        norm, linear, place = w / "norm", w / "linear", self._at(w)
-        levels, width = self._shapes[norm.key("weight")]
-        unit = self._floats(f"ones.{width}", np.ones(width))
-        joined = self.one("Concat", list(xs), f"{place}/levels", axis=2)
-        inputs = [
-            joined,
-            unit,
-            norm["weight"],
-            norm["bias"],
-            w["scale"],
-            linear["weight"],
-            linear["bias"],
-        ]
+        norm, linear, path = w / "norm", w / "linear", self._at(w)
+        levels, hidden_size = self._shapes[norm.key("weight")]
+        parameters = [norm["weight"], norm["bias"], w["scale"], linear["weight"], linear["bias"]]
         return self.one(
-            "edgevlm.LayerMerge", inputs, place, split=[0, 0, levels, width], epsilon=eps
+            "edgevlm.LayerMerge",
+            [self.one("Concat", list(xs), f"{path}/levels", axis=2), *parameters],
+            path,
+            levels=levels,
+            hidden_size=hidden_size,
+            epsilon=eps,
         )
 
     def positions(self, ids: str, start: str) -> str:
@@ -361,21 +367,21 @@ class OnnxOps:
         return self.one("Transpose", [x], perm=list(axes))
 
     def constant(self, name: str, value: Array) -> str:
-        """Tables stay float32 on disk; the graph casts them where the model is narrower."""
+        """A tensor of the weights file, float32 whatever the model's precision."""
         self.constants[name] = value
-        if self.dtype == "fp32":
-            return name
-        return self.one("Cast", [name], f"{self._component}/{name}", to=ELEMENT[self.dtype])
+        return name
+
+    def to_float32(self, x: str) -> str:
+        return x if self.dtype == "fp32" else self.one("Cast", [x], to=onnx.TensorProto.FLOAT)
 
     # -- precision -------------------------------------------------------------------------
 
-    def fake_quant(self, x: str, scale: Array, *, axis: int | None, bits: int, path: str) -> str:
-        place = f"{self._component}/{path}"
-        kind = {8: onnx.TensorProto.INT8, 4: onnx.TensorProto.INT4}[bits]
-        steps = self._floats(f"{place}/scale", scale)
-        zeros = helper.make_tensor(f"{place}/zero", kind, scale.shape, [0] * scale.size)
+    def fake_quant(self, x: str, scale: Array, *, axis: int | None, path: str) -> str:
+        label, kind = f"{self._component}/{path}", onnx.TensorProto.INT8
+        steps = self._floats(f"{label}/scale", scale)
+        zeros = helper.make_tensor(f"{label}/zero", kind, scale.shape, [0] * scale.size)
         self.small.setdefault(zeros.name, zeros)
         along = {} if axis is None else {"axis": axis}
         inputs = [steps, zeros.name]
-        stored = self.one("QuantizeLinear", [x, *inputs], f"{place}/quantize", **along)
-        return self.one("DequantizeLinear", [stored, *inputs], f"{place}/dequantize", **along)
+        stored = self.one("QuantizeLinear", [x, *inputs], f"{label}/quantize", **along)
+        return self.one("DequantizeLinear", [stored, *inputs], f"{label}/dequantize", **along)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.shape_inference
 from onnx import helper
 
 from edgevlm.export.functions import FUNCTIONS
@@ -17,6 +18,7 @@ from edgevlm.export.record import ELEMENT, OnnxOps
 from edgevlm.toolkit.bundle import goldens
 from edgevlm.toolkit.bundle import manifest as bundles
 from edgevlm.toolkit.bundle.atomic import require_space, writing
+from edgevlm.toolkit.bundle.goldens import Golden
 from edgevlm.toolkit.bundle.manifest import ComponentRecord, FileRecord, Manifest, Tensors
 from edgevlm.toolkit.checkpoints.layouts.source import Source
 from edgevlm.toolkit.checkpoints.safetensors_io import (
@@ -87,15 +89,28 @@ def _write_component(
     written = _write_weights(folder / weights, recorded, source.weights.get(part.name, {}))
     files[weights] = FileRecord(written.nbytes, written.sha256)
     graph = folder / f"{part.name}.onnx"
-    graph.write_bytes(recorded.model(weights, written).SerializeToString())
+    model = recorded.model(weights, written)
+    graph.write_bytes(model.SerializeToString())
     onnx.checker.check_model(str(graph), full_check=True)
+    check_shapes(model)
     files[graph.name] = bundles.record_file(graph)
     return describe(part, graph.name, weights)
 
 
+def check_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its shapes inferred. Raises InferenceError where two do not fit.
+
+    Follows the shapes that function bodies compute from their attributes, which the checker's
+    own inference does not.
+    """
+    return onnx.shape_inference.infer_shapes(
+        model, check_type=True, strict_mode=True, data_prop=True
+    )
+
+
 @dataclass(frozen=True)
 class Recorded:
-    """A component written down: nodes and tables, and which of its parameters they use."""
+    """A recorded component: nodes and tables, and which of its parameters they use."""
 
     part: Component
     ops: OnnxOps
@@ -117,7 +132,7 @@ class Recorded:
         return sum(math.prod(t.shape) * STORAGE[t.dtype].itemsize for t in self.planned())
 
     def model(self, location: str, written: Written) -> onnx.ModelProto:
-        """The ONNX model whose weights stand in the file `location`."""
+        """The ONNX model whose weights are in the file `location`."""
         initializers = list(self.ops.small.values())
         for name, entry in written.entries.items():
             kind, dims = self.ops.quantized.declared(name) or (ELEMENT[entry.dtype], entry.shape)
@@ -244,8 +259,17 @@ def _write_rest(
     with np.errstate(over="ignore"):
         for part in parts:
             progress(f"{part.name}: running the reference for its goldens")
-            tensors = Tensors(folder / f"{part.name}.safetensors")
-            kept += list(goldens.make_goldens(part, tensors))
+            kept += _goldens(part, Tensors(folder / f"{part.name}.safetensors"), source)
     goldens.save(folder / bundles.GOLDENS, kept)
     for name in (bundles.TOKENIZER, bundles.GOLDENS):
         files[name] = bundles.record_file(folder / name)
+
+
+def _goldens(part: Component, stored: Tensors, source: Source) -> list[Golden]:
+    """The answers of the weights as they were stored, and the float model's where those differ."""
+    known = goldens.load(source.goldens) if source.goldens else []
+    origin = [golden for golden in known if golden.component == part.name]
+    if not source.plan.precisions and not any(golden.float_outputs for golden in origin):
+        return list(goldens.make_goldens(part, stored))
+    floats = origin or goldens.make_goldens(part, source.weights.get(part.name, {}))
+    return list(goldens.requantized(part, stored, floats))

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import numpy_helper
 
-from edgevlm.engines.lowering.capabilities import reads_opset_23_only
-from edgevlm.export.write import record
+from edgevlm.engines.backends import sessions
+from edgevlm.engines.lowering import capabilities
+from edgevlm.export.write import check_shapes, record
 from edgevlm.toolkit.checkpoints.safetensors_io import Entry, Written
 from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -28,19 +28,15 @@ def model_of(part: Component, tensors: Mapping[str, Array]) -> onnx.ModelProto:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
     onnx.checker.check_model(model, full_check=True)
+    check_shapes(model)
     return model
 
 
 def run(model: onnx.ModelProto, feed: Mapping[str, Array]) -> dict[str, Array]:
     """Outputs by name. Raises UnsupportedError where this ONNX Runtime is too old for the graph."""
-    if reads_opset_23_only(this_cpu()) and model.opset_import[0].version > 23:
+    if model.opset_import[0].version > capabilities.of(this_cpu()).opset:
         raise UnsupportedError("a portable graph needs opset 24")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = sessions.open_session(model.SerializeToString(), sessions.session_options(1))
     names = [output.name for output in session.get_outputs()]
     known = {value.name for value in session.get_inputs()}
     found = session.run(names, {k: v for k, v in feed.items() if k in known})

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path, PurePosixPath
 
 from edgevlm.toolkit.errors import ConfigError, TargetMismatch
 
 Version = tuple[int, ...]
 BACKENDS = ("onnxruntime", "tensorrt", "reference")
+_VNNI = {"avx512_vnni", "avx_vnni"}  # flags of processors that add 8-bit products in 32 bits
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,65 @@ def _text(version: Version) -> str:
 
 
 def threads_here() -> int:
-    """Processors this process may use."""
+    """Processors this process may use: its affinity, within its container's quota."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    processors = len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    quota = processor_quota()
+    return processors if quota is None else max(1, min(processors, math.ceil(quota)))
+
+
+def processor_quota(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> float | None:
+    """Processors' worth of time that this process's cgroups grant it, None where none limits it.
+
+    The smallest limit from the process's own group up to the root holds. Version 2 has "cpu.max"
+    with "QUOTA PERIOD", version 1 a file for each.
+    """
+    found = [_quota_of(folder) for folder in _groups(root, own)]
+    return min((quota for quota in found if quota is not None), default=None)
+
+
+def _groups(root: Path, own: Path) -> list[Path]:
+    """The folders of the process's groups for processors and of all groups above them."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        lines = []
+    found = [root, root / "cpu"]
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        names = controllers.split(",")
+        if controllers and "cpu" not in names:
+            continue
+        for top in {"", controllers, "cpu"} if controllers else {""}:
+            group = PurePosixPath(path.lstrip("/"))
+            found += [root / top / part for part in (group, *group.parents)]
+    return found
+
+
+def _quota_of(folder: Path) -> float | None:
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            words = " ".join((folder / name).read_text() for name in files).split()
+            quota, period = float(words[0]), float(words[1])
+        except (OSError, ValueError, IndexError):  # no such file, or "max"
+            continue
+        if quota > 0 and period > 0:  # version 1 has -1 for none
+            return quota / period
+    return None
+
+
+def saturates_int8(arch: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether 8-bit products of U8 by S8 may saturate on this processor: x86 without VNNI.
+
+    AVX2 adds pairs of such products in 16 bits, which 2 * 255 * 127 exceeds; VNNI adds in 32.
+    True where an x86 processor's flags cannot be read.
+    """
+    if (arch or machine()) != "x86_64":
+        return False
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return True
+    flags = [set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")]
+    return not flags or not all(found & _VNNI for found in flags)

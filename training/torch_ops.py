@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from edgevlm.toolkit.ops import decompositions
-from edgevlm.toolkit.ops.vocabulary import Array, Grids, Norm, Step, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, R, Step, Weights
 
 
 class TorchOps:
-    """Each op in torch; `device` and `dtype` are those of tables made by the model itself."""
+    """Each op in torch, in the dtype of its inputs; tables are float32 on `device`.
 
-    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    checkpoint: keep only the inputs of each block and run it again in the backward pass.
+    """
+
+    def __init__(self, device: str = "cpu", *, checkpoint: bool = False) -> None:
         self.device = device
-        self.dtype = dtype
+        self.checkpoint = checkpoint
+        self._tables: dict[str, tuple[Array, Tensor]] = {}
+
+    def block(self, function: Callable[..., R], w: Weights[Tensor], *args: Any) -> R:
+        if not (self.checkpoint and torch.is_grad_enabled()):
+            return function(self, w, *args)
+        result: R = checkpoint(function, self, w, *args, use_reentrant=False)
+        return result
 
     def linear(self, x: Tensor, w: Weights[Tensor]) -> Tensor:
         y = x @ w["weight"]
@@ -41,18 +53,14 @@ class TorchOps:
     def rms_norm(self, x: Tensor, w: Weights[Tensor], eps: float) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], w["weight"], eps)
 
-    def add_norm(
-        self, x: Tensor, residual: Tensor, w: Weights[Tensor], eps: float, kind: Norm
-    ) -> tuple[Tensor, Tensor]:
-        total = x + residual
-        norm = self.rms_norm if kind == "rms" else self.layer_norm
-        return norm(total, w, eps), total
-
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
 
     def mul(self, a: Tensor, b: Tensor) -> Tensor:
         return a * b
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return x * factor
 
     def gelu(self, x: Tensor, *, tanh: bool = False) -> Tensor:
         return F.gelu(x, approximate="tanh" if tanh else "none")
@@ -79,14 +87,15 @@ class TorchOps:
         return x.sum(axes, keepdim=True)
 
     def response_norm(self, x: Tensor, w: Weights[Tensor], eps: float) -> Tensor:
-        norms = x.square().sum((1, 2), keepdim=True).sqrt()
-        return (w["weight"] * (norms / (norms.mean(-1, keepdim=True) + eps)) + 1) * x
+        norms = _upcast(x).square().sum((1, 2), keepdim=True).sqrt()
+        ratios = (norms / (norms.mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return (w["weight"] * ratios + 1) * x
 
     def attention_rotary(
-        self, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, *, num_heads: int
+        self, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, *, num_heads: int, head_dim: int
     ) -> Tensor:
-        cos, sin = angles.float().cos(), angles.float().sin()
-        rotated = [_rotate(_split(x, num_heads).float(), cos, sin).to(x.dtype) for x in (q, k)]
+        cos, sin = angles.cos(), angles.sin()
+        rotated = [_rotate(_split(x, num_heads), cos, sin) for x in (q, k)]
         return _attend(rotated[0], rotated[1], _split(v, num_heads), None)
 
     def ms_deform_attn(
@@ -95,24 +104,25 @@ class TorchOps:
         offsets: Tensor,
         scores: Tensor,
         *,
-        grids: Grids,
+        grid: tuple[int, int],
+        num_levels: int,
         num_heads: int,
         num_points: int,
         head_dim: int,
         reference: Array,
     ) -> Tensor:
-        batch, queries = offsets.shape[:2]
-        weights = scores.float().reshape(batch, queries, num_heads, -1).softmax(-1)
-        weights = weights.reshape(batch, queries, num_heads, len(grids), num_points)
-        shifts = offsets.float().reshape(batch, queries, num_heads, len(grids), num_points, 2)
-        cells = torch.split(_split(value, num_heads).float(), [h * w for h, w in grids], 2)
-        centres = torch.from_numpy(reference).to(value.device, torch.float32)
-        found = [
-            _sample(level, shifts[:, :, :, i], centres[:, i % centres.shape[1]], grid, num_points)
-            * weights[:, :, :, i, :, None]
-            for i, (level, grid) in enumerate(zip(cells, grids, strict=True))
-        ]
-        return torch.stack(found).sum((0, 4)).flatten(2).to(value.dtype)
+        split = (*offsets.shape[:2], num_heads, num_levels, num_points)
+        weights = _upcast(scores).reshape(*split[:3], -1).softmax(-1).reshape(split)
+        size = torch.tensor(grid[::-1], device=value.device)
+        centre = self.constant("reference", reference)[:, None, None, None]
+        points = centre + _upcast(offsets).reshape(*split, 2) / size
+        cells = _upcast(value).reshape(value.shape[0], num_levels, *grid, num_heads, head_dim)
+        images = cells.permute(0, 4, 1, 5, 2, 3).flatten(0, 2)
+        flat = (2 * points - 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+        sampled = F.grid_sample(images, flat, align_corners=False)
+        weighted = sampled * weights.permute(0, 2, 3, 1, 4).flatten(0, 2)[:, None]
+        summed = weighted.sum(-1).reshape(-1, num_heads, num_levels, *weighted.shape[1:3]).sum(2)
+        return summed.permute(0, 3, 1, 2).flatten(2).to(value.dtype)
 
     def layer_merge(self, xs: Sequence[Tensor], w: Weights[Tensor], eps: float) -> Tensor:
         return decompositions.layer_merge(self, xs, w, eps)
@@ -123,10 +133,9 @@ class TorchOps:
     def max_gather(self, x: Tensor, rows: Tensor) -> Tensor:
         return x[rows].amax(1)
 
-    def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, num_kv_heads: int
-    ) -> Tensor:
-        return _attend(_split(q, num_heads), _split(k, num_kv_heads), _split(v, num_kv_heads), None)
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, num_heads: int) -> Tensor:
+        q, k, v = (_split(x, num_heads) for x in (q, k, v))
+        return _attend(q, k, v, None)
 
     def attention_cached(
         self,
@@ -138,6 +147,7 @@ class TorchOps:
         *,
         num_heads: int,
         num_kv_heads: int,
+        head_dim: int,
         window: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         cos, sin = (table[step.positions][:, None] for table in (step.cos, step.sin))
@@ -180,18 +190,21 @@ class TorchOps:
         return x.permute(axes)
 
     def constant(self, name: str, value: Array) -> Tensor:
-        return torch.from_numpy(value).to(self.device, self.dtype)
+        """Copied to the device once, as long as the model hands in the same array."""
+        known = self._tables.get(name)
+        if known is None or known[0] is not value:
+            known = self._tables[name] = (value, torch.tensor(value, device=self.device))
+        return known[1]
 
-    def fake_quant(
-        self, x: Tensor, scale: Array, *, axis: int | None, bits: int, path: str
-    ) -> Tensor:
+    def to_float32(self, x: Tensor) -> Tensor:
+        return x.float()
+
+    def fake_quant(self, x: Tensor, scale: Array, *, axis: int | None, path: str) -> Tensor:
         """The gradient passes where nothing was clipped (straight-through estimator)."""
         step = torch.from_numpy(scale).to(x.device, x.dtype)
         if axis is not None:
             step = step.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        scaled = x / step
-        inside = scaled.clamp(low, high)
+        inside = (x / step).clamp(-128, 127)
         return (inside + (inside.round() - inside).detach()) * step
 
 
@@ -200,31 +213,21 @@ def _split(x: Tensor, num_heads: int) -> Tensor:
     return x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2)
 
 
+def _upcast(x: Tensor) -> Tensor:
+    """Half precision as float32; anything else as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    """In float32, whatever the dtype of x."""
+    a, b = _upcast(x).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 def _write(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     """The cache with rows positions[b, 0] .. replaced; out of place, so that gradients flow."""
     index = positions[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
     return cache.scatter(2, index, new)
-
-
-def _sample(
-    cells: Tensor, shifts: Tensor, reference: Tensor, grid: tuple[int, int], num_points: int
-) -> Tensor:
-    """cells [B, M, h * w, d] at places of [B, Q, M, P] -> [B, Q, M, P, d], zeros outside."""
-    batch, num_heads, _, width = cells.shape
-    centre = reference[:, None, None, :2]
-    if reference.shape[-1] == 4:
-        places = centre + shifts / num_points * reference[:, None, None, 2:] * 0.5
-    else:
-        places = centre + shifts / torch.tensor(grid[::-1], device=shifts.device)
-    images = cells.transpose(2, 3).reshape(batch * num_heads, width, *grid)
-    flat = (2 * places - 1).transpose(1, 2).flatten(0, 1)
-    found = F.grid_sample(images, flat, align_corners=False)
-    return found.reshape(batch, num_heads, *found.shape[1:]).permute(0, 3, 1, 4, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
+from edgevlm.engines.backends.state import State
+from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
 from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -43,10 +45,18 @@ class Peaks:
 
 
 class Runner(Protocol):
-    """An opened component. States (the KV cache) live inside; `run` updates them in place."""
+    """An opened component. It holds no state; calls must not overlap."""
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by port name; arrays stay valid until the next call."""
+    def new_state(self, slots: int = 1) -> State:
+        """An empty KV state of `slots` sequences; one without arrays where there is none."""
+        ...
+
+    def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+        """Outputs by port name, without the states, which are updated in place.
+
+        state: as many slots as the inputs have rows; None for a component without a state.
+        Outputs stay valid until the next call with the same state.
+        """
         ...
 
     def layers(self) -> list[LayerTime]:
@@ -63,12 +73,14 @@ class Compiled:
     """What building one component gave: files in the engine folder, and notes on it.
 
     precision: the number format it computes in, which decides how close the goldens must be.
+    lowering: what happened to its ops; empty where nothing is lowered.
     """
 
     record: ComponentRecord
     files: tuple[str, ...]
     precision: str = "fp32"
     notes: tuple[str, ...] = ()
+    lowering: tuple[Decision, ...] = ()
 
 
 class Backend(Protocol):

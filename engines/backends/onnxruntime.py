@@ -1,7 +1,7 @@
-"""ONNX Runtime: graphs are lowered at build; buffers, KV cache included, are bound once.
+"""ONNX Runtime: graphs are lowered at build; buffers, those of the KV state too, are bound once.
 
-A call with shapes seen before (every decode step) copies its few inputs into bound buffers and
-runs; nothing else moves. The cache is one zeroed array per state, bound as input and as output.
+A call with shapes and slots seen before (every decode step) copies its few inputs into bound
+buffers and runs; nothing else moves. The arrays of a state are bound as inputs and as outputs.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from edgevlm.engines.backends import Compiled, LayerTime, Peaks, RunnerOptions, probes
+from edgevlm.engines.backends import Compiled, LayerTime, Peaks, RunnerOptions, probes, sessions
+from edgevlm.engines.backends.bindings import Bindings
 from edgevlm.engines.backends.common import link
+from edgevlm.engines.backends.state import Allocation, State, check, zeros
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     SafetensorsFile,
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
     import onnx
 
 _TYPES = {"float": np.float32, "int64": np.int64}
-_KEPT_BINDINGS = 4
 
 
 def here() -> Target:
@@ -57,22 +59,25 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
         import onnx
     except ImportError:
         raise MissingExtra("onnx", "export", purpose="building an engine") from None
-    from edgevlm.engines.lowering import lower
+    from edgevlm.engines.lowering import capabilities, lower
 
     model = onnx.load(str(bundle.path / record.graph), load_external_data=False)
-    lower.decide(record.name, model, target)
-    model = lower.lower(model, target)
-    notes = []
-    if lower.upcast(model):
-        notes.append(f"{bundle.manifest.dtype} upcast to fp32: this processor has no half kernels")
+    lowered = lower.lower_component(record.name, model, target)
+    model, notes, dtype = lowered.model, [], bundle.manifest.dtype
+    if (computed := capabilities.of(target).computes_in(dtype)) != dtype and lower.upcast(model):
+        notes.append(f"{dtype} upcast to {computed}: this processor has no half kernels")
         _upcast_weights(bundle, record, folder, model)
     else:
         link(bundle.path / record.weights, folder / record.weights)
-    lower.check_allowed(record.name, model, target)
     (folder / record.graph).write_bytes(model.SerializeToString())
     rounds = any(node.op_type == "MatMulNBits" for node in model.graph.node)
-    precision = "int8" if rounds else "fp32"
-    return Compiled(record, (record.graph, record.weights), precision, tuple(notes))
+    return Compiled(
+        record,
+        (record.graph, record.weights),
+        "int8" if rounds else computed,
+        tuple(notes),
+        lowered.decisions,
+    )
 
 
 def _upcast_weights(
@@ -105,11 +110,8 @@ def extras(folder: Path) -> tuple[str, ...]:
 
 def peaks(folder: Path) -> Peaks:
     """Arithmetic in both precisions, and the memory rate."""
-    ort, options = _load_package(), _session_options(RunnerOptions(context=1))
-    providers = ["CPUExecutionProvider"]
-    return probes.measure(
-        folder, lambda path: ort.InferenceSession(path, options, providers=providers)
-    )
+    options = _session_options(RunnerOptions(context=1))
+    return probes.measure(folder, lambda path: sessions.open_session(path, options))
 
 
 # -- run -------------------------------------------------------------------------------------
@@ -119,10 +121,8 @@ def _session_options(options: RunnerOptions, *, stateful: bool = False) -> Any:
     """Threads of a session's own. Only a decoder's go on spinning between calls: its next call
     comes at once, while an encoder's would spin against the components after it.
     """
-    ort = _load_package()
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = options.threads or threads_here()
-    settings.log_severity_level = 3
+    _load_package()
+    settings = sessions.session_options(options.threads or threads_here())
     if not stateful:
         settings.add_session_config_entry("session.force_spinning_stop", "1")
     if options.profile:
@@ -135,13 +135,10 @@ def open(
     folder: Path, record: ComponentRecord, model: Mapping[str, object], options: RunnerOptions
 ) -> OnnxRuntimeRunner:
     """Load one component. Raises BuildError with ONNX Runtime's reason."""
-    ort = _load_package()
     stateful = any(port.updates for port in record.outputs)
     settings = _session_options(options, stateful=stateful)
     try:
-        session = ort.InferenceSession(
-            str(folder / record.graph), settings, providers=["CPUExecutionProvider"]
-        )
+        session = sessions.open_session(folder / record.graph, settings)
     except Exception as refused:  # ONNX Runtime raises many types of its own
         raise BuildError(
             f"ONNX Runtime cannot load {record.graph}: {refused}",
@@ -160,76 +157,94 @@ class _Bound:
         self, session: Any, inputs: dict[str, Array], outputs: dict[str, Array | None]
     ) -> None:
         self.inputs = inputs
-        self._session, self._outputs = session, outputs
+        self._session, self._outputs = session, list(outputs)
+        self._known = {name: array for name, array in outputs.items() if array is not None}
         self._binding = session.io_binding()
         for name, array in inputs.items():
-            self._binding.bind_input(name, *_place(array))
+            self._binding.bind_input(name, *_address(array))
         for name, buffer in outputs.items():
-            where = ("cpu",) if buffer is None else _place(buffer)
+            where = ("cpu",) if buffer is None else _address(buffer)
             self._binding.bind_output(name, *where)
 
     def run(self) -> dict[str, Array]:
         """Run on what the input buffers hold."""
         self._session.run_with_iobinding(self._binding)
-        known = {name: array for name, array in self._outputs.items() if array is not None}
+        known = self._known
         if len(known) == len(self._outputs):
             return known
-        values = dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
-        return {
-            name: known[name] if name in known else value.numpy() for name, value in values.items()
-        }
+        values = zip(self._outputs, self._binding.get_outputs(), strict=True)
+        return {name: known[name] if name in known else value.numpy() for name, value in values}
 
 
-def _place(array: Array) -> tuple[Any, ...]:
+def _address(array: Array) -> tuple[Any, ...]:
     return "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
 
 
 class OnnxRuntimeRunner:
-    """An opened session with its buffers."""
+    """An opened session with its buffers.
+
+    Buffers are bound for one combination of shapes and slots. They belong to the allocation of the
+    state: when that is released, they go too.
+    """
 
     def __init__(self, session: Any, record: ComponentRecord, options: RunnerOptions) -> None:
         self._session = session
         self._record = record
-        self._bound: dict[tuple[tuple[int, ...], ...], _Bound] = {}
-        self._profile = options.profile
-        names = {port.updates for port in record.outputs if port.updates}
-        self._plain = [port for port in record.inputs if port.name not in names]
-        axes = {"batch": 1, "context": options.context}
-        self._states = {
-            port.name: np.zeros(
-                [axes[n] if isinstance(n, str) else n for n in port.shape], np.float32
-            )
-            for port in record.inputs
-            if port.name in names
-        }
+        self._profile, self._context = options.profile, options.context
+        self._updated = [port.updates for port in record.outputs if port.updates]
+        self._plain = [port for port in record.inputs if port.name not in self._updated]
+        self._results = [port.name for port in record.outputs if not port.updates]
+        self._bindings: WeakKeyDictionary[Allocation, Bindings[_Bound]] = WeakKeyDictionary()
+        self._stateless = zeros((), (), context=options.context)
+        # Where the tokens of a call are counted: (input, axis); None where no sequence is read.
+        self._tokens = next(
+            (
+                (number, port.shape.index("sequence"))
+                for number, port in enumerate(self._plain)
+                if "sequence" in port.shape
+            ),
+            None,
+        )
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        key = tuple(inputs[port.name].shape for port in self._plain)
-        bound = self._bound.get(key)
-        if bound is None:
-            bound = self._bind(inputs)
-            if len(self._bound) == _KEPT_BINDINGS:
-                self._bound.pop(next(iter(self._bound)))
-            self._bound[key] = bound
+    def new_state(self, slots: int = 1) -> State:
+        inputs, outputs = self._record.inputs, self._record.outputs
+        return zeros(inputs, outputs, context=self._context, slots=slots)
+
+    def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+        held = state or self._stateless
+        shapes = tuple(inputs[port.name].shape for port in self._plain)
+        bindings = self._bindings.get(held.allocation)
+        if bindings is None:
+            bindings = self._bindings[held.allocation] = Bindings()
+        bound = bindings.get(
+            (held.first, held.count, shapes),
+            lambda: self._bind(inputs, held),
+            decode=self._reads_one_token(shapes),
+        )
         for port in self._plain:
             np.copyto(bound.inputs[port.name], inputs[port.name])
         outputs = bound.run()
-        return {p.name: outputs[p.name] for p in self._record.outputs if not p.updates}
+        return {name: outputs[name] for name in self._results}
 
-    def _bind(self, inputs: Mapping[str, Array]) -> _Bound:
+    def _reads_one_token(self, shapes: Sequence[tuple[int, ...]]) -> bool:
+        return self._tokens is not None and shapes[self._tokens[0]][self._tokens[1]] == 1
+
+    def _bind(self, inputs: Mapping[str, Array], state: State) -> _Bound:
         own = {p.name: np.empty(inputs[p.name].shape, _TYPES[p.dtype]) for p in self._plain}
         axes: dict[str, int] = {}
         for port in self._plain:
             named = zip(port.shape, own[port.name].shape, strict=True)
             axes |= {dim: size for dim, size in named if isinstance(dim, str)}
+        if self._updated:
+            check(state, self._updated, axes["batch"], self._record.name)
         outputs: dict[str, Array | None] = {}
         for port in self._record.outputs:
             shape = [axes.get(n, 0) if isinstance(n, str) else n for n in port.shape]
             if port.updates:
-                outputs[port.name] = self._states[port.updates]
+                outputs[port.name] = state.arrays[port.updates]
             else:
                 outputs[port.name] = np.empty(shape, np.float32) if all(shape) else None
-        return _Bound(self._session, own | self._states, outputs)
+        return _Bound(self._session, {**own, **state.arrays}, outputs)
 
     def layers(self) -> list[LayerTime]:
         if not self._profile:
@@ -241,8 +256,7 @@ class OnnxRuntimeRunner:
         return _layer_times(events)
 
     def close(self) -> None:
-        self._bound.clear()
-        self._states.clear()
+        self._bindings.clear()
         self._session = None
 
 

@@ -73,13 +73,13 @@ def _graph(nodes: list[Any], inputs: tuple[str, ...] = ("x",)) -> bytes:
 
 
 def measure(folder: Path, open_session: Callable[[str], Any]) -> Peaks:
-    """Products of 2048 rows, and the rate at which one row meets 256 MB."""
+    """Products of 2048 rows, and the rate at which one row is multiplied by 256 MB."""
     tall, row = (np.ones((rows, _WIDTH), np.float32) for rows in (2048, 1))
-    wide = np.ones((_WIDTH, 32768), np.float32)
+    matrix = np.ones((_WIDTH, 32768), np.float32)
     floats, few, memory = (open_session(str(folder / name)) for name in PROBES)
     work = 2 * tall.size * _WIDTH / 1e9
     return Peaks(
         work / best_seconds(lambda: floats.run(None, {"x": tall})),
         work / best_seconds(lambda: few.run(None, {"x": tall})),
-        wide.nbytes / 1e9 / best_seconds(lambda: memory.run(None, {"x": row, "w": wide})),
+        matrix.nbytes / 1e9 / best_seconds(lambda: memory.run(None, {"x": row, "w": matrix})),
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from edgevlm.engines.backends import Compiled, LayerTime, Peaks, RunnerOptions
 from edgevlm.engines.backends.common import best_seconds, link
+from edgevlm.engines.backends.state import State, check, zeros
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord, Tensors
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
@@ -59,23 +60,24 @@ class ReferenceRunner:
     ) -> None:
         self._part = part
         self._weights = Weights(tensors)
-        names = {port.updates for port in part.outputs if port.updates}
-        axes = {"batch": 1, "context": options.context}
-        self._states = {
-            p.name: np.zeros([axes[n] if isinstance(n, str) else n for n in p.shape], np.float32)
-            for p in part.inputs
-            if p.name in names
-        }
+        self._context = options.context
+        self._updates = {port.name: port.updates for port in part.outputs if port.updates}
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        outputs = self._part.forward(NumpyOps(), self._weights, {**inputs, **self._states})
-        for port in self._part.outputs:
-            if port.updates:
-                self._states[port.updates] = outputs.pop(port.name)
+    def new_state(self, slots: int = 1) -> State:
+        return zeros(self._part.inputs, self._part.outputs, context=self._context, slots=slots)
+
+    def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+        held: Mapping[str, Array] = {}
+        if self._updates:
+            batch, names = len(inputs["start"]), list(self._updates.values())
+            held = check(state, names, batch, self._part.name).arrays
+        outputs = self._part.forward(NumpyOps(), self._weights, {**inputs, **held})
+        for output, name in self._updates.items():
+            np.copyto(held[name], outputs.pop(output))
         return outputs
 
     def layers(self) -> list[LayerTime]:
         return []
 
     def close(self) -> None:
-        self._states.clear()
+        self._weights = Weights({})

@@ -1,23 +1,25 @@
 """Which op is the first wrong one? The lowered graph against the portable one, op by op.
 
 Both graphs name their tensors alike, so the values after every op that both have can be compared.
-Tensors are looked at a few dozen at a time: memory stays that of a run.
+Tensors are looked at a few dozen at a time: memory stays that of a run. Nothing is written: graphs
+are opened from memory, with the weights where they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 
+from edgevlm.engines.backends import sessions
 from edgevlm.engines.lowering.graph import op_name
-from edgevlm.toolkit.bundle.goldens import AXES, Golden
+from edgevlm.toolkit.bundle.goldens import AXES, Golden, relative_difference
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
 from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.vlm.components import zero_states
 
 _AT_ONCE = 48
 
@@ -31,83 +33,84 @@ class Divergence:
     difference: float
 
 
-def first_divergence(
-    bundle: Bundle, record: ComponentRecord, folder: Path, golden: Golden, tolerance: float
-) -> Divergence | None:
-    """Compare the engine's graph in `folder` with the bundle's on one golden call.
-
-    None if every tensor that both graphs have is within the tolerance: then the difference lies
-    in an op that only the lowered graph has, or in the portable graph itself.
+@dataclass(frozen=True)
+class _Graph:
+    """A component's graph, and the folder with its weights. plain: run without ONNX Runtime's own
+    rewriting.
     """
-    portable, lowered = (_graph(place, record) for place in (bundle.path, folder))
-    makers = {out: op_name(n) for n in lowered.graph.node for out in n.output if out}
-    known = {out for n in portable.graph.node for out in n.output}
-    names = [name for name in makers if name in known]
-    feed = {**_states(record), **golden.inputs}
-    for start in range(0, len(names), _AT_ONCE):
-        group = names[start : start + _AT_ONCE]
-        expected = _values(bundle.path, portable, group, feed, plain=True)
-        found = _values(folder, lowered, group, feed, plain=False)
-        for name, worst in _differences(group, found, expected):
-            if not worst <= tolerance:
-                return Divergence(name, makers[name], worst)
+
+    model: onnx.ModelProto
+    folder: Path
+    plain: bool
+
+    def values(self, names: Sequence[str], feed: Mapping[str, Array]) -> dict[str, Array]:
+        """The named tensors of one call."""
+        shown = onnx.ModelProto()
+        shown.CopyFrom(self.model)
+        del shown.graph.output[:]
+        shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        options = sessions.read_weights_from(sessions.session_options(), self.folder)
+        if self.plain:
+            sessions.keep_graph(options)
+        session = sessions.open_session(shown.SerializeToString(), options)
+        wanted = {value.name for value in session.get_inputs()}
+        found = session.run(list(names), {k: v for k, v in feed.items() if k in wanted})
+        return dict(zip(names, found, strict=True))
+
+
+def first_divergence(
+    bundle: Bundle,
+    record: ComponentRecord,
+    folder: Path,
+    calls: Sequence[Golden],
+    tolerance: float,
+) -> Divergence | None:
+    """Compare the engine's graph in `folder` with the bundle's on golden calls, in their order.
+
+    tolerance: of the largest difference over the tensor's largest value. None if every tensor that
+    both graphs have is within it: then the difference lies in an op that only the lowered graph
+    has, or in the portable graph itself.
+    """
+    portable = _Graph(_load(bundle.path / record.graph), bundle.path, plain=True)
+    lowered = _Graph(_load(folder / record.graph), folder, plain=False)
+    updates = {port.name: port.updates for port in record.outputs if port.updates}
+    states = zero_states(record.inputs, record.outputs, AXES)
+    for golden in calls:
+        feed = {**states, **golden.inputs}
+        for found in _beyond(portable, lowered, feed, tolerance, skip=updates.keys()):
+            return found
+        if updates:
+            after = portable.values(list(updates), feed)
+            states = {updates[name]: value for name, value in after.items()}
     return None
 
 
-def _graph(folder: Path, record: ComponentRecord) -> onnx.ModelProto:
-    return onnx.load(str(folder / record.graph), load_external_data=False)
+def _load(path: Path) -> onnx.ModelProto:
+    return onnx.load(str(path), load_external_data=False)
 
 
-def _states(record: ComponentRecord) -> dict[str, Array]:
-    """Empty states: a decoder's first call."""
-    names = {port.updates for port in record.outputs if port.updates}
-    return {
-        port.name: np.zeros([AXES[n] if isinstance(n, str) else n for n in port.shape], np.float32)
-        for port in record.inputs
-        if port.name in names
-    }
-
-
-def _values(
-    folder: Path,
-    model: onnx.ModelProto,
-    names: list[str],
+def _beyond(
+    portable: _Graph,
+    lowered: _Graph,
     feed: Mapping[str, Array],
-    *,
-    plain: bool,
-) -> dict[str, Array]:
-    """Run with `names` as outputs; plain: without ONNX Runtime's own rewriting."""
-    import onnxruntime
+    tolerance: float,
+    skip: Iterable[str],
+) -> Iterator[Divergence]:
+    """Tensors of one call that differ, in the order in which the lowered graph makes them.
 
-    shown = onnx.ModelProto()
-    shown.CopyFrom(model)
-    del shown.graph.output[:]
-    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    path = folder / ".bisect.onnx"
-    path.write_bytes(shown.SerializeToString())
-    options: Any = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if plain:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-        wanted = {value.name for value in session.get_inputs()}
-        found = session.run(names, {k: v for k, v in feed.items() if k in wanted})
-    finally:
-        path.unlink()
-    return dict(zip(names, found, strict=True))
-
-
-def _differences(
-    names: list[str], found: Mapping[str, Array], expected: Mapping[str, Array]
-) -> Iterator[tuple[str, float]]:
-    for name in names:
-        a, b = found[name], expected[name]
-        if name.startswith("present.") or a.dtype.kind != "f":
-            continue  # caches hold what they like beyond the valid rows
-        if a.shape != b.shape or not np.isfinite(a).all():
-            yield name, float("inf")
-        else:
-            yield name, float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-12))
+    skip: the states, whose rows beyond the valid ones hold anything.
+    """
+    makers = {out: op_name(n) for n in lowered.model.graph.node for out in n.output if out}
+    known = {out for n in portable.model.graph.node for out in n.output} - set(skip)
+    names = [name for name in makers if name in known]
+    for start in range(0, len(names), _AT_ONCE):
+        group = names[start : start + _AT_ONCE]
+        expected, found = portable.values(group, feed), lowered.values(group, feed)
+        for name in group:
+            if expected[name].dtype.kind != "f":
+                continue
+            difference = relative_difference(
+                found[name].astype(np.float32), expected[name].astype(np.float32)
+            )
+            if not difference <= tolerance:
+                yield Divergence(name, makers[name], difference)

@@ -1,4 +1,4 @@
-"""From a bundle to an engine for one target: lower, compile, replay the goldens, or refuse."""
+"""From a bundle to an engine for one target: lower, compile, check the answers, or refuse."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from edgevlm.engines import backends, manifest
-from edgevlm.engines.backends import Backend, Compiled, RunnerOptions
-from edgevlm.engines.manifest import Built, Decided, Engine
+from edgevlm.engines.backends import Backend, Compiled
+from edgevlm.engines.build import check
+from edgevlm.engines.lowering import capabilities
+from edgevlm.engines.lowering.capabilities import Decision
+from edgevlm.engines.manifest import Built, Engine
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.memory import peak_rss_mb
-from edgevlm.toolkit.bundle import goldens
-from edgevlm.toolkit.bundle.atomic import refuse_existing, refuse_source, require_space, writing
-from edgevlm.toolkit.bundle.goldens import AXES, Golden
-from edgevlm.toolkit.bundle.manifest import GOLDENS, TOKENIZER, Bundle, FileRecord, record_file
-from edgevlm.toolkit.errors import AccuracyError, ConfigError, MissingExtra, TargetMismatch
-from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.bundle.atomic import (
+    recover,
+    refuse_existing,
+    refuse_source,
+    require_space,
+    writing,
+)
+from edgevlm.toolkit.bundle.manifest import TOKENIZER, Bundle, FileRecord, record_file
+from edgevlm.toolkit.errors import ConfigError, MissingExtra, TargetMismatch
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.strict import to_plain
 from edgevlm.toolkit.target import Target, check_runs_here
 from edgevlm.toolkit.vlm import config as model_config
 
@@ -32,9 +35,6 @@ if TYPE_CHECKING:
     import onnx
 
 Progress = Callable[[str], None]
-# The largest relative difference to the reference that a build accepts, by the precision in which
-# the engine computes. The reference runs the bundle's (possibly rounded) weights in float32.
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Request:
 
     context: positions of the KV cache, None for the bundle's. tiles: the most tiles that a image
     is cut into, None for all that the model knows. bisect: on divergence, look for the first op.
-    again: the model in another precision than the bundle's.
+    again: the model in another precision than the bundle's. accept_loss: the relative rms error
+    against the float model that is accepted, None for the precision's own limit.
     """
 
     target: Target
@@ -63,6 +64,11 @@ class Request:
     tiles: int | None = None
     bisect: bool = False
     again: Again | None = None
+    accept_loss: float | None = None
+
+    def plan(self, bundle: Bundle) -> PrecisionPlan:
+        """The plan of the engine."""
+        return self.again.plan if self.again else bundle.manifest.plan
 
     @property
     def precision(self) -> str | None:
@@ -79,7 +85,9 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     started = time.perf_counter()
     bundle = Bundle.open(path)
     context, model = settled(bundle, request)
+    allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
     backend = _backend_here(request.target, path, out)
+    recover(out)
     found = existing(bundle, out, request, context, model)
     if found is not None and not request.force:
         return found, False
@@ -88,31 +96,38 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     progress("checking the bundle's files")
     bundle.verify()
     require_space(out, _new_bytes(bundle, request))
-    plan = request.again.plan if request.again else bundle.manifest.plan
-    memory.require_component(bundle, plan, request.target)
-    origin = bundle
+    memory.require_component(bundle, request.plan(bundle), request.target)
     with writing(out, force=request.force) as folder, ExitStack() as stack:
+        used = bundle
         if request.again is not None:
-            bundle = stack.enter_context(_recorded_again(request.again, folder))
-        compiled, files = _compile(bundle, backend, folder, request.target, progress)
-        differences = replay(bundle, compiled, backend, folder, progress, bisect=request.bisect)
+            used = stack.enter_context(_recorded_again(request.again, folder))
+        compiled, files = _compile(used, backend, folder, request.target, progress)
+        errors = check.check(
+            used, compiled, backend, folder, allowed, progress, bisect=request.bisect
+        )
         made = Engine(
             manifest.FORMAT,
             request.made_by,
             str(request.target),
             str(path.resolve()),
-            origin.sha256,
+            bundle.sha256,
             context,
             request.tiles,
             request.precision,
-            bundle.manifest.dtype,
+            used.manifest.dtype,
             model,
             tuple(c.record for c in compiled),
-            bundle.manifest.edges,
+            used.manifest.edges,
             files,
-            bundle.manifest.plan,
-            tuple(lowering(bundle, request)),
-            Built(time.perf_counter() - started, peak_rss_mb(), differences),
+            used.manifest.plan,
+            tuple(decision for c in compiled for decision in c.lowering),
+            Built(
+                time.perf_counter() - started,
+                peak_rss_mb(),
+                errors.kernels,
+                errors.losses,
+                request.accept_loss,
+            ),
         )
         manifest.write(folder, made)
     return made, True
@@ -142,11 +157,13 @@ def existing(
         return None
     wanted = (bundle.sha256, str(request.target), context, model, request.precision)
     has = (found.bundle_sha256, found.target, found.context, found.model, found.precision)
-    return found if has == wanted else None
+    allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
+    good = all(loss <= allowed for loss in found.build.precision_losses.values())
+    return found if has == wanted and good else None
 
 
-def lowering(bundle: Bundle, request: Request) -> list[Decided]:
-    """The lowering table of every component, for --explain. Needs no device."""
+def lowering(bundle: Bundle, request: Request) -> list[Decision]:
+    """The lowering table of every component that a build would have. Needs no device."""
     if request.target.backend == "reference":
         return []
     try:
@@ -156,12 +173,12 @@ def lowering(bundle: Bundle, request: Request) -> list[Decided]:
     from edgevlm.engines.lowering.lower import decide
 
     again = request.again.graphs() if request.again else {}
-    found: list[Decided] = []
+    found: list[Decision] = []
     for record in bundle.manifest.components:
         model = again.get(record.name) or onnx.load(
             str(bundle.path / record.graph), load_external_data=False
         )
-        found += [Decided(**to_plain(d)) for d in decide(record.name, model, request.target)]
+        found += decide(record.name, model, request.target)
     return found
 
 
@@ -222,7 +239,8 @@ def _new_bytes(bundle: Bundle, request: Request) -> int:
     """Disk that the work takes beyond what links share with the bundle, at most."""
     if request.again is not None:
         return memory.weights_bytes(bundle.model, request.again.plan, 4) + 64_000_000
-    upcast = bundle.manifest.dtype != "fp32" and request.target.backend == "onnxruntime"
+    dtype = bundle.manifest.dtype
+    upcast = capabilities.of(request.target).computes_in(dtype) != dtype
     weights = memory.weights_bytes(bundle.model, bundle.manifest.plan, 4) if upcast else 0
     return weights + 64_000_000
 
@@ -245,69 +263,3 @@ def _compile(
     (folder / TOKENIZER).write_bytes((bundle.path / TOKENIZER).read_bytes())
     files[TOKENIZER] = bundle.manifest.files[TOKENIZER]
     return parts, files
-
-
-def replay(
-    bundle: Bundle,
-    compiled: list[Compiled],
-    backend: Backend,
-    folder: Path,
-    progress: Progress,
-    *,
-    bisect: bool = False,
-) -> dict[str, float]:
-    """Run the goldens on the compiled components; the largest relative difference of each.
-
-    Raises AccuracyError naming the first component beyond its tolerance and, with `bisect`, the
-    first op of it.
-    """
-    calls = goldens.load(bundle.path / GOLDENS)
-    found: dict[str, float] = {}
-    for part in compiled:
-        record, limit = part.record, TOLERANCE[part.precision]
-        progress(f"{record.name}: comparing with the reference")
-        own = [golden for golden in calls if golden.component == record.name]
-        options = RunnerOptions(context=AXES["context"])
-        runner = backend.open(folder, record, bundle.manifest.model, options)
-        try:
-            worst = max(max(_differences(g, runner.run(g.inputs))) for g in own)
-        finally:
-            runner.close()
-        if not worst <= limit:
-            place = _first_op(bundle, part, folder, own[0], limit) if bisect else ""
-            raise AccuracyError(
-                f"{record.name} differs from the reference by {worst:.3g} (relative), "
-                f"allowed {limit}{place}",
-                hint="nothing was written; please report this with the output of edgevlm doctor"
-                if bisect
-                else "add --bisect to find the first op that differs",
-            )
-        found[record.name] = worst
-    return found
-
-
-def _first_op(bundle: Bundle, part: Compiled, folder: Path, golden: Golden, limit: float) -> str:
-    """Where the compiled graph first leaves the portable one, as the end of an error."""
-    if part.record.graph not in part.files:
-        return "; this backend has no graph to search"
-    from edgevlm.engines.build.bisect import first_divergence
-
-    found = first_divergence(bundle, part.record, folder, golden, limit)
-    if found is None:
-        return "; no tensor that both graphs name differs, so the portable graph itself does"
-    return f"; first at {found.tensor}, made by {found.op}: {found.difference:.3g}"
-
-
-def _differences(golden: Golden, outputs: dict[str, Array]) -> list[float]:
-    result = []
-    for name, expected in golden.outputs.items():
-        actual = outputs[name].reshape(-1)[goldens.sample(outputs[name].size)]
-        result.append(relative_difference(actual, expected))
-    return result
-
-
-def relative_difference(actual: Array, expected: Array) -> float:
-    """Largest absolute difference over the largest expected value; infinite for NaN."""
-    if actual.shape != expected.shape or not np.isfinite(actual).all():
-        return float("inf")
-    return float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-12))

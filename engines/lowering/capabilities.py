@@ -1,16 +1,17 @@
-"""What each target does with each op: kept as it is, swapped for the target's own, decomposed.
+"""What each target can do: the opset that it reads, what it computes in, and a row for every op.
 
-A table, read by lower.py. An op without a row is not supported there, and the build says so by
-name instead of finding out on the device.
+An op without a row is not supported there, and the build says so by name instead of finding out on
+the device. The rows of a backend stand in a file of their own, which needs onnx; what a target
+computes in is known without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
-from edgevlm.engines.lowering import rewrites
 from edgevlm.toolkit.target import Target, Version
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ Rewrite = Callable[["onnx.NodeProto", "Rewriter"], "list[onnx.NodeProto]"]
 class Row:
     """One op on one target.
 
-    since: the first backend version for which the row holds. fits: whether the row suits a call
-    (None: every call); where it does not, `otherwise` is tried. Decomposing keeps our function's
-    standard body.
+    since: the first backend version for which this alternative holds. fits: whether it suits a
+    call (None: every call). Where either does not hold, `otherwise` is tried. Decomposing keeps
+    our function's standard body.
     """
 
     action: Action
@@ -39,8 +40,13 @@ class Row:
     fits: Callable[[onnx.NodeProto], bool] | None = None
     otherwise: Row | None = None
 
+    def at(self, version: Version) -> Row | None:
+        """This row with the alternatives that hold in `version`, None if none does."""
+        otherwise = self.otherwise.at(version) if self.otherwise else None
+        return replace(self, otherwise=otherwise) if _holds(self.since, version) else otherwise
+
     def choose(self, node: onnx.NodeProto) -> Row | None:
-        """The row that suits this call, None if no alternative does."""
+        """The first alternative that suits this call, None if none does."""
         if self.fits is None or self.fits(node):
             return self
         return self.otherwise.choose(node) if self.otherwise else None
@@ -52,113 +58,80 @@ class Row:
             yield from self.otherwise.alternatives()
 
 
-_STANDARD = (
-    "Add And Attention Cast CastLike Clip Concat Constant Conv Cos DequantizeLinear Div Expand "
-    "Gather GatherND Gelu Greater GreaterOrEqual GridSample Identity LayerNormalization "
-    "LessOrEqual MatMul Max Mul QuantizeLinear RMSNormalization Range ReduceL2 ReduceMax "
-    "ReduceMean ReduceSum Relu Reshape RotaryEmbedding Shape Sigmoid Sin Slice Softmax Split Sqrt "
-    "Squeeze Sub Swish Tanh TensorScatter Transpose Unsqueeze Where"
-).split()
+@dataclass(frozen=True)
+class Decision:
+    """One line of a lowering table: what happened to one kind of op in one component."""
+
+    component: str
+    op: str
+    count: int
+    action: Action
+    into: str
+    why: str
 
 
-def _rewrite(rewrite: Rewrite, into: str, why: str) -> Row:
-    return Row("swap", why, rewrite, into)
+@dataclass(frozen=True)
+class Capabilities:
+    """What one target can do.
+
+    opset: the newest standard opset that it reads. compute: the float formats that it has kernels
+    for; a model in another is upcast to fp32. kv_dtype: the format of the KV cache, None for the
+    model's own. rows: makes the table of ops; empty where no lowering has been written.
+    """
+
+    opset: int
+    compute: tuple[str, ...]
+    kv_dtype: str | None
+    rows: Callable[[], Mapping[str, Row]]
+
+    def computes_in(self, dtype: str) -> str:
+        """What a model whose weights are stored as `dtype` is computed in."""
+        return dtype if dtype in self.compute else "fp32"
+
+    def cache_in(self, dtype: str) -> str:
+        """What the KV cache of such a model is stored as."""
+        return self.kv_dtype or self.computes_in(dtype)
 
 
-_KEEP = {op: Row("keep", "a standard op with a kernel") for op in _STANDARD}
+@dataclass(frozen=True)
+class _Backend:
+    """The same over all releases of a backend. opsets: with the release since which each is read,
+    newest first. rows: the file of this folder that holds `ROWS`.
+    """
 
-_DECOMPOSE = Row("decompose", "no kernel of its own; the standard body runs")
+    opsets: tuple[tuple[int, Version], ...]
+    compute: tuple[str, ...]
+    kv_dtype: str | None = None
+    rows: str = ""
 
-_ROTARY_FIRST = Row(
-    "swap",
-    "as above; the kernel rotates heads of 16n channels only, so RotaryEmbedding comes first",
-    rewrites.rotary_then_group_query_attention,
-    "com.microsoft.GroupQueryAttention",
-    fits=lambda node: rewrites.head_width(node) % 8 == 0,
-    otherwise=Row("decompose", "the kernel takes heads of 8n channels only"),
-)
-_CACHED_ATTENTION = Row(
-    "swap",
-    "writes the cache in place; no mask, no copy per token",
-    rewrites.group_query_attention,
-    "com.microsoft.GroupQueryAttention",
-    fits=lambda node: rewrites.head_width(node) % 16 == 0,
-    otherwise=_ROTARY_FIRST,
-)
 
-_ATTENTION = Row(
-    "swap",
-    "scores in tiles that stay in the cache, never all at once",
-    rewrites.multi_head_attention,
-    "com.microsoft.MultiHeadAttention",
-    fits=rewrites.plain_attention,
-    otherwise=_KEEP["Attention"],
-)
-
-ONNXRUNTIME_CPU: Mapping[str, Row] = {
-    **_KEEP,
-    "Attention": _ATTENTION,
-    "edgevlm.AddRMSNorm": _rewrite(
-        rewrites.add_rms_norm,
-        "com.microsoft.SkipSimplifiedLayerNormalization",
-        "one pass over memory",
+_BACKENDS = {
+    "onnxruntime": _Backend(
+        opsets=((24, (1, 24)), (23, ())),
+        compute=("fp32",),
+        kv_dtype="fp32",
+        rows="onnxruntime_rows",
     ),
-    "edgevlm.AddLayerNorm": _rewrite(
-        rewrites.add_layer_norm, "com.microsoft.SkipLayerNormalization", "one pass over memory"
-    ),
-    "edgevlm.QuickGelu": _rewrite(
-        rewrites.quick_gelu, "com.microsoft.QuickGelu", "one pass over memory"
-    ),
-    "edgevlm.SwiGLU": _rewrite(
-        rewrites.swiglu, "com.microsoft.QuickGelu", "silu is QuickGelu with alpha 1"
-    ),
-    "edgevlm.Unembed": _rewrite(
-        rewrites.unembed,
-        "com.microsoft.FusedMatMul",
-        "reads the embedding table without turning it",
-    ),
-    "edgevlm.BlockedLinear": _rewrite(
-        rewrites.blocked_linear,
-        "com.microsoft.MatMulNBits",
-        "multiplies by the stored bytes; its input is rounded to 8 bits",
-    ),
-    "edgevlm.BlockedEmbed": _DECOMPOSE,
-    "edgevlm.CachedAttention": _CACHED_ATTENTION,
-    "edgevlm.RotaryAttention": _rewrite(
-        rewrites.rotary_attention,
-        "com.microsoft.MultiHeadAttention",
-        "turned as they lie, scores in tiles: no transposes, never all scores at once",
-    ),
-    "edgevlm.MSDeformAttn": _DECOMPOSE,
-    "edgevlm.LayerMerge": _DECOMPOSE,
-    "edgevlm.ResponseNorm": _DECOMPOSE,
+    "reference": _Backend(opsets=((24, ()),), compute=("fp32",), kv_dtype="fp32"),
+    "tensorrt": _Backend(opsets=((24, ()),), compute=("fp32", "fp16", "bf16")),
 }
 
-# ONNX Runtime 1.23, the last release for Python 3.10: opset 23, and a window that it gets wrong.
-_NEW_IN_1_24 = ("DequantizeLinear", "QuantizeLinear", "Swish", "TensorScatter")
-_NO_WINDOW = replace(
-    _CACHED_ATTENTION,
-    fits=lambda node: rewrites.head_width(node) % 16 == 0 and not rewrites.windowed(node),
-    otherwise=replace(
-        _ROTARY_FIRST,
-        fits=lambda node: rewrites.head_width(node) % 8 == 0 and not rewrites.windowed(node),
-        otherwise=None,
-    ),
-)
-ONNXRUNTIME_1_23_CPU: Mapping[str, Row] = {
-    op: row for op, row in ONNXRUNTIME_CPU.items() if op not in _NEW_IN_1_24
-} | {"edgevlm.CachedAttention": _NO_WINDOW}
 
-TABLES: dict[str, Mapping[str, Row]] = {"onnxruntime": ONNXRUNTIME_CPU}
+def of(target: Target) -> Capabilities:
+    """What `target` can do in its release; a target without a version is the newest release."""
+    backend = _BACKENDS[target.backend]
+    opset = next(opset for opset, since in backend.opsets if _holds(since, target.version))
+
+    def rows() -> Mapping[str, Row]:
+        if not backend.rows:
+            return {}
+        table = import_module(f"edgevlm.engines.lowering.{backend.rows}").ROWS
+        known = {op: row.at(target.version) for op, row in table.items()}
+        return {op: row for op, row in known.items() if row is not None}
+
+    return Capabilities(opset, backend.compute, backend.kv_dtype, rows)
 
 
-def reads_opset_23_only(target: Target) -> bool:
-    """Whether the target is an ONNX Runtime before 1.24."""
-    return target.backend == "onnxruntime" and () < target.version < (1, 24)
-
-
-def rows(target: Target) -> Mapping[str, Row]:
-    """The table of a target; empty where no lowering has been written for its backend."""
-    if reads_opset_23_only(target):
-        return ONNXRUNTIME_1_23_CPU
-    return TABLES.get(target.backend, {})
+def _holds(since: Version, version: Version) -> bool:
+    """The one place where versions are compared."""
+    return not version or version >= since

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
 import onnx.inliner
 from onnx import TensorProto
 
-from edgevlm.engines.lowering.capabilities import Action, Row, reads_opset_23_only, rows
+from edgevlm.engines.lowering import capabilities
+from edgevlm.engines.lowering.capabilities import Decision, Row
 from edgevlm.engines.lowering.graph import Rewriter, op_name
 from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.target import Target
@@ -18,15 +20,11 @@ _LOW_PRECISION = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What happened to one kind of op in one component."""
+class Lowered:
+    """A target's graph, and the decisions that led to it."""
 
-    component: str
-    op: str
-    count: int
-    action: Action
-    into: str
-    why: str
+    model: onnx.ModelProto
+    decisions: tuple[Decision, ...]
 
 
 def decide(component: str, model: onnx.ModelProto, target: Target) -> list[Decision]:
@@ -34,41 +32,67 @@ def decide(component: str, model: onnx.ModelProto, target: Target) -> list[Decis
 
     Raises UnsupportedError naming every op for which the target has no row.
     """
-    chosen = [(op_name(node), _row(node, target)) for node in model.graph.node]
-    missing = sorted({op for op, row in chosen if row is None})
+    return _decisions(component, model, _chosen(component, model, target, rows_of(target)))
+
+
+def lower(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
+    """The graph for `target` alone, of a model that is no component of a bundle."""
+    return lower_component(model.graph.name or "the graph", model, target).model
+
+
+def lower_component(component: str, model: onnx.ModelProto, target: Target) -> Lowered:
+    """The graph for `target`, made of `model` itself, in one pass over its nodes.
+
+    Raises UnsupportedError naming every op for which the target has no row.
+    """
+    rows = rows_of(target)
+    chosen = _chosen(component, model, target, rows)
+    decisions = _decisions(component, model, chosen)
+    rewriter, nodes = Rewriter(model), list[onnx.NodeProto]()
+    for node, row in zip(model.graph.node, chosen, strict=True):
+        nodes += row.rewrite(node, rewriter) if row.rewrite else [node]
+    rewriter.finish(nodes)
+    lowered = onnx.inliner.inline_local_functions(model) if model.functions else model
+    for opset in lowered.opset_import:
+        if not opset.domain:
+            # What has a row there has in a newer opset more types and options; none is used.
+            opset.version = min(opset.version, capabilities.of(target).opset)
+    check_allowed(component, lowered, target)
+    return Lowered(lowered, tuple(decisions))
+
+
+def rows_of(target: Target) -> Mapping[str, Row]:
+    """The table of a target in its release."""
+    return capabilities.of(target).rows()
+
+
+def _chosen(
+    component: str, model: onnx.ModelProto, target: Target, rows: Mapping[str, Row]
+) -> list[Row]:
+    """The row of every node."""
+    found, missing = list[Row](), set[str]()
+    for node in model.graph.node:
+        first = rows.get(op_name(node))
+        row = first.choose(node) if first else None
+        if row is None:
+            missing.add(op_name(node))
+        else:
+            found.append(row)
     if missing:
         raise UnsupportedError(
-            f"{component} uses ops that {target} has no lowering for: {', '.join(missing)}",
+            f"{component} uses ops that {target} has no lowering for: {', '.join(sorted(missing))}",
             hint="build for another target (edgevlm doctor lists those of this machine)",
         )
-    counts = Counter((op, row) for op, row in chosen if row is not None)
+    return found
+
+
+def _decisions(component: str, model: onnx.ModelProto, chosen: list[Row]) -> list[Decision]:
+    names = map(op_name, model.graph.node)
+    counts = Counter(zip(names, chosen, strict=True))
     return [
         Decision(component, op, n, row.action, row.into, row.why)
         for (op, row), n in counts.most_common()
     ]
-
-
-def _row(node: onnx.NodeProto, target: Target) -> Row | None:
-    row = rows(target).get(op_name(node))
-    if row is None or (row.since and target.version < row.since):
-        return None
-    return row.choose(node)
-
-
-def lower(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
-    """The graph for `target`. Call `decide` first: it refuses what has no row."""
-    rewriter = Rewriter(model)
-    nodes: list[onnx.NodeProto] = []
-    for node in model.graph.node:
-        row = _row(node, target)
-        nodes += row.rewrite(node, rewriter) if row and row.rewrite else [node]
-    rewriter.finish(nodes)
-    lowered = onnx.inliner.inline_local_functions(model) if model.functions else model
-    if reads_opset_23_only(target):
-        # What is allowed there has in opset 24 more types and options, none of which is used.
-        for opset in lowered.opset_import:
-            opset.version = min(opset.version, 23)
-    return lowered
 
 
 def upcast(model: onnx.ModelProto) -> bool:
@@ -104,7 +128,7 @@ def _upcast_tensor(tensor: onnx.TensorProto) -> bool:
 
 def check_allowed(component: str, model: onnx.ModelProto, target: Target) -> None:
     """Raise UnsupportedError if a lowered graph still holds an op that the target lacks."""
-    every = [(op, row) for op, first in rows(target).items() for row in first.alternatives()]
+    every = [(op, row) for op, first in rows_of(target).items() for row in first.alternatives()]
     allowed = {op for op, row in every if row.action == "keep"}
     allowed |= {row.into for _, row in every if row.into}
     left = sorted({op_name(n) for n in model.graph.node} - allowed)

@@ -11,6 +11,7 @@ import numpy as np
 
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends import Peaks
+from edgevlm.engines.backends.state import State
 from edgevlm.engines.profiling.roofline import Roofline, Work, roofline
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock, Span
@@ -18,7 +19,7 @@ from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.images import preprocess
 from edgevlm.toolkit.images.preprocess import LoadedImage
-from edgevlm.toolkit.target import installed, threads_here
+from edgevlm.toolkit.target import installed
 from edgevlm.toolkit.text import prompts
 from edgevlm.toolkit.text.prompts import Prompt
 
@@ -27,7 +28,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. image None takes a generated image of 640 x 480."""
+    """What is measured. image None takes a generated one of 640 x 480."""
 
     image: Path | None = None
     prompt_tokens: int = 32
@@ -101,22 +102,22 @@ def profile_all(folders: Sequence[Path], plan: Plan, progress: Progress) -> list
 def profile(folder: Path, plan: Plan, progress: Progress) -> Profile:
     """Open an engine and measure it: warm-up runs first, then `runs` timed ones."""
     memory.forget_peak()
-    session = Session.open(folder, threads=plan.threads)
-    progress(
-        f"opened in {session.load_ms:.0f} ms; {plan.warmup} warm-up and {plan.runs} timed runs"
-    )
-    for _ in range(plan.warmup):
-        _run(session, plan, 0)
-    runs = []
-    for number in range(plan.runs):
-        runs.append(_run(session, plan, number))
+    with Session.open(folder, threads=plan.threads) as session:
         progress(
-            f"run {number + 1}: first token {runs[-1].first_ms:.0f} ms, "
-            f"then {runs[-1].latency_ms:.2f} ms a token"
+            f"opened in {session.load_ms:.0f} ms; {plan.warmup} warm-up and {plan.runs} timed runs"
         )
-    resident = memory.peak_rss_mb()
-    peaks = backends.backend(session.engine.parsed_target()).peaks(folder)
-    session.close()
+        state = session.new_state()
+        for _ in range(plan.warmup):
+            _run(session, state, plan, 0)
+        runs = []
+        for number in range(plan.runs):
+            runs.append(_run(session, state, plan, number))
+            progress(
+                f"run {number + 1}: first token {runs[-1].first_ms:.0f} ms, "
+                f"then {runs[-1].latency_ms:.2f} ms a token"
+            )
+        resident = memory.peak_rss_mb()
+        peaks = backends.backend(session.engine.parsed_target()).peaks(folder)
     layers = _layers(folder, plan) if plan.layers else ()
     return _summarise(folder, session, runs, peaks, resident, layers)
 
@@ -134,30 +135,29 @@ class _Run:
         return float(np.mean(self.decode_ms))
 
 
-def _run(session: Session, plan: Plan, number: int) -> _Run:
+def _run(session: Session, state: State, plan: Plan, number: int) -> _Run:
     """One question with a fixed number of answer tokens: the end-of-answer id does not count."""
     clock = Clock()
     with clock.time("image_decode"):
         image = _image(plan, number)
-    found = session.vision.encode([image], clock)
-    features = found.rows
+    features = session.encode([image], clock)
     ids = _token_ids(session, plan.prompt_tokens)
-    layout = prompts.assemble(Prompt((ids[:1], ids[1:])), found.places)
-    if layout.length + plan.max_tokens > session.engine.context:
+    sequence = prompts.assemble(Prompt((ids[:1], ids[1:])), features.indices)
+    if sequence.length + plan.max_tokens > session.engine.context:
         raise InputError(
-            f"{layout.length} prompt tokens and {plan.max_tokens} more do not fit into the "
+            f"{sequence.length} prompt tokens and {plan.max_tokens} more do not fit into the "
             f"engine's context of {session.engine.context}",
             hint="lower --prompt-tokens or --max-tokens",
         )
     with clock.time("prefill"):
-        token = int(session.prefill(layout, features).argmax())
-    first, steps, nothing = clock.now_ms(), [], np.zeros_like(features[:1])
+        token = int(session.prefill(sequence, features.rows, state).argmax())
+    first, steps = clock.now_ms(), []
     for step in range(plan.max_tokens - 1):
         begin = clock.now_ms()
-        token = int(session.decode(token, layout.length + step, nothing).argmax())
+        token = int(session.decode(token, sequence.length + step, state).argmax())
         steps.append(clock.now_ms() - begin)
         clock.spans.append(Span("decode", begin, steps[-1]))
-    return _Run(clock.spans, steps, first, layout.length, layout.image_tokens)
+    return _Run(clock.spans, steps, first, sequence.length, sequence.image_tokens)
 
 
 def _image(plan: Plan, number: int) -> LoadedImage:
@@ -176,14 +176,13 @@ def _token_ids(session: Session, count: int) -> tuple[int, ...]:
 
 def _layers(folder: Path, plan: Plan) -> tuple[LayerShare, ...]:
     """A run of its own: timing every node slows the others down."""
-    session = Session.open(folder, threads=plan.threads, profile=True)
-    _run(session, plan, 0)
-    found = [
-        LayerShare(component, layer.name, layer.op, layer.total_ms, layer.calls)
-        for component, layers in session.layers().items()
-        for layer in layers
-    ]
-    session.close()
+    with Session.open(folder, threads=plan.threads, profile=True) as session:
+        _run(session, session.new_state(), plan, 0)
+        found = [
+            LayerShare(component, layer.name, layer.op, layer.total_ms, layer.calls)
+            for component, layers in session.layers().items()
+            for layer in layers
+        ]
     return tuple(sorted(found, key=lambda layer: -layer.ms))
 
 
@@ -209,6 +208,7 @@ def _summarise(
     samples["decode"] = [ms for run in runs for ms in run.decode_ms]
     stages = {stage: _spread(values) for stage, values in samples.items()}
     medians = {stage: spread.p50_ms for stage, spread in stages.items()}
+    size = memory.element_bytes(session.engine.parsed_target(), session.engine.dtype)
     made, encoders = session.engine, [f"encoder.{part.name}" for part in session.model.encoders]
     views = max(sum(span.stage == name for span in runs[0].spans) for name in encoders)
     work = Work(views, runs[0].image_tokens, runs[0].prompt_tokens)
@@ -228,7 +228,7 @@ def _summarise(
         prompt_tokens=runs[0].prompt_tokens,
         image_tokens=runs[0].image_tokens,
         generated_tokens=generated,
-        roofline=roofline(session.model, made.plan, peaks, work, medians),
+        roofline=roofline(session.model, made.plan, peaks, work, medians, size),
         device=_device(session),
         samples={stage: [round(ms, 3) for ms in values] for stage, values in samples.items()},
         layers=layers,
@@ -246,7 +246,7 @@ def _device(session: Session) -> dict[str, str]:
     return {
         "target": made.target,
         "processor": _processor(),
-        "threads": str(threads_here()),
+        "threads": str(session.threads),
         "system": f"{platform.system()} {platform.release()}",
         "backend": ".".join(map(str, installed("onnxruntime"))),
         "precision": made.precision or made.dtype,

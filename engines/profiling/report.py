@@ -29,7 +29,7 @@ def check_files(layers: int, *files: Path | None) -> None:
 
 
 def write_files(profiles: Sequence[Profile], page: Path | None, events: Path | None) -> None:
-    """Write the files that were asked for. Raises OutputError if one cannot be written."""
+    """Write the files that have a path. Raises OutputError if one cannot be written."""
     try:
         if page is not None:
             write_html(page, profiles)
@@ -78,8 +78,8 @@ def _totals(p: Profile) -> list[str]:
         f"({p.output_token_throughput_per_user:.1f} tokens/s)",
         f"prefill                {p.prefill_tokens_per_s:.0f} tokens/s",
         f"load / peak memory     {p.load_ms:.0f} ms / {p.peak_rss_mb:.0f} MB",
-        f"speed of light         {decode.gbytes:.3g} GB of weights a token at the measured "
-        f"{p.roofline.peak_gb_s:.3g} GB/s: "
+        f"speed of light         {decode.gbytes:.3g} GB of weights and KV cache a token "
+        f"at the measured {p.roofline.peak_gb_s:.3g} GB/s: "
         f"{_rate(1000 / max(decode.floor_ms, 1e-9))} tokens/s at best",
         f"device                 {p.device['processor']}, {p.device['threads']} threads, "
         f"{p.device['target']}, {p.device['precision']}",
@@ -152,9 +152,17 @@ def _section(p: Profile, layers: int) -> str:
         [(n, s.p50_ms, s.p90_ms, s.p99_ms, s.mean_ms) for n, s in p.stages.items()],
     )
     roof = _html_table(
-        ("stage", "GFLOP", "GB read", "floor ms", "limited by", "reached"),
+        ("stage", "GFLOP", "GB moved", "of it KV cache", "floor ms", "limited by", "reached"),
         [
-            (b.stage, b.gflops, b.gbytes, b.floor_ms, b.limited_by, f"{b.reached:.0%}")
+            (
+                b.stage,
+                b.gflops,
+                b.gbytes,
+                b.kv_gbytes,
+                b.floor_ms,
+                b.limited_by,
+                f"{b.reached:.0%}",
+            )
             for b in p.roofline.stages
         ],
     )

@@ -1,7 +1,11 @@
 """The time that a machine cannot go below: each stage's arithmetic and memory traffic at peak.
 
-(Williams et al., "Roofline", CACM 2009.) Weights are read once a call; activations are taken to
-stay in the caches.
+(Williams et al., "Roofline", CACM 2009.) A stage is one call of its component, an encoder's one
+call per view. Its traffic: every weight once, the rows of the KV cache that it reads, up to the
+length reached, and the rows that it writes. Activations are taken to stay in the caches and are
+not counted. Where they do not (an encoder of large images: its MLP alone moves tens of
+megabytes per layer), the floor is lower than any kernel can reach. So it is for a prompt that is
+read in several chunks, each of which reads the weights and the cache again.
 """
 
 from __future__ import annotations
@@ -13,15 +17,16 @@ from tempfile import TemporaryDirectory
 
 from edgevlm.engines import backends
 from edgevlm.engines.backends import Peaks
+from edgevlm.engines.runtime.memory import element_bytes
 from edgevlm.toolkit.images.tiling import arrange, best_resolution
-from edgevlm.toolkit.ops.wrappers import Cost, Count
-from edgevlm.toolkit.quantization.plan import WEIGHT_BITS, PrecisionPlan
+from edgevlm.toolkit.ops.wrappers import Count
+from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import Target
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.config import ModelConfig
-from edgevlm.toolkit.vlm.cost import count, image_axes, outputs
+from edgevlm.toolkit.vlm.cost import count, image_axes, outputs, read_bytes, weight_bits
 
-_PRODUCTS = ("linear", "unembed")
+_PRODUCTS = ("linear", "unembed")  # with weights in 8 or 4 bits they multiply in 8 bits
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Bound:
-    """A stage beside its floor: the larger of its arithmetic and its memory traffic at peak."""
+    """A stage beside its floor: the larger of its arithmetic and its memory traffic at peak.
+
+    gflops: 10^9 FLOPs; gbytes: 10^9 bytes of weights and KV cache; kv_gbytes: those of the KV
+    cache; limited_by: "arithmetic" or "memory"; reached: floor_ms / measured ms, 0 if not measured.
+    """
 
     stage: str
     gflops: float
     gbytes: float
+    kv_gbytes: float
     floor_ms: float
     limited_by: str
     reached: float
@@ -61,10 +71,15 @@ def roofline(
     peaks: Peaks,
     work: Work,
     measured_ms: Mapping[str, float],
+    size: int,
 ) -> Roofline:
-    """Every stage's floor, and how near its measured median came (0 where there is none)."""
+    """Every stage's floor, and how near its measured median came (0 where there is none).
+
+    size: bytes of a weight that the plan leaves in float, and of an entry of the
+    KV cache.
+    """
     bounds = [
-        _bound(stage, calls, counter, plan, peaks, measured_ms.get(stage, 0.0))
+        _bound(_traffic(stage, calls, counter, plan, size), peaks, measured_ms)
         for stage, calls, counter in _stages(model, work)
     ]
     return Roofline(peaks.gflop_s, peaks.int8_gop_s, peaks.gb_s, tuple(bounds))
@@ -83,16 +98,18 @@ class Floors:
     peak_gb_s: float
 
 
-def floors(model: ModelConfig, plan: PrecisionPlan, target: Target) -> Floors:
-    """The floors of an engine that has not been built, from peaks measured now."""
+def floors(model: ModelConfig, plan: PrecisionPlan, target: Target, dtype: str) -> Floors:
+    """The floors of an engine that is not built yet, from peaks measured now.
+
+    dtype: of the bundle.
+    """
     backend = backends.backend(target)
     with TemporaryDirectory() as folder:
         backend.extras(Path(folder))
         peaks = backend.peaks(Path(folder))
     work = question(model)
-    stages = {
-        bound.stage: bound.floor_ms for bound in roofline(model, plan, peaks, work, {}).stages
-    }
+    bounds = roofline(model, plan, peaks, work, {}, element_bytes(target, dtype)).stages
+    stages = {bound.stage: bound.floor_ms for bound in bounds}
     token = stages.pop("decode")
     first = round(sum(stages.values()), 3)
     return Floors(first, token, work.prompt_tokens, work.image_tokens, *astuple(peaks))
@@ -103,8 +120,8 @@ def question(model: ModelConfig, size: tuple[int, int] = (640, 480), text: int =
     rules = model.images
     grid = None
     if rules.tiling is not None:
-        wide, tall = best_resolution(size, rules.tiling.pinpoints)
-        grid = (wide // rules.tiling.tile, tall // rules.tiling.tile)
+        width, height = best_resolution(size, rules.tiling.pinpoints)
+        grid = (width // rules.tiling.tile, height // rules.tiling.tile)
     views = 1 + grid[0] * grid[1] if grid else 1
     if rules.arrangement is not None:
         tokens = len(arrange(rules.arrangement, views, grid, size).rows)
@@ -115,40 +132,61 @@ def question(model: ModelConfig, size: tuple[int, int] = (640, 480), text: int =
 
 
 def _stages(model: ModelConfig, work: Work) -> list[tuple[str, int, Count]]:
-    """Name, calls and cost of a call. An encoder sees one view at a time."""
-    axes = image_axes(model, work.views, work.image_tokens) | {"context": work.prompt_tokens}
+    """Name, calls and cost of a call. An encoder sees one view at a time; decode is the first
+    step after the prompt, whose token attends to the prompt and to itself.
+    """
+    axes = image_axes(model, work.views, work.image_tokens)
     encoders = {f"encoder.{part.name}" for part in model.encoders}
     found = []
     for part in components.components(model):
         if part.name in encoders:
             found.append((part.name, work.views, count(part, axes | {"tiles": 1})))
         elif part.name == model.lm.name:
-            for stage, length in (("prefill", work.prompt_tokens), ("decode", 1)):
-                found.append((stage, 1, count(part, axes | {"sequence": length})))
+            for stage, length, rows in (
+                ("prefill", work.prompt_tokens, work.prompt_tokens),
+                ("decode", 1, work.prompt_tokens + 1),
+            ):
+                lengths = {"sequence": length, "context": rows}
+                found.append((stage, 1, count(part, axes | lengths)))
         else:
             found.append((part.name, 1, count(part, axes)))
     return found
 
 
-def _bound(
-    stage: str, calls: int, counter: Count, plan: PrecisionPlan, peaks: Peaks, measured_ms: float
-) -> Bound:
-    nbytes = calls * sum(c.weight_elements * plan.weight_bytes(c.path, 4) for c in counter.costs)
-    narrow = calls * sum(c.flops for c in counter.costs if _rounds(c, plan))
-    flops = calls * counter.flops
-    arithmetic = ((flops - narrow) / peaks.gflop_s + narrow / peaks.int8_gop_s) / 1e6
-    traffic = nbytes / peaks.gb_s / 1e6
-    floor = max(arithmetic, traffic)
-    return Bound(
+@dataclass(frozen=True)
+class _Traffic:
+    """What a stage computes and moves: FLOPs in float and in 8 bits, bytes by use."""
+
+    stage: str
+    flops: int
+    int8_ops: int
+    weights_bytes: float
+    kv_bytes: int
+
+
+def _traffic(stage: str, calls: int, counter: Count, plan: PrecisionPlan, size: int) -> _Traffic:
+    costs = counter.costs
+    int8_ops = sum(c.flops for c in costs if c.op in _PRODUCTS and weight_bits(c, plan))
+    return _Traffic(
         stage,
-        round(flops / 1e9, 3),
-        round(nbytes / 1e9, 3),
-        round(floor, 3),
-        "arithmetic" if arithmetic >= traffic else "memory",
-        round(floor / measured_ms, 3) if measured_ms else 0.0,
+        calls * (counter.flops - int8_ops),
+        calls * int8_ops,
+        calls * sum(read_bytes(c, plan, size) for c in costs),
+        calls * sum(c.kv_elements for c in costs) * size,
     )
 
 
-def _rounds(cost: Cost, plan: PrecisionPlan) -> bool:
-    """Whether an op multiplies in 8 bits."""
-    return cost.op in _PRODUCTS and plan.at(cost.path) in WEIGHT_BITS
+def _bound(work: _Traffic, peaks: Peaks, measured_ms: Mapping[str, float]) -> Bound:
+    nbytes = work.weights_bytes + work.kv_bytes
+    arithmetic = (work.flops / peaks.gflop_s + work.int8_ops / peaks.int8_gop_s) / 1e6
+    memory = nbytes / peaks.gb_s / 1e6
+    floor, measured = max(arithmetic, memory), measured_ms.get(work.stage, 0.0)
+    return Bound(
+        work.stage,
+        round((work.flops + work.int8_ops) / 1e9, 3),
+        round(nbytes / 1e9, 3),
+        round(work.kv_bytes / 1e9, 3),
+        round(floor, 3),
+        "arithmetic" if arithmetic >= memory else "memory",
+        round(floor / measured, 3) if measured else 0.0,
+    )

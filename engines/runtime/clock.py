@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Span:
-    """A stage's stretch of time, in ms since the question was asked."""
+    """A stage's stretch of time, in ms since the clock started."""
 
     stage: str
     start_ms: float
@@ -18,14 +18,14 @@ class Span:
 
 
 class Clock:
-    """Starts when the question is asked; collects spans."""
+    """Starts with the reply; collects spans."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self.spans: list[Span] = []
 
     def now_ms(self) -> float:
-        """Milliseconds since the question was asked."""
+        """Milliseconds since the start."""
         return 1000 * (time.perf_counter() - self._started)
 
     @contextmanager

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.manifest import PREFILL_CHUNK, Engine
 from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.checkpoints.safetensors_io import STORAGE
 from edgevlm.toolkit.errors import OutOfMemory
-from edgevlm.toolkit.quantization.plan import WEIGHT_BITS, PrecisionPlan
+from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import Target
 from edgevlm.toolkit.terminal.console import human_bytes
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.config import ModelConfig
-from edgevlm.toolkit.vlm.cost import count, image_axes
+from edgevlm.toolkit.vlm.cost import count, image_axes, state_elements, stored_bytes
 
-_FUSED = ("causal_mask", "attention_cached")
+_FUSED = ("causal_mask",)  # the kernels of attention over the cache mask by themselves
 # A container's limit and use: cgroup v2, then v1.
 _CGROUPS = (
     (".", "memory.max", "memory.current"),
@@ -42,64 +43,55 @@ class Estimate:
         return self.weights_bytes + self.cache_bytes + self.activations_bytes
 
 
+def element_bytes(target: Target, dtype: str) -> int:
+    """Bytes of a float that `target` computes with, in an engine of a bundle of `dtype`."""
+    return STORAGE[capabilities.of(target).computes_in(dtype)].itemsize
+
+
 def estimate(
     bundle: Bundle, target: Target, context: int, plan: PrecisionPlan | None = None
 ) -> Estimate:
     """Memory of an engine at a context length, for one image and a full prompt.
 
     plan: in place of the bundle's own. Activations: twice the inputs and outputs of the op that
-    has most of them, which leaves room for the residual stream, and the scores of attention over
-    the cache for one piece of the prompt. Not known here, and not in it: what kernels allocate
+    has most of them, as the residual stream is alive beside it, and the scores of attention over
+    the cache for one chunk of the prompt. Not known here, and not in it: what kernels allocate
     for themselves.
     """
-    wide = target.backend in ("onnxruntime", "reference")
-    size = 4 if wide or bundle.manifest.dtype == "fp32" else 2
+    size = element_bytes(target, bundle.manifest.dtype)
     weights = weights_bytes(bundle.model, plan or bundle.manifest.plan, size)
     return _with_weights(bundle.model, weights, context, size)
 
 
 def of_engine(made: Engine) -> Estimate:
-    """The same for an engine that stands on disk; the weights are those of its files."""
+    """The same for an engine on disk; the weights are those of its files."""
     weights = sum(made.files[c.weights].nbytes for c in made.components)
-    return _with_weights(made.parsed_model(), weights, made.context, 4)
+    size = element_bytes(made.parsed_target(), made.dtype)
+    return _with_weights(made.parsed_model(), weights, made.context, size)
 
 
 def _with_weights(model: ModelConfig, weights: int, context: int, size: int) -> Estimate:
-    lm, piece = model.lm.config, min(context, PREFILL_CHUNK)
-    cache = 2 * lm.num_layers * lm.num_kv_heads * lm.head_dim * context * size
-    scores = lm.num_heads * piece * context
-    return Estimate(weights, cache, (2 * _largest(model, context) + scores) * size, context)
+    axes = {"batch": 1, "context": context}
+    cache = sum(state_elements(part, axes) for part in components.components(model))
+    scores = model.lm.config.num_heads * min(context, PREFILL_CHUNK) * context
+    activations = 2 * _largest(model, context) + scores
+    return Estimate(weights, cache * size, activations * size, context)
 
 
-def weights_bytes(model: ModelConfig, plan: PrecisionPlan, wide: int) -> int:
-    """Bytes of all weights; `wide`: of one that the plan leaves in float."""
-    total = 0.0
-    for part in components.components(model):
-        few = {
-            c.path: c.weight_elements
-            for c in count(part, _axes(model, 1)).costs
-            if c.op == "linear" and plan.at(c.path) in WEIGHT_BITS
-        }
-        if plan.at(f"{part.name}/embed") in WEIGHT_BITS and "embed.weight" in part.shapes:
-            few[f"{part.name}/embed"] = math.prod(part.shapes["embed.weight"])
-        every = sum(math.prod(shape) for shape in part.shapes.values())
-        total += (every - sum(few.values())) * wide
-        total += sum(n * plan.weight_bytes(site, wide) for site, n in few.items())
-    return round(total)
+def weights_bytes(model: ModelConfig, plan: PrecisionPlan, size: int) -> int:
+    """Bytes of all weights files; `size`: bytes of a parameter that the plan leaves in float."""
+    return sum(stored_bytes(model, plan, size).values())
 
 
-def _axes(model: ModelConfig, context: int) -> dict[str, int]:
-    """One question with the most views that a image can have, read in pieces."""
+def _largest(model: ModelConfig, context: int) -> int:
+    """Elements that an op reads and writes at most, for one image of as many views as it can
+    have, read in chunks. Encoders see one view at a time, the rest all views.
+    """
     tiling = model.images.tiling
     points = tiling.pinpoints if tiling else ()
     views = 1 + max((w * h // tiling.tile**2 for w, h in points if tiling), default=0)
     lengths = {"context": context, "sequence": min(context, PREFILL_CHUNK)}
-    return image_axes(model, views, context) | lengths
-
-
-def _largest(model: ModelConfig, context: int) -> int:
-    """Elements that an op reads and writes at most. Encoders see one view, the rest all views."""
-    axes = _axes(model, context)
+    axes = image_axes(model, views, context) | lengths
     encoders = {f"encoder.{part.name}" for part in model.encoders}
     return max(
         cost.activation_elements
@@ -123,16 +115,16 @@ def peak_rss_mb() -> float:
 
 
 def forget_peak() -> None:
-    """Let `peak_rss_mb` begin anew, where the system can: engines are compared in one process."""
+    """Reset `peak_rss_mb` where the system can: several engines are compared in one process."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-# -- what there is -----------------------------------------------------------------------------
+# -- what is free -------------------------------------------------------------------------------
 
 
 def available_bytes() -> int | None:
-    """Memory that this process may still take, None where the system does not tell."""
+    """Memory that this process may still take, None where the system does not report it."""
     found = [n for n in (_free(), _left_in_container(Path("/sys/fs/cgroup"))) if n is not None]
     return min(found, default=None)
 
@@ -149,9 +141,9 @@ def _left_in_container(root: Path) -> int | None:
     """What a cgroup may still take; cached file pages are given back when memory is short."""
     for folder, limit, used in _CGROUPS:
         try:
-            place = root / folder
-            held = int((place / used).read_text()) - _cached(place / "memory.stat")
-            return int((place / limit).read_text()) - held
+            path = root / folder
+            held = int((path / used).read_text()) - _cached(path / "memory.stat")
+            return int((path / limit).read_text()) - held
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return None
@@ -166,12 +158,12 @@ def _cached(stat: Path) -> int:
 
 def require(needed: Estimate, what: str) -> None:
     """Raise OutOfMemory if `what` cannot be held, with the settings that lower the need."""
-    had = available_bytes()
-    if had is not None and needed.total_bytes > had:
+    free = available_bytes()
+    if free is not None and needed.total_bytes > free:
         raise OutOfMemory(
             f"{what} needs about {human_bytes(needed.total_bytes)} of memory "
             f"({human_bytes(needed.weights_bytes)} weights, {human_bytes(needed.cache_bytes)} KV "
-            f"cache of {needed.context} positions), {human_bytes(had)} are free",
+            f"cache of {needed.context} positions), {human_bytes(free)} are free",
             hint="build with --precision int8 or int4, with a smaller --max-context, or with "
             "--max-image-tiles",
         )
@@ -179,7 +171,6 @@ def require(needed: Estimate, what: str) -> None:
 
 def require_component(bundle: Bundle, plan: PrecisionPlan, target: Target) -> None:
     """The same for a build, which holds one component at a time."""
-    size = 4 if target.backend in ("onnxruntime", "reference") else 2
-    shares = [c.params for c in bundle.manifest.components]
-    largest = round(weights_bytes(bundle.model, plan, size) * max(shares) / max(sum(shares), 1))
+    size = element_bytes(target, bundle.manifest.dtype)
+    largest = max(stored_bytes(bundle.model, plan, size).values())
     require(Estimate(largest, 0, 0, 0), "building the largest component")

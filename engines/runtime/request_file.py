@@ -54,9 +54,14 @@ def _question(line: str, where: str, given: Question, folder: Path) -> Question:
         settled = sorted(BOOKKEEPING & set(data))  # a Reader takes them for a model's own
         if settled:
             raise InputError(f"{where}: {', '.join(settled)} cannot be set for one request")
-        return _read(Reader(data, where), given, folder)
+        question = _read(Reader(data, where), given, folder)
     except ToolkitError as odd:
         raise InputError(odd.message, hint=f"a request has the keys: {keys}") from None
+    try:
+        question.checked()
+    except ToolkitError as odd:
+        raise InputError(f"{where}: {odd.message}", hint=odd.hint) from None
+    return question
 
 
 def _read(r: Reader, given: Question, folder: Path) -> Question:
@@ -91,17 +96,17 @@ def _turns(r: Reader) -> tuple[str, list[str]]:
     """The question and the turns before it, from "prompt" or from "messages" as chat APIs have."""
     if not r.has("messages"):
         return r.take("prompt", str), []
-    said = []
+    turns = []
     for number, message in enumerate(r.take("messages", list)):
         role = "assistant" if number % 2 else "user"
         if not isinstance(message, dict) or message.get("role") != role:
             raise InputError(f"{r.where}: messages[{number}] is not of role {role!r}")
         if not isinstance(message.get("content"), str):
             raise InputError(f"{r.where}: messages[{number}] has no text as its content")
-        said.append(message["content"])
-    if len(said) % 2 == 0:
+        turns.append(message["content"])
+    if len(turns) % 2 == 0:
         raise InputError(f"{r.where}: messages do not end with the user's")
-    return said[-1], said[:-1]
+    return turns[-1], turns[:-1]
 
 
 def answer_all(

@@ -1,17 +1,31 @@
-"""From logits to a token: greedy, or drawn after temperature, top-k and top-p, from a seed."""
+"""From logits to a token: greedy, or drawn after temperature, top-k and top-p, from a seed.
+
+A vocabulary has 152,000 rows and a token should cost less than a millisecond, so nothing sorts
+them all: thresholds select what survives, in float32; what survives, if it is a few thousand, is
+weighed in float64.
+"""
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.errors import AccuracyError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
 
 Sampler = Callable[[Array], int]
+_FEW = 4096  # that many are sorted, and weighed in float64
+_LIKELY = 1024  # the best that are tried as a nucleus before a threshold is searched
+_BLOCK = 512  # weights that are summed at a time when one is drawn
+_INTERVAL = 1 << 18  # bits of float32 weights: a 32nd of an octave
+_STRIDE = 32  # every 32nd weight tells roughly where the smallest one kept lies
+# In float32 a temperature beyond these is 0 or infinite; at them all but equals weigh nothing,
+# or all weigh the same.
+_TEMPERATURES = 1e-30, 1e30
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,7 @@ class Sampling:
 
     def check(self) -> None:
         """Raise ConfigError for values without a meaning."""
+        self._check_types()
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"--temperature {self.temperature} is not a number from 0 on")
         if not 0 < self.top_p <= 1:
@@ -39,27 +54,187 @@ class Sampling:
                 hint="add --temperature 1, or drop them",
             )
 
+    def _check_types(self) -> None:
+        for name, convert in (("temperature", float), ("top_p", float)):
+            _converted(name, getattr(self, name), convert)
+        for name in ("top_k", "seed"):
+            if name == "top_k" or self.seed is not None:
+                _converted(name, getattr(self, name), operator.index)
+
+
+def _converted(name: str, value: object, convert: Callable[..., object]) -> None:
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        convert(value)
+    except (TypeError, ValueError, OverflowError):
+        option = name.replace("_", "-")
+        kind = "number" if convert is float else "whole number"
+        raise ConfigError(f"--{option} {value!r:.80} is not a {kind}") from None
+
 
 def sampler(sampling: Sampling) -> Sampler:
-    """A function from logits [vocab] to a token id."""
+    """A function from logits [vocab] to a token id. It raises AccuracyError for NaN."""
     sampling.check()
     if sampling.temperature == 0:
-        return lambda logits: int(logits.argmax())
-    generator = np.random.default_rng(sampling.seed)
-    return lambda logits: _draw(logits, sampling, generator)
+        return _greedy
+    generator = np.random.default_rng(None if sampling.seed is None else int(sampling.seed))
+
+    def sample(logits: Array) -> int:
+        ids, weights = survivors(logits, sampling)
+        found = draw(weights, generator.random())
+        return found if ids is None else int(ids[found])
+
+    return sample
 
 
-def _draw(logits: Array, sampling: Sampling, generator: np.random.Generator) -> int:
-    best = logits.astype(np.float64) - float(logits.max())
-    with np.errstate(over="ignore"):  # next to 0 the rest falls to -inf, which weighs nothing
-        scaled = best / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    weights = np.exp(scaled[order] - scaled[order[0]])
-    probabilities = weights / weights.sum()
-    # Nucleus: the smallest set of best tokens that reaches top_p (Holtzman et al., 1904.09751).
-    if sampling.top_p < 1:
-        kept = int(np.searchsorted(probabilities.cumsum(), sampling.top_p)) + 1
-        order, probabilities = order[:kept], probabilities[:kept]
-    return int(generator.choice(order, p=probabilities / probabilities.sum()))
+def _greedy(logits: Array) -> int:
+    token = int(logits.argmax())
+    _check_number(float(logits[token]))
+    return token
+
+
+def _check_number(best: float) -> None:
+    """The largest logit is NaN if any of them is."""
+    if not math.isfinite(best):
+        raise AccuracyError(
+            f"the language model's largest logit is {best}: there is no token to choose",
+            hint="the weights or their precision are at fault: build and try the reference "
+            "(--target reference), or a bundle in another --dtype",
+        )
+
+
+def survivors(logits: Array, sampling: Sampling) -> tuple[Array | None, Array]:
+    """What may be drawn: ids in ascending order and their weights, which need not sum to 1.
+
+    ids None: weights [vocab] of all tokens, 0 for those that may not be drawn. Of equal logits the
+    one with the smaller id counts as better.
+    """
+    top = logits.max()
+    _check_number(float(top))
+    ids = best(logits, sampling.top_k) if 0 < sampling.top_k < len(logits) else None
+    values = logits if ids is None else logits[ids]
+    weights = _weights(values, top, sampling.temperature)
+    if sampling.top_p == 1:
+        return ids, weights
+    total = float(weights.sum(dtype=np.float64))
+    target = sampling.top_p * total * (1 - 1e-12)  # sums of the same weights round apart
+    if len(values) > _FEW:
+        likely = best(values, _LIKELY) if target < _LIKELY else np.arange(0)  # no weight exceeds 1
+        exact = _weights(values[likely], top, sampling.temperature)
+        if exact.sum() < target:
+            return ids, _nucleus(values, weights, total, target)
+    else:
+        likely, exact = np.arange(len(values)), weights
+    kept = _smallest(values[likely], exact, target)
+    found = likely[kept]
+    return (found if ids is None else ids[found]), exact[kept]
+
+
+def _weights(values: Array, top: Array, temperature: float) -> Array:
+    """exp((value - top) / temperature), at most 1: float64 for a few, float32 for many."""
+    least, most = _TEMPERATURES
+    kind = np.float64 if len(values) <= _FEW else np.float32
+    with np.errstate(over="ignore", under="ignore"):  # beyond the smallest number is nothing
+        scaled = values.astype(kind) - kind(top)
+        scaled /= kind(min(max(temperature, least), most))
+        return np.asarray(np.exp(scaled, out=scaled))
+
+
+def best(values: Array, count: int) -> Array:
+    """Ids of the `count` largest, in ascending order; of equals the first ones."""
+    ids = np.flatnonzero(values >= _floor(values, count))
+    if len(ids) == count:
+        return ids
+    found = values[ids]
+    last = np.partition(found, len(found) - count)[len(found) - count]
+    kept = found > last
+    kept[np.flatnonzero(found == last)[: count - int(kept.sum())]] = True
+    return np.asarray(ids[kept])
+
+
+def _floor(values: Array, count: int) -> Array:
+    """A value that at least `count` others reach, and not many more.
+
+    The count-th largest of the maxima of blocks is one, as each of those blocks has such a value.
+    Blocks take every n-th value: in a vocabulary, likely tokens stand next to one another.
+    """
+    rows = min(len(values) // (2 * count), 64)
+    if rows < 2:
+        return np.asarray(np.partition(values, len(values) - count)[len(values) - count])
+    columns = len(values) // rows
+    largest = values[: rows * columns].reshape(rows, columns).max(0)
+    return np.asarray(np.partition(largest, columns - count)[columns - count])
+
+
+def _smallest(values: Array, weights: Array, target: float) -> Array:
+    """Indices, ascending, of the smallest set of best values whose weights reach `target`.
+
+    Nucleus sampling (Holtzman et al., arXiv 1904.09751).
+    """
+    if (
+        not len(values) or values.min() == values.max()
+    ):  # ties are in order, and each weighs the same
+        return np.arange(min(len(values), math.ceil(target / max(weights[0], 1e-300))))
+    order = np.argsort(-values, kind="stable")
+    count = int(np.searchsorted(weights[order].cumsum(), target)) + 1
+    return np.sort(order[:count])
+
+
+def _nucleus(values: Array, weights: Array, total: float, target: float) -> Array:
+    """The same for many: float32 weights [n], 0 outside the nucleus.
+
+    Searches the bits of the smallest weight kept, which ascend as the weights do, by two guesses
+    and then by halves; each step is one sum over all. What shares the last interval is sorted.
+    """
+    # What weighs less than this makes up less than the rest, even if it is all of them.
+    low, high = _bits(max(total - target, 0.0) / len(weights)), _bits(1.0) + 1
+    guesses = _guesses(weights, target)
+    while high - low > _INTERVAL:
+        middle = guesses.pop() if guesses else (low + high) // 2
+        if low < middle < high:
+            reached = np.dot(weights, weights >= _from_bits(middle)) >= target
+            low, high = (middle, high) if reached else (low, middle)
+    above = weights >= _from_bits(high)
+    between = np.flatnonzero((weights >= _from_bits(low)) & ~above)
+    left = target - float((weights * above).sum(dtype=np.float64))
+    if left > 0 and len(between):
+        kept = _smallest(values[between], weights[between].astype(np.float64), left)
+        above[between[kept]] = True
+    return weights * above
+
+
+def _guesses(weights: Array, target: float) -> list[int]:
+    """Bits of a weight a little below and of one a little above the smallest that is kept.
+
+    A sample tells where that lies; the sample's own error is measured there and taken out.
+    """
+    sample = np.sort(weights[::_STRIDE])[::-1]
+    ends = sample.cumsum(dtype=np.float64)
+    first = min(int(np.searchsorted(ends, target / _STRIDE)), len(sample) - 1)
+    reached = float(np.dot(weights, weights >= sample[first]))
+    index = int(np.searchsorted(ends, ends[first] + (target - reached) / _STRIDE))
+    near = (min(max(round(index * part), 0), len(sample) - 1) for part in (0.98, 1.02))
+    return [_bits(sample[i]) for i in near]
+
+
+def _bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
+def _from_bits(bits: int) -> Array:
+    return np.asarray(bits, np.int32).view(np.float32)
+
+
+def draw(weights: Array, uniform: float) -> int:
+    """The index at which the running sum of weights passes `uniform` (0 to 1) of their total."""
+    whole = len(weights) // _BLOCK * _BLOCK
+    sums = weights[:whole].reshape(-1, _BLOCK).sum(1)
+    ends = np.append(sums, weights[whole:].sum()).cumsum(dtype=np.float64)
+    point = uniform * ends[-1]
+    block = min(int(np.searchsorted(ends, point, "right")), len(ends) - 1)
+    part = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+    index = int(np.searchsorted(part, point - (ends[block - 1] if block else 0.0), "right"))
+    if index < len(part):
+        return block * _BLOCK + index
+    return int(np.flatnonzero(weights[: (block + 1) * _BLOCK])[-1])  # sums round apart

@@ -33,10 +33,10 @@ def side_by_side(encoders: int, threads: int) -> bool:
 
 @dataclass(frozen=True)
 class Features:
-    """Feature rows of all images [F, width], and for each the rows of its tokens, in order."""
+    """Feature rows of all images [F, hidden_size]; for each image the indices of its tokens."""
 
     rows: Array
-    places: tuple[Array, ...]
+    indices: tuple[Array, ...]
 
 
 class Vision:
@@ -52,22 +52,28 @@ class Vision:
         self._encoders = [r for r in before if _sees_pixels(r, made.edges)]
         self._after = [r for r in before if r not in self._encoders]
         self._output = self._sources[f"{model.lm.name}:features"]
+        width: int = model.lm.config.hidden_size
+        self._none = Features(np.zeros((1, width), np.float32), ())
         self._pool = ThreadPoolExecutor(len(self._encoders)) if together else None
 
     def encode(
         self, images: Sequence[LoadedImage], clock: Clock, *, tiles: bool = True
     ) -> Features:
         """Features of all images. tiles=False gives every image one view (chat scripts)."""
-        width: int = self._model.lm.config.hidden_size
         if not images:
-            return Features(np.zeros((1, width), np.float32), ())
-        parts, places, start = [], [], 0
+            return self._none
+        rows, indices, start = [], [], 0
         for image in images:
-            part, rows = self._one(image, len(images), clock, tiles)
-            parts.append(part)
-            places.append(rows + start)
-            start += len(part)
-        return Features(np.concatenate(parts), tuple(places))
+            own, order = self._one(image, len(images), clock, tiles)
+            rows.append(own)
+            indices.append(order + start)
+            start += len(own)
+        return Features(np.concatenate(rows), tuple(indices))
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def _one(
         self, image: LoadedImage, count: int, clock: Clock, tiles: bool
@@ -104,7 +110,7 @@ class Vision:
         return views, found
 
     def _encoded(self, pixels: list[dict[str, Array]], clock: Clock) -> dict[str, Array]:
-        """Every encoder's outputs, the views of a image on the first axis."""
+        """Every encoder's outputs, the views of an image on the first axis."""
         found: dict[str, list[Array]] = {}
         for view in pixels:
             values: dict[str, Array] = dict(view)
@@ -126,10 +132,10 @@ class Vision:
         values.update({f"{record.name}:{name}": array for name, array in outputs.items()})
 
     def _arrangement(self, views: Views, image: LoadedImage) -> ArrangedTokens | None:
-        layout = self._model.images.arrangement
-        if layout is None:
+        rules = self._model.images.arrangement
+        if rules is None:
             return None
-        return tiling.arrange(layout, len(views.images), views.grid, image.rgb.size)
+        return tiling.arrange(rules, len(views.images), views.grid, image.rgb.size)
 
 
 def _sees_pixels(record: ComponentRecord, edges: Sequence[Edge]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,10 @@ def test_comm_is_the_papers_formula_and_answers_token_for_token(tmp_path: Path) 
     assert len(set(expected)) > 3
 
 
-def test_encoders_side_by_side_give_the_same(tmp_path: Path) -> None:
+def test_encoders_side_by_side_give_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgevlm.engines.runtime import session as sessions
     from edgevlm.engines.runtime import vision
     from edgevlm.engines.runtime.clock import Clock
     from edgevlm.toolkit.images.preprocess import load
@@ -149,10 +153,13 @@ def test_encoders_side_by_side_give_the_same(tmp_path: Path) -> None:
     assert vision.side_by_side(2, 8)
     assert not vision.side_by_side(2, 2)
     assert not vision.side_by_side(1, 64)
-    alone = Session.open(engine, threads=1)
-    together = Session.open(engine, threads=8)
-    one, many = (s.vision.encode([load(IMAGE)], Clock()).rows for s in (alone, together))
+    monkeypatch.setattr(sessions, "threads_here", lambda: 8)
+    before = set(threading.enumerate())
+    with Session.open(engine, threads=1) as alone, Session.open(engine, threads=8) as together:
+        one, many = (s.encode([load(IMAGE)], Clock()).rows for s in (alone, together))
+        assert set(threading.enumerate()) - before
     np.testing.assert_allclose(one, many, atol=1e-5)
+    assert set(threading.enumerate()) <= before
 
 
 def test_levels_that_do_not_exist_are_refused(tmp_path: Path) -> None:

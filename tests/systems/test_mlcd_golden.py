@@ -38,12 +38,9 @@ class Golden:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Golden, Session]:
-    from tests.conftest import golden_cases
+    from tests.conftest import golden_case
 
-    found = golden_cases().get(CASE)
-    if found is None:
-        pytest.skip(f"golden case {CASE} is not on this machine")
-    golden = Golden(found)
+    golden = Golden(golden_case(CASE))
     return golden, Session.open(engine_of(golden.folder, tmp_path_factory.mktemp(CASE)))
 
 
@@ -117,9 +114,9 @@ def test_features_are_near(built: tuple[Golden, Session]) -> None:
         found = session.vision.encode([preprocess.load(path)], Clock())
         expected = golden.outputs[f"image{number}.projected"].reshape(-1, 64)
         near(found.rows[:-1], expected)
-        near(found.rows[found.places[0]], golden.outputs[f"image{number}.merged_tokens"])
+        near(found.rows[found.indices[0]], golden.outputs[f"image{number}.merged_tokens"])
         single = session.vision.encode([preprocess.load(path)], Clock(), tiles=False)
-        near(single.rows[single.places[0]], golden.outputs[f"image{number}.single_view_tokens"])
+        near(single.rows[single.indices[0]], golden.outputs[f"image{number}.single_view_tokens"])
 
 
 ARRANGEMENTS = {
@@ -188,7 +185,7 @@ def test_other_merge_types_from_checkpoint_to_answer(
     session = Session.open(engine_of(folder, tmp_path))
     for number, path in enumerate(golden.images):
         found = session.vision.encode([preprocess.load(path)], Clock())
-        near(found.rows[found.places[0]], golden.outputs[f"image{number}.{name}"])
+        near(found.rows[found.indices[0]], golden.outputs[f"image{number}.{name}"])
 
 
 def _without_newline(folder: Path) -> None:

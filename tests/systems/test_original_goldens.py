@@ -43,12 +43,9 @@ def near(found: Array, expected: Array, tolerance: float = 1e-4) -> None:
 def built(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Golden, Path]:
-    from tests.conftest import golden_cases
+    from tests.conftest import golden_case
 
-    found = golden_cases().get(request.param)
-    if found is None:
-        pytest.skip(f"golden case {request.param} is not on this machine")
-    golden = Golden(found)
+    golden = Golden(golden_case(request.param))
     return golden, engine_of(golden.checkpoint, tmp_path_factory.mktemp(request.param))
 
 
@@ -101,7 +98,7 @@ def test_features_and_logits_are_near(built: tuple[Golden, Path]) -> None:
     parts = {p.name: p for p in components.components(bundle.model)}
     session = Session.open(engine)
     found = session.vision.encode([preprocess.load(golden.image)], _clock())
-    features, rows = found.rows, found.places
+    features, rows = found.rows, found.indices
     near(features, golden.outputs["projector_output"])
     (encoder,) = [p for n, p in parts.items() if n.startswith("encoder.")]
     outputs = encoder.forward(
@@ -115,7 +112,8 @@ def test_features_and_logits_are_near(built: tuple[Golden, Path]) -> None:
     op, table = NumpyOps(), Weights(bundle.tensors("lm")) / "embed"
     embedded = op.place_tokens(op.embed(sequence.ids, table), features, sequence.rows)
     near(embedded, golden.outputs["inputs_embeds"])
-    near(session.prefill(sequence, features), golden.outputs["logits"][0, -1])
+    logits = session.prefill(sequence, features, session.new_state())
+    near(logits, golden.outputs["logits"][0, -1])
 
 
 def test_two_images_in_their_order(built: tuple[Golden, Path], tmp_path: Path) -> None:
@@ -127,9 +125,9 @@ def test_two_images_in_their_order(built: tuple[Golden, Path], tmp_path: Path) -
     session = Session.open(engine)
     images = [preprocess.load(golden.image), preprocess.load(mirrored)]
     features = session.vision.encode(images, _clock())
-    sequence = _sequence(session, golden.case["prompt_two_images"], features.places)
+    sequence = _sequence(session, golden.case["prompt_two_images"], features.indices)
     expected = golden.outputs["logits_two_images_last"].reshape(-1)
-    near(session.prefill(sequence, features.rows), expected)
+    near(session.prefill(sequence, features.rows, session.new_state()), expected)
 
 
 def _sequence(session: Session, text: str, rows: Sequence[Array]) -> prompts.PromptSequence:

@@ -97,9 +97,9 @@ def _text_of(session: Session, ids: list[int]) -> str:
 
 
 def test_one_placeholder_more_than_images(tmp_path: Path) -> None:
-    from tests.conftest import golden_cases
+    from tests.conftest import golden_case
 
-    case = golden_cases()[MLCD]
+    case = golden_case(MLCD)
     prompt = json.loads((case / "meta.json").read_text())["prompt_two_images"]
     first, second = case / "image0.png", case / "image1.png"
     plain, odd = opened(case, tmp_path), opened(case, tmp_path, "reuse-image")
@@ -128,9 +128,9 @@ def test_gammas_that_the_originals_loader_loses(tmp_path: Path) -> None:
 
 
 def test_a_quirk_travels_with_the_bundle(tmp_path: Path) -> None:
-    from tests.conftest import golden_cases
+    from tests.conftest import golden_case
 
-    opened(golden_cases()[MLCD], tmp_path, "reuse-image")
+    opened(golden_case(MLCD), tmp_path, "reuse-image")
     shutil.move(tmp_path / "bundle-reuse-image", tmp_path / "b")
     source = systems.load(tmp_path / "b", Options(quirks=("ignore-exif",)))
     assert source.model.prompts.reuse_last

@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgevlm.engines.build.build import TOLERANCE, relative_difference
+from edgevlm.engines.backends import sessions
+from edgevlm.engines.build.check import TOLERANCE
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle import goldens
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.errors import CheckpointError, ConfigError, ToolkitError
 from edgevlm.toolkit.ops.vocabulary import Array
-from tests.conftest import golden_cases
+from edgevlm.toolkit.vlm.components import zero_states
+from tests.conftest import golden_case
 from tests.pipeline import ask, engine_of
 from tests.systems.test_original_goldens import Golden
 
@@ -30,10 +30,7 @@ CASES = ["e2e_llava15", "e2e_convllava", "e2e_mmfuser"]
 
 def copied(name: str, work: Path) -> tuple[Golden, Path]:
     """A golden case copied below `work`; its checkpoint folder there."""
-    found = golden_cases().get(name)
-    if found is None:
-        pytest.skip(f"golden case {name} is not on this machine")
-    shutil.copytree(found, work / "case")
+    shutil.copytree(golden_case(name), work / "case")
     for path in (work / "case").rglob("*"):
         path.chmod(0o755)
     golden = Golden(work / "case")
@@ -140,7 +137,7 @@ def test_the_unlowered_bundle_reproduces_its_goldens_in_plain_onnx_runtime(
     _, checkpoint = copied(name, tmp_path)
     engine_of(checkpoint, tmp_path)
     for actual, expected in replayed(Bundle.open(tmp_path / "bundle")):
-        assert relative_difference(actual, expected) < TOLERANCE["fp32"]
+        assert goldens.relative_difference(actual, expected) < TOLERANCE["fp32"]
 
 
 def replayed(bundle: Bundle) -> Iterator[tuple[Array, Array]]:
@@ -148,14 +145,10 @@ def replayed(bundle: Bundle) -> Iterator[tuple[Array, Array]]:
     states: dict[str, dict[str, Any]] = {}
     for golden in goldens.load(bundle.path / "golden.npz"):
         record = bundle.manifest.component(golden.component)
-        session = onnxruntime.InferenceSession(
-            str(bundle.path / record.graph), providers=["CPUExecutionProvider"]
+        session = sessions.open_session(bundle.path / record.graph)
+        own = states.setdefault(
+            record.name, dict(zero_states(record.inputs, record.outputs, goldens.AXES))
         )
-        own = states.setdefault(record.name, {})
-        for port in record.inputs:
-            if port.name.startswith("past.") and port.name not in own:
-                shape = [goldens.AXES[n] if isinstance(n, str) else n for n in port.shape]
-                own[port.name] = np.zeros(shape, np.float32)
         names = [o.name for o in session.get_outputs()]
         found = dict(zip(names, session.run(names, {**golden.inputs, **own}), strict=True))
         own.update({p.updates: found[p.name] for p in record.outputs if p.updates})

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 
 from edgevlm import cli
-from edgevlm.engines.build.build import TOLERANCE, build, lint, relative_difference
+from edgevlm.engines.build.build import build, lint
+from edgevlm.engines.build.check import TOLERANCE
 from edgevlm.export.write import graphs
 from edgevlm.toolkit import systems
+from edgevlm.toolkit.bundle.goldens import relative_difference
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.errors import ToolkitError
 from edgevlm.toolkit.target import parse
-from tests.conftest import ROOT, golden_cases
+from tests.conftest import ROOT, golden_case
 from tests.pipeline import ask, engine_of, requantized, silent
 from tests.systems import test_comm, test_huggingface, test_huggingface_next
 from tests.systems.test_huggingface import IMAGE
@@ -45,7 +47,7 @@ def _next_original(folder: Path) -> None:
     import json
     import shutil
 
-    case = golden_cases()["e2e_llava15"]
+    case = golden_case("e2e_llava15")
     shutil.copytree(case / "llava-v1.5-tiny", folder)
     shutil.copytree(case / "clip-vit-tiny", folder.parent / "clip-vit-tiny")
     path = folder / "config.json"
@@ -64,7 +66,7 @@ HUGGINGFACE: dict[str, Callable[[Path], object]] = {
 
 def original(system: str, work: Path) -> Path:
     if system in ORIGINALS:
-        return golden_cases()[ORIGINALS[system].split("/")[0]].joinpath(
+        return golden_case(ORIGINALS[system].split("/")[0]).joinpath(
             *ORIGINALS[system].split("/")[1:]
         )
     MAKERS[system](work / "checkpoint")

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgevlm.toolkit import target
 from edgevlm.toolkit.errors import ConfigError, TargetMismatch
-from edgevlm.toolkit.target import BACKENDS, DEVICES, Target, check_runs_here, parse, release
+from edgevlm.toolkit.target import (
+    BACKENDS,
+    DEVICES,
+    Target,
+    check_runs_here,
+    parse,
+    release,
+    saturates_int8,
+)
 
 VERSIONS = st.lists(st.integers(0, 30), max_size=4).map(tuple)
 TARGETS = st.builds(
@@ -110,3 +120,96 @@ def test_names_of_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, meant in (("AMD64", "x86_64"), ("arm64", "aarch64"), ("riscv64", "riscv64")):
         monkeypatch.setattr("platform.machine", lambda name=name: name)
         assert target.machine() == meant
+
+
+FLAGS = {
+    "zen 3": ("fpu sse4_2 avx avx2 fma sha_ni vaes vpclmulqdq", True),
+    "zen 5": ("fpu sse4_2 avx avx2 fma avx512f avx512bw avx512_vnni avx_vnni", False),
+    "skylake-x": ("fpu avx avx2 fma avx512f avx512bw avx512vl", True),
+    "alder lake": ("fpu avx avx2 fma avx_vnni", False),
+    "a name that only contains it": ("fpu avx2 no_avx_vnni_here", True),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_vnni_is_read_from_the_flags(name: str, tmp_path: Path) -> None:
+    flags, saturates = FLAGS[name]
+    one = f"processor\t: 0\nmodel name\t: avx512_vnni\nflags\t\t: {flags}\nvmx flags\t: vnmi\n\n"
+    (tmp_path / "cpuinfo").write_text(2 * one)
+    assert saturates_int8("x86_64", tmp_path / "cpuinfo") is saturates
+    assert saturates_int8("aarch64", tmp_path / "cpuinfo") is False
+
+
+def test_where_flags_cannot_be_read_products_may_saturate(tmp_path: Path) -> None:
+    assert saturates_int8("x86_64", tmp_path / "absent") is True
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\n")
+    assert saturates_int8("x86_64", tmp_path / "cpuinfo") is True
+
+
+def test_all_processors_must_have_it(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("flags\t: avx2 avx_vnni\n\nflags\t: avx2\n")
+    assert saturates_int8("x86_64", tmp_path / "cpuinfo") is True
+
+
+# -- processors ---------------------------------------------------------------------------------
+
+GROUPS: dict[str, tuple[dict[str, str], str, float | None]] = {
+    "nothing": ({}, "0::/\n", None),
+    "v2, none": ({"cpu.max": "max 100000\n"}, "0::/\n", None),
+    "v2": ({"cpu.max": "150000 100000\n"}, "0::/\n", 1.5),
+    "v2, half": ({"cpu.max": "50000 100000\n"}, "0::/\n", 0.5),
+    "v2, own group": ({"a/b/cpu.max": "300000 100000"}, "0::/a/b\n", 3.0),
+    "v2, the group above is tighter": (
+        {"a/b/cpu.max": "300000 100000", "a/cpu.max": "200000 100000", "cpu.max": "max 100000"},
+        "0::/a/b\n",
+        2.0,
+    ),
+    "v2, another group": ({"c/cpu.max": "100000 100000"}, "0::/a\n", None),
+    "v1": (
+        {"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"},
+        "4:memory:/x\n3:cpu,cpuacct:/\n",
+        2.5,
+    ),
+    "v1, none": (
+        {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
+        "3:cpu:/\n",
+        None,
+    ),
+    "v1, own group": (
+        {
+            "cpu,cpuacct/d/cpu.cfs_quota_us": "400000",
+            "cpu,cpuacct/d/cpu.cfs_period_us": "100000",
+        },
+        "3:cpu,cpuacct:/d\n",
+        4.0,
+    ),
+    "v1, a group of memory": ({"memory/d/cpu.max": "100000 100000"}, "5:memory:/d\n", None),
+    "damaged": ({"cpu.max": "many\n"}, "0::/\n", None),
+    "empty": ({"cpu.max": ""}, "", None),
+    "zero": ({"cpu.max": "0 0"}, "0::/\n", None),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_the_quota_of_a_container(case: str, tmp_path: Path) -> None:
+    files, own, expected = GROUPS[case]
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text)
+    (tmp_path / "own").write_text(own)
+    assert target.processor_quota(tmp_path / "root", tmp_path / "own") == expected
+
+
+def test_a_system_without_control_groups_has_no_quota(tmp_path: Path) -> None:
+    assert target.processor_quota(tmp_path / "none", tmp_path / "neither") is None
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads"), [(None, 6), (0.2, 1), (1.0, 1), (1.5, 2), (2.0, 2), (5.01, 6), (64.0, 6)]
+)
+def test_threads_are_within_the_quota_rounded_up(
+    quota: float | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)), raising=False)
+    monkeypatch.setattr(target, "processor_quota", lambda: quota)
+    assert target.threads_here() == threads

@@ -154,6 +154,9 @@ def test_plain_clip_towers_of_mlcd(golden: Path) -> None:
     near(np.stack(found), outputs["hidden_states"])
 
 
+Grids = tuple[tuple[int, int], ...]  # (height, width) of each level
+
+
 @pytest.mark.parametrize("golden", ["ms_deform_attn"], indirect=True)
 def test_deformable_attention(golden: Path) -> None:
     case = json.loads((golden / "case.json").read_text())
@@ -174,13 +177,42 @@ def test_deformable_attention(golden: Path) -> None:
         ("out_ref4", value, inputs["reference_points_4"]),
         ("out_ref2_masked", masked, inputs["reference_points_2"]),
     ):
-        for batch in range(query.shape[0]):  # our reference points belong to the model, not a call
-            one = slice(batch, batch + 1)
-            core = NumpyOps().ms_deform_attn(
-                values[one], offsets[one], scores[one], grids=grids, num_heads=case["n_heads"],
-                num_points=case["n_points"], head_dim=width, reference=reference[batch],
-            )  # fmt: skip
-            near(linear("output_proj", core), outputs[name][one])
+        common = (max(h for h, _ in grids), max(w for _, w in grids))
+        core = NumpyOps().ms_deform_attn(
+            on_one_grid(values, grids, common),
+            offsets_on_one_grid(offsets, reference, grids, common, case["n_points"]),
+            scores, grid=common, num_levels=len(grids), num_heads=case["n_heads"],
+            num_points=case["n_points"], head_dim=width,
+            reference=np.zeros((query.shape[1], 2), np.float32),
+        )  # fmt: skip
+        near(linear("output_proj", core), outputs[name])
+
+
+def on_one_grid(value: Array, grids: Grids, common: tuple[int, int]) -> Array:
+    """Levels of several sizes as levels of one, zeros (what lies outside) at right and bottom."""
+    batch, _, channels = value.shape
+    found, start = np.zeros((batch, len(grids), *common, channels), value.dtype), 0
+    for level, (height, width) in enumerate(grids):
+        cells = value[:, start : start + height * width]
+        found[:, level, :height, :width] = cells.reshape(batch, height, width, channels)
+        start += height * width
+    return found.reshape(batch, -1, channels)
+
+
+def offsets_on_one_grid(
+    offsets: Array, reference: Array, grids: Grids, common: tuple[int, int], points: int
+) -> Array:
+    """The original's points, whose references differ by level and may be boxes, as offsets alone.
+
+    reference [B, Q, levels, 2 or 4]; the result counts cells from reference (0, 0).
+    """
+    batch, queries = offsets.shape[:2]
+    shifts = offsets.reshape(batch, queries, -1, len(grids), points, 2)
+    sizes = np.asarray([(w, h) for h, w in grids], np.float32)[:, None]
+    moved = reference[:, :, None, :, None, :2] * sizes
+    if reference.shape[-1] == 4:
+        shifts = shifts / points * reference[:, :, None, :, None, 2:] * 0.5 * sizes
+    return np.asarray(shifts + moved, np.float32).reshape(batch, queries, -1)
 
 
 @pytest.mark.parametrize("golden", ["mmfuser_block"], indirect=True)

@@ -1,4 +1,9 @@
-"""Folders that are whole or absent: written beside their name, then renamed into place."""
+"""Folders that are whole or absent: written beside their name, then renamed into place.
+
+While a folder is written, its writer holds a lock on a file beside it; the system lets go of the
+lock when the process ends, however it ends. So a partial folder whose lock can be taken is a
+leftover, wherever its writer ran: containers that share a disk do not see one another's processes.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,9 @@ import errno
 import glob
 import hashlib
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +22,8 @@ from edgevlm.toolkit.errors import ConfigError, OutputError
 from edgevlm.toolkit.strict import read_json
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LOCK, _OLD = ".lock", "-old"  # after the name of a partial folder
+_DAY_S = 86_400
 _MARKERS = ("manifest.json", "engine.json")
 
 
@@ -23,22 +32,22 @@ def writing(out: Path, *, force: bool) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well, and vanishes otherwise.
 
     Raises OutputError if `out` exists (unless `force`, and only for our own artifacts), the disk
-    is full, or the place cannot be written. Interrupting the block removes the temporary folder.
+    is full, or `out` cannot be written. Interrupting the block removes the temporary folder.
     """
+    recover(out)
     refuse_existing(out, force=force)
-    place = out.resolve()  # a link keeps pointing at what is written
-    partial = place.parent / f".{place.name}.partial-{os.getpid()}"
-    parents = [parent for parent in place.parents if not parent.exists()]
+    final = out.resolve()  # a link keeps pointing at what is written
+    parents = [parent for parent in final.parents if not parent.exists()]
     try:
-        _clear_leftovers(place)
-        partial.mkdir(parents=True)
-        yield partial
-        refuse_existing(out, force=force)  # another process may have been faster
-        _publish(partial, place)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(final) as partial:
+            partial.mkdir()
+            yield partial
+            refuse_existing(out, force=force)  # another process may have been faster
+            _publish(partial, final)
     except OSError as refused:
         raise _output_error(refused, out) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         _remove_empty(parents)
 
 
@@ -92,39 +101,126 @@ def refuse_source(out: Path, source: Path) -> None:
 
 def require_space(out: Path, nbytes: int) -> None:
     """Raise OutputError before the work starts if the disk cannot hold `nbytes` more."""
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    disk = out.absolute()
+    while not disk.exists():
+        disk = disk.parent
+    free = shutil.disk_usage(disk).free
     if free < nbytes:
         raise OutputError(
-            f"{out} needs {nbytes / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free",
+            f"{out} needs {nbytes / 1e9:.2f} GB, {disk} has {free / 1e9:.2f} GB free",
             hint="free some space, or write to another disk",
         )
 
 
-def _clear_leftovers(place: Path) -> None:
-    """Remove partial folders of processes that were killed before they could clean up."""
-    for stale in place.parent.glob(f".{glob.escape(place.name)}.partial-*"):
-        pid = stale.name.removesuffix("-old").rpartition("-")[2]
-        if Path(f"/proc/{pid}").exists() or not Path("/proc/self").exists():
-            continue
-        if stale.name.endswith("-old") and not place.exists():
-            stale.rename(place)  # killed between the two renames of _publish
-        else:
-            shutil.rmtree(stale, ignore_errors=True)
+def recover(out: Path) -> None:
+    """Remove what killed writers of `out` left, and put back what one of them had moved away."""
+    with suppress(OSError, ValueError):  # a bad path is told of when it is written to
+        final = out.resolve()
+        for partial in _partial_folders(final):
+            lock = _lock_of(partial)
+            with suppress(FileNotFoundError), _taken(lock) as stale:
+                if stale:
+                    _clear(partial, final)
+                    lock.unlink(missing_ok=True)
 
 
-def _publish(partial: Path, place: Path) -> None:
-    if not place.exists() or not any(place.iterdir()):
-        partial.rename(place)
-        return
-    old = place.parent / f"{partial.name}-old"
-    place.rename(old)
+def _partial_folders(final: Path) -> list[Path]:
+    """Paths of partial folders that have left something: themselves, the old artifact, a lock."""
+    found = final.parent.glob(f"{glob.escape(_partial_prefix(final))}*")
+    names = {path.name.removesuffix(_OLD).removesuffix(_LOCK) for path in found}
+    return [final.parent / name for name in sorted(names)]
+
+
+def _partial_prefix(final: Path) -> str:
+    return f".{final.name}.partial-"
+
+
+def _lock_of(partial: Path) -> Path:
+    return partial.with_name(partial.name + _LOCK)
+
+
+def _old_of(partial: Path) -> Path:
+    return partial.with_name(partial.name + _OLD)
+
+
+def _clear(partial: Path, final: Path) -> None:
+    old = _old_of(partial)
+    if old.exists() and not final.exists():
+        old.rename(final)  # killed between the two renames of _publish
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def _locked(final: Path) -> Iterator[Path]:
+    """A partial folder's path of this writer's own, whose lock is held until the block ends."""
+    while True:
+        partial = final.with_name(_partial_prefix(final) + secrets.token_hex(4))
+        lock = _lock_of(partial)
+        descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        # Before it is locked, another process may take the new file for a leftover.
+        if _try_lock(descriptor) is not False and lock.exists():
+            break
+        os.close(descriptor)
     try:
-        partial.rename(place)
+        yield partial
+    finally:
+        _clear(partial, final)
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def _taken(lock: Path) -> Iterator[bool]:
+    """Whether the writer of this lock is gone; while the block runs nobody else is told so.
+
+    Without the lock's file, or on a file system without locks, the age decides: no writer takes a
+    day.
+    """
+    try:
+        descriptor = os.open(lock, os.O_RDWR)
+    except FileNotFoundError:
+        yield _is_old(lock)
+        return
+    try:
+        locked = _try_lock(descriptor)
+        yield _is_old(lock) if locked is None else locked
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """Whether the lock was free and is ours now; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems have none
+        return None
+    return True
+
+
+def _is_old(lock: Path) -> bool:
+    """Whether what belongs to a lock was last changed more than a day ago."""
+    partial = lock.with_name(lock.name.removesuffix(_LOCK))
+    changed = [path.stat().st_mtime for path in (lock, partial, _old_of(partial)) if path.exists()]
+    return time.time() - max(changed, default=0.0) > _DAY_S
+
+
+def _publish(partial: Path, final: Path) -> None:
+    if not final.exists() or not any(final.iterdir()):
+        partial.rename(final)
+        return
+    old = _old_of(partial)
+    final.rename(old)
+    try:
+        partial.rename(final)
     except BaseException:
-        old.rename(place)
+        old.rename(final)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -1,16 +1,20 @@
-"""Goldens: small inputs and the reference's outputs, made at export, replayed at every build."""
+"""Goldens: small inputs and the reference's outputs, made at export, replayed at every build.
+
+A quantized bundle has two answers to each call: its own, of the weights as they are stored, and the
+float model's. The first says whether kernels are right, the second what the precision costs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
-from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, Component, Port
+from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, Component, Port, zero_states
 
 AXES = {
     "height": 128,
@@ -23,6 +27,7 @@ AXES = {
     "scored": 1,
     "context": 16,
 }
+_KINDS = ("in", "out", "float")  # in the names of the arrays of golden.npz
 _KEEP = 1 << 16  # outputs larger than this are stored as that many evenly spaced values
 
 
@@ -30,13 +35,16 @@ _KEEP = 1 << 16  # outputs larger than this are stored as that many evenly space
 class Golden:
     """One call of one component: inputs without states, and the expected outputs.
 
-    Calls of a component are replayed in order: the second sees the states that the first left.
-    An output of more than 65,536 values is sampled at `sample(size)`.
+    outputs: of the weights as this bundle stores them. float_outputs: of the float model that a
+    quantized bundle was made from; empty where the two are the same. Calls of a component are
+    replayed in order: the second sees the states that the first left. Outputs are flat; one of
+    more than 65,536 values is sampled at `sample(size)`.
     """
 
     component: str
     inputs: dict[str, Array]
     outputs: dict[str, Array]
+    float_outputs: dict[str, Array] = field(default_factory=dict)
 
 
 def sample(size: int) -> Array:
@@ -46,26 +54,68 @@ def sample(size: int) -> Array:
     return np.linspace(0, size - 1, _KEEP).astype(np.int64)
 
 
+def sampled(output: Array) -> Array:
+    """The values of an output at which it is compared, as a copy in float32."""
+    return output.reshape(-1)[sample(output.size)].astype(np.float32)
+
+
+def centered(values: Array, shape: tuple[int, ...]) -> Array:
+    """`sampled` values of an output of `shape`, each less the mean of its row (the last axis).
+
+    What logits say stays the same if a constant is added to a row: a difference must not count it,
+    nor may a large constant hide one.
+    """
+    rows = sample(int(np.prod(shape))) // shape[-1]
+    means = np.bincount(rows, values) / np.maximum(np.bincount(rows), 1)
+    return np.asarray(values - means[rows])
+
+
+def relative_difference(actual: Array, expected: Array) -> float:
+    """Largest absolute difference over the largest expected value; infinite for NaN."""
+    if actual.shape != expected.shape or not np.isfinite(actual).all():
+        return float("inf")
+    return float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-12))
+
+
+def relative_rms(pairs: Iterable[tuple[Array, Array]]) -> float:
+    """Root of the mean squared difference of all (actual, expected), over that of the expected
+    values; infinite for NaN.
+    """
+    wrong = right = 0.0
+    for actual, expected in pairs:
+        if actual.shape != expected.shape or not np.isfinite(actual).all():
+            return float("inf")
+        wrong += float(np.sum((actual - expected).astype(np.float64) ** 2))
+        right += float(np.sum(expected.astype(np.float64) ** 2))
+    return float(np.sqrt(wrong / max(right, 1e-24)))
+
+
 def make_goldens(
     component: Component, tensors: Mapping[str, Array], seed: int = 0
 ) -> Iterator[Golden]:
     """Run the reference over a component's golden calls, with weights read one at a time."""
-    states = _zero_states(component)
-    for inputs in _calls(component, seed):
+    return _answered(component, tensors, _calls(component, seed))
+
+
+def requantized(
+    component: Component, tensors: Mapping[str, Array], origin: Iterable[Golden]
+) -> Iterator[Golden]:
+    """The goldens of a component in other weights; the float answers stay those of `origin`."""
+    calls = list(origin)
+    again = _answered(component, tensors, (golden.inputs for golden in calls))
+    for golden, own in zip(calls, again, strict=True):
+        yield replace(own, float_outputs=golden.float_outputs or golden.outputs)
+
+
+def _answered(
+    component: Component, tensors: Mapping[str, Array], calls: Iterable[dict[str, Array]]
+) -> Iterator[Golden]:
+    states = zero_states(component.inputs, component.outputs, AXES)
+    for inputs in calls:
         outputs = component.forward(NumpyOps(), Weights(tensors), {**inputs, **states})
         states = {p.updates: outputs[p.name] for p in component.outputs if p.updates}
         plain = [p.name for p in component.outputs if p.updates is None]
-        kept = {n: outputs[n].reshape(-1)[sample(outputs[n].size)] for n in plain}
-        yield Golden(component.name, inputs, {n: x.astype(np.float32) for n, x in kept.items()})
-
-
-def _zero_states(component: Component) -> dict[str, Array]:
-    names = {p.updates for p in component.outputs if p.updates}
-    return {
-        p.name: np.zeros([_size(n, AXES) for n in p.shape], np.float32)
-        for p in component.inputs
-        if p.name in names
-    }
+        yield Golden(component.name, inputs, {n: sampled(outputs[n]) for n in plain})
 
 
 def _size(dim: int | str, axes: Mapping[str, int]) -> int:
@@ -88,7 +138,7 @@ def _calls(component: Component, seed: int) -> Iterator[dict[str, Array]]:
             "rows": rows,
             "features": _values(plain["features"], AXES, generator),
             "start": np.asarray([start], np.int64),
-            "score": np.asarray([[length - 1]], np.int64),
+            "score": np.arange(length - 1, -1, -1)[None],  # every position, and not in order
         }
 
 
@@ -104,7 +154,8 @@ def save(path: Path, goldens: list[Golden]) -> None:
     """All calls of all components in one npz."""
     flat = {}
     for number, golden in enumerate(goldens):
-        for kind, arrays in (("in", golden.inputs), ("out", golden.outputs)):
+        every = (golden.inputs, golden.outputs, golden.float_outputs)
+        for kind, arrays in zip(_KINDS, every, strict=True):
             for name, array in arrays.items():
                 flat[f"{number:02d}|{golden.component}|{kind}|{name}"] = array
     with path.open("wb") as file:
@@ -118,5 +169,6 @@ def load(path: Path) -> list[Golden]:
         for key in sorted(stored.files):
             number, component, kind, name = key.split("|")
             golden = found.setdefault(number, Golden(component, {}, {}))
-            (golden.inputs if kind == "in" else golden.outputs)[name] = stored[key]
+            every = (golden.inputs, golden.outputs, golden.float_outputs)
+            every[_KINDS.index(kind)][name] = stored[key]
     return list(found.values())

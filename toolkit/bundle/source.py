@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgevlm.toolkit.bundle.manifest import TOKENIZER, Bundle
+from edgevlm.toolkit.bundle.manifest import GOLDENS, TOKENIZER, Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, with_context
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.vlm.components import components
@@ -24,4 +24,4 @@ def load(folder: Path, options: Options) -> Source:
     weights = {part.name: bundle.tensors(part.name) for part in components(model)}
     text = (folder / TOKENIZER).read_text(encoding="utf-8")
     origin = {**bundle.manifest.source, "rerecorded_from": bundle.sha256}
-    return Source(model, weights, text, origin, bundle.manifest.plan)
+    return Source(model, weights, text, origin, bundle.manifest.plan, folder / GOLDENS)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -177,19 +178,26 @@ def _three(value: Any, where: str) -> tuple[float, float, float]:
 # -- decoding ------------------------------------------------------------------------------
 
 
-def load(source: str | Path | bytes, *, upright: bool = True) -> LoadedImage:
-    """Decode a file or its bytes to RGB. Raises InputError with the value and the reason.
+def load(
+    source: str | PathLike[str] | bytes | bytearray | Image | Array, *, upright: bool = True
+) -> LoadedImage:
+    """Decode a file, its bytes, a PIL image or a uint8 array to RGB. Raises InputError.
 
     Orientation from EXIF is applied if `upright`, transparency dropped, CMYK and palettes are
-    converted, 16-bit greys scaled to 8 bits; an animation gives its first frame.
+    converted, 16-bit greys scaled to 8 bits; an animation gives its first frame. Arrays are
+    [height, width] or [height, width, 3 or 4], RGB.
     """
     from PIL import Image, UnidentifiedImageError
 
-    name = "image" if isinstance(source, bytes) else str(source)
+    name = str(source) if isinstance(source, (str, PathLike)) else "given in memory"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns where we refuse
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as file:
+            if isinstance(source, (Image.Image, np.ndarray)):
+                return _given(source, name, upright)
+            with Image.open(
+                source if isinstance(source, (str, PathLike)) else BytesIO(source)
+            ) as file:
                 _refuse_odd_sizes(file.size, name)
                 return _to_rgb(file, upright)
     except InputError:
@@ -205,8 +213,30 @@ def load(source: str | Path | bytes, *, upright: bool = True) -> LoadedImage:
         raise InputError(f"image {name} cannot be decoded: {reason}") from None
 
 
-def _why_unreadable(source: str | Path | bytes, name: str, refused: Exception) -> str:
-    size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+def _given(image: Image | Array, name: str, upright: bool) -> LoadedImage:
+    """A decoded image; the caller's own object stays as it is."""
+    from PIL import Image
+
+    if isinstance(image, np.ndarray):
+        shaped = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+        if image.dtype != np.uint8 or not shaped:
+            raise InputError(
+                f"an image was given as an array {list(image.shape)} of {image.dtype}, expected "
+                "uint8 [height, width] or [height, width, 3 or 4]"
+            )
+        _refuse_odd_sizes((image.shape[1], image.shape[0]), name)
+        return _to_rgb(Image.fromarray(np.ascontiguousarray(image)), upright)
+    _refuse_odd_sizes(image.size, name)
+    return _to_rgb(image if upright else image.copy(), upright)  # upright: a copy anyway
+
+
+def _why_unreadable(source: object, name: str, refused: Exception) -> str:
+    if isinstance(source, (bytes, bytearray)):
+        size = len(source)
+    elif isinstance(source, (str, PathLike)):
+        size = Path(source).stat().st_size
+    else:
+        return f"image {name} cannot be decoded: {refused}"
     if size == 0:
         return f"image {name} is empty (0 bytes)"
     if "DecompressionBomb" in type(refused).__name__:

@@ -15,11 +15,11 @@ from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.recipes import Recipe
 from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
 
-Room = Literal["encoders", "mergers", "lms"]
+Role = Literal["encoders", "mergers", "lms"]
 
 
 class Architecture(Protocol):
-    """What every architecture file offers, whatever its room."""
+    """What every architecture file offers, whatever its role."""
 
     Config: Any
 
@@ -62,17 +62,17 @@ class LMFile(Architecture, Protocol):
     ) -> tuple[T, list[tuple[T, T]]]: ...
 
 
-def kinds(room: Room) -> list[str]:
-    """Names of the architecture files in a room."""
-    folder = Path(__file__).parent / room
+def kinds(role: Role) -> list[str]:
+    """Names of the architecture files of a role."""
+    folder = Path(__file__).parent / role
     return sorted(m.name for m in pkgutil.iter_modules([str(folder)]))
 
 
-def _find(room: Room, kind: str) -> Any:
-    if kind not in kinds(room):
-        known = ", ".join(kinds(room))
-        raise ConfigError(f"there is no {room[:-1]} called {kind!r}", hint=f"known: {known}")
-    return import_module(f"edgevlm.toolkit.models.{room}.{kind}")
+def _find(role: Role, kind: str) -> Any:
+    if kind not in kinds(role):
+        known = ", ".join(kinds(role))
+        raise ConfigError(f"there is no {role[:-1]} called {kind!r}", hint=f"known: {known}")
+    return import_module(f"edgevlm.toolkit.models.{role}.{kind}")
 
 
 def encoder(kind: str) -> EncoderFile:

@@ -1,17 +1,18 @@
 """Pre-norm transformer blocks, shared by the vision transformers.
 
 x += scale1 * attention(norm1(x)); x += scale2 * mlp(norm2(x)); scales only where the tower has
-them (DINOv2). Each sum is fused with the norm behind it.
+them (DINOv2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypedDict
 
 from edgevlm.toolkit.models.recipes import Recipe, flip, keep
 from edgevlm.toolkit.models.taps import depth_needed
 from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
+from edgevlm.toolkit.strict import MOST_LAYERS, Reader
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -38,6 +39,43 @@ class Vit(Protocol):
     def taps(self) -> tuple[int, ...]: ...
 
 
+class SharedFields(TypedDict):
+    """What the configurations of the vision transformers have in common."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    activation: str
+    eps: float
+
+
+def read(
+    r: Reader,
+    activations: Sequence[str],
+    *,
+    hidden_size: int = 768,
+    num_layers: int = 12,
+    num_heads: int = 12,
+    patch_size: int,
+    eps: float,
+) -> SharedFields:
+    """The fields that they share; the numbers are what a missing key means.
+
+    activations: those implemented, the first where the key is missing.
+    """
+    r.choice("num_channels", [3], 3)
+    hidden_size = r.count("hidden_size", hidden_size)
+    return {
+        "hidden_size": hidden_size,
+        "num_layers": r.count("num_hidden_layers", num_layers, most=MOST_LAYERS),
+        "num_heads": r.share("num_attention_heads", hidden_size, num_heads),
+        "patch_size": r.count("patch_size", patch_size),
+        "activation": r.choice("hidden_act", list(activations), activations[0]),
+        "eps": r.positive("layer_norm_eps", eps),
+    }
+
+
 Attend = Callable[[Ops[Any], Any, Weights[Any], Any], Any]
 
 
@@ -51,11 +89,9 @@ def activate(op: Ops[T], name: str, x: T) -> T:
 
 
 def attention(op: Ops[T], c: Vit, w: Weights[T], x: T) -> T:
-    """Plain self-attention, x [B, S, width]."""
+    """Plain self-attention, x [B, S, hidden_size]."""
     q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
-    return op.linear(
-        op.attention(q, k, v, num_heads=c.num_heads, num_kv_heads=c.num_heads), w / "out"
-    )
+    return op.linear(op.attention(q, k, v, num_heads=c.num_heads), w / "out")
 
 
 def mlp(op: Ops[T], c: Vit, w: Weights[T], x: T) -> T:
@@ -74,27 +110,30 @@ def run(
     scaled: bool = False,
 ) -> tuple[T, ...]:
     """The blocks that the taps need, and the tapped hidden states (0 is x itself)."""
-    last, hidden = depth_needed(c.taps), {0: x}
-
-    def scale(update: T, layer: Weights[T], name: str) -> T:
-        return op.mul(update, layer[name]) if scaled else update
-
-    n = op.layer_norm(x, w / "layers.0" / "norm1", c.eps) if last else x
-    for i in range(last):
-        layer = w / f"layers.{i}"
-        update = scale(attend(op, c, layer / "attention", n), layer, "scale1")
-        n, x = op.add_norm(update, x, layer / "norm2", c.eps, "layer")
-        update = scale(feed_forward(op, c, layer / "mlp", n), layer, "scale2")
-        if i + 1 < last:
-            n, x = op.add_norm(update, x, w / f"layers.{i + 1}" / "norm1", c.eps, "layer")
-        else:
-            x = op.add(update, x)
-        hidden[i + 1] = x
+    hidden = [x]
+    for i in range(depth_needed(c.taps)):
+        x = op.block(_block, w / f"layers.{i}", x, c, attend, feed_forward, scaled)
+        hidden.append(x)
     return tuple(hidden[tap] for tap in c.taps)
 
 
+def _block(
+    op: Ops[T],
+    w: Weights[T],
+    x: T,
+    c: Vit,
+    attend: Attend,
+    feed_forward: Attend,
+    scaled: bool,
+) -> T:
+    update = attend(op, c, w / "attention", op.layer_norm(x, w / "norm1", c.eps))
+    x = op.add(op.mul(update, w["scale1"]) if scaled else update, x)
+    update = feed_forward(op, c, w / "mlp", op.layer_norm(x, w / "norm2", c.eps))
+    return op.add(op.mul(update, w["scale2"]) if scaled else update, x)
+
+
 def patches(op: Ops[T], w: Weights[T], pixels: T, hidden_size: int, patch_size: int) -> T:
-    """Patch embedding, row by row: [B, 3, H, W] -> [B, H / patch * W / patch, width]."""
+    """Patch embedding, row by row: [B, 3, H, W] -> [B, H / patch * W / patch, hidden_size]."""
     grid = op.conv(pixels, w / "patch", stride=patch_size)
     return op.transpose(op.reshape(grid, (0, hidden_size, -1)), (0, 2, 1))
 

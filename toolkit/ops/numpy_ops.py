@@ -1,22 +1,26 @@
 """NumpyOps: what every other interpreter, engine and kernel is compared with.
 
 Clear before fast: each op is its definition. Values are float32 (float64 inputs stay float64);
-weights may be stored in half precision.
+weights may be stored in half precision, and are upcast before anything is computed with them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from edgevlm.toolkit.ops import decompositions
-from edgevlm.toolkit.ops.vocabulary import Array, Grids, Norm, Step, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, R, Step, Weights
 
 
 class NumpyOps:
     """The reference. Weights may be any mapping from key to array, also one that reads lazily."""
+
+    def block(self, function: Callable[..., R], w: Weights[Array], *args: Any) -> R:
+        return function(self, w, *args)
 
     def linear(self, x: Array, w: Weights[Array]) -> Array:
         y = _product(x, w["weight"])
@@ -62,18 +66,14 @@ class NumpyOps:
     def rms_norm(self, x: Array, w: Weights[Array], eps: float) -> Array:
         return np.asarray(x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps) * w["weight"])
 
-    def add_norm(
-        self, x: Array, residual: Array, w: Weights[Array], eps: float, kind: Norm
-    ) -> tuple[Array, Array]:
-        total = x + residual
-        norm = self.rms_norm if kind == "rms" else self.layer_norm
-        return norm(total, w, eps), total
-
     def add(self, a: Array, b: Array) -> Array:
-        return np.asarray(a + b)
+        return np.asarray(_float32(a) + _float32(b))
 
     def mul(self, a: Array, b: Array) -> Array:
-        return np.asarray(a * b)
+        return np.asarray(_float32(a) * _float32(b))
+
+    def scale(self, x: Array, factor: float) -> Array:
+        return np.asarray(x * factor)
 
     def gelu(self, x: Array, *, tanh: bool = False) -> Array:
         if tanh:
@@ -94,7 +94,7 @@ class NumpyOps:
         return _sigmoid(x)
 
     def softmax(self, x: Array) -> Array:
-        return _softmax(x)
+        return _softmax(_float32(x))
 
     def mean(self, x: Array, axes: tuple[int, ...]) -> Array:
         return np.asarray(x.mean(axes, keepdims=True))
@@ -107,10 +107,8 @@ class NumpyOps:
         ratios = norms / (norms.mean(-1, keepdims=True) + eps)
         return np.asarray((w["weight"] * ratios + 1) * x)
 
-    def attention(
-        self, q: Array, k: Array, v: Array, *, num_heads: int, num_kv_heads: int
-    ) -> Array:
-        return _attend(_split(q, num_heads), _split(k, num_kv_heads), _split(v, num_kv_heads), None)
+    def attention(self, q: Array, k: Array, v: Array, *, num_heads: int) -> Array:
+        return _attend(_split(q, num_heads), _split(k, num_heads), _split(v, num_heads), None)
 
     def attention_cached(
         self,
@@ -122,6 +120,7 @@ class NumpyOps:
         *,
         num_heads: int,
         num_kv_heads: int,
+        head_dim: int,
         window: int | None,
     ) -> tuple[Array, Array, Array]:
         cos, sin = step.cos[step.positions][:, None], step.sin[step.positions][:, None]
@@ -131,7 +130,7 @@ class NumpyOps:
         return _attend(rotated, keys, values, step.mask), keys, values
 
     def attention_rotary(
-        self, q: Array, k: Array, v: Array, angles: Array, *, num_heads: int
+        self, q: Array, k: Array, v: Array, angles: Array, *, num_heads: int, head_dim: int
     ) -> Array:
         cos, sin = np.cos(angles), np.sin(angles)
         rotated_q, rotated_k = (_rotate(_split(x, num_heads), cos, sin) for x in (q, k))
@@ -143,27 +142,20 @@ class NumpyOps:
         offsets: Array,
         scores: Array,
         *,
-        grids: Grids,
+        grid: tuple[int, int],
+        num_levels: int,
         num_heads: int,
         num_points: int,
         head_dim: int,
         reference: Array,
     ) -> Array:
-        batch, queries = offsets.shape[:2]
-        levels = len(grids)
-        values = _split(value, num_heads)
-        weights = _softmax(scores.reshape(batch, queries, num_heads, levels * num_points))
-        weights = weights.reshape(batch, queries, num_heads, levels, num_points)
-        shifts = offsets.reshape(batch, queries, num_heads, levels, num_points, 2)
-        total, start = 0.0, 0
-        for level, (height, width) in enumerate(grids):
-            cells = values[:, :, start : start + height * width]
-            around = reference[:, level % reference.shape[1]]
-            places = sampling_places(shifts[:, :, :, level], around, (height, width), num_points)
-            found = _bilinear(cells.reshape(batch, num_heads, height, width, -1), places)
-            total = total + (found * weights[:, :, :, level, :, None]).sum(3)
-            start += height * width
-        return np.asarray(total, value.dtype).reshape(batch, queries, -1)
+        split = (*offsets.shape[:2], num_heads, num_levels, num_points)
+        cells = value.reshape(value.shape[0], num_levels, *grid, num_heads, head_dim)
+        weights = _softmax(scores.reshape(*split[:3], -1)).reshape(split)
+        points = sampling_points(offsets.reshape(*split, 2), reference, grid)
+        sampled = _bilinear(cells.transpose(0, 4, 1, 2, 3, 5), points.transpose(0, 2, 3, 1, 4, 5))
+        weighted = sampled * weights.transpose(0, 2, 3, 1, 4)[..., None]
+        return np.asarray(weighted.sum((2, 4)).transpose(0, 2, 1, 3).reshape(*split[:2], -1))
 
     def layer_merge(self, xs: Sequence[Array], w: Weights[Array], eps: float) -> Array:
         return decompositions.layer_merge(self, xs, w, eps)
@@ -212,12 +204,12 @@ class NumpyOps:
     def constant(self, name: str, value: Array) -> Array:
         return value
 
-    def fake_quant(
-        self, x: Array, scale: Array, *, axis: int | None, bits: int, path: str
-    ) -> Array:
+    def to_float32(self, x: Array) -> Array:
+        return np.asarray(x, np.float32)
+
+    def fake_quant(self, x: Array, scale: Array, *, axis: int | None, path: str) -> Array:
         step = scale if axis is None else _along(scale, axis, x.ndim)
-        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        return np.asarray(np.clip(np.rint(x / step), low, high) * step, x.dtype)
+        return np.asarray(np.clip(np.rint(_float32(x) / step), -128, 127) * step)
 
 
 def _float32(x: Array) -> Array:
@@ -249,35 +241,28 @@ def _softmax(x: Array) -> Array:
     return np.asarray(weights / weights.sum(-1, keepdims=True))
 
 
-def sampling_places(
-    offsets: Array, reference: Array, grid: tuple[int, int], num_points: int
-) -> Array:
-    """Where deformable attention samples a level, in cells from the centre of the first.
+def sampling_points(offsets: Array, reference: Array, grid: tuple[int, int]) -> Array:
+    """Where deformable attention samples, in cells from the centre of the first.
 
-    offsets [B, Q, M, P, 2], reference [Q, 2] or [Q, 4], grid (height, width) -> [B, Q, M, P, 2].
+    offsets [B, Q, M, L, P, 2], reference [Q, 2], grid (height, width) -> [B, Q, M, L, P, 2].
     """
     size = np.asarray(grid[::-1], offsets.dtype)
-    centre = reference[:, None, None, :2]
-    if reference.shape[-1] == 4:
-        places = centre + offsets / num_points * reference[:, None, None, 2:] * 0.5
-    else:
-        places = centre + offsets / size
-    return np.asarray(places * size - 0.5, offsets.dtype)
+    points = reference[:, None, None, None] + offsets / size
+    return np.asarray(points * size - 0.5, offsets.dtype)
 
 
-def _bilinear(cells: Array, places: Array) -> Array:
-    """cells [B, M, H, W, d] at places [B, Q, M, P, 2] as (x, y) -> [B, Q, M, P, d]."""
-    batch, num_heads, height, width, _ = cells.shape
-    low = np.floor(places).astype(np.int64)
-    part = places - low
-    b = np.arange(batch)[:, None, None, None]
-    m = np.arange(num_heads)[None, None, :, None]
-    total = np.zeros((*places.shape[:-1], cells.shape[-1]), cells.dtype)
+def _bilinear(cells: Array, points: Array) -> Array:
+    """cells [B, M, L, H, W, d] at points [B, M, L, Q, P, 2] as (x, y) -> [B, M, L, Q, P, d]."""
+    height, width = cells.shape[3:5]
+    low = np.floor(points).astype(np.int64)
+    part = points - low
+    b, m, n = (i[..., None, None] for i in np.ogrid[tuple(map(slice, cells.shape[:3]))])
+    total = np.zeros((*points.shape[:-1], cells.shape[-1]), cells.dtype)
     for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
         x, y = low[..., 0] + dx, low[..., 1] + dy
-        share = np.abs(1 - dx - part[..., 0]) * np.abs(1 - dy - part[..., 1])
-        share = share * ((x >= 0) & (x < width) & (y >= 0) & (y < height))
-        total += cells[b, m, y.clip(0, height - 1), x.clip(0, width - 1)] * share[..., None]
+        weight = np.abs(1 - dx - part[..., 0]) * np.abs(1 - dy - part[..., 1])
+        weight = weight * ((x >= 0) & (x < width) & (y >= 0) & (y < height))
+        total += cells[b, m, n, y.clip(0, height - 1), x.clip(0, width - 1)] * weight[..., None]
     return total
 
 

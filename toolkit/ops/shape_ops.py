@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from edgevlm.toolkit.ops import decompositions
-from edgevlm.toolkit.ops.vocabulary import Array, Grids, Norm, Step, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, R, Step, Weights
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Specs(Mapping[str, Spec]):
 class ShapeOps:
     """Each op's shape rule, as stated in toolkit/ops/vocabulary.py."""
 
+    def block(self, function: Callable[..., R], w: Weights[Spec], *args: Any) -> R:
+        return function(self, w, *args)
+
     def linear(self, x: Spec, w: Weights[Spec]) -> Spec:
         return Spec((*x.shape[:-1], w["weight"].shape[1]))
 
@@ -65,16 +69,14 @@ class ShapeOps:
     def rms_norm(self, x: Spec, w: Weights[Spec], eps: float) -> Spec:
         return x
 
-    def add_norm(
-        self, x: Spec, residual: Spec, w: Weights[Spec], eps: float, kind: Norm
-    ) -> tuple[Spec, Spec]:
-        return x, x
-
     def add(self, a: Spec, b: Spec) -> Spec:
         return Spec(np.broadcast_shapes(a.shape, b.shape))
 
     def mul(self, a: Spec, b: Spec) -> Spec:
         return Spec(np.broadcast_shapes(a.shape, b.shape))
+
+    def scale(self, x: Spec, factor: float) -> Spec:
+        return x
 
     def gelu(self, x: Spec, *, tanh: bool = False) -> Spec:
         return x
@@ -95,7 +97,8 @@ class ShapeOps:
         return x
 
     def mean(self, x: Spec, axes: tuple[int, ...]) -> Spec:
-        return Spec(tuple(1 if i in axes else n for i, n in enumerate(x.shape)))
+        gone = {axis % len(x.shape) for axis in axes}  # negative axes count from the end
+        return Spec(tuple(1 if i in gone else n for i, n in enumerate(x.shape)))
 
     def sum(self, x: Spec, axes: tuple[int, ...]) -> Spec:
         return self.mean(x, axes)
@@ -103,7 +106,9 @@ class ShapeOps:
     def response_norm(self, x: Spec, w: Weights[Spec], eps: float) -> Spec:
         return x
 
-    def attention_rotary(self, q: Spec, k: Spec, v: Spec, angles: Spec, *, num_heads: int) -> Spec:
+    def attention_rotary(
+        self, q: Spec, k: Spec, v: Spec, angles: Spec, *, num_heads: int, head_dim: int
+    ) -> Spec:
         return q
 
     def ms_deform_attn(
@@ -112,7 +117,8 @@ class ShapeOps:
         offsets: Spec,
         scores: Spec,
         *,
-        grids: Grids,
+        grid: tuple[int, int],
+        num_levels: int,
         num_heads: int,
         num_points: int,
         head_dim: int,
@@ -129,7 +135,7 @@ class ShapeOps:
     def max_gather(self, x: Spec, rows: Spec) -> Spec:
         return Spec((rows.shape[0], x.shape[1]))
 
-    def attention(self, q: Spec, k: Spec, v: Spec, *, num_heads: int, num_kv_heads: int) -> Spec:
+    def attention(self, q: Spec, k: Spec, v: Spec, *, num_heads: int) -> Spec:
         return q
 
     def attention_cached(
@@ -142,6 +148,7 @@ class ShapeOps:
         *,
         num_heads: int,
         num_kv_heads: int,
+        head_dim: int,
         window: int | None,
     ) -> tuple[Spec, Spec, Spec]:
         return q, *past
@@ -183,5 +190,8 @@ class ShapeOps:
     def constant(self, name: str, value: Array) -> Spec:
         return Spec(value.shape)
 
-    def fake_quant(self, x: Spec, scale: Array, *, axis: int | None, bits: int, path: str) -> Spec:
+    def to_float32(self, x: Spec) -> Spec:
+        return x
+
+    def fake_quant(self, x: Spec, scale: Array, *, axis: int | None, path: str) -> Spec:
         return x

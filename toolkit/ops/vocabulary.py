@@ -8,23 +8,28 @@ D width, H x W image; `...` any leading axes.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 
 T = TypeVar("T")
+R = TypeVar("R")
 Array = np.ndarray[Any, np.dtype[Any]]
-Norm = Literal["layer", "rms"]
-Grids = tuple[tuple[int, int], ...]  # (height, width) of each level
+
+
+def read_only(table: Array) -> Array:
+    """The array, from now on refusing to be written: tables are shared between calls."""
+    table.flags.writeable = False
+    return table
 
 
 @dataclass(frozen=True)
 class Weights(Generic[T]):
     """A view on a component's parameters below one path: `w / "layers.0" / "attention.q"`.
 
-    The path names the place in recorded graphs, precision plans and profiles; joined with a
+    The path names the op in recorded graphs, precision plans and profiles; joined with a
     leaf ("weight", "bias") it is the tensor's key.
     """
 
@@ -47,27 +52,27 @@ class Weights(Generic[T]):
         return ".".join((*self.steps, leaf))
 
     def holding(self, **leaves: T) -> Weights[T]:
-        """The same place with these tensors and no others."""
+        """The same path with these tensors and no others."""
         return replace(self, tensors={self.key(leaf): x for leaf, x in leaves.items()})
 
     def replacing(self, **leaves: T) -> Weights[T]:
-        """The same place with these tensors in place of its own."""
+        """The same path with these tensors instead of its own."""
         own = {self.key(leaf): x for leaf, x in leaves.items()}
         return replace(self, tensors=ChainMap(own, cast(Any, self.tensors)))
 
     @property
     def path(self) -> str:
-        """The place's name in graphs and plans: layers.0/attention.q."""
+        """The name in graphs and plans: layers.0/attention.q."""
         return "/".join(self.steps)
 
 
 @dataclass(frozen=True)
 class Step(Generic[T]):
-    """What every layer of a decoder weights in one call, made once by the model function.
+    """What every layer of a decoder uses in one call, made once by the model function.
 
     positions [B, S] int64: index of each token in its row of the cache;
     mask [B, 1, S, S_max] bool: which cache entries a token may see;
-    cos, sin [S_max, head_dim / 2]: rotary tables, indexed by positions.
+    cos, sin [context, head_dim / 2] float32: rotary tables, indexed by positions.
     """
 
     positions: T
@@ -78,6 +83,16 @@ class Step(Generic[T]):
 
 class Ops(Protocol[T]):
     """The ops. An implementation is an interpreter; a wrapper is an implementation too."""
+
+    # -- structure -------------------------------------------------------------------------
+
+    def block(self, function: Callable[..., R], w: Weights[T], *args: Any) -> R:
+        """function(op, w, *args): one layer of a model, with its parameters below `w`.
+
+        The unit that torch recomputes (gradient checkpointing), shards or compiles; elsewhere a
+        plain call. `op` is whoever runs the model, so a wrapper still sees the ops inside.
+        """
+        ...
 
     # -- with parameters -------------------------------------------------------------------
 
@@ -105,10 +120,6 @@ class Ops(Protocol[T]):
         """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32."""
         ...
 
-    def add_norm(self, x: T, residual: T, w: Weights[T], eps: float, kind: Norm) -> tuple[T, T]:
-        """(norm(x + residual), x + residual): one pass over memory where a kernel exists."""
-        ...
-
     # -- elementwise -----------------------------------------------------------------------
 
     def add(self, a: T, b: T) -> T:
@@ -119,8 +130,12 @@ class Ops(Protocol[T]):
         """a * b with NumPy broadcasting."""
         ...
 
+    def scale(self, x: T, factor: float) -> T:
+        """x * factor, a number known from the configuration."""
+        ...
+
     def gelu(self, x: T, *, tanh: bool = False) -> T:
-        """x * Phi(x): exact (erf) unless `tanh` asks for the approximation."""
+        """x * Phi(x): exact (erf), or the tanh approximation."""
         ...
 
     def quick_gelu(self, x: T) -> T:
@@ -160,8 +175,8 @@ class Ops(Protocol[T]):
 
     # -- attention -------------------------------------------------------------------------
 
-    def attention(self, q: T, k: T, v: T, *, num_heads: int, num_kv_heads: int) -> T:
-        """Unmasked softmax(q k^T / sqrt(d)) v, heads packed: q [B, S, heads * d] -> the same."""
+    def attention(self, q: T, k: T, v: T, *, num_heads: int) -> T:
+        """Unmasked softmax(q k^T / sqrt(d)) v; q, k, v [B, S, heads * d] -> the same."""
         ...
 
     def attention_cached(
@@ -174,9 +189,10 @@ class Ops(Protocol[T]):
         *,
         num_heads: int,
         num_kv_heads: int,
+        head_dim: int,
         window: int | None,
     ) -> tuple[T, T, T]:
-        """Rotate q and k, write k and v into the cache, attend to what the mask shows.
+        """Rotate q and k in float32, write k and v into the cache, attend to what the mask shows.
 
         `window` is the one that made the mask; a fused kernel masks by itself.
 
@@ -186,10 +202,10 @@ class Ops(Protocol[T]):
         """
         ...
 
-    def attention_rotary(self, q: T, k: T, v: T, angles: T, *, num_heads: int) -> T:
-        """Unmasked attention with q and k turned by angles [S, d / 2], the same for every head.
+    def attention_rotary(self, q: T, k: T, v: T, angles: T, *, num_heads: int, head_dim: int) -> T:
+        """Unmasked attention with q and k rotated by angles [S, d / 2], the same for every head.
 
-        Channel c pairs with c + d / 2; the rotation is done in float32.
+        Channel c pairs with c + d / 2; angles are float32, and so is the rotation.
         """
         ...
 
@@ -199,7 +215,8 @@ class Ops(Protocol[T]):
         offsets: T,
         scores: T,
         *,
-        grids: Grids,
+        grid: tuple[int, int],
+        num_levels: int,
         num_heads: int,
         num_points: int,
         head_dim: int,
@@ -207,11 +224,11 @@ class Ops(Protocol[T]):
     ) -> T:
         """The core of multi-scale deformable attention (Zhu et al., arXiv 2010.04159).
 
-        value [B, sum of h * w over grids, heads * d]; offsets [B, Q, heads * levels * points * 2]
-        as (x, y) in cells of their level; scores [B, Q, heads * levels * points], softmaxed over
-        levels and points; reference [Q, levels or 1, 2] as (x, y) in 0..1, or [..., 4] as
-        (x, y, width, height), where an offset counts in half box sizes over points. Bilinear
-        samples, zeros outside, in float32 -> [B, Q, heads * d].
+        All levels have one grid (height, width). value [B, levels * height * width, heads * d];
+        offsets [B, Q, heads * levels * points * 2] as (x, y) in cells; scores
+        [B, Q, heads * levels * points], softmaxed over levels and points; reference [Q, 2]
+        float32 as (x, y) in 0..1. Bilinear samples, zeros outside, in float32
+        -> [B, Q, heads * d].
         """
         ...
 
@@ -276,13 +293,21 @@ class Ops(Protocol[T]):
         ...
 
     def constant(self, name: str, value: Array) -> T:
-        """A table that the model computes from its configuration (rotary angles)."""
+        """A float32 table computed from the configuration (rotary angles).
+
+        It stays float32 in every dtype of the model: at position 30,000 half precision is off by
+        whole radians.
+        """
+        ...
+
+    def to_float32(self, x: T) -> T:
+        """x in float32, to be used together with a table."""
         ...
 
     # -- precision -------------------------------------------------------------------------
 
-    def fake_quant(self, x: T, scale: Array, *, axis: int | None, bits: int, path: str) -> T:
-        """clip(round(x / scale), -2^(bits-1), 2^(bits-1) - 1) * scale.
+    def fake_quant(self, x: T, scale: Array, *, axis: int | None, path: str) -> T:
+        """clip(round(x / scale), -128, 127) * scale: rounding to 8 bits.
 
         Rounds half to even; `scale` is a scalar, or a vector along `axis`; `path` names it.
         """

@@ -6,21 +6,22 @@ model function calibrates, trains with fake quantization, records Q/DQ and estim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
 from edgevlm.toolkit.ops import decompositions
+from edgevlm.toolkit.ops.costs import COSTS, Cost, kind_of
 from edgevlm.toolkit.ops.shape_ops import Spec
-from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, R, Weights
 
 T = TypeVar("T")
 
 
 class Wrapper(Generic[T]):
-    """Passes every op to `inner`; a subclass replaces the ops it cares about."""
+    """Passes every op to `inner`; a subclass replaces some of them."""
 
     def __init__(self, inner: Ops[T], component: str) -> None:
         self.inner = inner
@@ -29,8 +30,12 @@ class Wrapper(Generic[T]):
     def __getattr__(self, op: str) -> Any:
         return getattr(self.inner, op)
 
+    def block(self, function: Callable[..., R], w: Weights[T], *args: Any) -> R:
+        """Run by the ops inside, but through this wrapper: it sees every op of the layer."""
+        return self.inner.block(lambda _, w, *args: function(self, w, *args), w, *args)
+
     def layer_merge(self, xs: Sequence[T], w: Weights[T], eps: float) -> T:
-        """In simpler ops through this wrapper, so that it meets the linear inside."""
+        """Decomposed through this wrapper, so that it sees the linear inside."""
         op: Ops[T] = cast(Any, self)
         return decompositions.layer_merge(op, xs, w, eps)
 
@@ -59,23 +64,18 @@ class Observe(Wrapper[Array]):
         self.largest[path] = max(self.largest.get(path, 0.0), float(np.abs(x).max()))
 
 
-@dataclass(frozen=True)
-class Cost:
-    """One op's work: multiply-adds count as two; weights and activations in elements moved."""
-
-    op: str
-    path: str
-    flops: int
-    weight_elements: int
-    activation_elements: int
-
-
 class Count(Wrapper[Spec]):
-    """Runs the model over shapes and lists what each op costs."""
+    """Runs the model over shapes and lists what each op costs.
+
+    Weights have to be `costs.Parameter` shapes, or they count as activations. `tables`: shapes
+    of the constants by name, which the weights file holds once each. Raises KeyError with the
+    name of an op that has no entry in `costs.COSTS`.
+    """
 
     def __init__(self, inner: Ops[Spec], component: str) -> None:
         super().__init__(inner, component)
         self.costs: list[Cost] = []
+        self.tables: dict[str, Spec] = {}
         self._path = component
 
     def __getattr__(self, op: str) -> Any:
@@ -83,65 +83,30 @@ class Count(Wrapper[Spec]):
 
         def counted(*args: Any, **options: Any) -> Any:
             result = run(*args, **options)
-            self._add(op, args, result, options)
-            return result
+            self._add(op, args, options, result)
+            if isinstance(result, Spec):
+                return kind_of(op, args, result)
+            return tuple(Spec(y.shape) for y in result)
 
         return counted
 
-    def _add(self, op: str, args: tuple[Any, ...], result: Any, options: dict[str, Any]) -> None:
+    def layer_merge(self, xs: Sequence[Spec], w: Weights[Spec], eps: float) -> Spec:
+        """The ops inside; recorded as one function, its matrix stays in float in every plan."""
+        first = len(self.costs)
+        y = super().layer_merge(xs, w, eps)
+        self.costs[first:] = [replace(c, matrix_elements=0) for c in self.costs[first:]]
+        return y
+
+    def _add(self, op: str, args: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
         weights = [arg for arg in args if isinstance(arg, Weights)]
         if weights:
             self._path = self.path_of(weights[0])
-        outputs = [result] if isinstance(result, Spec) else list(result)
-        flops = _FLOPS.get(op, _elementwise)(args, outputs, options)
-        if op in _FREE:
-            return
-        moved = [*(a for a in args if isinstance(a, Spec)), *outputs[:1]]
-        held = sum(weights[0][leaf].size for leaf in ("weight",)) if weights else 0
-        if op == "embed":
-            held = outputs[0].size  # a gather reads the rows it returns, not the table
-        self.costs.append(Cost(op, self._path, flops, held, sum(s.size for s in moved)))
+        if op == "constant":
+            self.tables[args[0]] = result
+        cost = COSTS[op](result, *args, **options)
+        self.costs.append(replace(cost, op=op, path=self._path))
 
     @property
     def flops(self) -> int:
         """Floating-point operations of everything run so far."""
         return sum(cost.flops for cost in self.costs)
-
-
-def _elementwise(args: Iterable[Any], outputs: list[Spec], options: dict[str, Any]) -> int:
-    return outputs[0].size
-
-
-def _linear(args: tuple[Any, ...], outputs: list[Spec], options: dict[str, Any]) -> int:
-    x: Spec = args[0]
-    return 2 * x.size * outputs[0].shape[-1]
-
-
-def _conv(args: tuple[Any, ...], outputs: list[Spec], options: dict[str, Any]) -> int:
-    weight: Spec = args[1]["weight"]
-    return 2 * outputs[0].size * (weight.size // weight.shape[0])
-
-
-def _attention(args: tuple[Any, ...], outputs: list[Spec], options: dict[str, Any]) -> int:
-    q: Spec = args[0]
-    k: Spec = args[1]
-    return 4 * q.size * k.shape[1]
-
-
-def _attention_cached(args: tuple[Any, ...], outputs: list[Spec], options: dict[str, Any]) -> int:
-    """Causal: the first of S tokens sees T - S + 1 rows of the cache, the last one all T."""
-    q: Spec = args[0]
-    past: tuple[Spec, Spec] = args[3]
-    length, rows = q.shape[1], past[0].shape[2]
-    return int(4 * q.size * (rows - (length - 1) / 2))
-
-
-_FREE = frozenset({"reshape", "transpose", "slice", "constant", "positions"})
-_FLOPS: dict[str, Callable[[tuple[Any, ...], list[Spec], dict[str, Any]], int]] = {
-    "linear": _linear,
-    "unembed": _linear,
-    "conv": _conv,
-    "attention": _attention,
-    "attention_cached": _attention_cached,
-    **dict.fromkeys(_FREE, lambda args, outputs, options: 0),
-}

@@ -34,6 +34,11 @@ class PrecisionPlan:
     samples: int = 0
     samples_sha256: str = ""
 
+    @property
+    def precisions(self) -> frozenset[Precision]:
+        """All that the plan names, "float" aside; empty for a float model."""
+        return frozenset({self.default, *(rule.precision for rule in self.rules)} - {"float"})
+
     def at(self, path: str) -> Precision:
         """The precision of the layer at `path`, for example lm/layers.3/attention/q."""
         chosen = self.default
@@ -41,11 +46,3 @@ class PrecisionPlan:
             if fnmatchcase(path, rule.paths):
                 chosen = rule.precision
         return chosen
-
-    def weight_bytes(self, path: str, float_bytes: int) -> float:
-        """Bytes per weight of the layer at `path`; float_bytes: those of a weight in float."""
-        chosen = self.at(path)
-        scale = float_bytes / 128  # one per block of 128; only tiny models have smaller blocks
-        if chosen in WEIGHT_BITS:
-            return WEIGHT_BITS[chosen] / 8 + scale
-        return float_bytes

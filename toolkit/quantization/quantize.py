@@ -54,13 +54,13 @@ class Quantize(Wrapper[T]):
             )
         scale = np.float32(max(self._plan.ranges[path], 1e-8) / 127)
         path = f"{w.path}/input"
-        return self.inner.fake_quant(x, np.asarray(scale), axis=None, bits=8, path=path)
+        return self.inner.fake_quant(x, np.asarray(scale), axis=None, path=path)
 
     def _weight(self, w: Weights[T], axis: int) -> Weights[T]:
         array = np.abs(self._weights(w.key("weight")).astype(np.float32))
         others = tuple(i for i in range(array.ndim) if i != axis)
         scale = np.maximum(array.max(others), 1e-8).astype(np.float32) / np.float32(127)
         path = f"{w.path}/weight"
-        rounded = self.inner.fake_quant(w["weight"], scale, axis=axis, bits=8, path=path)
+        rounded = self.inner.fake_quant(w["weight"], scale, axis=axis, path=path)
         bias = w.get("bias")
         return w.holding(weight=rounded) if bias is None else w.holding(weight=rounded, bias=bias)

@@ -7,13 +7,15 @@ sequence, scored, context (length of the KV cache).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from edgevlm.toolkit import models
 from edgevlm.toolkit.models.recipes import Recipe
-from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 Dim = int | str
@@ -55,6 +57,21 @@ class Edge:
 
     source: str
     target: str
+
+
+def zero_states(
+    inputs: Sequence[Port], outputs: Sequence[Port], axes: Mapping[str, int]
+) -> dict[str, Array]:
+    """Empty states (the KV cache), float32, by the input that reads each.
+
+    axes: the lengths of "batch" and "context".
+    """
+    names = {port.updates for port in outputs if port.updates}
+    return {
+        port.name: np.zeros([axes[n] if isinstance(n, str) else n for n in port.shape], np.float32)
+        for port in inputs
+        if port.name in names
+    }
 
 
 def components(c: ModelConfig) -> tuple[Component, ...]:

@@ -1,22 +1,85 @@
-"""What a component costs, from shapes alone."""
+"""What a component costs, from shapes alone: arithmetic, traffic, stored weights and states."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any, cast
 
+from edgevlm.toolkit.ops.costs import Cost, Parameter
 from edgevlm.toolkit.ops.shape_ops import ShapeOps, Spec, Specs
 from edgevlm.toolkit.ops.vocabulary import Weights
 from edgevlm.toolkit.ops.wrappers import Count
+from edgevlm.toolkit.quantization.blockwise import TABLE, block_of
+from edgevlm.toolkit.quantization.plan import WEIGHT_BITS, PrecisionPlan
 from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.components import Component
+from edgevlm.toolkit.vlm.components import Component, Port
 from edgevlm.toolkit.vlm.config import ModelConfig
 
 
 def count(part: Component, axes: Mapping[str, int]) -> Count:
     """Run the component over shapes; `axes` gives every dimension that changes between calls."""
     counter = Count(ShapeOps(), part.name)
-    part.forward(counter, Weights(Specs(part.shapes)), _inputs(part, axes))
+    held = {key: Parameter(shape) for key, shape in part.shapes.items()}
+    part.forward(cast(Any, counter), Weights(held), _inputs(part, axes))
     return counter
+
+
+def read_bytes(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
+    """Bytes of weights that one call of an op reads, stored as `plan` wants them.
+
+    element_bytes: of a weight that the plan leaves in float.
+    """
+    plain = cost.weight_elements - cost.matrix_elements
+    return plain * element_bytes + cost.matrix_elements * _each(cost, plan, element_bytes)
+
+
+def weight_bits(cost: Cost, plan: PrecisionPlan) -> int | None:
+    """Bits of an element of the op's matrix; None if the plan leaves it in float, or no block
+    divides it.
+    """
+    bits = WEIGHT_BITS.get(plan.at(cost.path))
+    if bits is None or not cost.matrix_elements or block_of(cost.matrix_inputs) is None:
+        return None
+    return bits if cost.op == "linear" else TABLE.bits
+
+
+def _each(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
+    """Bytes of one element of the op's matrix, its part of a block's scale included."""
+    bits, block = weight_bits(cost, plan), block_of(cost.matrix_inputs)
+    return element_bytes if bits is None or block is None else bits / 8 + element_bytes / block
+
+
+def stored_bytes(model: ModelConfig, plan: PrecisionPlan, element_bytes: int) -> dict[str, int]:
+    """Bytes of each component's weights: parameters as `plan` wants them, tables in float32.
+
+    element_bytes: of a parameter that the plan leaves in float.
+    """
+    axes = image_axes(model, 1, 1) | {"sequence": 1, "context": 1}
+    found = {}
+    for part in components.components(model):
+        counter = count(part, axes)
+        matrices = {_key(cost, part): cost for cost in counter.costs if cost.matrix_elements}
+        total = 4.0 * sum(table.size for table in counter.tables.values())
+        for key, shape in part.shapes.items():
+            each = _each(matrices[key], plan, element_bytes) if key in matrices else element_bytes
+            total += math.prod(shape) * each
+        found[part.name] = round(total)
+    return found
+
+
+def _key(cost: Cost, part: Component) -> str:
+    """The matrix that an op multiplies by, as the weights file names it."""
+    return cost.path.removeprefix(f"{part.name}/").replace("/", ".") + ".weight"
+
+
+def state_elements(part: Component, axes: Mapping[str, int]) -> int:
+    """Elements of the states (the KV cache) that a component carries from call to call.
+
+    axes: the lengths of those that states have, "batch" and "context".
+    """
+    states = {port.updates for port in part.outputs if port.updates}
+    return sum(_spec(port, axes).size for port in part.inputs if port.name in states)
 
 
 def image_axes(model: ModelConfig, views: int, placed: int) -> dict[str, int]:
@@ -40,7 +103,8 @@ def outputs(part: Component, axes: Mapping[str, int]) -> dict[str, Spec]:
 
 
 def _inputs(part: Component, axes: Mapping[str, int]) -> dict[str, Spec]:
-    return {
-        p.name: Spec(tuple(axes[n] if isinstance(n, str) else n for n in p.shape))
-        for p in part.inputs
-    }
+    return {port.name: _spec(port, axes) for port in part.inputs}
+
+
+def _spec(port: Port, axes: Mapping[str, int]) -> Spec:
+    return Spec(tuple(axes[n] if isinstance(n, str) else n for n in port.shape))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
 from edgevlm.engines.build.build import Request, build
-from edgevlm.engines.lowering import capabilities, rewrites
+from edgevlm.engines.lowering import lower, rewrites
+from edgevlm.engines.lowering.capabilities import Row
 from edgevlm.engines.lowering.graph import Rewriter
+from edgevlm.engines.lowering.onnxruntime_rows import ROWS
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.toolkit.errors import AccuracyError, ConfigError
 from edgevlm.toolkit.target import this_cpu
@@ -74,6 +76,28 @@ def test_tiles_that_cannot_be_are_refused(tiled: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "e").exists()
 
 
+def test_every_component_is_lowered_once(
+    tiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[str]] = {"load": [], "choose": []}
+    load, choose = onnx.load, lower._chosen
+
+    def loaded(path: str, **options: Any) -> onnx.ModelProto:
+        seen["load"].append(Path(path).stem)
+        return load(path, **options)
+
+    def chosen(component: str, *rest: Any) -> list[Row]:
+        seen["choose"].append(component)
+        return choose(component, *rest)
+
+    monkeypatch.setattr(onnx, "load", loaded)
+    monkeypatch.setattr(lower, "_chosen", chosen)
+    made, _ = build(tiled, tmp_path / "e", request(), silent)
+    names = [record.name for record in made.components]
+    assert seen == {"load": names, "choose": names}
+    assert {d.component for d in made.lowering} == set(names)
+
+
 def _wrong(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     """quick_gelu with another slope."""
     (made,) = rewrites.quick_gelu(node, r)
@@ -86,12 +110,8 @@ def test_an_engine_that_diverges_is_not_written(
     bisect: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine_of(PLAIN / "llava-v1.5-tiny", tmp_path)
-    row = replace(capabilities.ONNXRUNTIME_CPU["edgevlm.QuickGelu"], rewrite=_wrong)
-    table: Mapping[str, capabilities.Row] = {
-        **capabilities.ONNXRUNTIME_CPU,
-        "edgevlm.QuickGelu": row,
-    }
-    monkeypatch.setitem(capabilities.TABLES, "onnxruntime", table)
+    row = replace(ROWS["edgevlm.QuickGelu"], rewrite=_wrong)
+    monkeypatch.setitem(ROWS, "edgevlm.QuickGelu", row)
     with pytest.raises(AccuracyError, match=r"encoder\.clip differs") as caught:
         build(tmp_path / "bundle", tmp_path / "wrong", request(bisect=bisect), silent)
     assert not (tmp_path / "wrong").exists()

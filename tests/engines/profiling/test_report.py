@@ -22,8 +22,8 @@ SPREAD = Spread(1.5, 2.5, 3.5, 1.75)
 
 def profile(name: str) -> Profile:
     bounds = (
-        Bound(name, 1.0, 0.5, 0.75, name, 0.5),
-        Bound("decode", 0.1, 0.2, 0.5, "memory", 0.4),
+        Bound(name, 1.0, 0.5, 0.0, 0.75, name, 0.5),
+        Bound("decode", 0.1, 0.2, 0.05, 0.5, "memory", 0.4),
     )
     return Profile(
         engine=name,
@@ -103,6 +103,23 @@ def test_lines_hold_the_figures() -> None:
         assert shown in text, shown
     assert "3.25" in text
     assert "3.25" not in "\n".join(report.lines(profile("encoder.clip"), 0))
+
+
+def test_floors_show_what_limits_them_and_the_part_of_the_cache(tmp_path: Path) -> None:
+    shown = profile("encoder.clip")
+    rows = [line.split() for line in report.lines(shown, 0)]
+    decode = next(row for row in rows if row[:1] == ["decode"])
+    assert decode[-3:] == ["0.5", "40%", "(memory)"]
+    text = "\n".join(report.lines(shown, 0))
+    assert "0.2 GB of weights and KV cache a token at the measured 10 GB/s" in text
+    table = page_of([shown], tmp_path).text
+    assert "GB movedof it KV cachefloor ms" in table
+    assert "decode0.10.20.050.5memory40%" in table
+
+
+def test_a_stage_without_a_floor_is_shown_without_one() -> None:
+    rows = [line.split() for line in report.lines(profile("encoder.clip"), 0)]
+    assert ["prefill", "1.5", "2.5", "3.5", "12%"] in rows
 
 
 def test_engines_are_compared_with_the_first() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgevlm.engines.backends.state import State
 from edgevlm.engines.runtime import session as sessions
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -43,9 +44,9 @@ def test_pieces_are_of_nearly_equal_length(monkeypatch: pytest.MonkeyPatch, tmp_
     runner, lengths = session._runners["lm"], []
     run = runner.run
 
-    def listening(inputs: dict[str, Array]) -> dict[str, Array]:
+    def listening(inputs: dict[str, Array], state: State) -> dict[str, Array]:
         lengths.append(inputs["ids"].shape[1])
-        return run(inputs)
+        return run(inputs, state)
 
     monkeypatch.setattr(runner, "run", listening)
     monkeypatch.setattr(sessions, "PREFILL_CHUNK", 10)

@@ -39,7 +39,7 @@ def test_the_command_line_and_a_file_exclude_each_other(tmp_path: Path) -> None:
 
 def test_what_a_line_leaves_out_comes_from_the_command_line(tmp_path: Path) -> None:
     (found,) = read(tmp_path, {"prompt": "Q"})
-    assert (found.prompt, list(found.images), list(found.history)) == ("Q", [], [])
+    assert (found.prompt, list(found.checked().images), list(found.history)) == ("Q", [], [])
     assert (found.max_tokens, found.template, list(found.stop)) == (99, "vicuna_v1", ["END"])
     assert found.sampling == GIVEN.sampling
 
@@ -59,7 +59,7 @@ def test_images_stand_beside_the_file(tmp_path: Path) -> None:
         {"prompt": "Q", "images": []},
         {"prompt": "Q", "image": None},
     )
-    assert [list(map(str, q.images)) for q in found] == [
+    assert [list(map(str, q.checked().images)) for q in found] == [
         [str(tmp_path / "a.png")],
         [str(tmp_path / "b.png"), str(tmp_path / "sub/c.png")],
         ["/abs/d.png"],
@@ -69,13 +69,13 @@ def test_images_stand_beside_the_file(tmp_path: Path) -> None:
 
 
 def test_messages_are_a_history_and_a_question(tmp_path: Path) -> None:
-    def said(*turns: tuple[str, str]) -> dict[str, Any]:
+    def request(*turns: tuple[str, str]) -> dict[str, Any]:
         return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
     one, three = read(
         tmp_path,
-        said(("user", "Q")),
-        said(("user", "Q"), ("assistant", "A"), ("user", "R")),
+        request(("user", "Q")),
+        request(("user", "Q"), ("assistant", "A"), ("user", "R")),
     )
     assert (one.prompt, list(one.history)) == ("Q", [])
     assert (three.prompt, list(three.history)) == ("R", ["Q", "A"])

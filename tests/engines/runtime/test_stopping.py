@@ -6,7 +6,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edgevlm.engines.runtime.session import StoppingText
+from edgevlm.engines.runtime.stopping import StoppingText
 from edgevlm.toolkit.text.tokenizer import Tokenizer, byte_tokenizer
 
 BYTES = Tokenizer(tokenizers.Tokenizer.from_str(byte_tokenizer({"</s>": 256})))
@@ -24,12 +24,12 @@ class Words:
         return "".join(self._pieces[i] for i in ids)
 
 
-def cut(text: str, places: list[int]) -> list[str]:
-    ends = sorted({place % (len(text) + 1) for place in places} | {0, len(text)})
+def cut(text: str, cuts: list[int]) -> list[str]:
+    ends = sorted({at % (len(text) + 1) for at in cuts} | {0, len(text)})
     return [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
 
-def said(pieces: list[str], stops: list[str]) -> tuple[list[str], StoppingText]:
+def released_by(pieces: list[str], stops: list[str]) -> tuple[list[str], StoppingText]:
     """What each token releases, and what finishing does; ends where the answer ends."""
     tokenizer: object = Words(pieces)
     assert hasattr(tokenizer, "decode")
@@ -58,18 +58,18 @@ def before_the_first(text: str, stops: list[str]) -> tuple[str, bool]:
 @example("abab#", ["ab#"], [1, 3])
 @example("aba#", ["ba#", "a#"], [2])
 def test_the_answer_ends_before_the_first_stop(
-    text: str, stops: list[str], places: list[int]
+    text: str, stops: list[str], cuts: list[int]
 ) -> None:
     expected, stopped = before_the_first(text, stops)
-    released, stopping = said(cut(text, places), stops)
+    released, stopping = released_by(cut(text, cuts), stops)
     assert "".join(released) == expected
-    assert (stopping.said, stopping.stopped) == (expected, stopped)
+    assert (stopping.text, stopping.stopped) == (expected, stopped)
 
 
 @settings(deadline=None, max_examples=300, derandomize=True)
 @given(LETTERS, STOPS)
 def test_nothing_is_held_that_cannot_become_a_stop(text: str, stops: list[str]) -> None:
-    released, _ = said(list(text), stops)
+    released, _ = released_by(list(text), stops)
     for number in range(len(released) - 1):
         seen = text[: number + 1]
         held = seen[len("".join(released[: number + 1])) :]
@@ -89,7 +89,7 @@ def test_a_template_adds_its_stop() -> None:
 
 
 def test_an_empty_stop_string_stops_nothing() -> None:
-    released, stopping = said(["a", "b"], [""])
+    released, stopping = released_by(["a", "b"], [""])
     assert ("".join(released), stopping.stopped) == ("ab", False)
     stopping = StoppingText(BYTES, [])
     stopping.add_stop("")
@@ -100,12 +100,12 @@ def test_characters_of_several_tokens_and_stops_of_several_bytes() -> None:
     stopping = StoppingText(BYTES, ["终"])
     released = [stopping.push(token) for token in BYTES.encode("é🙂终x")]
     assert released == ["", "é", "", "", "", "🙂", "", "", "", ""]
-    assert (stopping.said, stopping.stopped) == ("é🙂", True)
+    assert (stopping.text, stopping.stopped) == ("é🙂", True)
 
 
-def test_what_is_held_at_the_end_is_said() -> None:
+def test_what_is_held_at_the_end_is_released() -> None:
     stopping = StoppingText(BYTES, ["###"])
     assert [stopping.push(token) for token in BYTES.encode("a##")] == ["a", "", ""]
     assert stopping.finish() == "##"
     assert stopping.finish() == ""
-    assert stopping.said == "a##"
+    assert stopping.text == "a##"

@@ -84,14 +84,104 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     assert names(tmp_path / "out") == {"manifest.json"}
 
 
-def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    stale, living = (tmp_path / f".out.partial-{pid}" for pid in (dead.pid, os.getppid()))
-    for folder in (stale, living):
+# A process that begins to write and then waits to be killed; argv: OUT, and "old" to stop between
+# the two renames with which an artifact is replaced.
+WRITER = """
+import sys, time
+from pathlib import Path
+from edgevlm.toolkit.bundle.atomic import writing
+def wait(*told):
+    print(*told, flush=True)
+    time.sleep(60)
+rename = Path.rename
+def stopping(self, target):
+    if "old" in sys.argv and ".partial-" in self.name:
+        wait(self)
+    return rename(self, target)
+Path.rename = stopping
+with writing(Path(sys.argv[1]), force="old" in sys.argv) as folder:
+    (folder / "manifest.json").write_text('{"made_by": "new", "files": {}}')
+    if "old" not in sys.argv:
+        wait(folder)
+"""
+
+
+def writer(out: Path, *words: str) -> tuple[subprocess.Popen[str], Path]:
+    """A process in the middle of writing `out`, and its partial folder."""
+    command = [sys.executable, "-c", WRITER, str(out), *words]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    return running, Path(running.stdout.readline().strip())
+
+
+def kill(running: subprocess.Popen[str]) -> None:
+    running.kill()
+    running.communicate()
+
+
+def test_a_living_writer_is_left_alone_and_a_dead_ones_leftovers_go(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    running, partial = writer(out)
+    try:
+        assert partial.name in names(tmp_path)
+        made(out, "1")
+        assert names(tmp_path) == {"out", partial.name, f"{partial.name}.lock"}
+    finally:
+        kill(running)
+    assert (partial / "manifest.json").exists()
+    made(out, "2", force=True)
+    assert names(tmp_path) == {"out"}
+    assert maker(out) == "2"
+
+
+def test_a_writer_is_known_by_its_lock_and_not_by_a_process_of_its_name(tmp_path: Path) -> None:
+    """In another container neither its number nor that of a leftover says anything."""
+    absent = 1 << 22  # more than a process's number can be
+    held, free = (tmp_path / f".out.partial-{number}" for number in (absent, os.getpid()))
+    for folder in (held, free):
         folder.mkdir()
+        folder.with_name(f"{folder.name}.lock").touch()
+    code = (
+        "import fcntl, sys, time; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX);"
+        "print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, f"{held}.lock"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        made(tmp_path / "out", "1")
+        assert names(tmp_path) == {"out", held.name, f"{held.name}.lock"}
+    finally:
+        kill(holder)
+
+
+def test_a_writer_killed_between_its_renames_gives_the_old_back(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made(out, "old")
+    running, partial = writer(out, "old")
+    kill(running)
+    assert names(tmp_path) == {partial.name, f"{partial.name}-old", f"{partial.name}.lock"}
+    with pytest.raises(OutputError, match="exists"):
+        made(out, "again")
+    assert maker(out) == "old"
+    assert names(tmp_path) == {"out"}
+
+
+def test_without_locks_a_leftover_is_told_by_its_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    young, old = (tmp_path / f".out.partial-{name}" for name in ("young", "old"))
+    for folder in (young, old):
+        folder.mkdir()
+        folder.with_name(f"{folder.name}.lock").touch()
+    for path in (old, old.with_name(f"{old.name}.lock")):
+        os.utime(path, (0, 0))
     made(tmp_path / "out", "1")
-    assert names(tmp_path) == {"out", living.name}
+    assert names(tmp_path) == {"out", young.name, f"{young.name}.lock"}
 
 
 @pytest.mark.parametrize(

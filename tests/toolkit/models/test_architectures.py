@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from edgevlm.engines.lowering.lower import lower
+from edgevlm.export.write import check_shapes
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.weights import RandomWeights
+from edgevlm.toolkit.models.encoders import mlcd
+from edgevlm.toolkit.models.lms import llama
+from edgevlm.toolkit.models.mergers import mmfuser
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.shape_ops import ShapeOps, Spec, Specs
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.ops.wrappers import Wrapper
 from edgevlm.toolkit.target import this_cpu
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.components import Component
@@ -21,17 +28,17 @@ from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 from edgevlm.training.torch_ops import TorchOps
 from tests.onnx_tools import model_of, run
 
-ROOMS = ("encoders", "mergers", "lms")
-FILES = [(room, kind) for room in ROOMS for kind in models.kinds(room)]  # type: ignore[arg-type]
+ROLES = ("encoders", "mergers", "lms")
+FILES = [(role, kind) for role in ROLES for kind in models.kinds(role)]  # type: ignore[arg-type]
 LMS = models.kinds("lms")
 
 
-def component(room: str, kind: str) -> Component:
+def component(role: str, kind: str) -> Component:
     """The architecture's tiny instance as a component of a model."""
-    if room == "encoders":
+    if role == "encoders":
         config = models.encoder(kind).tiny()
         return components.encoder_component(ComponentConfig("eye", kind, config))
-    if room == "lms":
+    if role == "lms":
         return components.lm_component(ComponentConfig("lm", kind, models.lm(kind).tiny()))
     config = models.merger(kind).tiny()
     return components.merger_component(ComponentConfig("merger", kind, config), _feeding(config))
@@ -94,9 +101,9 @@ def compare(found: dict[str, Array], expected: dict[str, Array], tolerance: floa
         np.testing.assert_allclose(found[name], array, atol=tolerance * scale, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize(("room", "kind"), FILES)
-def test_torch_equals_the_reference(room: str, kind: str) -> None:
-    part = component(room, kind)
+@pytest.mark.parametrize(("role", "kind"), FILES)
+def test_torch_equals_the_reference(role: str, kind: str) -> None:
+    part = component(role, kind)
     weights, inputs = tensors(part), feed(part)
     expected = part.forward(NumpyOps(), Weights(weights), inputs)
     parameters = {k: torch.nn.Parameter(torch.from_numpy(v)) for k, v in weights.items()}
@@ -108,9 +115,9 @@ def test_torch_equals_the_reference(room: str, kind: str) -> None:
     assert [name for name, p in parameters.items() if p.grad is None] == []
 
 
-@pytest.mark.parametrize(("room", "kind"), FILES)
-def test_onnx_equals_the_reference_kept_and_lowered(room: str, kind: str) -> None:
-    part = component(room, kind)
+@pytest.mark.parametrize(("role", "kind"), FILES)
+def test_onnx_equals_the_reference_kept_and_lowered(role: str, kind: str) -> None:
+    part = component(role, kind)
     weights, inputs = tensors(part), feed(part)
     expected = part.forward(NumpyOps(), Weights(weights), inputs)
     model = model_of(part, weights)
@@ -120,23 +127,146 @@ def test_onnx_equals_the_reference_kept_and_lowered(room: str, kind: str) -> Non
     compare(found, {k: v for k, v in expected.items() if k in plain}, 2e-5)
 
 
-@pytest.mark.parametrize(("room", "kind"), FILES)
-def test_shapes_and_ports_tell_the_truth(room: str, kind: str) -> None:
-    part = component(room, kind)
+@pytest.mark.parametrize(("role", "kind"), FILES)
+def test_shapes_and_ports_tell_the_truth(role: str, kind: str) -> None:
+    part = component(role, kind)
     inputs = feed(part)
     expected = part.forward(NumpyOps(), Weights(tensors(part)), inputs)
     given = {k: Spec(v.shape) for k, v in inputs.items()}
     found = part.forward(ShapeOps(), Weights(Specs(part.shapes)), given)
     assert {k: s.shape for k, s in found.items()} == {k: v.shape for k, v in expected.items()}
+    axes = {
+        name: length
+        for port in part.inputs
+        for name, length in zip(port.shape, inputs[port.name].shape, strict=True)
+    }
     for port in part.outputs:
-        fixed = [n for n in port.shape if isinstance(n, int)]
-        assert len(port.shape) == expected[port.name].ndim
-        assert all(n in expected[port.name].shape for n in fixed)
+        shape = expected[port.name].shape
+        assert len(port.shape) == len(shape)
+        for name, length in zip(port.shape, shape, strict=True):
+            known = name if isinstance(name, int) else axes.get(name)
+            assert name in MADE_INSIDE or known == length, (port.name, name)
 
 
-@pytest.mark.parametrize(("room", "kind"), FILES)
-def test_names_cover_every_tensor_once(room: str, kind: str) -> None:
-    file: Any = {"encoders": models.encoder, "mergers": models.merger, "lms": models.lm}[room](kind)
+MADE_INSIDE = ("tokens", "rows")  # axes of outputs whose length follows from the architecture
+
+
+@pytest.mark.parametrize("kind", LMS)
+def test_rows_of_a_batch_are_those_of_single_calls(kind: str) -> None:
+    part = component("lms", kind)
+    weights: Weights[Array] = Weights(tensors(part))
+    generator, one = np.random.default_rng(7), feed(part)
+    ids = generator.integers(0, 90, (3, 2))
+    past = {k: generator.normal(0, 1, (3, *v.shape[1:])) for k, v in one.items() if "past" in k}
+    calls = {
+        "ids": ids,
+        "rows": np.asarray([[-1, -1], [3, -1], [0, 1]]),
+        "start": np.asarray([0, 4, 9]),
+        "score": np.asarray([[1], [0], [1]]),
+        **{k: v.astype(np.float32) for k, v in past.items()},
+    }
+    together = part.forward(NumpyOps(), weights, one | calls)
+    for row in range(3):
+        alone = part.forward(
+            NumpyOps(), weights, one | {k: v[row : row + 1] for k, v in calls.items()}
+        )
+        for name, array in alone.items():
+            np.testing.assert_allclose(together[name][row], array[0], atol=1e-5, err_msg=name)
+
+
+LAYERS = {
+    "clip": ["layers.0", "layers.1"],
+    "siglip": ["layers.0", "layers.1", "layers.2"],
+    "dinov2": ["layers.0", "layers.1", "layers.2"],
+    "mlcd": ["layers.0", "layers.1"],
+    "unicom": ["layers.0", "layers.1"],
+    "convnext": ["stages.0/blocks.0", "stages.1/blocks.0", "stages.2/blocks.0",
+                 "stages.2/blocks.1"],
+    "unireplknet": ["stages.0/blocks.0", "stages.1/blocks.0", "stages.2/blocks.0",
+                    "stages.2/blocks.1"],
+    "llama": ["layers.0", "layers.1"],
+    "mistral": ["layers.0", "layers.1"],
+    "qwen2": ["layers.0", "layers.1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("role", "kind"), [f for f in FILES if f[0] != "mergers"])
+def test_each_layer_is_a_block_that_owns_its_parameters(role: str, kind: str) -> None:
+    """Seen from inside a wrapper: which block runs, and whose parameters each op reads."""
+    part = component(role, kind)
+    blocks: list[str] = []
+    read: list[tuple[str, str]] = []
+
+    class Watch(Wrapper[Array]):
+        inside = ""
+
+        def block(self, function: Any, w: Weights[Array], *args: Any) -> Any:
+            blocks.append(w.path)
+            self.inside = w.path
+            result = super().block(function, w, *args)
+            self.inside = ""
+            return result
+
+        def linear(self, x: Array, w: Weights[Array]) -> Array:
+            read.append((self.inside, w.path))
+            return self.inner.linear(x, w)
+
+        def layer_norm(self, x: Array, w: Weights[Array], eps: float) -> Array:
+            read.append((self.inside, w.path))
+            return self.inner.layer_norm(x, w, eps)
+
+        def rms_norm(self, x: Array, w: Weights[Array], eps: float) -> Array:
+            read.append((self.inside, w.path))
+            return self.inner.rms_norm(x, w, eps)
+
+    watch: Any = Watch(NumpyOps(), part.name)
+    part.forward(watch, Weights(tensors(part)), feed(part))
+    assert blocks == LAYERS[kind]
+    assert {inside for inside, _ in read if inside} == set(LAYERS[kind])
+    for inside, path in read:
+        owner = next((layer for layer in LAYERS[kind] if f"{path}/".startswith(f"{layer}/")), "")
+        assert inside == owner, path
+
+
+@pytest.mark.parametrize(("role", "kind"), FILES)
+def test_functions_say_what_they_are_in_numbers(role: str, kind: str) -> None:
+    """No Reshape targets: a call's attributes are numbers, and are those its function names."""
+    part = component(role, kind)
+    model = model_of(part, tensors(part))
+    declared = {f.name: set(f.attribute) for f in model.functions}
+    for node in model.graph.node:
+        if node.domain == "edgevlm":
+            assert {a.name for a in node.attribute} == declared[node.op_type]
+            kinds = {a.type for a in node.attribute}
+            assert kinds <= {onnx.AttributeProto.INT, onnx.AttributeProto.FLOAT}
+
+
+@pytest.mark.parametrize(("role", "kind"), FILES)
+def test_shapes_are_known_through_the_function_bodies(role: str, kind: str) -> None:
+    """Also those that a body computes from its attributes: the channels are always a number."""
+    part = component(role, kind)
+    inferred = check_shapes(model_of(part, tensors(part)))
+    known = {v.name: v.type.tensor_type.shape for v in inferred.graph.value_info}
+    for node in inferred.graph.node:
+        if node.domain == "edgevlm":
+            assert all(known[n].dim[-1].dim_value for n in node.output if n in known), node.name
+
+
+def test_tables_are_made_once_and_cannot_be_changed() -> None:
+    tables: list[Callable[[], Array]] = [
+        lambda: llama.rotary_tables(llama.tiny())[0],
+        lambda: mlcd.patch_angles(mlcd.tiny()),
+        lambda: mmfuser.cell_centres(4),
+    ]
+    for table in tables:
+        assert table() is table()
+        with pytest.raises(ValueError, match="read-only"):
+            table()[0, 0] = 1.0
+
+
+@pytest.mark.parametrize(("role", "kind"), FILES)
+def test_names_cover_every_tensor_once(role: str, kind: str) -> None:
+    file: Any = {"encoders": models.encoder, "mergers": models.merger, "lms": models.lm}[role](kind)
     config = file.tiny()
     table = file.names(config)
     assert set(table) == set(file.shapes(config))

@@ -127,8 +127,10 @@ def test_count_is_the_arithmetic_of_the_shapes() -> None:
     counter = count(part, {"tiles": tiles, "rows": 1})
     first, second = 56 * 48, 48 * 48
     products = [c for c in counter.costs if c.op == "linear" and "/linears." in c.path]
-    assert [cost.flops for cost in products] == [2 * tiles * tokens * n for n in (first, second)]
-    assert [cost.weight_elements for cost in products] == [first, second]
+    rows = tiles * tokens
+    assert [c.flops for c in products] == [rows * (2 * n + 48) for n in (first, second)]
+    assert [c.matrix_elements for c in products] == [first, second]
+    assert [c.weight_elements for c in products] == [first + 48, second + 48]
     assert [cost.path for cost in products] == ["merger/linears.0", "merger/linears.1"]
 
 
@@ -137,5 +139,7 @@ def test_count_of_a_causal_prompt_is_half_of_the_square() -> None:
     axes = {"batch": 1, "rows": 1, "scored": 1, "context": 10}
     one = [c for c in count(part, axes | {"sequence": 1}).costs if c.op == "attention_cached"]
     ten = [c for c in count(part, axes | {"sequence": 10}).costs if c.op == "attention_cached"]
-    assert one[0].flops == 4 * 64 * 10
-    assert ten[0].flops == 4 * 64 * sum(range(1, 11))
+    pair = 4 * 64 + 6 * 4  # 64 channels in 4 heads: two products, a scale and a softmax
+    rotation = 3 * (64 + 32)
+    assert one[0].flops == pair * 10 + rotation
+    assert ten[0].flops == pair * sum(range(1, 11)) + 10 * rotation

@@ -43,7 +43,8 @@ class Options:
 class Source:
     """A model ready to be written or run; each weight is read when it is used.
 
-    plan: the precision in which the model is to be recorded; a bundle brings its own.
+    plan: the precision in which the model is to be recorded; a bundle brings its own. goldens: the
+    file with the float model's answers if the source is a bundle.
     """
 
     model: ModelConfig
@@ -51,6 +52,7 @@ class Source:
     tokenizer: str
     origin: Mapping[str, Any]
     plan: PrecisionPlan = PrecisionPlan()
+    goldens: Path | None = None
 
 
 def random_source(model: ModelConfig, seed: int, tokenizer: str, preset: str) -> Source:

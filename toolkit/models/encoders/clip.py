@@ -13,7 +13,7 @@ from edgevlm.toolkit.models import vit
 from edgevlm.toolkit.models.recipes import Recipe, keep
 from edgevlm.toolkit.models.taps import depth_needed, resolve_taps
 from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
-from edgevlm.toolkit.strict import MOST_LAYERS, Reader
+from edgevlm.toolkit.strict import Reader
 
 MODEL_TYPES = ("clip_vision_model", "clip")
 
@@ -37,17 +37,10 @@ class Config:
     def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
         """From a CLIPVisionConfig; `taps` as in hidden_states[...], negative from the end."""
         r.skip("projection_dim", "dropout")
-        r.choice("num_channels", [3], 3)
-        hidden_size = r.count("hidden_size", 768)
         config = cls(
-            hidden_size=hidden_size,
-            num_layers=r.count("num_hidden_layers", 12, most=MOST_LAYERS),
-            num_heads=r.share("num_attention_heads", hidden_size, 12),
-            intermediate_size=r.count("intermediate_size", 3072),
-            patch_size=r.count("patch_size", 32),
+            **vit.read(r, ["quick_gelu", "gelu"], patch_size=32, eps=1e-5),
             image_size=r.count("image_size", 224),
-            activation=r.choice("hidden_act", ["quick_gelu", "gelu"], "quick_gelu"),
-            eps=r.positive("layer_norm_eps", 1e-5),
+            intermediate_size=r.count("intermediate_size", 3072),
             class_token=class_token,
         )
         return resolve_taps(config, taps, r.where)
@@ -69,7 +62,7 @@ class Config:
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
-    """pixels [B, 3, image, image] -> for each tap [B, tokens, width]."""
+    """pixels [B, 3, image, image] -> for each tap [B, tokens, hidden_size]."""
     x = op.prepend(vit.patches(op, w, pixels, c.hidden_size, c.patch_size), w["class_token"])
     x = op.layer_norm(op.add(x, w["position"]), w / "norm_pre", c.eps)
     first = 0 if c.class_token else 1

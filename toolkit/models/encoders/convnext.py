@@ -92,11 +92,11 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
             x = convnet.channel_norm(op, x, stage / "down" / "norm", c.eps)
             x = op.conv(x, stage / "down" / "conv", stride=2)
         for j in range(depth):
-            x = _block(op, c, stage / f"blocks.{j}", x, c.dims[s])
+            x = op.block(_block, stage / f"blocks.{j}", x, c, c.dims[s])
     return (convnet.tokens(op, x, c.dims[-1]),)
 
 
-def _block(op: Ops[T], c: Config, w: Weights[T], x: T, channels: int) -> T:
+def _block(op: Ops[T], w: Weights[T], x: T, c: Config, channels: int) -> T:
     y = op.conv(x, w / "depthwise", stride=1, padding=3, groups=channels)
     y = op.layer_norm(convnet.channels_last(op, y), w / "norm", c.eps)
     y = op.linear(op.gelu(op.linear(y, w / "up")), w / "down")

@@ -18,7 +18,7 @@ from edgevlm.toolkit.models import vit
 from edgevlm.toolkit.models.recipes import Recipe, flat, flip, keep
 from edgevlm.toolkit.models.taps import depth_needed, resolve_taps
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
-from edgevlm.toolkit.strict import MOST_LAYERS, Reader
+from edgevlm.toolkit.strict import Reader
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 
@@ -53,23 +53,17 @@ class Config:
         r.skip("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob",
                "layerscale_value", "out_features", "out_indices", "stage_names",
                "apply_layernorm", "reshape_hidden_states", "use_mask_token")  # fmt: skip
-        r.choice("num_channels", [3], 3)
-        hidden_size, swiglu = r.count("hidden_size", 768), r.take("use_swiglu_ffn", bool, False)
-        hidden = int(hidden_size * r.take("mlp_ratio", float, 4.0))
-        stored = r.count("image_size", 224)
+        swiglu, ratio = r.take("use_swiglu_ffn", bool, False), r.take("mlp_ratio", float, 4.0)
+        fields = vit.read(r, ["gelu"], patch_size=14, eps=1e-6)
+        stored, hidden = r.count("image_size", 224), int(fields["hidden_size"] * ratio)
         config = cls(
-            hidden_size=hidden_size,
-            num_layers=r.count("num_hidden_layers", 12, most=MOST_LAYERS),
-            num_heads=r.share("num_attention_heads", hidden_size, 12),
-            intermediate_size=(int(hidden * 2 / 3) + 7) // 8 * 8 if swiglu else hidden,
-            patch_size=r.count("patch_size", 14),
+            **fields,
             image_size=image_size or stored,
+            intermediate_size=(int(hidden * 2 / 3) + 7) // 8 * 8 if swiglu else hidden,
             trained_image_size=stored,
             num_registers=r.take("num_register_tokens", int, 0),
             swiglu=swiglu,
             qkv_bias=r.take("qkv_bias", bool, True),
-            activation=r.choice("hidden_act", ["gelu"], "gelu"),
-            eps=r.positive("layer_norm_eps", 1e-6),
             class_token=class_token,
         )
         return resolve_taps(config, taps, r.where)
@@ -91,7 +85,7 @@ class Config:
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
-    """pixels [B, 3, image, image] -> for each tap [B, tokens, width], registers dropped."""
+    """pixels [B, 3, image, image] -> for each tap [B, tokens, hidden_size], registers dropped."""
     x = op.prepend(vit.patches(op, w, pixels, c.hidden_size, c.patch_size), w["class_token"])
     x = op.add(x, w["position"])
     if c.num_registers:

@@ -1,6 +1,6 @@
 """MLCD's vision transformer (An et al., arXiv 2407.17331): a CLIP ViT with rotary positions.
 
-Every head turns q and k by angles of the patch's row and column (RoPE2D); the class token has a
+Every head rotates q and k by angles of the patch's row and column (RoPE2D); the class token has a
 learned angle. Source: deepglint/unicom; names of Hugging Face's MLCDVisionModel or native ones.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ import numpy as np
 from edgevlm.toolkit.models import vit
 from edgevlm.toolkit.models.recipes import Recipe, flat, flip, keep
 from edgevlm.toolkit.models.taps import depth_needed, resolve_taps
-from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
-from edgevlm.toolkit.strict import MOST_LAYERS, Reader
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights, read_only
+from edgevlm.toolkit.strict import Reader
 
 MODEL_TYPES = ("mlcd_vision_model",)
 
@@ -41,20 +42,22 @@ class Config:
     def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
         """From an MLCDVisionConfig."""
         r.skip("projection_dim", "rope_parameters")
-        r.choice("num_channels", [3], 3)
         r.choice("num_key_value_groups", [1], 1)
         rope = r.sub("rope_parameters") if r.has("rope_parameters") else Reader({}, r.where)
-        image_size = r.count("image_size", 336)
-        hidden_size = r.count("hidden_size", 1664)
+        fields = vit.read(
+            r,
+            ["gelu", "quick_gelu"],
+            hidden_size=1664,
+            num_layers=48,
+            num_heads=16,
+            patch_size=14,
+            eps=1e-5,
+        )
+        side = r.count("image_size", 336)
         config = cls(
-            hidden_size=hidden_size,
-            num_layers=r.count("num_hidden_layers", 48, most=MOST_LAYERS),
-            num_heads=r.share("num_attention_heads", hidden_size, 16),
+            **fields,
+            image_size=(side, side),
             intermediate_size=r.count("intermediate_size", 8192),
-            patch_size=r.count("patch_size", 14),
-            image_size=(image_size, image_size),
-            activation=r.choice("hidden_act", ["gelu", "quick_gelu"], "gelu"),
-            eps=r.positive("layer_norm_eps", 1e-5),
             theta=rope.positive("rope_theta", 10000.0),
             class_token=class_token,
         )
@@ -82,30 +85,36 @@ class Config:
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
-    """pixels [B, 3, height, width] -> for each tap [B, tokens, width]."""
+    """pixels [B, 3, height, width] -> for each tap [B, tokens, hidden_size]."""
     x = op.prepend(vit.patches(op, w, pixels, c.hidden_size, c.patch_size), w["class_token"])
     x = op.layer_norm(x, w / "norm_pre", c.eps)
     table = op.constant("rotary.angles", patch_angles(c))
-    angles = op.concat([op.reshape(w["class_angle"], (1, -1)), table], 0)
+    own = op.to_float32(op.reshape(w["class_angle"], (1, -1)))
+    angles = op.concat([own, table], 0)
 
     def attend(op: Ops[Any], c: Any, w: Weights[Any], x: Any) -> Any:
         q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
-        return op.linear(op.attention_rotary(q, k, v, angles, num_heads=c.num_heads), w / "out")
+        mixed = op.attention_rotary(
+            q, k, v, angles, num_heads=c.num_heads, head_dim=c.hidden_size // c.num_heads
+        )
+        return op.linear(mixed, w / "out")
 
     first = 0 if c.class_token else 1
     return tuple(op.slice(x, 1, first, None) for x in vit.run(op, c, w, x, attend))
 
 
+@lru_cache(maxsize=8)
 def patch_angles(c: Config) -> Array:
-    """[rows * columns, head width / 2] float32: row * f_k for half of k, then column * f_k.
+    """[rows * columns, head_dim / 2] float32: row * f_k for half of k, then column * f_k.
 
-    f_k = theta^(-2k / m), m = head width / 2, k below m / 2. Rows and columns count from 0.
+    f_k = theta^(-2k / m), m = head_dim / 2, k below m / 2. Rows and columns count from 0.
+    The array is read-only.
     """
     half = c.hidden_size // c.num_heads // 2
     frequencies = 1.0 / c.theta ** (np.arange(0, half, 2, dtype=np.float32) / np.float32(half))
     rows, columns = np.divmod(np.arange(c.grid[0] * c.grid[1]), c.grid[1])
-    parts = [np.outer(places.astype(np.float32), frequencies) for places in (rows, columns)]
-    return np.concatenate(parts, 1).astype(np.float32)
+    parts = [np.outer(index.astype(np.float32), frequencies) for index in (rows, columns)]
+    return read_only(np.concatenate(parts, 1).astype(np.float32))
 
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
@@ -158,7 +167,7 @@ def native_names(c: Config) -> Mapping[str, Recipe]:
 
 
 def _third(source: str, number: int) -> Recipe:
-    """Rows number / 3 .. of a joined matrix or vector, turned to [in, out]."""
+    """Rows number / 3 .. of a joined matrix or vector, transposed to [in, out]."""
     return Recipe((source,), lambda x: np.split(x, 3)[number].T)
 
 

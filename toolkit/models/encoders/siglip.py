@@ -13,7 +13,7 @@ from edgevlm.toolkit.models import vit
 from edgevlm.toolkit.models.recipes import Recipe, keep
 from edgevlm.toolkit.models.taps import depth_needed, resolve_taps
 from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
-from edgevlm.toolkit.strict import MOST_LAYERS, Reader
+from edgevlm.toolkit.strict import Reader
 
 MODEL_TYPES = ("siglip_vision_model", "siglip")
 
@@ -34,19 +34,12 @@ class Config:
 
     @classmethod
     def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
-        """From a SiglipVisionConfig. There is no class token, whatever is asked for."""
+        """From a SiglipVisionConfig. There is no class token, whatever class_token says."""
         r.skip("vision_use_head", "projection_dim")
-        r.choice("num_channels", [3], 3)
-        hidden_size = r.count("hidden_size", 768)
         config = cls(
-            hidden_size=hidden_size,
-            num_layers=r.count("num_hidden_layers", 12, most=MOST_LAYERS),
-            num_heads=r.share("num_attention_heads", hidden_size, 12),
-            intermediate_size=r.count("intermediate_size", 3072),
-            patch_size=r.count("patch_size", 16),
+            **vit.read(r, ["gelu_pytorch_tanh", "gelu"], patch_size=16, eps=1e-6),
             image_size=r.count("image_size", 224),
-            activation=r.choice("hidden_act", ["gelu_pytorch_tanh", "gelu"], "gelu_pytorch_tanh"),
-            eps=r.positive("layer_norm_eps", 1e-6),
+            intermediate_size=r.count("intermediate_size", 3072),
         )
         if config.image_size < config.patch_size:
             raise ConfigError(f"{r.where}: image_size {config.image_size} is less than one patch")
@@ -59,7 +52,7 @@ class Config:
 
     @property
     def tokens(self) -> int:
-        """Tokens per image and output; a rest narrower than a patch is dropped."""
+        """Tokens per image and output; what is left beside whole patches is dropped."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -69,7 +62,7 @@ class Config:
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
-    """pixels [B, 3, image, image] -> for each tap [B, tokens, width]."""
+    """pixels [B, 3, image, image] -> for each tap [B, tokens, hidden_size]."""
     x = op.add(vit.patches(op, w, pixels, c.hidden_size, c.patch_size), w["position"])
     return vit.run(op, c, w, x)
 

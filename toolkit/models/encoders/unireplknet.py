@@ -88,7 +88,7 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
             x = op.conv(x, stage / "down" / "conv", stride=2, padding=1)
             x = convnet.channel_norm(op, x, stage / "down" / "norm", _LAYER_EPS)
         for j, kernel in enumerate(kernels):
-            x = _block(op, stage / f"blocks.{j}", x, c.dims[s], kernel)
+            x = op.block(_block, stage / f"blocks.{j}", x, c.dims[s], kernel)
     return (convnet.tokens(op, x, c.dims[-1]),)
 
 
@@ -126,8 +126,8 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
 def names(c: Config) -> Mapping[str, Recipe]:
     """How each of our tensors is made from the original's file, merged or not."""
     table: dict[str, Recipe] = {}
-    places = {"conv1": 0, "norm1": 1, "conv2": 3, "norm2": 4}
-    for name, number in places.items():
+    numbers = {"conv1": 0, "norm1": 1, "conv2": 3, "norm2": 4}
+    for name, number in numbers.items():
         for leaf in ("weight", "bias"):
             table[f"stem.{name}.{leaf}"] = keep(f"downsample_layers.0.{number}.{leaf}")
     for s, kernels in enumerate(c.kernels):

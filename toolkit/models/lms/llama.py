@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.recipes import Recipe, flip, keep
-from edgevlm.toolkit.ops.vocabulary import Array, Ops, Step, T, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, Step, T, Weights, read_only
 from edgevlm.toolkit.strict import MOST_LAYERS, Reader
 
 
@@ -153,9 +154,9 @@ def forward(
 ) -> tuple[T, list[tuple[T, T]]]:
     """One call of the decoder: a prompt, a piece of one, or a single token.
 
-    inputs: ids [B, S]; rows [B, S] and features [F, width] as in Ops.place_tokens; start [B],
-    tokens already in the cache; score [B, P], the places whose logits are wanted.
-    Returns logits [B, P, vocab] and the updated cache.
+    inputs: ids [B, S]; rows [B, S] and features [F, hidden_size] as in Ops.place_tokens; start
+    [B], tokens already in the cache; score [B, P], the tokens whose logits are computed (P may
+    be 0). Returns logits [B, P, vocab] and the updated cache.
     """
     x = op.place_tokens(op.embed(inputs["ids"], w / "embed"), inputs["features"], inputs["rows"])
     positions = op.positions(inputs["ids"], inputs["start"])
@@ -166,43 +167,65 @@ def forward(
         op.constant("rotary.cos", cos),
         op.constant("rotary.sin", sin),
     )
-    n, present = op.rms_norm(x, w / "layers.0" / "norm1", c.eps), []
+    present = []
     for i in range(c.num_layers):
-        layer = w / f"layers.{i}"
-        mixed, cache = _attend(op, c, layer / "attention", n, past[i], step)
-        if i + 1 == c.num_layers:  # from here on only the scored places matter
-            mixed, x = (op.take(rows, inputs["score"]) for rows in (mixed, x))
-        update = op.linear(mixed, layer / "attention" / "out")
-        n, x = op.add_norm(update, x, layer / "norm2", c.eps, "rms")
-        following = w / f"layers.{i + 1}" / "norm1" if i + 1 < c.num_layers else w / "norm"
-        n, x = op.add_norm(_mlp(op, layer / "mlp", n), x, following, c.eps, "rms")
+        score = inputs["score"] if i + 1 == c.num_layers else None
+        x, cache = op.block(_layer, w / f"layers.{i}", x, c, past[i], step, score)
         present.append(cache)
-    return op.unembed(n, w / "embed") if c.tied else op.linear(n, w / "head"), present
+    x = op.rms_norm(x, w / "norm", c.eps)
+    return op.unembed(x, w / "embed") if c.tied else op.linear(x, w / "head"), present
+
+
+def _layer(
+    op: Ops[T],
+    w: Weights[T],
+    x: T,
+    c: Config,
+    past: tuple[T, T],
+    step: Step[T],
+    score: T | None,
+) -> tuple[T, tuple[T, T]]:
+    """One layer. `score` in the last one: behind its attention only those tokens matter."""
+    normed = op.rms_norm(x, w / "norm1", c.eps)
+    mixed, cache = _attend(op, c, w / "attention", normed, past, step)
+    if score is not None:
+        mixed, x = (op.take(tokens, score) for tokens in (mixed, x))
+    x = op.add(op.linear(mixed, w / "attention" / "out"), x)
+    return op.add(_mlp(op, w / "mlp", op.rms_norm(x, w / "norm2", c.eps)), x), cache
 
 
 def _attend(
     op: Ops[T], c: Config, w: Weights[T], x: T, past: tuple[T, T], step: Step[T]
 ) -> tuple[T, tuple[T, T]]:
     q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
-    mixed, *cache = op.attention_cached(
-        q, k, v, past, step, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, window=c.window
+    mixed, key, value = op.attention_cached(
+        q,
+        k,
+        v,
+        past,
+        step,
+        num_heads=c.num_heads,
+        num_kv_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        window=c.window,
     )
-    return mixed, (cache[0], cache[1])
+    return mixed, (key, value)
 
 
 def _mlp(op: Ops[T], w: Weights[T], x: T) -> T:
     return op.linear(op.swiglu(op.linear(x, w / "gate"), op.linear(x, w / "up")), w / "down")
 
 
+@lru_cache(maxsize=8)
 def rotary_tables(c: Config) -> tuple[Array, Array]:
-    """cos and sin of position * frequency, both [context, head_dim / 2] float32.
+    """cos and sin of position * frequency, both [context, head_dim / 2] float32, read-only.
 
     frequency_k = theta^(-2k / head_dim) (Su et al., arXiv 2104.09864), stretched by `scaling`.
     """
     exponents = np.arange(0, c.head_dim, 2, dtype=np.float32) / np.float32(c.head_dim)
     frequencies = _stretch(1.0 / np.float32(c.theta) ** exponents, c.scaling)
     angles = np.outer(np.arange(c.context, dtype=np.float32), frequencies).astype(np.float32)
-    return np.cos(angles), np.sin(angles)
+    return read_only(np.cos(angles)), read_only(np.sin(angles))
 
 
 def _stretch(frequencies: Array, scaling: RopeScaling | None) -> Array:
@@ -212,8 +235,8 @@ def _stretch(frequencies: Array, scaling: RopeScaling | None) -> Array:
     if scaling.kind == "linear":
         return slow
     wavelengths = 2 * math.pi / frequencies
-    turns = scaling.trained_context / wavelengths
-    blend = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    rotations = scaling.trained_context / wavelengths
+    blend = np.clip((rotations - scaling.low) / (scaling.high - scaling.low), 0, 1)
     return np.asarray((1 - blend) * slow + blend * frequencies, np.float32)
 
 

@@ -81,8 +81,7 @@ def _branch(op: Ops[T], c: Config, b: Branch, w: Weights[T], levels: Sequence[T]
 def _merged(op: Ops[T], c: Config, b: Branch, w: Weights[T], levels: Sequence[T]) -> T:
     if b.merge in ("mean", "mean_half"):
         parts = b.count if b.merge == "mean" else b.count - 1
-        share = op.constant(f"{b.name}.share", np.asarray([1 / parts], np.float32))
-        return op.mul(_sum(op, levels), share)
+        return op.scale(_sum(op, levels), 1 / parts)
     scale = op.softmax(w["scale"]) if b.scale == "softmax" else w["scale"]
     if b.merge == "norm_linear":
         return op.layer_merge(levels, w.replacing(scale=scale), c.eps)

@@ -1,4 +1,4 @@
-"""MMFuser (Cao et al., arXiv 2410.11829): CLIP's deep layer asks its shallow ones.
+"""MMFuser (Cao et al., arXiv 2410.11829): CLIP's deep layer attends to its shallow ones.
 
 Deformable cross-attention from the deep level's tokens into four shallower levels, deformable
 self-attention on the result, both scaled by learned vectors and added to the deep level; then
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from edgevlm.toolkit.models import vit
 from edgevlm.toolkit.models.mergers import mlp
 from edgevlm.toolkit.models.recipes import Recipe, flip, keep
-from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights, read_only
 
 LEVELS = 4
 _EPS = 1e-6
@@ -23,7 +24,7 @@ _EPS = 1e-6
 
 @dataclass(frozen=True)
 class Config:
-    """width: channels of every level; side: tokens per row; layers: linears behind the fuser."""
+    """hidden_size: channels of every level; side: tokens per row; layers: linears that follow."""
 
     hidden_size: int
     side: int
@@ -34,7 +35,7 @@ class Config:
 
     @property
     def sources(self) -> tuple[int, ...]:
-        """Four levels that are asked, in order, and the one that asks."""
+        """Channels of the four key/value levels, in order, and of the query."""
         return (self.hidden_size,) * (LEVELS + 1)
 
     @property
@@ -44,12 +45,12 @@ class Config:
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], features: Sequence[T]) -> T:
-    """features: five of [B, side^2, width] -> [B, side^2, outputs]."""
+    """features: five of [B, side^2, hidden_size] -> [B, side^2, outputs]."""
     *levels, query = features
     fuser = w / "fuser"
     values = op.layer_norm(op.concat(levels, 1), fuser / "norm_features", _EPS)
-    asking = op.layer_norm(query, fuser / "norm_query", _EPS)
-    a = _attention(op, c, fuser / "cross", asking, values, LEVELS)
+    normed = op.layer_norm(query, fuser / "norm_query", _EPS)
+    a = _attention(op, c, fuser / "cross", normed, values, LEVELS)
     n = op.layer_norm(a, fuser / "norm_self", _EPS)
     b = _attention(op, c, fuser / "self", n, n, 1)
     a = op.add(a, op.mul(b, fuser["gamma2"]))
@@ -58,24 +59,26 @@ def forward(op: Ops[T], c: Config, w: Weights[T], features: Sequence[T]) -> T:
 
 
 def _attention(op: Ops[T], c: Config, w: Weights[T], query: T, values: T, levels: int) -> T:
-    found = op.ms_deform_attn(
+    mixed = op.ms_deform_attn(
         op.linear(values, w / "value"),
         op.linear(query, w / "offsets"),
         op.linear(query, w / "scores"),
-        grids=((c.side, c.side),) * levels,
+        grid=(c.side, c.side),
+        num_levels=levels,
         num_heads=c.num_heads,
         num_points=c.num_points,
         head_dim=c.hidden_size // c.num_heads,
         reference=cell_centres(c.side),
     )
-    return op.linear(found, w / "out")
+    return op.linear(mixed, w / "out")
 
 
+@lru_cache(maxsize=8)
 def cell_centres(side: int) -> Array:
-    """[side^2, 1, 2] float32: (x, y) of every cell's centre in 0..1, row by row."""
-    places = (np.arange(side, dtype=np.float32) + 0.5) / side
-    rows, columns = np.meshgrid(places, places, indexing="ij")
-    return np.stack([columns.reshape(-1), rows.reshape(-1)], -1)[:, None]
+    """[side^2, 2] float32: (x, y) of every cell's centre in 0..1, row by row; read-only."""
+    centres = (np.arange(side, dtype=np.float32) + 0.5) / side
+    rows, columns = np.meshgrid(centres, centres, indexing="ij")
+    return read_only(np.stack([columns.reshape(-1), rows.reshape(-1)], -1))
 
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:

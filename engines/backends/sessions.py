@@ -1,0 +1,56 @@
+"""The one place that makes ONNX Runtime sessions: in engines, probes, the search for an op, tests.
+
+On x86 without VNNI, ONNX Runtime's products of U8 activations and S8 weights saturate: a layer in 8
+bits would be wrong by half of its largest value. `session.x64quantprecision` makes it convert such
+weights to U8, whose products are exact.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgevlm.toolkit.target import saturates_int8
+
+_EXACT_PRODUCTS = "session.x64quantprecision"
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_ERRORS_ONLY = 3
+
+
+def session_options(threads: int = 0) -> Any:
+    """onnxruntime.SessionOptions that are right on this processor; threads: 0 for all."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = threads
+    if saturates_int8():
+        options.add_session_config_entry(_EXACT_PRODUCTS, "1")
+    return options
+
+
+def open_session(model: Path | str | bytes, options: Any | None = None) -> Any:
+    """A session on the processor, of a graph's file or of its bytes.
+
+    Raises what ONNX Runtime raises if it cannot load the graph.
+    """
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(
+        model if isinstance(model, bytes) else str(model),
+        options or session_options(),
+        providers=["CPUExecutionProvider"],
+    )
+
+
+def read_weights_from(options: Any, folder: Path) -> Any:
+    """The same options for a graph given as bytes whose weights are files of `folder`."""
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
+    return options
+
+
+def keep_graph(options: Any) -> None:
+    """Let ONNX Runtime run the graph as it is, without rewriting it."""
+    import onnxruntime
+
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -1,0 +1,63 @@
+"""The KV state of a component: a value that the caller holds. A runner hides none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgevlm.toolkit.errors import InputError
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.vlm.components import Port, zero_states
+
+
+class Allocation:
+    """Stands for the memory of one `new_state`: it lives as long as any State on it.
+
+    What belongs to that memory, such as a runner's bindings, is kept in tables with weak keys.
+    """
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Consecutive slots of a KV cache, one sequence each.
+
+    arrays: by the input that reads it, float32 [slots, kv_heads, context, head_dim]; empty for a
+    component without a state. Slots share memory with the state that they were taken from, and
+    may be used in the same way: a prompt is read into one slot (batch 1), then any range of slots
+    decodes in one batch, one token each.
+    """
+
+    arrays: Mapping[str, Array]
+    count: int
+    allocation: Allocation
+    first: int = 0
+
+    def slots(self, begin: int, end: int) -> State:
+        """The slots from `begin` up to `end`. Raises InputError where there are none."""
+        if not 0 <= begin < end <= self.count:
+            raise InputError(f"slots {begin} to {end} are not among the {self.count} of the state")
+        parts = {name: array[begin:end] for name, array in self.arrays.items()}
+        return State(parts, end - begin, self.allocation, self.first + begin)
+
+    def slot(self, index: int) -> State:
+        """One slot."""
+        return self.slots(index, index + 1)
+
+
+def zeros(
+    inputs: Sequence[Port], outputs: Sequence[Port], *, context: int, slots: int = 1
+) -> State:
+    """A state for every input that an output updates, with `context` positions in each slot."""
+    if slots < 1:
+        raise InputError(f"a state of {slots} slots holds nothing")
+    arrays = zero_states(inputs, outputs, {"batch": slots, "context": context})
+    return State(arrays, slots, Allocation())
+
+
+def check(state: State | None, names: Sequence[str], batch: int, component: str) -> State:
+    """The state, if it is one of this component and has a slot for every row of the batch."""
+    if state is None or any(name not in state.arrays for name in names):
+        raise InputError(f"{component} needs a state of its own: one made by new_state()")
+    if state.count != batch:
+        raise InputError(f"{component} was given {batch} rows for {state.count} slots")
+    return state

@@ -1,0 +1,184 @@
+"""Whether an engine answers as it should: its kernels, and the precision of its weights.
+
+Kernels: the engine against the reference on the same, possibly rounded, weights. Precision: the
+engine against the reference on the float weights. Both are relative root mean square errors over
+all golden calls of a component, those of logits after taking each row's mean away. Golden calls
+are random, which is harder on a trained model than text is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgevlm.engines.backends import Backend, Compiled, RunnerOptions
+from edgevlm.toolkit.bundle import goldens
+from edgevlm.toolkit.bundle.goldens import AXES, Golden, relative_rms
+from edgevlm.toolkit.bundle.manifest import GOLDENS, Bundle
+from edgevlm.toolkit.errors import AccuracyError, BundleError, ConfigError
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
+
+Progress = Callable[[str], None]
+# The largest error of kernels that a build accepts, by the precision in which they compute. int8:
+# the inputs of products are rounded to 8 bits in blocks, which a trained decoder amplifies, on
+# random tokens more than on text: in SmolLM2-135M to 0.15 and 0.05; in encoders it stays near 0.01.
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-1}
+DECODER_TOLERANCE = {**TOLERANCE, "int8": 2e-1}
+# The largest loss against the float model that a build accepts unless told otherwise, by the
+# precision of the plan. Weights in 8 bits lose 0.01 to 0.04 in random models and 0.12 in
+# SmolLM2-135M, whose perplexity grows by 0.35 %; in 4 bits, rounded to nearest, 0.3 to 0.5 and
+# 0.7: there perplexity grows by 26 % and four tokens of ten differ. Zeroed weights lose 0.7 to 1.
+MAX_LOSS: Mapping[Precision, float] = {"int8_weights": 0.2, "int4_weights": 0.2, "int8": 0.2}
+_CENTERED = "logits"  # the outputs that mean the same if a constant is added to a row
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors by component: of kernels; and of the precision, empty for a float model."""
+
+    kernels: dict[str, float]
+    losses: dict[str, float]
+
+
+def allowed_loss(plan: PrecisionPlan, accept: float | None) -> float:
+    """The largest loss that a build with this plan accepts.
+
+    accept: what the user accepts instead. Raises ConfigError where it has no meaning.
+    """
+    if accept is None:
+        return max((MAX_LOSS[precision] for precision in plan.precisions), default=0.0)
+    if not (math.isfinite(accept) and accept > 0):
+        raise ConfigError(f"--accept-loss {accept} is not a number above 0")
+    if not plan.precisions:
+        raise ConfigError(
+            f"--accept-loss {accept} has no effect: no weight is rounded",
+            hint="leave it out, or add --precision",
+        )
+    return accept
+
+
+def check(
+    bundle: Bundle,
+    compiled: list[Compiled],
+    backend: Backend,
+    folder: Path,
+    allowed: float,
+    progress: Progress,
+    *,
+    bisect: bool = False,
+) -> Errors:
+    """Run the goldens on the compiled components in `folder`.
+
+    Raises AccuracyError naming the first component whose kernels are beyond their tolerance (with
+    `bisect`, its first op too) or whose precision costs more than `allowed`.
+    """
+    every = goldens.load(bundle.path / GOLDENS)
+    if bundle.manifest.plan.precisions and not all(golden.float_outputs for golden in every):
+        raise BundleError(
+            f"{bundle.path} is quantized and lacks the float model's answers",
+            hint="quantize the float bundle again",
+        )
+    errors = Errors({}, {})
+    for part in compiled:
+        name, limit = part.record.name, tolerance(part)
+        progress(f"{name}: comparing with the reference")
+        calls = [golden for golden in every if golden.component == name]
+        answers = _answers(bundle, part, backend, folder, calls)
+        error = _error(answers, [golden.outputs for golden in calls])
+        if not error <= limit:
+            op = _first_op(bundle, part, folder, calls, limit) if bisect else ""
+            raise _wrong_kernels(name, error, limit, op, bisect=bisect)
+        errors.kernels[name] = error
+        if all(golden.float_outputs for golden in calls):
+            loss = _error(answers, [golden.float_outputs for golden in calls])
+            if not loss <= allowed:
+                raise _lossy(name, loss, allowed)
+            errors.losses[name] = loss
+    return errors
+
+
+def tolerance(part: Compiled) -> float:
+    """The largest error that a component's kernels may have."""
+    decodes = any(port.updates for port in part.record.outputs)
+    return (DECODER_TOLERANCE if decodes else TOLERANCE)[part.precision]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One output of one call: its shape, and its values where they are compared."""
+
+    shape: tuple[int, ...]
+    values: Array
+
+
+def _answers(
+    bundle: Bundle, part: Compiled, backend: Backend, folder: Path, calls: list[Golden]
+) -> list[dict[str, _Answer]]:
+    """What the engine answers to each call."""
+    options = RunnerOptions(context=AXES["context"])
+    runner = backend.open(folder, part.record, bundle.manifest.model, options)
+    found = []
+    try:
+        state = runner.new_state()
+        for golden in calls:
+            outputs = runner.run(golden.inputs, state)
+            found.append(
+                {n: _Answer(outputs[n].shape, goldens.sampled(outputs[n])) for n in golden.outputs}
+            )
+    finally:
+        runner.close()
+    return found
+
+
+def _error(answers: list[dict[str, _Answer]], expected: Iterable[Mapping[str, Array]]) -> float:
+    """Of the worst output, over all calls."""
+    by_output: dict[str, list[tuple[Array, Array]]] = {}
+    for answer, outputs in zip(answers, expected, strict=True):
+        for name, values in outputs.items():
+            by_output.setdefault(name, []).append(_comparable(name, answer[name], values))
+    return max(relative_rms(pairs) for pairs in by_output.values())
+
+
+def _comparable(name: str, answer: _Answer, expected: Array) -> tuple[Array, Array]:
+    if name != _CENTERED or answer.values.shape != expected.shape:
+        return answer.values, expected
+    return goldens.centered(answer.values, answer.shape), goldens.centered(expected, answer.shape)
+
+
+def _wrong_kernels(
+    name: str, error: float, limit: float, op: str, *, bisect: bool
+) -> AccuracyError:
+    return AccuracyError(
+        f"{name} differs from the reference by {error:.3g} (relative rms), allowed {limit}{op}",
+        hint="nothing was written; please report this with the output of edgevlm doctor"
+        if bisect
+        else "add --bisect to find the first op that differs",
+    )
+
+
+def _lossy(name: str, loss: float, allowed: float) -> AccuracyError:
+    if not math.isfinite(loss):
+        return AccuracyError(f"{name} in this precision gives values that are no numbers")
+    accept = math.ceil(loss * 100) / 100
+    return AccuracyError(
+        f"{name} in this precision differs from the float model by {loss:.3g} (relative rms), "
+        f"allowed {allowed:g}",
+        hint=f"take a higher precision (--precision int8), or accept it: --accept-loss {accept:g}",
+    )
+
+
+def _first_op(
+    bundle: Bundle, part: Compiled, folder: Path, calls: list[Golden], limit: float
+) -> str:
+    """Where the compiled graph first leaves the portable one, as the end of an error."""
+    if part.record.graph not in part.files:
+        return "; this backend has no graph to search"
+    from edgevlm.engines.build.bisect import first_divergence
+
+    found = first_divergence(bundle, part.record, folder, calls, limit)
+    if found is None:
+        return "; no tensor that both graphs name differs, so the portable graph itself does"
+    return f"; first at {found.tensor}, made by {found.op}: {found.difference:.3g}"

@@ -1,0 +1,208 @@
+"""A reply in the making: a stream of tokens, and afterwards the answer with its timings."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from edgevlm.engines.runtime.clock import Clock
+from edgevlm.engines.runtime.memory import peak_rss_mb
+from edgevlm.engines.runtime.question import Question
+from edgevlm.engines.runtime.sampling import sampler
+from edgevlm.engines.runtime.stopping import StoppingText
+from edgevlm.toolkit.errors import InputError
+from edgevlm.toolkit.images import preprocess
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.text import prompts
+from edgevlm.toolkit.text.prompts import PromptSequence
+
+if TYPE_CHECKING:
+    from edgevlm.engines.runtime.session import Session
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token: the text that became certain with it, and when, in ms after the start.
+
+    The last token brings the rest of the text: the texts of all tokens joined are the answer's.
+    """
+
+    id: int
+    text: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished reply. timings_ms: stages by name; notes: what was done to the images."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    image_tokens: int
+    finish_reason: Finish
+    timings_ms: dict[str, float]
+    output_token_throughput: float
+    output_token_throughput_per_user: float
+    peak_rss_mb: float
+    notes: tuple[str, ...] = ()
+
+
+class Reply:
+    """Iterate once for tokens, then read `answer`.
+
+    A reply holds a KV state of its own from its prefill until its last token is computed, it is
+    closed, or its iterator is dropped. Several replies of one session may be read in turns, and
+    from several threads.
+    """
+
+    def __init__(self, session: Session, question: Question) -> None:
+        self._session = session
+        self._question = question.checked()
+        self._clock = Clock()
+        self._sample = sampler(self._question.sampling)
+        self._ids: list[int] = []
+        self._times_ms: list[float] = []
+        self._text = StoppingText(session.tokenizer, self._question.stop)
+        self._finish: Finish = "length"
+        self._notes: tuple[str, ...] = ()
+        self._sequence: PromptSequence | None = None
+        self._begun = self._closed = self._done = False
+        # Weak: a reply that held its iterator would be a circle, and its state be released late.
+        self._iterator: weakref.ref[Generator[Token, None, None]] | None = None
+
+    def __iter__(self) -> Iterator[Token]:
+        """The tokens as they come. Raises InputError where they were read or closed before."""
+        if self._begun or self._closed:
+            raise InputError(
+                f"this reply {'was closed' if self._closed else 'is being read or was read'}",
+                hint="keep its tokens, read its answer, or ask the session again",
+            )
+        self._begun = True
+        tokens = self._tokens()
+        self._iterator = weakref.ref(tokens)
+        return tokens
+
+    def __enter__(self) -> Reply:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop, and release the state; a finished reply keeps its answer."""
+        self._closed = True
+        tokens = self._iterator() if self._iterator else None
+        if tokens is not None:
+            with suppress(ValueError):  # another thread computes a token: it stops behind that
+                tokens.close()
+
+    def _tokens(self) -> Generator[Token, None, None]:
+        session = self._session
+        sequence, features = self._read()
+        self._sequence = sequence
+        most = min(self._question.max_tokens, session.engine.context - sequence.length + 1)
+        state = session.states.take()
+        try:
+            with self._clock.time("prefill"):
+                logits = session.prefill(sequence, features, state)
+            token, last = self._next(logits, last=most == 1)
+            while not (last or self._closed):
+                yield token
+                position = sequence.length + len(self._ids) - 1
+                logits = session.decode(token.id, position, state)
+                token, last = self._next(logits, last=len(self._ids) + 1 == most)
+        finally:
+            session.states.give(state)
+        if last:
+            self._done = True
+            yield token
+
+    def _next(self, logits: Array, *, last: bool) -> tuple[Token, bool]:
+        """The next token, and whether it is the last: as `last` tells, or as it turns out."""
+        token = self._sample(logits)
+        self._ids.append(token)
+        self._times_ms.append(self._clock.now_ms())
+        ended = token in self._session.model.prompts.eos
+        text = "" if ended else self._text.push(token)
+        last = last or ended or self._text.stopped
+        if last:
+            text += self._text.finish()
+        if ended or self._text.stopped:
+            self._finish = "stop"
+        return Token(token, text, self._times_ms[-1]), last
+
+    def _read(self) -> tuple[PromptSequence, Array]:
+        """Everything before the language model: the prompt's sequence and the feature rows."""
+        session, question, clock = self._session, self._question, self._clock
+        with clock.time("image_decode"):
+            upright = session.model.images.upright
+            images = [preprocess.load(source, upright=upright) for source in question.images]
+        self._notes = tuple(
+            f"image {number}: {note}"
+            for number, image in enumerate(images, 1)
+            for note in image.notes
+        )
+        rules = session.model.prompts
+        turns = [*question.history, question.prompt]
+        rendered = prompts.render(rules, turns, len(images), question.template)
+        if rendered.stop is not None:
+            self._text.add_stop(rendered.stop)
+        with clock.time("tokenize"):
+            prompt = prompts.tokenize(rules, session.tokenizer, rendered.text)
+        again = rules.reuse_last and 0 < len(images) == prompt.images - 1
+        prompts.check_slots(prompt, len(images) + again)
+        features = session.encode(images, clock, tiles=rendered.tiles)
+        indices = [*features.indices, *(features.indices[-1:] * again)]
+        sequence = prompts.assemble(prompt, indices)
+        if rules.cut is not None and sequence.length > rules.cut:
+            self._notes += (f"the prompt's {sequence.length} tokens were cut to {rules.cut}",)
+            sequence = sequence.first(rules.cut)
+        self._check_length(sequence)
+        return sequence, features.rows
+
+    def _check_length(self, sequence: PromptSequence) -> None:
+        context = self._session.engine.context
+        if sequence.length == 0:
+            raise InputError("the prompt is empty")
+        if sequence.length > context:
+            raise InputError(
+                f"the prompt has {sequence.length} tokens ({sequence.image_tokens} of images), "
+                f"the engine's context is {context}",
+                hint="shorten the prompt, or build with a larger --max-context",
+            )
+
+    @property
+    def answer(self) -> Answer:
+        """The finished reply. Raises InputError before the last token was read."""
+        if not self._done or self._sequence is None:
+            raise InputError(
+                "this reply has no answer: it was not read to its last token",
+                hint="iterate over the reply first, or call session.answer(question)",
+            )
+        stages = self._clock.totals_ms()
+        first, last = self._times_ms[0], self._times_ms[-1]
+        gaps = len(self._times_ms) - 1
+        latency = (last - first) / gaps if gaps else 0.0
+        stages |= {
+            "time_to_first_token": first,
+            "inter_token_latency": latency,
+            "total": last,
+        }
+        return Answer(
+            self._text.text,
+            tuple(self._ids),
+            self._sequence.length,
+            self._sequence.image_tokens,
+            self._finish,
+            {name: round(ms, 3) for name, ms in stages.items()},
+            round(1000 * len(self._ids) / last, 3),
+            round(1000 / latency, 3) if latency else 0.0,
+            round(peak_rss_mb(), 1),
+            self._notes,
+        )

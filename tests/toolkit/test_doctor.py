@@ -1,0 +1,73 @@
+"""The doctor: what is here, what is missing, and the command that gets it."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+
+from edgevlm.toolkit.target import this_cpu, threads_here
+from edgevlm.toolkit.terminal import doctor
+
+ALL = dict.fromkeys(doctor._PACKAGES, "1.0") | {"onnxruntime-gpu": None}
+
+
+def report(
+    monkeypatch: pytest.MonkeyPatch, **changes: str | None
+) -> tuple[dict[str, object], str, list[dict[str, str]]]:
+    """Data, text and problems with these packages in place of the machine's."""
+    found = ALL | {name.replace("_", "-"): version for name, version in changes.items()}
+    monkeypatch.setattr(doctor, "_version", found.__getitem__)
+    data, lines = doctor.report("9.9")
+    problems = data["problems"]
+    assert isinstance(problems, list)
+    return data, "\n".join(lines), problems
+
+
+def test_a_whole_installation_has_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, text, problems = report(monkeypatch)
+    assert problems == []
+    assert data["targets"] == [str(this_cpu()), "reference"]
+    assert data["python"] == platform.python_version()
+    assert data["processor_threads"] == threads_here()
+    assert f"edgevlm 9.9, Python {platform.python_version()}" in text
+    assert f"targets here: {this_cpu()}, reference" in text
+    assert "problem:" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem", "fix"),
+    [
+        ({"onnxruntime": None}, "engines cannot run", "edgevlm[cpu]"),
+        ({"onnx": None}, "no export, no build", "edgevlm[export]"),
+        ({"onnxruntime_gpu": "1.0"}, "overwrite each other", "edgevlm[gpu]"),
+    ],
+)
+def test_a_problem_comes_with_its_cure(
+    changes: dict[str, str | None], problem: str, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, text, problems = report(monkeypatch, **changes)
+    assert len(problems) == 1
+    assert problem in problems[0]["problem"]
+    assert problems[0]["fix"].startswith("pip ")
+    assert fix in problems[0]["fix"]
+    assert f"problem: {problems[0]['problem']}\nfix:     {problems[0]['fix']}" in text
+    assert (", ".join(map(str, data["targets"])) == "reference") == (  # type: ignore[call-overload]
+        changes.get("onnxruntime", "1.0") is None
+    )
+
+
+def test_every_package_has_a_line_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, text, _ = report(monkeypatch, torch=None)
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line}
+    assert rows["torch"] == ["torch", "-", "edgevlm[train]"]
+    assert rows["numpy"] == ["numpy", "1.0", "base"]
+    assert doctor._PACKAGES.keys() <= rows.keys()
+
+
+def test_the_versions_are_those_of_this_machine() -> None:
+    import numpy
+
+    data, _ = doctor.report("9.9")
+    assert data["packages"]["numpy"] == numpy.__version__
+    assert doctor._version("no-such-package-of-this-name") is None
