@@ -1,4 +1,4 @@
-# make demo    the whole way on a tiny model: checkpoint, bundle, engine, answer, profile
+# make demo    every step on a tiny model: checkpoint, bundle, engine, answer, profile
 # make test    the test suite
 # make check   formatting, lint, types, imports and sizes
 # make bench   the benchmarks

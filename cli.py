@@ -1,4 +1,4 @@
-"""edgevlm: the command line. Parses, hands one room's result to the next, prints."""
+"""edgevlm: the command line. It parses options, calls api.py and prints."""
 
 from __future__ import annotations
 
@@ -25,27 +25,34 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output path.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
-Threads = Annotated[int, typer.Option(help="Processor threads; 0 takes all.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace a bundle or engine at the output path.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")]
+Threads = Annotated[int, typer.Option(help="Processor threads; 0 uses all.")]
 Context = Annotated[
-    Optional[int], typer.Option("--max-context", help="Longest sequence; default: all there is.")
+    Optional[int],
+    typer.Option(
+        "--max-context", help="Longest sequence in tokens; default: the longest possible."
+    ),
 ]
 System = Annotated[
-    Optional[str], typer.Option("--system", help="Which system, where a folder is ambiguous.")
+    Optional[str],
+    typer.Option("--system", help="The system to read the folder as, if it is ambiguous."),
 ]
 Tower = Annotated[
-    Optional[Path], typer.Option(help="The tower's folder, if not where config.json says.")
+    Optional[Path],
+    typer.Option(help="The vision tower's folder, if not the one that config.json names."),
 ]
 IgnoreKey = Annotated[
-    Optional[list[str]], typer.Option(help="A config key that may be ignored. Repeatable.")
+    Optional[list[str]], typer.Option(help="A key of config.json to ignore. Repeatable.")
 ]
 Quirk = Annotated[
     Optional[list[str]],
-    typer.Option(help="An oddity of the original to keep: docs/systems.md. Repeatable."),
+    typer.Option(help="A quirk of the original to reproduce, see docs/systems.md. Repeatable."),
 ]
 RandomWeights = Annotated[
-    bool, typer.Option("--random-weights", help="For presets: weights from --seed.")
+    bool, typer.Option("--random-weights", help="Random weights for a preset, drawn from --seed.")
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 For = Annotated[
@@ -54,7 +61,7 @@ For = Annotated[
 
 
 def _console(as_json: bool, quiet: bool, context: typer.Context | None = None) -> Console:
-    """context: of a verb with steps, so that an error finds the terminal as it was."""
+    """context: of a verb with steps; closing it restores the terminal, after an error too."""
     from edgevlm.toolkit.terminal.console import Console
 
     console = Console(quiet=quiet or as_json, as_json=as_json)
@@ -134,20 +141,23 @@ def build(
     target: Annotated[str, typer.Option(help="cpu, reference, a device or BACKEND/ARCH.")] = "cpu",
     max_context: Context = None,
     max_image_tiles: Annotated[
-        Optional[int], typer.Option(help="Most tiles of a image; default: the model's.")
+        Optional[int], typer.Option(help="Most tiles of an image; default: the model's.")
     ] = None,
     precision: Annotated[
-        Optional[str], typer.Option(help="int8 or int4: weights alone, without calibration.")
+        Optional[str], typer.Option(help="int8 or int4: weight-only quantization, without samples.")
     ] = None,
     accept_loss: Annotated[
         Optional[float],
         typer.Option(help="Accept this relative rms error against float, such as 0.5."),
     ] = None,
     bisect: Annotated[
-        bool, typer.Option("--bisect", help="If the engine diverges, name the first op.")
+        bool,
+        typer.Option(
+            "--bisect", help="If the engine differs from the reference, name the first op."
+        ),
     ] = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Show what happens to each op, and why.")
+        bool, typer.Option("--explain", help="Show how each op is lowered, and why.")
     ] = False,
     dry_run: DryRun = False,
     force: Force = False,
@@ -183,18 +193,23 @@ def build(
 def run(
     engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
     prompt: Annotated[Optional[str], typer.Argument(help="The question.")] = None,
-    image: Annotated[Optional[list[str]], typer.Option(help="A image. Repeatable.")] = None,
+    image: Annotated[Optional[list[str]], typer.Option(help="An image file. Repeatable.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus of this probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Only the best K tokens; 0 is off.")] = 0,
-    seed: Annotated[Optional[int], typer.Option(help="Makes drawing repeatable.")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens of this total probability.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the K likeliest tokens; 0 is off.")] = 0,
+    seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")] = None,
     template: Annotated[
         str, typer.Option(help="auto, none (PROMPT is raw text with <image>) or a name.")
     ] = "auto",
-    stop: Annotated[Optional[list[str]], typer.Option(help="End before this text.")] = None,
+    stop: Annotated[
+        Optional[list[str]], typer.Option(help="End the answer before this text. Repeatable.")
+    ] = None,
     input_file: Annotated[
-        Optional[Path], typer.Option("--input", help="Many requests, one JSON object a line.")
+        Optional[Path],
+        typer.Option("--input", help="A file of requests, one JSON object per line."),
     ] = None,
     threads: Threads = 0,
     as_json: Json = False,
@@ -218,11 +233,13 @@ def run(
 def profile(
     context: typer.Context,
     engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
-    image: Annotated[Optional[Path], typer.Option(help="A image; default: generated.")] = None,
+    image: Annotated[
+        Optional[Path], typer.Option(help="An image file; default: a generated image.")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 32,
     max_tokens: Annotated[int, typer.Option(help="Tokens generated in each run.")] = 64,
     runs: Annotated[int, typer.Option(help="Timed runs.")] = 5,
-    warmup: Annotated[int, typer.Option(help="Runs before the clock counts.")] = 1,
+    warmup: Annotated[int, typer.Option(help="Runs before the timed ones.")] = 1,
     compare: Annotated[
         Optional[list[Path]], typer.Option(help="Another engine to measure too. Repeatable.")
     ] = None,
@@ -234,18 +251,18 @@ def profile(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure an engine: every stage, every layer, beside the machine's limits."""
-    from edgevlm.engines.profiling import profile as profiler
+    """Measure an engine: every stage and layer, compared with the machine's limits."""
     from edgevlm.engines.profiling import report
+    from edgevlm.engines.profiling.profile import Plan, profile_all
 
     console = _console(as_json, quiet, context)
-    plan = profiler.Plan(
+    settings = Plan(
         image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
     )
     report.check_files(layers, html, trace)
-    found = profiler.profile_all([engine, *(compare or [])], plan, console.step)
-    report.write_files(found, html, trace)
-    console.result(*report.result(found, layers))
+    profiles = profile_all([engine, *(compare or [])], settings, console.step)
+    report.write_files(profiles, html, trace)
+    console.result(*report.result(profiles, layers))
 
 
 @app.command()
@@ -255,7 +272,7 @@ def inspect(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Say what something is: parts, sizes, ports, precision, where it came from."""
+    """Describe a checkpoint, bundle, engine or profile: components, sizes, ports, origin."""
     from edgevlm import api
 
     _console(as_json, quiet).result(*api.inspect(path))
@@ -267,11 +284,11 @@ def doctor(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Say what this machine can do, what is missing, and how to get it."""
+    """Show what this machine can do, what is missing, and how to install it."""
     from edgevlm import __version__
-    from edgevlm.toolkit.terminal import doctor as report
+    from edgevlm.toolkit.terminal.doctor import report
 
-    _console(as_json, quiet).result(*report.report(__version__))
+    _console(as_json, quiet).result(*report(__version__))
 
 
 @app.callback(invoke_without_command=True)
@@ -292,12 +309,16 @@ def main() -> None:
     import signal
 
     signal.signal(signal.SIGTERM, _interrupt)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name or an answer may not fit the terminal
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # the terminal may lack a character of a name or answer
         sys.stdout.reconfigure(errors="backslashreplace")
     code = _guarded("--debug" in sys.argv[1:])
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads on; the interpreter's own flush must not complain
+    except (
+        BrokenPipeError
+    ):  # the reader has gone; the interpreter's own flush at exit must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or 1
     sys.exit(code)

@@ -1,7 +1,7 @@
 """What the benchmarks share: child processes with their peak memory, medians, tables, results.
 
-This module imports the standard library only: the memory of a process that starts another counts
-towards the other's peak on Linux, so the starting one stays small.
+This module imports the standard library only: on Linux the memory of a process counts towards the
+peak of those that it starts, so it has to stay small.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Moment:
 
     @classmethod
     def now(cls) -> Moment:
-        """Zero machine seconds where the system does not tell."""
+        """Machine seconds are 0 if the system does not report them."""
         own = os.times()
         return cls(_machine_s(), sum(own[:4]), time.perf_counter())
 
@@ -79,7 +79,7 @@ def wait_until_quiet(limit_s: float = 30.0) -> None:
 
 @dataclass(frozen=True)
 class Finished:
-    """A child that ended well. peak_rss_mb is its own, not its children's."""
+    """A child process that succeeded. peak_rss_mb is its own, not that of its children."""
 
     seconds: float
     peak_rss_mb: float
@@ -138,7 +138,7 @@ def spread(values: Sequence[float], digits: int = 3) -> Spread:
 
 @dataclass(frozen=True)
 class Bar:
-    """What is promised: `measured` stays below `limit` (above, if `at_least`)."""
+    """A bar: `measured` must stay below `limit` (above it, if `at_least`)."""
 
     what: str
     measured: float
@@ -147,7 +147,7 @@ class Bar:
 
     @property
     def holds(self) -> bool:
-        """Whether the promise is kept."""
+        """Whether the bar holds."""
         return self.measured >= self.limit if self.at_least else self.measured < self.limit
 
     def __str__(self) -> str:
@@ -202,7 +202,7 @@ def _plain(value: Any) -> Any:
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on; no names of machines."""
+    """The machine that was measured on, without its name."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "processor": _processor(),
@@ -222,7 +222,7 @@ def _processor() -> str:
 
 
 def version(package: str) -> str | None:
-    """The installed version, None where there is none."""
+    """The installed version; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -243,7 +243,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 @contextmanager
 def workplace(options: argparse.Namespace) -> Iterator[Path]:
-    """The folder for models: --work, or one that vanishes at the end."""
+    """The folder for models: --work, or one that is removed at the end."""
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
         yield options.work.resolve()

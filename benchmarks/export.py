@@ -1,4 +1,4 @@
-"""What writing a bundle costs: time, and the memory that decides on which machine it can be done.
+"""What writing a bundle costs: time, and memory, which decides which machine can do it.
 
 `preset:llava-1.5-7b` in fp16 (13.5 GB of weights go to disk) and `preset:llava-qwen2-0.5b` in
 fp32; `--all` exports every preset in fp16. Beside them, where it is installed: onnxruntime-genai's
@@ -53,13 +53,13 @@ def export(name: str, dtype: str, work: Path) -> Exported:
 
 
 def presets() -> list[str]:
-    """All presets, asked of a child: this process stays small."""
+    """All presets, listed by a child process, so that this one stays small."""
     code = "from edgevlm.toolkit import systems; print(*systems.presets())"
     return child([sys.executable, "-c", code]).stdout.split()
 
 
 def exports(options: argparse.Namespace, work: Path) -> Iterator[Exported]:
-    """The two that are promised, or all."""
+    """The two presets that bars exist for, or all."""
     if options.all:
         yield from (export(name, "fp16", work) for name in presets())
     else:
@@ -68,7 +68,7 @@ def exports(options: argparse.Namespace, work: Path) -> Iterator[Exported]:
 
 
 def genai_builder(work: Path, threads: int = 2) -> Finished | None:
-    """The peer on its half of the small preset; None where it is not installed."""
+    """onnxruntime-genai on the small preset's language model; None if it is not installed."""
     if not (version("transformers") and version(peers.GENAI_PACKAGE)):
         return None
     checkpoint, out = work / "checkpoint", work / "genai"
@@ -81,7 +81,7 @@ def genai_builder(work: Path, threads: int = 2) -> Finished | None:
 
 
 def report(found: Sequence[Exported], peer: Finished | None) -> Report:
-    """A row per export; the promises."""
+    """A row per export, and the bars."""
     result = Report(
         "export",
         ("preset", "weights", "written GB", "seconds", "peak MB", "others' share"),

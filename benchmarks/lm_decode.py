@@ -1,7 +1,7 @@
 """The language model alone in float32: read 608 tokens, then write 64, greedily, one user.
 
 The same shapes run through edgevlm, onnxruntime-genai and transformers, each in a process of its
-own, in turn. 576 of our 608 positions hold image features, as they do after a image. A run
+own, in turn. 576 of our 608 positions hold image features, as they do after an image. A run
 counts as undisturbed if other programs used less than 5 % of the processors meanwhile; where
 there are three such runs the others are dropped.
 """

@@ -1,8 +1,8 @@
 """The peers' side of the language model: the same shapes as preset:llava-qwen2-0.5b.
 
 `python -m benchmarks.peers checkpoint OUT` writes a random checkpoint that transformers reads;
-`python -m benchmarks.peers genai CHECKPOINT OUT THREADS` turns it into onnxruntime-genai's format
-with logits for the last position only, as we compute them.
+`python -m benchmarks.peers genai CHECKPOINT OUT THREADS` converts it to onnxruntime-genai's format
+with logits for the last position only, as edgevlm computes them.
 """
 
 from __future__ import annotations

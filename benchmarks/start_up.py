@@ -1,6 +1,6 @@
-"""How long a command takes that has next to nothing to do.
+"""How long commands take that do next to nothing.
 
-`edgevlm --help`, and `edgevlm run` of a tiny model: start, load, look at a image, answer with
+`edgevlm --help`, and `edgevlm run` of a tiny model: start, load, read an image, answer with
 24 tokens. Beside them: a bare Python interpreter, and the imports that transformers needs before
 it can do the same.
 """

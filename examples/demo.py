@@ -1,6 +1,6 @@
-"""The whole way on a model that fits into a megabyte: checkpoint, bundle, engine, answer, profile.
+"""Every step on a model of one megabyte: checkpoint, bundle, engine, answer, profile.
 
-python examples/demo.py [OUT]     writes into demo-out/ unless told otherwise; about ten seconds
+python examples/demo.py [OUT]     writes into OUT, by default demo-out/
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = Path("tests/goldens/e2e_llava15")
-CHECKPOINT, PICTURE = CASE / "llava-v1.5-tiny", CASE / "image.png"
+CHECKPOINT, IMAGE = CASE / "llava-v1.5-tiny", CASE / "image.png"
 INSTALLED = Path(sys.executable).with_name("edgevlm")
 
 
 def main() -> int:
-    """Run the six steps; 1 if the model does not say what the original code said."""
+    """Run the six steps; 1 if the answer is not the original code's."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("demo-out")
     (ROOT / out).mkdir(parents=True, exist_ok=True)
     bundle, engine = out / "bundle", out / "engine"
@@ -35,23 +35,23 @@ def main() -> int:
     step_build(bundle, engine)
     agrees = step_original_image(engine)
     step_photograph(engine, out)
-    step_few_bits(bundle, out)
+    step_8_bits(bundle, out)
     step_profile(engine, out)
     farewell(engine, out)
     return 0 if agrees else 1
 
 
 def introduce() -> None:
-    """What is about to happen, and what to expect of the answers."""
+    """Explain what the demo does, and what its answers mean."""
     say(
         "edgevlm takes a vision-language model from its training checkpoint to an engine that "
-        "runs without PyTorch. This demo goes the whole way with a LLaVA-1.5 of 0.3 million "
-        "parameters in the original checkpoint format."
+        "runs without PyTorch. This demo takes every step with a LLaVA-1.5 of 0.3 million "
+        "parameters in its original checkpoint layout."
     )
     say(
-        "Its weights are RANDOM, so its answers are gibberish by construction. What can be "
-        "checked is that they are the right gibberish: the original LLaVA code was run on the "
-        "same weights, and its answer is stored beside them."
+        "Its weights are RANDOM, so its answers are gibberish. What can be checked is that they "
+        "are exactly the gibberish of the original LLaVA code, whose answer with the same weights "
+        "is stored with them."
     )
 
 
@@ -71,41 +71,41 @@ def step_build(bundle: Path, engine: Path) -> None:
     lines = output("build", bundle, engine, "--force", "--explain").splitlines()
     kept = [line for line in lines if "  keep  " in line]
     print("\n".join(line for line in lines if line not in kept))
-    print(f"(left out here: {len(kept)} kinds of standard ops that are kept as they are)")
+    print(f"(not shown: {len(kept)} kinds of standard ops that are kept)")
     say(
-        "Ops with a faster form on this target were swapped for it. Then the goldens were "
-        "replayed: an engine that differs from the reference is refused, not written."
+        "Ops for which this target has faster ones were swapped. Then the goldens were replayed: "
+        "an engine that differs from the reference is refused, not written."
     )
 
 
 def step_original_image(engine: Path) -> bool:
     """The golden's question and image; True if the tokens are the original code's."""
     title(3, "run: the same question that the original LLaVA code was asked")
-    found, expected, equal = ask_as_the_original(engine)
-    print(f"answer           {found['text']!r}")
-    print(f"its tokens       {found['token_ids']}")
+    answer, expected, equal = ask_as_the_original(engine)
+    print(f"answer           {answer['text']!r}")
+    print(f"its tokens       {answer['token_ids']}")
     print(f"the original's   {expected}")
-    agrees = bool(found["token_ids"] == expected)
+    agrees = bool(answer["token_ids"] == expected)
     say(
         f"{equal} of {len(expected)} tokens are equal"
         + ("." if agrees else ": THIS IS A DEFECT. Please report it.")
-        + f" The prompt took {found['prompt_tokens']} tokens, {found['image_tokens']} of them made "
-        "from the image."
+        + f" The prompt took {answer['prompt_tokens']} tokens, "
+        f"{answer['image_tokens']} of them made from the image."
     )
     return agrees
 
 
 def ask_as_the_original(engine: Path) -> tuple[dict[str, Any], list[int], int]:
-    """The golden's question answered: what `run` said, the original's tokens, how many agree."""
+    """The output of `run` for the golden's question, the original's tokens, and how many agree."""
     question = json.loads((ROOT / CASE / "case.json").read_text())["question"]
     expected = [int(i) for i in np.load(ROOT / CASE / "outputs.npz")["greedy_ids"]]
-    words = ["run", engine, question, "--image", PICTURE, "--max-tokens", len(expected), "--json"]
-    found: dict[str, Any] = json.loads(output(*words))
-    equal = sum(a == b for a, b in zip(found["token_ids"], expected, strict=False))
-    return found, expected, equal
+    words = ["run", engine, question, "--image", IMAGE, "--max-tokens", len(expected), "--json"]
+    answer: dict[str, Any] = json.loads(output(*words))
+    equal = sum(a == b for a, b in zip(answer["token_ids"], expected, strict=False))
+    return answer, expected, equal
 
 
-def step_few_bits(bundle: Path, out: Path) -> None:
+def step_8_bits(bundle: Path, out: Path) -> None:
     """The same bundle with weights in 8 bits."""
     title(5, "build again with weights in 8 bits")
     engine = out / "engine-int8"
@@ -123,18 +123,18 @@ def step_few_bits(bundle: Path, out: Path) -> None:
     )
     print(f"differences      {losses:.1%} (rms) from the float model; kernels alone {kernels:.1%},")
     print("                 because they round their inputs to 8 bits too")
-    found, expected, _ = ask_as_the_original(engine)
-    pairs = zip(found["token_ids"], expected, strict=False)
+    answer, expected, _ = ask_as_the_original(engine)
+    pairs = zip(answer["token_ids"], expected, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(expected))
     say(
         f"The first {same} of {len(expected)} tokens are still the original's"
         + (
             "."
             if same == len(expected)
-            else "; then a near tie went the other way, of which "
-            "random weights have many, and another token leads to another text."
+            else "; then two tokens were almost equally likely, as "
+            "is common with random weights, and another token leads to another text."
         )
-        + " Convolutions, norms and positions stay in float; int4 is one word away."
+        + " Convolutions, norms and positions stay in float; --precision int4 is smaller still."
     )
 
 
@@ -144,46 +144,46 @@ def step_photograph(engine: Path, out: Path) -> None:
     photo = photograph(out)
     run("run", engine, "What animal is this?", "--image", photo, "--max-tokens", 24)
     say(
-        "Gibberish, as announced. The photograph (a cat) was padded to a square and scaled exactly "
-        "as the original does it. With trained weights the commands are the same."
+        "Gibberish again. The photograph (a cat) was padded to a square and scaled exactly as the "
+        "original does it. With trained weights the commands are the same."
     )
 
 
 def step_profile(engine: Path, out: Path) -> None:
-    """Where the time goes."""
+    """Show where the time goes."""
     title(6, "profile: where each millisecond goes")
     page = out / "profile.html"
     run("profile", engine, "--image", out / "chelsea.png", "--html", page, "--quiet")
     say(
-        "The floor is what this machine's measured arithmetic and memory rate allow for a stage; "
-        "reached says how near the engine came. A model this small is all overhead; floors are of "
-        f"interest for real ones. {page} shows the same as a page of its own."
+        "The floor is the shortest time that this machine's measured arithmetic and memory rate "
+        "allow for a stage; reached is floor over measured. A model this small is all overhead; "
+        f"floors matter for real ones. {page} shows the same as a page."
     )
 
 
 def farewell(engine: Path, out: Path) -> None:
-    """What to do next."""
+    """Suggest what to do next."""
     title(7, "what to try next")
     ask = command("run", engine, "What do you see?", "--image", "YOUR.jpg", "--json")
     shape = command("export", "preset:llava-qwen2-0.5b", out / "half", "--random-weights")
     print(f"your own image         {ask}")
-    print(f"your own checkpoint      {command('export', 'CHECKPOINT_FOLDER', 'BUNDLE')}")
-    print(f"a real size, 3.1 GB disk {shape}")
-    print(f"what this machine has    {command('doctor')}")
-    print("every verb and option    docs/cli.md")
-    print("the test suite           make test")
+    print(f"your own checkpoint    {command('export', 'CHECKPOINT_FOLDER', 'BUNDLE')}")
+    print(f"a real size (3.1 GB)   {shape}")
+    print(f"what this machine has  {command('doctor')}")
+    print("every verb and option  docs/cli.md")
+    print("the test suite         make test")
 
 
 # -- helpers -----------------------------------------------------------------------------------
 
 
 def run(*words: object) -> None:
-    """Print a command of edgevlm and run it; stop where it fails."""
+    """Print a command of edgevlm and run it; exit if it fails."""
     _start(words, None)
 
 
 def output(*words: object) -> str:
-    """The same, and what the command printed."""
+    """The same; what the command printed."""
     return _start(words, subprocess.PIPE).stdout.rstrip()
 
 
@@ -197,7 +197,7 @@ def _start(words: Sequence[object], stdout: int | None) -> subprocess.CompletedP
 
 
 def command(*words: object) -> str:
-    """The command as one would type it here."""
+    """The command as typed in a shell here."""
     name = "python cli.py"
     if INSTALLED.exists():
         name = (

@@ -1,8 +1,11 @@
-"""Paths and small helpers that the tests share."""
+"""Paths and fixtures that the tests share."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -18,15 +21,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 SHARED = ROOT.parent / "shared"
+PACKAGES = ("toolkit", "export", "engines", "training", "calibration")
+LOOSE = ("__init__.py", "api.py", "cli.py", "py.typed")
+PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 
 def golden_cases() -> dict[str, Path]:
-    """Golden folders: the copies in tests/goldens, and all others if they are at hand."""
-    found: dict[str, Path] = {}
-    for place in (SHARED / "goldens", HERE / "goldens"):
-        if place.is_dir():
-            found |= {case.name: case for case in sorted(place.iterdir()) if case.is_dir()}
-    return found
+    """Golden folders by name: those of tests/goldens, and larger ones where they exist."""
+    cases: dict[str, Path] = {}
+    for folder in (SHARED / "goldens", HERE / "goldens"):
+        if folder.is_dir():
+            cases |= {case.name: case for case in sorted(folder.iterdir()) if case.is_dir()}
+    return cases
 
 
 # Golden folders that are part of the project: a checkout without one of them is broken.
@@ -86,6 +92,22 @@ def pytest_pyfunc_call() -> Generator[None, object, object]:
         pytest.skip(f"{this_cpu()} lacks what the test needs: {raised}")
 
 
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built offline from a copy, so that the checkout stays as it is."""
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in (*PROJECT_FILES, *LOOSE, *PACKAGES):
+        if (ROOT / name).is_dir():
+            junk = shutil.ignore_patterns("__pycache__", "*.pyc")
+            shutil.copytree(ROOT / name, copy / name, ignore=junk)
+        else:
+            shutil.copy(ROOT / name, copy)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
+    done = subprocess.run([*command, str(copy)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("edgevlm-*.whl"))
+
+
 @pytest.fixture
 def generator() -> np.random.Generator:
     """A generator with a fixed seed."""
@@ -94,7 +116,7 @@ def generator() -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `bundle` and `engine-cpu` of the tiny LLaVA-1.5; not to be changed."""
+    """A folder with `bundle` and `engine-cpu` of the tiny LLaVA-1.5; tests only read it."""
     from tests.pipeline import engine_of
 
     folder = tmp_path_factory.mktemp("ready")

@@ -1,4 +1,4 @@
-"""Checkpoint -> bundle -> engine -> answer, the way the command line goes."""
+"""Checkpoint -> bundle -> engine -> answer, as the command line does it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOSS_IN_4_BITS = 0.7  # more than the tiny models with random weights lose: 0.3 
 
 
 def silent(message: str) -> None:
-    """Progress that nobody reads."""
+    """Progress that is not shown."""
 
 
 def engine_of(checkpoint: Path, work: Path, *, target: str = "cpu", dtype: str = "fp32") -> Path:
@@ -36,9 +36,9 @@ def engine_of(checkpoint: Path, work: Path, *, target: str = "cpu", dtype: str =
 def requantized(
     bundle: Path, kind: str, target: Target | None = None, *, gated: bool = False
 ) -> Request:
-    """A request for `bundle` with weights alone in few bits, as `build --precision` makes it.
+    """A request for `bundle` with weight-only quantization, as `build --precision` makes it.
 
-    gated: refuse what the precision loses beyond its limit, as random weights in 4 bits do.
+    gated: refuse a precision loss beyond its limit, as random weights in 4 bits have it.
     """
     source = replace(systems.load(bundle, Options()), plan=weight_only.plan(kind))
 

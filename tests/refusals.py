@@ -24,7 +24,7 @@ LM, TOWER = "llava-v1.5-tiny", "clip-vit-tiny"
 
 @dataclass(frozen=True)
 class Ran:
-    """A verb that ended: its code and what it printed."""
+    """A verb that ended: its exit code and output."""
 
     code: int
     out: str
@@ -50,7 +50,7 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def check_contract(err: str) -> tuple[str, str]:
-    """The error and the hint ("" if none) of a refusal that is as promised."""
+    """The error and the hint ("" if none) of a refusal, after checking its form."""
     lines = err.splitlines()
     hint = lines.pop().removeprefix("hint: ") if lines[-1].startswith("hint: ") else ""
     error = lines.pop()

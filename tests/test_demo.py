@@ -1,4 +1,4 @@
-"""The demo runs to its end and finds the original code's answer."""
+"""The demo runs to its end and gives the original code's answer."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.refusals import GOLDEN, IMAGE, LM, edgevlm, refuses, tree
 
-# The command line in a process of its own. It stops where a progress line is printed until it is
-# let go on, so that a signal always meets it there; and may be allowed small files only.
+# The command line in a process of its own. It waits at a progress line until it is released, so
+# that a signal always arrives there; it may be limited to small files.
 START = """
 import json, resource, sys, time
 stop, limit = json.loads(sys.argv.pop(1))
@@ -181,7 +181,7 @@ STREAMS: list[Callable[[Path], tuple[object, ...]]] = [
 
 
 @pytest.mark.parametrize("number", range(len(STREAMS)))
-def test_a_reader_that_leaves_early_hears_no_complaint(number: int, ready: Path) -> None:
+def test_a_reader_that_leaves_early_causes_no_message(number: int, ready: Path) -> None:
     running = start(*STREAMS[number](ready))
     assert closed_at_once(running) == ""
     assert running.returncode == 1

@@ -1,4 +1,4 @@
-"""Bundles and engines: changed ones are refused, and nobody's folder is ever overwritten."""
+"""Bundles and engines: changed ones are refused, and no other folder is overwritten."""
 
 from __future__ import annotations
 

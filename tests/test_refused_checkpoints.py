@@ -36,9 +36,9 @@ def export_refused(source: Path, *words: object) -> tuple[str, str]:
 # -- weights -----------------------------------------------------------------------------------
 
 
-def tensors(change: Callable[[Tensors], object], part: str = LM) -> Callable[[Path], None]:
+def tensors(change: Callable[[Tensors], object], folder: str = LM) -> Callable[[Path], None]:
     def damage(work: Path) -> None:
-        file = work / part / "model.safetensors"
+        file = work / folder / "model.safetensors"
         found = load_file(file)
         change(found)
         save_file(found, file)
@@ -68,22 +68,22 @@ def with_value(value: float, at: tuple[int, int] = (999, 63)) -> Any:
     """One weight of the embedding replaced, in a row that no golden reads."""
 
     def change(found: Tensors) -> None:
-        wide = found["model.embed_tokens.weight"].astype(np.float32)
-        wide[at] = value
-        found["model.embed_tokens.weight"] = wide
+        upcast = found["model.embed_tokens.weight"].astype(np.float32)
+        upcast[at] = value
+        found["model.embed_tokens.weight"] = upcast
 
     return tensors(change)
 
 
 NORM = "model.norm.weight"
 WEIGHTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "cut short": (bytes_of(lambda b: b[:-1000]), "is not a whole safetensors file"),
+    "cut short": (bytes_of(lambda b: b[:-1000]), "is not a complete safetensors file"),
     "header cut": (bytes_of(lambda b: b[:100]), "model.safetensors (100 bytes)"),
     "empty file": (bytes_of(lambda b: b""), "model.safetensors (0 bytes)"),
     "text": (bytes_of(lambda b: b"version https://git-lfs.github.com/spec/v1\n"), "(43 bytes)"),
-    "endless header": (bytes_of(lambda b: struct.pack("<Q", 1 << 60) + b[8:]), "not a whole"),
-    "huge shape": (header_of(lambda h: h[Q].update(shape=[BIG, BIG])), "not a whole"),
-    "unknown dtype": (header_of(lambda h: h[Q].update(dtype="F4")), "not a whole"),
+    "endless header": (bytes_of(lambda b: struct.pack("<Q", 1 << 60) + b[8:]), "not a complete"),
+    "huge shape": (header_of(lambda h: h[Q].update(shape=[BIG, BIG])), "not a complete"),
+    "unknown dtype": (header_of(lambda h: h[Q].update(dtype="F4")), "not a complete"),
     "missing": (tensors(lambda t: t.pop(Q)), f"1 missing: {Q}"),
     "missing in the tower": (
         tensors(lambda t: t.pop("vision_model.embeddings.class_embedding"), TOWER),
@@ -120,27 +120,27 @@ def test_a_weight_beyond_half_precision_is_refused(source: Path) -> None:
     error, hint = export_refused(source, "--dtype", "fp16")
     assert "embed.weight holds 100000, which does not fit fp16" in error
     assert "bf16" in hint
-    assert edgevlm("export", source, source.parent / "wide", "--dtype", "bf16").code == 0
+    assert edgevlm("export", source, source.parent / "bf16", "--dtype", "bf16").code == 0
 
 
-def every_shape(part: str) -> list[str]:
-    return sorted(load_file(checkpoint_file(part)))
+def every_shape(folder: str) -> list[str]:
+    return sorted(load_file(checkpoint_file(folder)))
 
 
-def checkpoint_file(part: str) -> Path:
+def checkpoint_file(folder: str) -> Path:
     from tests.refusals import GOLDEN
 
-    return GOLDEN / part / "model.safetensors"
+    return GOLDEN / folder / "model.safetensors"
 
 
-@pytest.mark.parametrize("part", [LM, TOWER])
-def test_every_tensor_of_another_shape_is_refused(part: str, source: Path) -> None:
-    whole = load_file(checkpoint_file(part))
+@pytest.mark.parametrize("folder", [LM, TOWER])
+def test_every_tensor_of_another_shape_is_refused(folder: str, source: Path) -> None:
+    whole = load_file(checkpoint_file(folder))
     for name in sorted(whole):
         if name.endswith("position_ids") or ".post_layernorm." in name or ".layers.3." in name:
             continue  # not read: the select layer is before them
         wrong = np.concatenate([whole[name], whole[name][:1]])
-        save_file({**whole, name: wrong}, source.parent / part / "model.safetensors")
+        save_file({**whole, name: wrong}, source.parent / folder / "model.safetensors")
         assert name in export_refused(source, "--dry-run")[0]
 
 
@@ -150,7 +150,7 @@ INDEXES: dict[str, tuple[str, str]] = {
     "no object": ("[]", "holds a JSON list"),
     "no map": ("{}", "has no weight_map"),
     "numbers": ('{"weight_map": {"a": 1}}', "has no weight_map"),
-    "missing shard": ('{"weight_map": {"a": "one.safetensors"}}', "not there: one.safetensors"),
+    "missing shard": ('{"weight_map": {"a": "one.safetensors"}}', "do not exist: one.safetensors"),
     "tensor in no shard": (
         '{"weight_map": {"a": "part.safetensors"}}',
         "1 missing: lm_head.weight",
@@ -219,8 +219,8 @@ BROKEN = {
 @pytest.mark.parametrize("way", BROKEN)
 @pytest.mark.parametrize("name", [*JSON_FILES, "tower's config.json", "tokenizer.json"])
 def test_broken_json_is_refused(name: str, way: str, source: Path) -> None:
-    part = TOWER if "tower" in name else JSON_FILES.get(name, LM)
-    file = source.parent / part / name.removeprefix("tower's ")
+    folder = TOWER if "tower" in name else JSON_FILES.get(name, LM)
+    file = source.parent / folder / name.removeprefix("tower's ")
     if name == "tokenizer.json":
         (source / "tokenizer.model").unlink()
     file.write_bytes(BROKEN[way])
@@ -260,7 +260,7 @@ CONFIGS: list[tuple[str, str, Any, str]] = [
     (LM, "mm_vision_tower", 7, "'7'"),
     (LM, "image_aspect_ratio", "stretch", "image_aspect_ratio = 'stretch'"),
     (LM, "eos_token_id", "</s>", "eos_token_id = '</s>'"),
-    (LM, "sparse_attention", True, "keys we do not know: sparse_attention"),
+    (LM, "sparse_attention", True, "unknown keys: sparse_attention"),
     (TOWER, "num_attention_heads", 5, "num_attention_heads = 5 does not divide 48"),
     (TOWER, "image_size", 336, "the tower takes (336, 336)"),
     (TOWER, "num_hidden_layers", "four", "num_hidden_layers = 'four'"),
@@ -273,8 +273,8 @@ CONFIGS: list[tuple[str, str, Any, str]] = [
 def test_a_configuration_that_is_not_implemented_is_refused(
     case: tuple[str, str, Any, str], source: Path
 ) -> None:
-    part, key, value, reason = case
-    edit(source.parent / part / "config.json", lambda c: c.update({key: value}))
+    folder, key, value, reason = case
+    edit(source.parent / folder / "config.json", lambda c: c.update({key: value}))
     if key == "eos_token_id":
         (source / "generation_config.json").unlink()
     error, _ = export_refused(source)
@@ -330,7 +330,7 @@ def test_a_tokenizer_that_does_not_match_is_refused(source: Path) -> None:
     assert "tokenizer.model is not a sentencepiece model" in export_refused(source)[0]
 
 
-def test_a_tower_that_is_not_there_is_refused(source: Path) -> None:
+def test_a_missing_tower_is_refused(source: Path) -> None:
     file = source.parent / "tower.txt"
     file.write_text("a file where a folder should be")
     missing = source.parent / "nowhere"

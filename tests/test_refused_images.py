@@ -1,4 +1,4 @@
-"""Images: what cannot be used is refused in a line, what is unusual is used and said so."""
+"""Images: unusable ones are refused in one line, unusual ones are used and noted."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png(width: int, height: int, *extra: bytes) -> bytes:
     """A grey PNG of any stated size with hardly any data in it."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    parts = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(bytes(64)))]
-    return b"\x89PNG\r\n\x1a\n" + b"".join([*parts, chunk(b"IEND", b"")])
+    chunks = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(bytes(64)))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join([*chunks, chunk(b"IEND", b"")])
 
 
 def encoded(kind: str, size: tuple[int, int] = (60, 40)) -> bytes:
@@ -43,10 +43,10 @@ TEXT_BOMB = chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(200 << 20), 9))
 
 REFUSED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty (0 bytes)"),
-    "text": (b"this is no image\n" * 9, "is not a image"),
-    "zip": (b"PK\x03\x04" + bytes(60), "is not a image"),
-    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is not a image"),
-    "heic": (b"\0\0\0\x18ftypheic" + bytes(40), "is not a image"),
+    "text": (b"this is no image\n" * 9, "is not an image"),
+    "zip": (b"PK\x03\x04" + bytes(60), "is not an image"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is not an image"),
+    "heic": (b"\0\0\0\x18ftypheic" + bytes(40), "is not an image"),
     "one pixel": (png(1, 1), "is 1 x 1 pixels"),
     "bomb": (png(30000, 30000), "too large: Image size (900000000 pixels)"),
     "gif bomb": (GIF_BOMB, "too large: Image size (3600000000 pixels)"),
@@ -85,14 +85,14 @@ def test_a_missing_image_and_a_folder_are_refused(ready: Path, tmp_path: Path) -
 
 
 def test_noise_in_any_format_is_refused_or_read() -> None:
-    """Decoders may raise anything; what comes out is a image or an InputError."""
+    """Decoders may raise anything; what comes out is an image or an InputError."""
     generator, refused = np.random.default_rng(0), 0
     for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA", "ICO", "PCX"):
         good = np.frombuffer(encoded(kind), np.uint8)
         for _ in range(40):
             bad = good.copy()
-            places = generator.integers(0, min(len(bad), 400), 6)
-            bad[places] = generator.integers(0, 256, 6)
+            indices = generator.integers(0, min(len(bad), 400), 6)
+            bad[indices] = generator.integers(0, 256, 6)
             try:
                 assert preprocess.load(bad.tobytes()).rgb.mode == "RGB"
             except InputError as error:
@@ -101,7 +101,7 @@ def test_noise_in_any_format_is_refused_or_read() -> None:
     assert refused > 40
 
 
-# -- unusual, and used: what was done is said --------------------------------------------------
+# -- unusual, used and noted -------------------------------------------------------------------
 
 
 def animation(path: Path) -> None:
@@ -144,7 +144,7 @@ UNUSUAL: dict[str, tuple[Callable[[Path], None], str, tuple[int, int]]] = {
 
 
 @pytest.mark.parametrize("case", UNUSUAL)
-def test_an_unusual_image_is_used_and_the_user_told(case: str, ready: Path, tmp_path: Path) -> None:
+def test_an_unusual_image_is_used_and_noted(case: str, ready: Path, tmp_path: Path) -> None:
     make, note, size = UNUSUAL[case]
     image = tmp_path / "image"
     make(image)

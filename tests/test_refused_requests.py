@@ -1,4 +1,4 @@
-"""Questions that cannot be asked: prompts, options, request files, and what profile is told."""
+"""Questions that are refused: prompts, options, request files, and options of profile."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ RUN: list[tuple[tuple[object, ...], str]] = [
     (("What?", "--top-k", 5), "--top-k and --top-p have no effect"),
     (("What?", "--threads", -1), "--threads -1"),
     (("What?", "--template", "vicuna_v9"), "vicuna_v9"),
-    (("<image> and <image>?", "--image", IMAGE), "2 image place(s) and 1 image(s)"),
-    (("<image>?", "--image", IMAGE, "--image", IMAGE), "1 image place(s) and 2 image(s)"),
-    (("<image>?",), "1 image place(s) and 0 image(s)"),
-    (("no place", "--image", IMAGE, "--template", "none"), "0 image place(s) and 1 image(s)"),
+    (("<image> and <image>?", "--image", IMAGE), "2 image slot(s) and 1 image(s)"),
+    (("<image>?", "--image", IMAGE, "--image", IMAGE), "1 image slot(s) and 2 image(s)"),
+    (("<image>?",), "1 image slot(s) and 0 image(s)"),
+    (("no slot", "--image", IMAGE, "--template", "none"), "0 image slot(s) and 1 image(s)"),
     (("word " * 3000,), "context is 2048"),
     (("What?", "--input", IMAGE), "--input brings its own prompts"),
 ]
@@ -85,7 +85,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "no object": (GOOD + b"[1]\n", "line 2 is not a JSON object"),
     "latin-1": (b'{"prompt": "caf\xe9"}\n', "cannot be read"),
     "deep": (GOOD + b"[" * 100_000 + b"\n", "line 2 is not JSON"),
-    "unknown key": (b'{"prompt": "What?", "beams": 4}\n', "line 1 has keys we do not know: beams"),
+    "unknown key": (b'{"prompt": "What?", "beams": 4}\n', "line 1 has unknown keys: beams"),
     "no prompt": (b'{"image": "a.png"}\n', "line 1 lacks the key 'prompt'"),
     "a number": (b'{"prompt": 3}\n', "prompt = 3, expected str"),
     "images": (b'{"prompt": "What?", "images": [3]}\n', "images = [3]"),

@@ -63,7 +63,7 @@ def test_packages_import_only_what_they_may(package: str) -> None:
 
 def box(path: Path) -> str:
     """The box of a file in the folder diagram: its folder inside toolkit/ or engines/, its
-    package elsewhere; files that lie loose are boxes of their own.
+    package elsewhere; loose files are boxes of their own.
     """
     parts = path.relative_to(ROOT).parts
     if parts[0] in ("toolkit", "engines") and len(parts) > 2:
@@ -79,8 +79,8 @@ def file_of(module: str) -> Path | None:
     """The file that an import of `module`, or of a name in it, reads."""
     parts = module.split(".")
     for count in range(len(parts), 0, -1):
-        place = ROOT.joinpath(*parts[:count])
-        for candidate in (place.with_suffix(".py"), place / "__init__.py"):
+        path = ROOT.joinpath(*parts[:count])
+        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
             if candidate.exists():
                 return candidate
     return None

@@ -1,4 +1,4 @@
-"""On a terminal the running step has a spinner; what is left on the screen are its lines."""
+"""On a terminal the running step has a spinner; its lines stay on the screen."""
 
 from __future__ import annotations
 

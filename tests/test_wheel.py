@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-
-PACKAGES = ("toolkit", "export", "engines", "training", "calibration")
-LOOSE = ("__init__.py", "api.py", "cli.py", "py.typed")
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", *LOOSE, *PACKAGES)
+from tests.conftest import LOOSE, PACKAGES, ROOT
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Built offline from a copy, so that nothing lands in the checkout or is left from before."""
-    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            junk = shutil.ignore_patterns("__pycache__", "*.pyc")
-            shutil.copytree(ROOT / name, copy / name, ignore=junk)
-        else:
-            shutil.copy(ROOT / name, copy)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
-    done = subprocess.run([*command, str(copy)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return zipfile.ZipFile(next(out.glob("edgevlm-*.whl")))
+@pytest.fixture
+def files(wheel: Path) -> Iterator[zipfile.ZipFile]:
+    """The wheel, opened."""
+    with zipfile.ZipFile(wheel) as opened:
+        yield opened
 
 
-def text_of(wheel: zipfile.ZipFile, ending: str) -> str:
-    return wheel.read(next(n for n in wheel.namelist() if n.endswith(ending))).decode()
+def text_of(files: zipfile.ZipFile, ending: str) -> str:
+    return files.read(next(n for n in files.namelist() if n.endswith(ending))).decode()
 
 
 def package_files() -> set[str]:
@@ -44,25 +29,36 @@ def package_files() -> set[str]:
     return {f"edgevlm/{name}" for name in found | set(LOOSE)}
 
 
-def test_it_holds_every_file_of_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
-    packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+def test_it_holds_every_file_of_the_packages_and_nothing_else(files: zipfile.ZipFile) -> None:
+    packed = {name for name in files.namelist() if ".dist-info/" not in name}
     assert packed == package_files()
 
 
-def test_it_is_small_and_carries_its_licence(wheel: zipfile.ZipFile) -> None:
-    assert Path(str(wheel.filename)).stat().st_size < 1_000_000
-    assert "Apache License" in text_of(wheel, "licenses/LICENSE")
-    assert "edgevlm = edgevlm.cli:main" in text_of(wheel, "entry_points.txt")
+def test_pyproject_lists_every_folder_with_code() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(
+        r"^packages = \[\n(.*?)^\]", text[text.index("[tool.setuptools]") :], re.M | re.S
+    )
+    assert listed is not None
+    folders = {path.parent for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+    expected = {".".join(("edgevlm", *path.relative_to(ROOT).parts)) for path in folders}
+    assert sorted(re.findall(r'"(.+)"', listed[1])) == sorted(expected | {"edgevlm"})
 
 
-def test_the_base_install_is_light(wheel: zipfile.ZipFile) -> None:
-    required = re.findall(r"^Requires-Dist: ([\w-]+)([^\n]*)", text_of(wheel, "METADATA"), re.M)
+def test_it_is_small_and_carries_its_licence(wheel: Path, files: zipfile.ZipFile) -> None:
+    assert wheel.stat().st_size < 1_000_000
+    assert "Apache License" in text_of(files, "licenses/LICENSE")
+    assert "edgevlm = edgevlm.cli:main" in text_of(files, "entry_points.txt")
+
+
+def test_the_base_install_is_light(files: zipfile.ZipFile) -> None:
+    required = re.findall(r"^Requires-Dist: ([\w-]+)([^\n]*)", text_of(files, "METADATA"), re.M)
     base = {name for name, rest in required if "extra ==" not in rest}
     assert base == {"numpy", "tokenizers", "pillow", "safetensors", "typer", "rich"}
 
 
-def test_whatever_make_installs_is_pinned(wheel: zipfile.ZipFile) -> None:
-    required = re.findall(r"^Requires-Dist: ([\w-]+)([^\n]*)", text_of(wheel, "METADATA"), re.M)
+def test_whatever_make_installs_is_pinned(files: zipfile.ZipFile) -> None:
+    required = re.findall(r"^Requires-Dist: ([\w-]+)([^\n]*)", text_of(files, "METADATA"), re.M)
     extras = re.compile(r"extra == .(cpu|export|train|dev).")
     needed = {name for name, rest in required if "extra ==" not in rest or extras.search(rest)}
     lines = (ROOT / "constraints.txt").read_text().splitlines()

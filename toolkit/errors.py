@@ -1,18 +1,18 @@
-"""Every error a user can meet, as one tree.
+"""Every error that edgevlm raises on purpose, as one tree.
 
 ToolkitError                 message + hint (the next step)
-├── ConfigError              a config file or option we refuse to guess about
-├── CheckpointError          weights on disk: missing, left over, mis-shaped, truncated
-├── BundleError              a bundle or engine folder that is not what its manifest says
+├── ConfigError              a config file or option with an unknown or conflicting value
+├── CheckpointError          weights on disk: missing, unexpected, mis-shaped, truncated
+├── BundleError              a bundle or engine folder that does not match its manifest
 ├── InputError               an image, prompt or request that cannot be used
 ├── UnsupportedError         this op, model or precision does not exist on that target
 ├── MissingExtra             an optional package is needed; the hint is the install command
 ├── CalibrationError         the samples cannot give a precision plan
 ├── BuildError               a backend refused to compile a component
 ├── TargetMismatch           the engine was built for another machine; the hint rebuilds it
-├── OutOfMemory              needed, had, and what lowers it
+├── OutOfMemory              memory needed, memory free, and what lowers the need
 ├── OutputError              the artifact could not be written (exists, disk full, no permission)
-└── AccuracyError            a built component diverges from the goldens
+└── AccuracyError            a built component differs from the reference by too much
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ConfigError(ToolkitError):
 
 
 class CheckpointError(ToolkitError):
-    """A checkpoint's tensors are missing, left over, mis-shaped or unreadable."""
+    """A checkpoint's tensors are missing, unexpected, mis-shaped or unreadable."""
 
 
 class BundleError(ToolkitError):
@@ -66,11 +66,11 @@ class BuildError(ToolkitError):
 
 
 class TargetMismatch(ToolkitError):
-    """An engine meets a machine, backend or version other than the one it was built for."""
+    """An engine is opened on a machine, backend or version other than it was built for."""
 
 
 class OutOfMemory(ToolkitError):
-    """The work needs more memory than there is."""
+    """The work needs more memory than is free."""
 
 
 class OutputError(ToolkitError):
@@ -78,4 +78,4 @@ class OutputError(ToolkitError):
 
 
 class AccuracyError(ToolkitError):
-    """A built component's output differs from the reference's by more than its tolerance."""
+    """The output of a built component differs from the reference by more than is allowed."""

@@ -1,7 +1,7 @@
-"""Strict reading of configuration: a key we do not implement is refused, never ignored.
+"""Strict reading of configuration: a key that is not implemented is refused, never ignored.
 
-Two readers live here. `Reader` takes a published config.json apart key by key and refuses
-whatever is left. `from_plain`/`to_plain` move our own frozen dataclasses to JSON and back.
+`Reader` reads a published config.json key by key and refuses the keys that are left over.
+`to_plain` and `from_plain` convert our own frozen dataclasses to JSON and back.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from edgevlm.toolkit.errors import ConfigError
 
 V = TypeVar("V")
 _REQUIRED: Any = object()
-MOST_LAYERS = 4096  # every layer is listed before a file is opened: a slip must not take minutes
+MOST_LAYERS = (
+    4096  # layers are listed before a file is opened: a wrong number must not take minutes
+)
 
-# Written by transformers into every config.json; none of them changes what a model computes
-# in a single forward pass (generation defaults, bookkeeping, training switches).
+# Keys that transformers writes into every config.json and that do not change a forward pass:
+# generation defaults, bookkeeping, training switches.
 BOOKKEEPING = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
@@ -50,7 +52,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not exist") from None
     except OSError as refused:
         raise ConfigError(f"{path} cannot be read: {refused.strerror}") from None
-    except (ValueError, RecursionError) as broken:  # not UTF-8, no JSON, endless digits or depth
+    except (
+        ValueError,
+        RecursionError,
+    ) as broken:  # not UTF-8, not JSON, too many digits, too deeply nested
         raise ConfigError(f"{path} is not valid JSON: {broken}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a JSON {type(data).__name__}, expected an object")
@@ -58,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Reader:
-    """One JSON object, read key by key; `done()` refuses every key that nobody asked for."""
+    """One JSON object, read key by key; `done()` refuses every key that was not read."""
 
     def __init__(self, data: Mapping[str, Any], where: str, allow: Iterable[str] = ()) -> None:
         self._data = dict(data)
@@ -67,7 +72,7 @@ class Reader:
         self.where = where
 
     def take(self, key: str, kind: type[V], default: V = _REQUIRED) -> V:
-        """The value of `key`; null counts as absent. An int is accepted where a float is due."""
+        """The value of `key`; null counts as absent. An int is accepted as a float."""
         self._open.discard(key)
         value = self._data.get(key)
         if value is None:
@@ -100,7 +105,7 @@ class Reader:
         return value
 
     def share(self, key: str, whole: int, default: int = _REQUIRED) -> int:
-        """The value of `key`: a count that divides `whole` without a rest."""
+        """The value of `key`: a count that divides `whole` evenly."""
         value = self.count(key, default)
         if whole % value:
             raise ConfigError(f"{self.where}: {key} = {value} does not divide {whole}")
@@ -136,7 +141,7 @@ class Reader:
         return Reader(value, f"{self.where}: {key}", self._allow)
 
     def raw(self, key: str) -> Any:
-        """The value of `key` as it stands, None when absent."""
+        """The value of `key` without a check; None when absent."""
         self._open.discard(key)
         return self._data.get(key)
 
@@ -149,7 +154,7 @@ class Reader:
         self._open.difference_update(keys)
 
     def given(self, key: str) -> bool:
-        """Whether `key` is present, be it null."""
+        """Whether `key` is present, even if it is null."""
         return key in self._data
 
     def done(self) -> None:
@@ -158,7 +163,7 @@ class Reader:
         if unknown:
             flags = " ".join(f"--ignore-key {key}" for key in unknown)
             raise ConfigError(
-                f"{self.where} has keys we do not know: {', '.join(unknown)}",
+                f"{self.where} has unknown keys: {', '.join(unknown)}",
                 hint=f"if none of them changes what the model computes, add {flags}",
             )
 
@@ -175,7 +180,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: type[V], data: Any, where: str) -> V:
-    """The inverse of to_plain for type `kind`. Raises ConfigError at the first odd value."""
+    """The inverse of to_plain for type `kind`. ConfigError at the first value that does not fit."""
     return typing.cast(V, _decode(kind, data, where))
 
 
@@ -221,7 +226,7 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(data) - set(fields))
     if unknown:
-        raise ConfigError(f"{where} has keys we do not know: {', '.join(unknown)}")
+        raise ConfigError(f"{where} has unknown keys: {', '.join(unknown)}")
     optional = (dataclasses.MISSING, dataclasses.MISSING)
     required = {n for n, f in fields.items() if (f.default, f.default_factory) == optional}
     missing = sorted(required - set(data))

@@ -1,4 +1,4 @@
-"""A target is a value: backend, its version, the machine's architecture. `tensorrt@10.16/sm_87`."""
+"""Targets: the backend, its version and the architecture of a machine: `tensorrt@10.16/sm_87`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _VNNI = {"avx512_vnni", "avx_vnni"}  # flags of processors that add 8-bit produc
 
 @dataclass(frozen=True)
 class Target:
-    """backend: who executes; version: its release, () for any; arch: x86_64, aarch64, sm_87 …"""
+    """backend: what executes engines; version: its release, () for any; arch: x86_64, sm_87 …"""
 
     backend: str
     version: Version
@@ -91,7 +91,7 @@ def parse(text: str) -> Target:
 
 
 def machine() -> str:
-    """This machine's processor architecture under one spelling."""
+    """This machine's processor architecture under its usual name."""
     name = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
@@ -114,10 +114,10 @@ def installed(package: str) -> Version:
 def release(text: str) -> Version:
     """The leading numbers of a version: "1.31.1+cu13" -> (1, 31, 1)."""
     numbers = []
-    for part in text.split("+")[0].split("."):
-        if not part.isdigit():
+    for number in text.split("+")[0].split("."):
+        if not number.isdigit():
             break
-        numbers.append(int(part))
+        numbers.append(int(number))
     return tuple(numbers)
 
 

@@ -156,7 +156,7 @@ class Reply:
         with clock.time("tokenize"):
             prompt = prompts.tokenize(rules, session.tokenizer, rendered.text)
         again = rules.reuse_last and 0 < len(images) == prompt.images - 1
-        prompts.check_places(prompt, len(images) + again)
+        prompts.check_slots(prompt, len(images) + again)
         features = session.encode(images, clock, tiles=rendered.tiles)
         indices = [*features.indices, *(features.indices[-1:] * again)]
         sequence = prompts.assemble(prompt, indices)

@@ -77,7 +77,12 @@ class Session:
 
     @classmethod
     def open(
-        cls, folder: Path, *, threads: int = 0, profile: bool = False, replies: int = REPLIES
+        cls,
+        folder: str | Path,
+        *,
+        threads: int = 0,
+        profile: bool = False,
+        replies: int = REPLIES,
     ) -> Session:
         """Load an engine that can have `replies` replies open at once.
 
@@ -88,7 +93,7 @@ class Session:
         cores = _threads(threads)
         if replies < 1:
             raise InputError(f"a session with {replies} replies answers nothing")
-        started = time.perf_counter()
+        started, folder = time.perf_counter(), Path(folder)
         made = manifest.read(folder)
         manifest.check(folder, made)
         memory.require(memory.of_engine(made), f"opening {folder}")

@@ -1,4 +1,4 @@
-"""Checkpoints in LLaVA's own layout, and what their parts say when they are joined by hand.
+"""Checkpoints in LLaVA's own layout, and the answer of their components joined by hand.
 
 Parts are transformers' modules with random parameters; the joining follows the original loaders:
 pieces of the prompt tokenized on their own, features between them, rows cut to the tokenizer.
@@ -51,12 +51,12 @@ def language_model(kind: str = "llama", seed: int = 11, **changes: Any) -> Any:
 
 
 def linears(*widths: int, seed: int = 5) -> torch.nn.Sequential:
-    """Linears with GELU between, as in the original's Sequential."""
+    """Linears with GELU between them, as in the original's Sequential."""
     torch.manual_seed(seed)
-    parts: list[torch.nn.Module] = []
+    layers: list[torch.nn.Module] = []
     for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
-        parts += [torch.nn.GELU()] * bool(i) + [torch.nn.Linear(inputs, outputs)]
-    module = torch.nn.Sequential(*parts).eval()
+        layers += [torch.nn.GELU()] * bool(i) + [torch.nn.Linear(inputs, outputs)]
+    module = torch.nn.Sequential(*layers).eval()
     scatter(module)
     return module
 
@@ -79,7 +79,7 @@ def write(
     shards: int = 1,
     torch_files: bool = False,
 ) -> None:
-    """The LLaVA folder. tensors: what it holds beside the language model, under full names."""
+    """The LLaVA folder. tensors: those besides the language model's, under their full names."""
     folder.mkdir(parents=True)
     kind = lm.config.model_type
     own = {k: t for k, t in lm.state_dict().items() if "rotary" not in k}
@@ -90,15 +90,15 @@ def write(
     whole |= {"mm_use_im_patch_token": False, "mm_vision_select_layer": -2}
     (folder / "config.json").write_text(json.dumps(whole | config))
     if kind == "qwen2":
-        names, place = ["tokenizer.json", "tokenizer_config.json"], QWEN
+        names, origin = ["tokenizer.json", "tokenizer_config.json"], QWEN
     else:
-        names, place = ["tokenizer.model", "tokenizer_config.json"], TOKENIZER
+        names, origin = ["tokenizer.model", "tokenizer_config.json"], TOKENIZER
     for name in names:
-        shutil.copy(place / name, folder)
+        shutil.copy(origin / name, folder)
 
 
 def shard(folder: Path, tensors: dict[str, torch.Tensor], count: int, torch_files: bool) -> None:
-    """All tensors in one file, or dealt to `count` files with an index."""
+    """All tensors in one file, or distributed over `count` files with an index."""
     save: Any = torch.save if torch_files else save_file
     stem, end = ("pytorch_model", "bin") if torch_files else ("model", "safetensors")
     tensors = {k: t.detach().clone().contiguous() for k, t in tensors.items()}
@@ -136,11 +136,11 @@ def pieces(kind: str, prompt: str) -> list[list[int]]:
 def greedy(lm: Any, prompt: str, features: Sequence[torch.Tensor], tokens: int) -> list[int]:
     """The language model's own answer; features [T, width] of every image of the prompt."""
     embed, texts = lm.get_input_embeddings(), pieces(lm.config.model_type, prompt)
-    parts = [embed(torch.tensor(texts[0], dtype=torch.long))]
+    embedded = [embed(torch.tensor(texts[0], dtype=torch.long))]
     for rows, text in zip(features, texts[1:], strict=True):
-        parts += [rows, embed(torch.tensor(text, dtype=torch.long))]
-    whole = torch.cat(parts)[None]
-    if lm.config.vocab_size > 1000:  # what both tokenizers know
+        embedded += [rows, embed(torch.tensor(text, dtype=torch.long))]
+    whole = torch.cat(embedded)[None]
+    if lm.config.vocab_size > 1000:  # ids that both tokenizers have
         lm.resize_token_embeddings(1000)
     with torch.no_grad():
         found = lm.generate(
@@ -149,9 +149,9 @@ def greedy(lm: Any, prompt: str, features: Sequence[torch.Tensor], tokens: int) 
             max_new_tokens=tokens,
             do_sample=False,
         )
-    said: list[int] = found[0].tolist()
-    assert len(set(said)) > 3  # a model that repeats itself would prove little
-    return said
+    generated: list[int] = found[0].tolist()
+    assert len(set(generated)) > 3  # a model that repeats one token would prove little
+    return generated
 
 
 def opened(checkpoint: Path) -> Session:
@@ -161,8 +161,8 @@ def opened(checkpoint: Path) -> Session:
     return Session.open(engine_of(checkpoint, work))
 
 
-def said(session: Session, prompt: str, files: Sequence[Path], tokens: int) -> list[int]:
-    """Our answer to a raw prompt."""
+def answer_ids(session: Session, prompt: str, files: Sequence[Path], tokens: int) -> list[int]:
+    """The ids of our answer to a raw prompt."""
     return list(session.answer(Question(prompt, files, tokens, template="none")).token_ids)
 
 

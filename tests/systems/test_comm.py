@@ -1,4 +1,4 @@
-"""COMM from our format: towers of transformers, the merging in torch, and the tokens."""
+"""COMM in our format against towers of transformers and the paper's merging in torch."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_missing_tower_is_named(tmp_path: Path) -> None:
 
 def test_only_needed_levels_run_and_each_tower_runs_once(tmp_path: Path) -> None:
     write(tmp_path / "comm", dinov2_levels=[1])
-    with pytest.raises(CheckpointError, match="unexpected"):  # the merger's level 3 is left over
+    with pytest.raises(CheckpointError, match="unexpected"):  # nothing reads the merger's level 3
         systems.load(tmp_path / "comm", Options())
     source = systems.load(_without_level_three(tmp_path), Options())
     (_, dino) = source.model.encoders

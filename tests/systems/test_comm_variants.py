@@ -1,4 +1,4 @@
-"""COMM's format with every option: ways of merging, levels, towers, language models."""
+"""COMM's format with every option: merges, levels, towers, language models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """One checkpoint. levels: of both towers; config: options beside the defaults."""
+    """One checkpoint. levels: of both towers; config: options other than the defaults."""
 
     levels: tuple[Sequence[int], Sequence[int]] = ((0, 1, 2), (3,))
     config: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def towers(v: Variant) -> tuple[Any, Any]:
 
 
 def merger_tensors(v: Variant, outputs: int) -> Tensors:
-    """Random weights under our format's names, for the variant's way of merging."""
+    """Random weights under our format's names, for the variant's merge."""
     g = torch.Generator().manual_seed(4)
     w: Tensors = {}
     merge = v.config.get("merge", "norm_linear")
@@ -201,7 +201,7 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
     if v.config.get("use_im_start_end", True):
         prompt = prompt.replace("<image>", "<im_start><image><im_end>")
         before = [*before, 1000]
-        # Behind a special token the slow tokenizer adds no blank of its own.
+        # After a special token the slow tokenizer adds no blank of its own.
         bare = len(joined.pieces("llama", "x")[0])
         after = [1001, *joined.pieces("llama", "x" + prompt.split("<im_end>")[1])[0][bare:]]
     whole = torch.cat([embed(torch.tensor(before)), rows, embed(torch.tensor(after))])[None]
@@ -214,5 +214,5 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
         )[0].tolist()
     session = joined.opened(tmp_path / "comm")
     assert session.model.system == "comm"
-    assert joined.said(session, prompt, [path], 16) == answer
+    assert joined.answer_ids(session, prompt, [path], 16) == answer
     assert len(set(answer)) > 3

@@ -23,7 +23,7 @@ hf: Any = joined.hf
 
 @dataclass(frozen=True)
 class Variant:
-    """One checkpoint. tower: mm_vision_tower; place: where that lies, from the checkpoint."""
+    """One checkpoint. tower: mm_vision_tower; path: of its folder, from the checkpoint."""
 
     depths: tuple[int, ...]
     dims: tuple[int, ...]
@@ -31,7 +31,7 @@ class Variant:
     config: dict[str, Any] = field(default_factory=dict)
     lm: dict[str, Any] = field(default_factory=dict)
     tower: str = "./tower"
-    place: str = "../tower"
+    path: str = "../tower"
     shards: int = 1
     torch_files: bool = False
     scaled: bool = True
@@ -47,16 +47,16 @@ VARIANTS = {
     "four stages, layer -2 as text, last stage of one block": Variant(
         (1, 1, 2, 1), (6, 10, 14, 18), 70, {"mm_vision_select_layer": "-2"}
     ),
-    "size no multiple of the stride, wide": Variant(
+    "size no multiple of the stride, landscape": Variant(
         (1, 1, 1, 1, 1), (6, 10, 14, 18, 22), 203, image=(203, 40), shards=2
     ),
-    "no padding, tall, class tokens asked for": Variant(
+    "no padding, portrait, class tokens selected": Variant(
         (1, 1, 1, 1, 1), (6, 10, 14, 18, 22), 150,
         {"image_aspect_ratio": None, "mm_vision_select_feature": "cls_patch"}, image=(40, 120),
     ),
     "torch files, id of the hub, inside, one linear with a number": Variant(
         (1, 1, 1, 1, 1), (6, 10, 14, 18, 22), 128, {"mm_projector_type": "mlp1x_gelu"},
-        tower="ConvLLaVA/ConvLLaVA-ConvNeXt-768", place="ConvLLaVA-ConvNeXt-768",
+        tower="ConvLLaVA/ConvLLaVA-ConvNeXt-768", path="ConvLLaVA-ConvNeXt-768",
         torch_files=True, shards=3,
     ),
     "linear, one kv head, heads of 20": Variant(
@@ -85,13 +85,13 @@ def make_tower(v: Variant) -> Any:
     return tower
 
 
-def write_tower(place: Path, tower: Any, v: Variant) -> None:
-    """As the trainer leaves it: config, processor, and weights without the final norm."""
-    place.mkdir(parents=True)
-    (place / "config.json").write_text(json.dumps(tower.config.to_dict()))
-    clip_processor(v.size).save_pretrained(place)
+def write_tower(folder: Path, tower: Any, v: Variant) -> None:
+    """As the trainer writes it: config, processor, and weights without the final norm."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(tower.config.to_dict()))
+    clip_processor(v.size).save_pretrained(folder)
     own = {k: t for k, t in tower.state_dict().items() if not k.startswith("layernorm")}
-    joined.shard(place, own, 1, v.torch_files)
+    joined.shard(folder, own, 1, v.torch_files)
 
 
 def projector_of(v: Variant, width: int) -> torch.nn.Module:
@@ -134,7 +134,7 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
     settings |= {"mm_vision_tower": v.tower, "mm_hidden_size": v.dims[-1]}
     tensors = joined.below("model.mm_projector.", projector)
     joined.write(folder, lm, tensors, settings, shards=v.shards, torch_files=v.torch_files)
-    write_tower(folder / v.place, tower, v)
+    write_tower(folder / v.path, tower, v)
     session = joined.opened(folder)
     assert session.model.system == "convllava"
     if int(v.config.get("mm_vision_select_layer", -1)) == -2:
@@ -142,7 +142,7 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
     path = joined.image(tmp_path, *v.image)
     found = [projector(features(tower, view))[0] for view in views(v, path)]
     expected = joined.greedy(lm, joined.ASK, [torch.cat(found)], 16)
-    assert joined.said(session, joined.ASK, [path], 16) == expected
+    assert joined.answer_ids(session, joined.ASK, [path], 16) == expected
 
 
 def test_tower_weights_inside_the_checkpoint_are_ignored(tmp_path: Path) -> None:
@@ -159,7 +159,8 @@ def test_tower_weights_inside_the_checkpoint_are_ignored(tmp_path: Path) -> None
     path = joined.image(tmp_path, 64, 64)
     rows = projector(features(tower, joined.pixels(64, joined.padded(path))))[0]
     expected = joined.greedy(lm, joined.ASK, [rows], 12)
-    assert joined.said(joined.opened(tmp_path / "convllava"), joined.ASK, [path], 12) == expected
+    session = joined.opened(tmp_path / "convllava")
+    assert joined.answer_ids(session, joined.ASK, [path], 12) == expected
 
 
 # -- UniRepLKNet ---------------------------------------------------------------------------------
@@ -295,13 +296,13 @@ def lknet(w: Tensors, x: torch.Tensor, merged: bool) -> torch.Tensor:
 def lknet_checkpoint(work: Path, w: Tensors, file: str) -> tuple[Any, torch.nn.Sequential]:
     """A ConvLLaVA whose tower is a weight file beside it; language model and projector."""
     lm, projector = joined.language_model(), joined.linears(DIMS[-1], 48, 48)
-    place = work / "lknet" / file
-    place.parent.mkdir()
+    path = work / "lknet" / file
+    path.parent.mkdir()
     if file.endswith("safetensors"):
-        save_file(w, place)
+        save_file(w, path)
     else:
-        torch.save(w, place)
-    clip_processor(168).save_pretrained(place.parent)
+        torch.save(w, path)
+    clip_processor(168).save_pretrained(path.parent)
     settings = {"mm_projector_type": "mlp2x_gelu", "mm_vision_tower": f"./lknet/{file}",
                 "image_aspect_ratio": "pad", "mm_hidden_size": DIMS[-1]}  # fmt: skip
     tensors = joined.below("model.mm_projector.", projector)
@@ -317,7 +318,7 @@ def lknet_checkpoint(work: Path, w: Tensors, file: str) -> tuple[Any, torch.nn.S
         ("UniRepLKNet.safetensors", False, False),
     ],
 )
-def test_unireplknet_goes_the_whole_way(
+def test_unireplknet_from_weight_file_to_answer(
     file: str, merged: bool, head: bool, tmp_path: Path
 ) -> None:
     w = lknet_tensors(merged, head)
@@ -327,7 +328,7 @@ def test_unireplknet_goes_the_whole_way(
     rows = lknet(w, joined.pixels(168, joined.padded(path)), merged)
     assert rows.shape == (1, 9, DIMS[-1])  # 168 -> 3, rounding up at every stride
     expected = joined.greedy(lm, joined.ASK, [projector(rows)[0]], 16)
-    assert joined.said(session, joined.ASK, [path], 16) == expected
+    assert joined.answer_ids(session, joined.ASK, [path], 16) == expected
 
 
 def test_a_file_without_running_statistics_is_refused(tmp_path: Path) -> None:

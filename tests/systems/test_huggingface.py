@@ -104,7 +104,7 @@ def save(folder: Path, name: str) -> Any:
 
 
 def scatter(model: torch.nn.Module) -> None:
-    """Parameters under which every part matters and answers vary."""
+    """Parameters under which every component matters and answers vary."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
@@ -166,16 +166,16 @@ def test_greedy_ids_equal_those_of_transformers(name: str, tmp_path: Path) -> No
     engine = engine_of(folder, tmp_path)
     expected = expected_ids(model, folder, PROMPT, 16)
     assert list(ask(engine, PROMPT, [IMAGE], 16).token_ids) == expected
-    assert len(set(expected)) > 3  # a model that repeats itself would prove little
+    assert len(set(expected)) > 3  # a model that repeats one token would prove little
 
 
 def test_text_alone_equals_that_of_transformers(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     model = save(folder, "qwen2 untied")
     tokenizer = load_tokenizer(folder)
-    ids = torch.tensor([tokenizer("USER: What is a image? ASSISTANT:")["input_ids"]])
+    ids = torch.tensor([tokenizer("USER: What is an image? ASSISTANT:")["input_ids"]])
     expected = model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist()
-    answer = ask(engine_of(folder, tmp_path), "USER: What is a image? ASSISTANT:", [], 16)
+    answer = ask(engine_of(folder, tmp_path), "USER: What is an image? ASSISTANT:", [], 16)
     assert list(answer.token_ids) == expected
     assert answer.image_tokens == 0
 
@@ -217,7 +217,7 @@ def test_names_of_the_second_generation_load_too(tmp_path: Path) -> None:
     assert ask(engine_of(folder, work), PROMPT, [IMAGE], 8).token_ids == before
 
 
-def test_the_folder_says_which_system_it_is(tmp_path: Path) -> None:
+def test_config_json_tells_the_system(tmp_path: Path) -> None:
     save(tmp_path / "checkpoint", "grouped heads")
     source = systems.load(tmp_path / "checkpoint", Options())
     assert (source.model.system, source.origin["layout"]) == ("llava", "huggingface")

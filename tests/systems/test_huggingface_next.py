@@ -85,9 +85,9 @@ def expected_ids(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
         do_sample=False, **given,
     )  # fmt: skip
-    said = [int(i) for i in answer[0, ids.shape[1] :]]
-    assert len(set(said)) > 3  # a model that repeats itself would prove little
-    return said
+    generated = [int(i) for i in answer[0, ids.shape[1] :]]
+    assert len(set(generated)) > 3  # a model that repeats one token would prove little
+    return generated
 
 
 ONE = "USER: <image>\nWhat is in the image? ASSISTANT:"

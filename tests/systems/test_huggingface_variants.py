@@ -1,4 +1,4 @@
-"""More of Hugging Face's layout: saved by transformers with its processor, asked through both."""
+"""More of Hugging Face's layout: models and processors of transformers, and their answers."""
 
 from __future__ import annotations
 
@@ -169,13 +169,13 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
     assert v.split == (folder / "preprocessor_config.json").exists()
     assert v.split != ("image_processor" in combined)
     files = [joined.image(tmp_path, *size, seed=n) for n, size in enumerate(v.images)]
-    said = [{"type": "image"}] * len(files) + [{"type": "text", "text": "What is in the image?"}]
+    content = [{"type": "image"}] * len(files) + [{"type": "text", "text": "What is in the image?"}]
     prompt = processor.apply_chat_template(
-        [{"role": "user", "content": said}], add_generation_prompt=True
+        [{"role": "user", "content": content}], add_generation_prompt=True
     )
     opened = [joined.shown(path) for path in files]
     inputs = inputs_of(v, model, processor, prompt, opened)
     answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     expected = answer[0, inputs["input_ids"].shape[1] :].tolist()
-    assert joined.said(joined.opened(folder), prompt, files, 16) == expected
+    assert joined.answer_ids(joined.opened(folder), prompt, files, 16) == expected
     assert len(set(expected)) > 3

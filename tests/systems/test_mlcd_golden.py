@@ -51,7 +51,7 @@ def ids_of(prompt: prompts.Prompt) -> list[int]:
     return joined
 
 
-def test_the_folder_says_mlcd_and_its_tower_weights_come_from_the_checkpoint(
+def test_the_system_is_mlcd_and_tower_weights_come_from_the_checkpoint(
     built: tuple[Golden, Session],
 ) -> None:
     golden, session = built
@@ -119,7 +119,7 @@ def test_features_are_near(built: tuple[Golden, Session]) -> None:
         near(single.rows[single.indices[0]], golden.outputs[f"image{number}.single_view_tokens"])
 
 
-LAYOUTS = {
+ARRANGEMENTS = {
     "merged_tokens": TokenArrangement(4, "spatial", unpad=True, newline=True),
     "merged_tokens_anyres_max": TokenArrangement(
         4, "spatial", unpad=True, newline=True, max_tiles=1
@@ -133,7 +133,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ARRANGEMENTS)
 def test_merge_types(built: tuple[Golden, Session], name: str) -> None:
     golden, _ = built
     newline = SafetensorsFile(golden.folder / "model.safetensors").read("model.image_newline")
@@ -142,14 +142,15 @@ def test_merge_types(built: tuple[Golden, Session], name: str) -> None:
         rows = np.concatenate([features.reshape(-1, 64), newline[None]])
         grid = tuple(golden.meta[f"image{number}_grid_tiles_wh"])
         size = tuple(golden.meta["image_sizes_wh"][number])
-        order = tiling.arrange(LAYOUTS[name], len(features), (grid[0], grid[1]), (size[0], size[1]))
-        near(_mixed(LAYOUTS[name], rows, order), golden.outputs[f"image{number}.{name}"], 1e-6)
+        order = ARRANGEMENTS[name]
+        tokens = tiling.arrange(order, len(features), (grid[0], grid[1]), (size[0], size[1]))
+        near(_mixed(order, rows, tokens), golden.outputs[f"image{number}.{name}"], 1e-6)
 
 
-def _mixed(layout: TokenArrangement, rows: Array, order: tiling.ArrangedTokens) -> Array:
-    if layout.pool:
-        return NumpyOps().max_gather(rows, order.rows)
-    return NumpyOps().weighted_gather(rows, order.rows, order.weights)
+def _mixed(order: TokenArrangement, rows: Array, tokens: tiling.ArrangedTokens) -> Array:
+    if order.pool:
+        return NumpyOps().max_gather(rows, tokens.rows)
+    return NumpyOps().weighted_gather(rows, tokens.rows, tokens.weights)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def _mixed(layout: TokenArrangement, rows: Array, order: tiling.ArrangedTokens) 
         ({"image_grid_pinpoints": "(1x1),...,(1x3)"}, None),
     ],
 )
-def test_other_merge_types_go_the_whole_way(
+def test_other_merge_types_from_checkpoint_to_answer(
     built: tuple[Golden, Session], tmp_path: Path, changes: dict[str, str], name: str | None
 ) -> None:
     """The checkpoint with another configuration, through bundle and engine."""

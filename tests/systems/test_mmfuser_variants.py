@@ -54,7 +54,7 @@ VARIANTS = {
         levels=[1, 4, 2, 0, 5], image=(40, 90), projector="mlp1x_gelu", width=48
     ),
     "levels between are ignored, a tower called otherwise": Variant(
-        levels=[-6, -5, -4, -3, -7, 0, -1], tower="towers/eyes-large"
+        levels=[-6, -5, -4, -3, -7, 0, -1], tower="towers/clip-large"
     ),
     "linear, torch files, heads of 52": Variant(
         projector="linear", torch_files=True, shards=3,
@@ -91,23 +91,23 @@ def fuser_tensors(d: int) -> dict[str, torch.Tensor]:
     for name in ("query_norm", "feat_norm", "norm1"):
         w[f"{name}.weight"] = 1 + 0.2 * torch.randn(d, generator=g)
         w[f"{name}.bias"] = 0.2 * torch.randn(d, generator=g)
-    for part, levels in (("cross_attn", 4), ("self_attn", 1)):
+    for module, levels in (("cross_attn", 4), ("self_attn", 1)):
         samples = HEADS * levels * POINTS
         outputs = {"sampling_offsets": 2 * samples, "attention_weights": samples,
                    "value_proj": d, "output_proj": d}  # fmt: skip
         for name, out in outputs.items():
-            w[f"{part}.{name}.weight"] = torch.randn(out, d, generator=g) * d**-0.5
-            w[f"{part}.{name}.bias"] = 0.5 * torch.randn(out, generator=g)
+            w[f"{module}.{name}.weight"] = torch.randn(out, d, generator=g) * d**-0.5
+            w[f"{module}.{name}.bias"] = 0.5 * torch.randn(out, generator=g)
     return w
 
 
 def deform(
-    w: dict[str, torch.Tensor], part: str, query: torch.Tensor, values: torch.Tensor, levels: int
+    w: dict[str, torch.Tensor], module: str, query: torch.Tensor, values: torch.Tensor, levels: int
 ) -> torch.Tensor:
     """Deformable attention of the e x e grid's cells into `levels` equal grids, per image."""
 
     def apply(name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, w[f"{part}.{name}.weight"], w[f"{part}.{name}.bias"])
+        return F.linear(x, w[f"{module}.{name}.weight"], w[f"{module}.{name}.bias"])
 
     count, d = query.shape
     e = math.isqrt(count)
@@ -116,8 +116,8 @@ def deform(
     shares = apply("attention_weights", query).view(count, HEADS, levels * POINTS).softmax(-1)
     shares = shares.view(count, HEADS, levels, POINTS)
     cells = (torch.arange(e) + 0.5) / e
-    places = torch.stack([cells.repeat(e), cells.repeat_interleave(e)], -1)
-    grid = 2 * (places[:, None, None, None] + offsets / e) - 1
+    points = torch.stack([cells.repeat(e), cells.repeat_interleave(e)], -1)
+    grid = 2 * (points[:, None, None, None] + offsets / e) - 1
     total = torch.zeros(count, HEADS, d // HEADS)
     for level in range(levels):
         maps = v[level].permute(1, 2, 0).reshape(HEADS, d // HEADS, e, e)
@@ -130,7 +130,7 @@ def deform(
 
 
 def fused(w: dict[str, torch.Tensor], levels: list[torch.Tensor]) -> torch.Tensor:
-    """[tokens, d] from five levels of the same shape; the last one asks."""
+    """[tokens, d] from five levels of the same shape; the last one is the query."""
 
     def norm(name: str, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
@@ -143,7 +143,7 @@ def fused(w: dict[str, torch.Tensor], levels: list[torch.Tensor]) -> torch.Tenso
 
 
 def projector_of(v: Variant, width: int) -> torch.nn.Module:
-    """What stands behind the fuser in the Sequential: its numbers begin at 1."""
+    """The layers after the fuser in the Sequential, whose numbers begin at 1."""
     if v.projector == "identity":
         return torch.nn.Sequential()
     count = 1 if v.projector == "linear" else int(v.projector[3])
@@ -156,7 +156,7 @@ def numbers(v: Variant) -> list[int]:
 
 
 def write(work: Path, v: Variant) -> tuple[Any, Any, torch.nn.Module, dict[str, torch.Tensor]]:
-    """The checkpoint; language model, the tower that counts, projector and fuser."""
+    """The checkpoint; language model, the tower that is used, projector and fuser."""
     lm, tower, w = joined.language_model(**v.lm), make_tower(v, 3), fuser_tensors(v.width)
     projector = projector_of(v, lm.config.hidden_size)
     tensors = {f"model.mm_projector.0.{k}": t for k, t in w.items()}
@@ -174,9 +174,9 @@ def write(work: Path, v: Variant) -> tuple[Any, Any, torch.nn.Module, dict[str, 
     folder = work / "llava-mmfuser"
     joined.write(folder, lm, tensors, settings | v.config, shards=v.shards,
                  torch_files=v.torch_files)  # fmt: skip
-    place = work / v.tower
-    tower.save_pretrained(place)
-    clip_processor(14 * v.side).save_pretrained(place)
+    folder = work / v.tower
+    tower.save_pretrained(folder)
+    clip_processor(14 * v.side).save_pretrained(folder)
     return lm, counts, projector, w
 
 
@@ -199,11 +199,11 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
     expected = joined.greedy(lm, prompt, features, 16)
     session = joined.opened(tmp_path / "llava-mmfuser")
     assert session.model.system == "mmfuser"
-    assert joined.said(session, prompt, files, 16) == expected
+    assert joined.answer_ids(session, prompt, files, 16) == expected
 
 
 def test_the_fuser_matters_for_these_answers(tmp_path: Path) -> None:
-    """The truth with gammas of zero says something else, so a fuser left out would be seen."""
+    """With gammas of zero the expected answer differs, so a missing fuser would be noticed."""
     v = VARIANTS["grid of three"]
     lm, tower, projector, w = write(tmp_path, v)
     shown = joined.padded(joined.image(tmp_path, *v.image))

@@ -44,7 +44,7 @@ BIGG, LARGE = "mlcd-vit-bigG-patch14-42", "DeepGlint-AI/mlcd-vit-large-patch14-3
 class Variant:
     """One checkpoint. inside: prefix of other tower weights in it, which override the folder's.
 
-    sizes: images, each asked about alone. together: also all in one question. edge: the
+    sizes: of images, each in a question of its own. together: also all in one question. edge: the
     processor resizes to this, and crops.
     """
 
@@ -184,15 +184,15 @@ def processor(v: Variant, size: int) -> Any:
     return SiglipImageProcessorPil(size={"height": size, "width": size}, resample=3)
 
 
-def write_tower(place: Path, tower: Any, v: Variant) -> None:
-    """The folder as published: `vision_model.` in front of every name."""
-    place.mkdir(parents=True)
-    (place / "config.json").write_text(json.dumps(tower.config.to_dict()))
-    processor(v, tower.config.image_size).save_pretrained(place)
-    joined.shard(place, joined.below("vision_model.", tower), 1, False)
+def write_tower(folder: Path, tower: Any, v: Variant) -> None:
+    """The folder as published: `vision_model.` before every name."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(tower.config.to_dict()))
+    processor(v, tower.config.image_size).save_pretrained(folder)
+    joined.shard(folder, joined.below("vision_model.", tower), 1, False)
 
 
-# -- the truth -----------------------------------------------------------------------------------
+# -- the expected answer -------------------------------------------------------------------------
 
 
 def pinpoints(v: Variant, tile: int) -> list[tuple[int, int]]:
@@ -204,10 +204,10 @@ def pinpoints(v: Variant, tile: int) -> list[tuple[int, int]]:
 
 def best(size: tuple[int, int], allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:
     scored = []
-    for number, (wide, tall) in enumerate(allowed):
-        scale = min(wide / size[0], tall / size[1])
+    for number, (columns, rows) in enumerate(allowed):
+        scale = min(columns / size[0], rows / size[1])
         kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
-        scored.append((-kept, wide * tall - kept, number))
+        scored.append((-kept, columns * rows - kept, number))
     return allowed[min(scored)[2]]
 
 
@@ -218,21 +218,22 @@ def views(v: Variant, path: Path, tile: int) -> tuple[list[Any], tuple[int, int]
     if not aspect.startswith("anyres"):
         grey = (127, 127, 127) if v.kind == "siglip" else (122, 116, 104)
         return [joined.padded(path, grey) if aspect == "pad" else shown], None
-    (w, h), (wide, tall) = shown.size, best(shown.size, pinpoints(v, tile))
-    if wide / w < tall / h:
-        fitted = wide, min(math.ceil(h * (wide / w)), tall)
+    (w, h), (columns, rows) = shown.size, best(shown.size, pinpoints(v, tile))
+    if columns / w < rows / h:
+        fitted = columns, min(math.ceil(h * (columns / w)), rows)
     else:
-        fitted = min(math.ceil(w * (tall / h)), wide), tall
-    canvas = Image.new("RGB", (wide, tall))
-    canvas.paste(shown.resize(fitted), ((wide - fitted[0]) // 2, (tall - fitted[1]) // 2))
-    boxes = [(x, y, x + tile, y + tile) for y in range(0, tall, tile) for x in range(0, wide, tile)]
+        fitted = min(math.ceil(w * (rows / h)), columns), rows
+    canvas = Image.new("RGB", (columns, rows))
+    canvas.paste(shown.resize(fitted), ((columns - fitted[0]) // 2, (rows - fitted[1]) // 2))
+    corners = [(x, y) for y in range(0, rows, tile) for x in range(0, columns, tile)]
+    boxes = [(x, y, x + tile, y + tile) for x, y in corners]
     tiles = [canvas.crop(box) for box in boxes]
     whole = v.edge or tile
-    return [shown.resize((whole, whole)), *tiles], (wide // tile, tall // tile)
+    return [shown.resize((whole, whole)), *tiles], (columns // tile, rows // tile)
 
 
 def chosen(v: Variant, states: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Hidden states of one view as mm_vision_select_feature says."""
+    """Hidden states of one view that mm_vision_select_feature selects."""
     feature = v.config.get("mm_vision_select_feature", "patch")
     if feature.startswith("slicefour"):
         step = len(states) // 4
@@ -273,12 +274,12 @@ def merged(
 
 def unpadded(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Without the rows or columns that show the black padding."""
-    (w, h), (tall, wide) = size, x.shape[1:]
-    if w / h > wide / tall:
-        pad = (tall - int(h * (wide / w))) // 2
-        return x[:, pad : tall - pad]
-    pad = (wide - int(w * (tall / h))) // 2
-    return x[:, :, pad : wide - pad]
+    (w, h), (rows, columns) = size, x.shape[1:]
+    if w / h > columns / rows:
+        pad = (rows - int(h * (columns / w))) // 2
+        return x[:, pad : rows - pad]
+    pad = (columns - int(w * (rows / h))) // 2
+    return x[:, :, pad : columns - pad]
 
 
 def features(
@@ -297,7 +298,7 @@ def features(
 
 
 def write(work: Path, v: Variant) -> tuple[Any, Any, Any, torch.Tensor]:
-    """The checkpoint; language model, the tower that counts, projector, newline."""
+    """The checkpoint; language model, the tower that is used, projector, newline."""
     lm, tower = joined.language_model(v.lm, **v.text), make_tower(v, 3)
     width = lm.config.hidden_size
     own = str(v.config.get("mm_vision_select_feature"))
@@ -333,19 +334,19 @@ def test_greedy_ids(name: str, tmp_path: Path) -> None:
     found = [features(v, tower, projector, newline, path) for path in files]
     for path, rows in zip(files, found, strict=True):
         expected = joined.greedy(lm, prompt, [rows], 12)
-        assert joined.said(session, prompt, [path], 12) == expected, path.name
+        assert joined.answer_ids(session, prompt, [path], 12) == expected, path.name
     if v.together:
         several = prompt.replace("<image>", "<image>\n" * (len(files) - 1) + "<image>")
         expected = joined.greedy(lm, several, found, 12)
-        assert joined.said(session, several, files, 12) == expected
+        assert joined.answer_ids(session, several, files, 12) == expected
 
 
 def test_text_alone(tmp_path: Path) -> None:
     v = VARIANTS["mlcd rope, heads of 12, tied"]
     lm, *_ = write(tmp_path, v)
-    prompt = "<|im_start|>user\nWhat is a image?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = "<|im_start|>user\nWhat is an image?<|im_end|>\n<|im_start|>assistant\n"
     expected = joined.greedy(lm, prompt, [], 16)
-    assert joined.said(joined.opened(tmp_path / "checkpoint"), prompt, [], 16) == expected
+    assert joined.answer_ids(joined.opened(tmp_path / "checkpoint"), prompt, [], 16) == expected
 
 
 def test_where_tower_weights_come_from(tmp_path: Path) -> None:
@@ -353,8 +354,8 @@ def test_where_tower_weights_come_from(tmp_path: Path) -> None:
     cases: list[tuple[str | None, dict[str, Any], str]]
     cases = [(None, {}, "tower folder"), (INSIDE, {}, "checkpoint"), (INSIDE, late, "tower folder"),
              (INSIDE, {"delay_load": True}, "checkpoint")]  # fmt: skip
-    for number, (inside, changes, place) in enumerate(cases):
+    for number, (inside, changes, origin) in enumerate(cases):
         work = tmp_path / str(number)
         write(work, Variant("mlcd", "mlcd", BIGG, "qwen2", UNPAD | changes, inside=inside))
         source = systems.load(work / "checkpoint", Options())
-        assert source.origin["tower_weights"] == place
+        assert source.origin["tower_weights"] == origin

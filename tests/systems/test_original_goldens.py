@@ -56,7 +56,7 @@ def test_greedy_tokens_are_the_originals(built: tuple[Golden, Path]) -> None:
     assert answer.text.strip() == golden.case["greedy_text"].strip()
 
 
-def test_the_reference_engine_says_the_same(built: tuple[Golden, Path]) -> None:
+def test_the_reference_engine_gives_the_same_tokens(built: tuple[Golden, Path]) -> None:
     golden, engine = built
     slow = engine_of(golden.checkpoint, engine.parent, target="reference")
     answer = ask(slow, golden.case["prompt"], [golden.image])
@@ -108,11 +108,12 @@ def test_features_and_logits_are_near(built: tuple[Golden, Path]) -> None:
     )
     stacked = np.stack(list(outputs.values()))
     near(stacked, golden.outputs["encoder_features"].reshape(stacked.shape))
-    layout = _layout(session, golden.case["prompt"], rows)
+    sequence = _sequence(session, golden.case["prompt"], rows)
     op, table = NumpyOps(), Weights(bundle.tensors("lm")) / "embed"
-    embedded = op.place_tokens(op.embed(layout.ids, table), features, layout.rows)
+    embedded = op.place_tokens(op.embed(sequence.ids, table), features, sequence.rows)
     near(embedded, golden.outputs["inputs_embeds"])
-    near(session.prefill(layout, features, session.new_state()), golden.outputs["logits"][0, -1])
+    logits = session.prefill(sequence, features, session.new_state())
+    near(logits, golden.outputs["logits"][0, -1])
 
 
 def test_two_images_in_their_order(built: tuple[Golden, Path], tmp_path: Path) -> None:
@@ -124,12 +125,12 @@ def test_two_images_in_their_order(built: tuple[Golden, Path], tmp_path: Path) -
     session = Session.open(engine)
     images = [preprocess.load(golden.image), preprocess.load(mirrored)]
     features = session.vision.encode(images, _clock())
-    layout = _layout(session, golden.case["prompt_two_images"], features.indices)
+    sequence = _sequence(session, golden.case["prompt_two_images"], features.indices)
     expected = golden.outputs["logits_two_images_last"].reshape(-1)
-    near(session.prefill(layout, features.rows, session.new_state()), expected)
+    near(session.prefill(sequence, features.rows, session.new_state()), expected)
 
 
-def _layout(session: Session, text: str, rows: Sequence[Array]) -> prompts.PromptSequence:
+def _sequence(session: Session, text: str, rows: Sequence[Array]) -> prompts.PromptSequence:
     prompt = prompts.tokenize(session.model.prompts, session.tokenizer, text)
     return prompts.assemble(prompt, rows)
 

@@ -1,4 +1,4 @@
-"""Other checkpoints in LLaVA's own layout: sizes, aspects, shards, projectors, places.
+"""Other checkpoints in LLaVA's own layout: sizes, aspects, shards, projectors, folders.
 
 The truth is put together from transformers' own modules, spliced as the original code splices.
 """
@@ -33,7 +33,7 @@ class Variant:
     text: dict[str, Any]
     config: dict[str, Any]
     shards: int = 1
-    tower_place: str = "beside"
+    tower_at: str = "beside"
     torch_files: bool = False
     rows: int = 0
     newline: bool = False
@@ -61,7 +61,7 @@ VARIANTS = {
         CLIP, TEXT, BASE | {"mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch"}
     ),
     "layer as text": Variant(CLIP, TEXT, BASE | {"mm_vision_select_layer": "-2"}),
-    "three shards, tower inside": Variant(CLIP, TEXT, BASE, shards=3, tower_place="inside"),
+    "three shards, tower inside": Variant(CLIP, TEXT, BASE, shards=3, tower_at="inside"),
     "torch files": Variant(CLIP, TEXT, BASE, torch_files=True),
     "rows of tiles that never come": Variant(
         CLIP, TEXT, BASE | {"mm_patch_merge_type": "spatial_unpad"}, newline=True
@@ -88,13 +88,13 @@ def modules(v: Variant) -> tuple[Any, Any, torch.nn.Module]:
 
 
 class Residual(torch.nn.Module):
-    """LLaVA's residual block: the norm stands before the branch and the sum."""
+    """LLaVA's residual block: the norm precedes both the branch and the sum."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.pre_norm = torch.nn.LayerNorm(width)
-        parts = torch.nn.Linear(width, width), torch.nn.GELU(), torch.nn.Linear(width, width)
-        self.proj = torch.nn.Sequential(*parts)
+        layers = torch.nn.Linear(width, width), torch.nn.GELU(), torch.nn.Linear(width, width)
+        self.proj = torch.nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         normed: torch.Tensor = self.pre_norm(x)
@@ -117,7 +117,7 @@ def make_projector(v: Variant) -> torch.nn.Module:
 
 
 def write(folder: Path, v: Variant, tower: Any, lm: Any, projector: torch.nn.Module) -> None:
-    """The checkpoint on disk, as the original trainer leaves it."""
+    """The checkpoint on disk, as the original trainer writes it."""
     folder.mkdir(parents=True)
     tensors = {k: t for k, t in lm.state_dict().items() if "rotary" not in k}
     prefix = "model.mm_projector."
@@ -125,9 +125,9 @@ def write(folder: Path, v: Variant, tower: Any, lm: Any, projector: torch.nn.Mod
     if v.newline:  # made for "unpad", used where images are lists of views only
         tensors["model.image_newline"] = torch.ones(v.text["hidden_size"])
     write_weights(folder, {k: t.contiguous() for k, t in tensors.items()}, v)
-    place = folder.parent / "tower" if v.tower_place == "beside" else folder / "tower"
-    tower.save_pretrained(place)
-    clip_processor(v.vision["image_size"]).save_pretrained(place)
+    path = folder.parent / "tower" if v.tower_at == "beside" else folder / "tower"
+    tower.save_pretrained(path)
+    clip_processor(v.vision["image_size"]).save_pretrained(path)
     config = lm.config.to_dict() | v.config
     config |= {"model_type": "llava_llama", "mm_vision_tower": "./tower"}
     config |= {"mm_hidden_size": v.vision["hidden_size"], "use_mm_proj": True}
@@ -154,7 +154,7 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor], v: Variant) ->
 
 
 def expected_ids(v: Variant, tower: Any, lm: Any, projector: Any, tokens: int) -> list[int]:
-    """Greedy ids of the parts joined by hand."""
+    """Greedy ids of the components joined by hand."""
     image = Image.open(IMAGE).convert("RGB")
     if v.config["image_aspect_ratio"] == "pad":
         side = max(image.size)

@@ -132,7 +132,7 @@ def write(folder: Path, name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_configurations_are_read_as_they_stand(name: str, tmp_path: Path) -> None:
+def test_configurations_are_read_as_published(name: str, tmp_path: Path) -> None:
     config, _, system, lm = CASES[name]
     model = write(tmp_path / name, name)
     source = systems.load(tmp_path / name, Options())

@@ -1,4 +1,4 @@
-"""Oddities of the originals: left out by default, there when asked for by name."""
+"""Quirks of the originals: left out by default, reproduced when chosen by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def opened(checkpoint: Path, work: Path, *quirks: str) -> Session:
     return Session.open(engine)
 
 
-def asked(session: Session, prompt: str, images: list[Path], tokens: int = 12) -> Answer:
+def ask(session: Session, prompt: str, images: list[Path], tokens: int = 12) -> Answer:
     return session.answer(Question(prompt, images, tokens, template="none"))
 
 
@@ -44,20 +44,20 @@ def llava(tmp_path: Path) -> tuple[Golden, Path]:
     return copied("e2e_llava15", tmp_path)
 
 
-def test_a_turned_photograph(llava: tuple[Golden, Path], tmp_path: Path) -> None:
+def test_a_rotated_photograph(llava: tuple[Golden, Path], tmp_path: Path) -> None:
     golden, checkpoint = llava
-    lying, turned, upright = (tmp_path / f"{n}.png" for n in ("lying", "turned", "upright"))
+    plain_file, tagged, upright = (tmp_path / f"{n}.png" for n in ("plain", "tagged", "upright"))
     image = Image.open(golden.image).convert("RGB").crop((0, 0, 70, 40))
     exif = Image.Exif()
-    exif[0x0112] = 6  # show it turned by 90 degrees clockwise
-    image.save(lying)
-    image.save(turned, exif=exif)
+    exif[0x0112] = 6  # show it rotated by 90 degrees clockwise
+    image.save(plain_file)
+    image.save(tagged, exif=exif)
     image.transpose(Image.Transpose.ROTATE_270).save(upright)
     prompt = golden.case["prompt"]
     plain, odd = opened(checkpoint, tmp_path), opened(checkpoint, tmp_path, "ignore-exif")
-    answers = [asked(plain, prompt, [f]) for f in (lying, turned, upright)]
+    answers = [ask(plain, prompt, [f]) for f in (plain_file, tagged, upright)]
     assert answers[1].token_ids == answers[2].token_ids != answers[0].token_ids
-    found = asked(odd, prompt, [turned])
+    found = ask(odd, prompt, [tagged])
     assert found.token_ids == answers[0].token_ids
     assert found.notes == ("image 1: EXIF orientation ignored",)
     assert answers[1].notes == ("image 1: EXIF orientation applied",)
@@ -67,18 +67,18 @@ def test_a_prompt_beyond_the_training_length(llava: tuple[Golden, Path], tmp_pat
     golden, checkpoint = llava
     path = checkpoint / "config.json"
     config = json.loads(path.read_text())
-    whole = asked(opened(checkpoint, tmp_path), golden.case["prompt"], [golden.image])
+    whole = ask(opened(checkpoint, tmp_path), golden.case["prompt"], [golden.image])
     limit = whole.prompt_tokens - 9
     path.write_text(json.dumps(config | {"tokenizer_model_max_length": limit}))
     odd = opened(checkpoint, tmp_path, "cut-prompt")
-    found = asked(odd, golden.case["prompt"], [golden.image])
+    found = ask(odd, golden.case["prompt"], [golden.image])
     assert found.prompt_tokens == limit
     assert found.notes == (f"the prompt's {limit + 9} tokens were cut to {limit}",)
     assert found.token_ids != whole.token_ids
     # The prompt's last tokens are text: dropping them by hand must give the same answer.
     ids = golden.inputs["input_ids"].reshape(-1).tolist()[:-9]
     text = _text_of(odd, ids)
-    assert asked(odd, text, [golden.image]).token_ids == found.token_ids
+    assert ask(odd, text, [golden.image]).token_ids == found.token_ids
     path.write_text(json.dumps({**config, "tokenizer_model_max_length": None}))
     with pytest.raises(ConfigError, match="tokenizer_model_max_length"):
         systems.load(checkpoint, Options(quirks=("cut-prompt",)))
@@ -88,8 +88,8 @@ def _text_of(session: Session, ids: list[int]) -> str:
     """A raw prompt whose ids begin as given; checked by encoding it again."""
     from edgevlm.toolkit.text import prompts
 
-    place = ids.index(-200)
-    before, after = (session.tokenizer.decode(part) for part in (ids[:place], ids[place + 1 :]))
+    slot = ids.index(-200)
+    before, after = (session.tokenizer.decode(run) for run in (ids[:slot], ids[slot + 1 :]))
     text = f"{before}<image>{after}"
     runs = prompts.tokenize(session.model.prompts, session.tokenizer, text).runs
     assert [*runs[0], -200, *runs[1]] == ids
@@ -103,27 +103,27 @@ def test_one_placeholder_more_than_images(tmp_path: Path) -> None:
     prompt = json.loads((case / "meta.json").read_text())["prompt_two_images"]
     first, second = case / "image0.png", case / "image1.png"
     plain, odd = opened(case, tmp_path), opened(case, tmp_path, "reuse-image")
-    with pytest.raises(InputError, match=r"2 image place\(s\) and 1"):
-        asked(plain, prompt, [first])
-    again = asked(plain, prompt, [first, first])
-    assert asked(odd, prompt, [first]).token_ids == again.token_ids
-    assert asked(odd, prompt, [first, second]).token_ids != again.token_ids
+    with pytest.raises(InputError, match=r"2 image slot\(s\) and 1"):
+        ask(plain, prompt, [first])
+    again = ask(plain, prompt, [first, first])
+    assert ask(odd, prompt, [first]).token_ids == again.token_ids
+    assert ask(odd, prompt, [first, second]).token_ids != again.token_ids
     for images in ([], [first, first, first]):
-        with pytest.raises(InputError, match="image place"):
-            asked(odd, prompt, images)
-    with pytest.raises(InputError, match="3 image place"):
-        asked(odd, "<image>" + prompt, [first])
+        with pytest.raises(InputError, match="image slot"):
+            ask(odd, prompt, images)
+    with pytest.raises(InputError, match="3 image slot"):
+        ask(odd, "<image>" + prompt, [first])
 
 
 def test_gammas_that_the_originals_loader_loses(tmp_path: Path) -> None:
     golden, checkpoint = copied("e2e_mmfuser", tmp_path)
     prompt = golden.case["prompt"]
-    odd = asked(opened(checkpoint, tmp_path, "renamed-gamma"), prompt, [golden.image])
+    odd = ask(opened(checkpoint, tmp_path, "renamed-gamma"), prompt, [golden.image])
     assert list(odd.token_ids) != golden.outputs["greedy_ids"].reshape(-1).tolist()[:12]
     for file in checkpoint.glob("*.safetensors"):
         tensors = load_file(file)
         save_file({k: t * (0 if "gamma" in k else 1) for k, t in tensors.items()}, file)
-    zeroed = asked(opened(checkpoint, tmp_path), prompt, [golden.image])
+    zeroed = ask(opened(checkpoint, tmp_path), prompt, [golden.image])
     assert odd.token_ids == zeroed.token_ids
 
 

@@ -1,4 +1,4 @@
-"""Golden checkpoints in other spellings: shards, torch files, text forms, places. Same tokens."""
+"""Golden checkpoints stored in other ways (shards, torch files, folders) give the same tokens."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def copied(name: str, work: Path) -> tuple[Golden, Path]:
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors, whatever the shards; the weight files are removed."""
+    """All tensors of all shards; the weight files are removed."""
     found: dict[str, torch.Tensor] = {}
     for file in checkpoint.glob("*.safetensors"):
         found |= load_file(file)
@@ -76,8 +76,8 @@ def edit(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def tower_inside(checkpoint: Path) -> None:
     name = json.loads((checkpoint / "config.json").read_text())["mm_vision_tower"]
-    shutil.move(checkpoint.parent / name, checkpoint / "eye")
-    edit(checkpoint, lambda c: c.update(mm_vision_tower="eye"))
+    shutil.move(checkpoint.parent / name, checkpoint / "tower")
+    edit(checkpoint, lambda c: c.update(mm_vision_tower="tower"))
 
 
 def layer_as_text(checkpoint: Path) -> None:
@@ -100,7 +100,7 @@ WAYS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_spellings_do_not_change_the_answer(name: str, way: str, tmp_path: Path) -> None:
+def test_the_way_of_storing_does_not_change_the_answer(name: str, way: str, tmp_path: Path) -> None:
     golden, checkpoint = copied(name, tmp_path)
     WAYS[way](checkpoint)
     answer = ask(engine_of(checkpoint, tmp_path), golden.case["prompt"], [golden.image])
@@ -111,8 +111,8 @@ def test_mmfuser_ignores_levels_between_as_the_original_does(tmp_path: Path) -> 
     golden, checkpoint = copied("e2e_mmfuser", tmp_path)
 
     def change(config: dict[str, Any]) -> None:
-        *asked, asking = config["mm_vision_select_layer"]
-        config["mm_vision_select_layer"] = [*asked, 0, -1, asking]
+        *values, query = config["mm_vision_select_layer"]
+        config["mm_vision_select_layer"] = [*values, 0, -1, query]
 
     edit(checkpoint, change)
     answer = ask(engine_of(checkpoint, tmp_path), golden.case["prompt"], [golden.image])
@@ -131,7 +131,7 @@ def test_a_bundle_is_recorded_again_from_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_unlowered_bundle_meets_its_goldens_in_plain_onnx_runtime(
+def test_the_unlowered_bundle_reproduces_its_goldens_in_plain_onnx_runtime(
     name: str, tmp_path: Path
 ) -> None:
     _, checkpoint = copied(name, tmp_path)
@@ -141,7 +141,7 @@ def test_the_unlowered_bundle_meets_its_goldens_in_plain_onnx_runtime(
 
 
 def replayed(bundle: Bundle) -> Iterator[tuple[Array, Array]]:
-    """Every golden output beside what plain ONNX Runtime makes of the unlowered graph."""
+    """Every golden output, and that of the unlowered graph in plain ONNX Runtime."""
     states: dict[str, dict[str, Any]] = {}
     for golden in goldens.load(bundle.path / "golden.npz"):
         record = bundle.manifest.component(golden.component)

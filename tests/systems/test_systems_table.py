@@ -1,4 +1,4 @@
-"""docs/systems.md's table is what the code does: every cell is tried here."""
+"""The table of docs/systems.md is true: every cell is tried here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _comm(folder: Path) -> None:
 
 
 def _next_original(folder: Path) -> None:
-    """MLCD's golden with a tower that is not called so is LLaVA-NeXT with a RoPE2D tower: not it.
+    """MLCD's golden as LLaVA-NeXT, whose tower must not be called mlcd.
 
     The golden LLaVA-1.5 with tiles is.
     """
@@ -89,13 +89,13 @@ def loads_huggingface(system: str, work: Path) -> bool:
 
 
 def answers_in(kind: str, work: Path) -> None:
-    """Build the bundle with weights alone in few bits, and ask."""
+    """Build the bundle with weight-only quantization, and ask."""
     build(work / "bundle", work / kind, requantized(work / "bundle", kind), silent)
     assert ask(work / kind, "<image>What?", [IMAGE], 2).token_ids
 
 
 def portable(bundle: Path) -> bool:
-    """Whether plain ONNX Runtime meets the goldens with the unlowered graphs, bodies and all."""
+    """Whether plain ONNX Runtime reproduces the goldens with the unlowered graphs."""
     pairs = list(replayed(Bundle.open(bundle)))
     return all(relative_difference(a, b) < TOLERANCE["fp32"] for a, b in pairs) and bool(pairs)
 
@@ -111,9 +111,10 @@ def row(system: str, work: Path) -> tuple[str, ...]:
     verbs = {command.name or command.callback.__name__ for command in cli.app.registered_commands
              if command.callback}  # fmt: skip
     lowers = tried(lambda: lint(recorded, parse("jetson-agx-orin")))
-    few = [tried(lambda kind=kind: answers_in(kind, work)) for kind in ("int8", "int4")]  # type: ignore[misc]
+    quantized = [tried(lambda kind=kind: answers_in(kind, work)) for kind in ("int8", "int4")]  # type: ignore[misc]
     exports = portable(work / "bundle")
-    cells = (loads, loads_huggingface(system, work), exports, runs, "train" in verbs, *few, lowers)
+    loads_hf = loads_huggingface(system, work)
+    cells = (loads, loads_hf, exports, runs, "train" in verbs, *quantized, lowers)
     return (system, *("yes" if cell else "-" for cell in cells))
 
 

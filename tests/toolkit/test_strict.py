@@ -78,7 +78,7 @@ def test_nested_values_become_what_they_were() -> None:
     assert from_plain(Outer, json.loads(json.dumps(to_plain(value))), "x") == value
 
 
-def test_an_int_will_do_for_a_float_only() -> None:
+def test_an_int_is_accepted_as_a_float_only() -> None:
     found = from_plain(Outer, GOOD | {"share": 2}, "x")
     assert (found.share, type(found.share)) == (2.0, float)
 
@@ -104,7 +104,7 @@ def test_an_int_will_do_for_a_float_only() -> None:
         ({"inner": [1]}, r"x\.inner"),
         ({"table": {"t": 1}}, r"x\.table\.t"),
         ({"table": []}, r"x\.table"),
-        ({"extra": 1, "more": 2}, "x has keys we do not know: extra, more"),
+        ({"extra": 1, "more": 2}, "x has unknown keys: extra, more"),
     ],
 )
 def test_odd_values_are_named(change: dict[str, Any], named: str) -> None:
@@ -120,11 +120,11 @@ def test_what_is_missing_is_named() -> None:
 # -- published configurations --------------------------------------------------------------
 
 
-def test_a_reader_refuses_what_nobody_asked_for() -> None:
+def test_a_reader_refuses_keys_that_were_not_read() -> None:
     r = Reader({"a": 1, "b": 2, "c": 3, "d": 4, "model_type": "x"}, "config.json", ["d"])
     assert r.take("a", int) == 1
     r.skip("b")
-    with pytest.raises(ConfigError, match="config.json has keys we do not know: c") as refused:
+    with pytest.raises(ConfigError, match="config.json has unknown keys: c") as refused:
         r.done()
     assert "--ignore-key c" in refused.value.hint
     assert r.raw("c") == 3
@@ -160,7 +160,7 @@ def test_choices_are_exact_too() -> None:
 def test_objects_within_are_read_alike() -> None:
     r = Reader({"sub": {"a": 1, "b": 2}}, "c", ["b"]).sub("sub")
     assert r.where == "c: sub"
-    with pytest.raises(ConfigError, match="c: sub has keys we do not know: a"):
+    with pytest.raises(ConfigError, match="c: sub has unknown keys: a"):
         r.done()
     r.take("a", int)
     r.done()

@@ -116,9 +116,9 @@ def test_what_does_not_run_here(built: str, here: str, reason: str) -> None:
     assert refused.value.hint == "build it here: edgevlm build B E"
 
 
-def test_spellings_of_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    for spelled, meant in (("AMD64", "x86_64"), ("arm64", "aarch64"), ("riscv64", "riscv64")):
-        monkeypatch.setattr("platform.machine", lambda spelled=spelled: spelled)
+def test_names_of_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, meant in (("AMD64", "x86_64"), ("arm64", "aarch64"), ("riscv64", "riscv64")):
+        monkeypatch.setattr("platform.machine", lambda name=name: name)
         assert target.machine() == meant
 
 

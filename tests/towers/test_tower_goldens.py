@@ -43,9 +43,9 @@ def near(found: Array, expected: Array, tolerance: float = 1e-4) -> None:
 
 def both_ways(kind: str, config: Any, weights: dict[str, Array], pixels: Array) -> list[Array]:
     """The encoder's outputs by the reference, checked against the lowered graph's."""
-    part = components.encoder_component(ComponentConfig("eye", kind, config))
-    expected = part.forward(NumpyOps(), Weights(weights), {"pixels": pixels})
-    found = run(lower(model_of(part, weights), this_cpu()), {"pixels": pixels})
+    component = components.encoder_component(ComponentConfig(kind, kind, config))
+    expected = component.forward(NumpyOps(), Weights(weights), {"pixels": pixels})
+    found = run(lower(model_of(component, weights), this_cpu()), {"pixels": pixels})
     for name, array in expected.items():
         near(found[name], array, 2e-5)
     return list(expected.values())
@@ -162,7 +162,7 @@ def test_deformable_attention(golden: Path) -> None:
     case = json.loads((golden / "case.json").read_text())
     w = opened(golden / "model.safetensors")
     inputs, outputs = np.load(golden / "inputs.npz"), np.load(golden / "outputs.npz")
-    grids = tuple((int(h), int(wide)) for h, wide in inputs["spatial_shapes"])
+    grids = tuple((int(h), int(w)) for h, w in inputs["spatial_shapes"])
 
     def linear(name: str, x: Array) -> Array:
         return np.asarray(x @ w.read(f"{name}.weight").T + w.read(f"{name}.bias"))

@@ -102,7 +102,7 @@ def saved(name: str, folder: Path) -> Any:
 
 
 def loaded(name: str, folder: Path, taps: tuple[int, ...]) -> tuple[Any, dict[str, Array]]:
-    """The same model read by us: its configuration and tensors, nothing left over."""
+    """The same model read by us: its configuration and tensors, none unread."""
     kind, *_, options = TOWERS[name]
     file = models.encoder(kind)
     reader = Reader(read_json(folder / "config.json"), "config")
@@ -125,9 +125,9 @@ def test_towers(name: str, tmp_path: Path) -> None:
     taps = (-1,) if convolutional else (0, 2, 3)
     config, weights = loaded(name, tmp_path, taps)
     pixels = np.random.default_rng(1).normal(size=(2, 3, *size)).astype(np.float32)
-    part = components.encoder_component(ComponentConfig("eye", kind, config))
-    found = part.forward(NumpyOps(), Weights(weights), {"pixels": pixels})
-    lowered = run(lower(model_of(part, weights), this_cpu()), {"pixels": pixels})
+    component = components.encoder_component(ComponentConfig(kind, kind, config))
+    found = component.forward(NumpyOps(), Weights(weights), {"pixels": pixels})
+    lowered = run(lower(model_of(component, weights), this_cpu()), {"pixels": pixels})
     with torch.no_grad():
         given = torch.from_numpy(pixels)
         if convolutional:
@@ -199,7 +199,7 @@ def test_language_models(name: str, tmp_path: Path) -> None:
     checkpoint = opened(tmp_path / "model.safetensors")
     table = dict(file.names(config))
     check_tables([(table, file.shapes(config))], checkpoint, file.unused(config))
-    part, weights = (
+    component, weights = (
         components.lm_component(ComponentConfig("lm", kind, config)),
         tensors(table, checkpoint),
     )
@@ -207,22 +207,27 @@ def test_language_models(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(torch.from_numpy(ids)).logits.numpy()
         greedy = model.generate(torch.from_numpy(ids), max_new_tokens=8, do_sample=False)
-    lowered = lower(model_of(part, weights), this_cpu())
-    logits, states = call(part, lowered, weights, ids, 0, {})
+    lowered = lower(model_of(component, weights), this_cpu())
+    logits, states = call(component, lowered, weights, ids, 0, {})
     near(logits, expected)
     found = []
     for step in range(8):
         found.append(int(logits[0, -1].argmax()))
-        logits, states = call(part, lowered, weights, np.asarray([[found[-1]]]), 12 + step, states)
+        last = np.asarray([[found[-1]]])
+        logits, states = call(component, lowered, weights, last, 12 + step, states)
     assert found == greedy[0, 12:].tolist()[: len(found)]
 
 
 def call(
-    part: components.Component, lowered: Any, weights: dict[str, Array], ids: Array, start: int,
+    component: components.Component,
+    lowered: Any,
+    weights: dict[str, Array],
+    ids: Array,
+    start: int,
     states: dict[str, Array],
-) -> tuple[Array, dict[str, Array]]:  # fmt: skip
+) -> tuple[Array, dict[str, Array]]:
     """One call of the lowered graph, compared with the reference's; logits and states."""
-    width = next(p.shape[1] for p in part.inputs if p.name == "features")
+    width = next(p.shape[1] for p in component.inputs if p.name == "features")
     feed: dict[str, Array] = {
         "ids": ids,
         "rows": np.full_like(ids, -1),
@@ -230,11 +235,11 @@ def call(
         "start": np.asarray([start]),
         "score": np.arange(ids.shape[1])[None],
     }
-    for port in part.inputs:
+    for port in component.inputs:
         if port.name.startswith("past."):
             shape = [{"batch": 1, "context": 32}.get(str(n), n) for n in port.shape]
             feed[port.name] = states.get(port.name, np.zeros(shape, np.float32))  # type: ignore[arg-type]
-    outputs = part.forward(NumpyOps(), Weights(weights), feed)
+    outputs = component.forward(NumpyOps(), Weights(weights), feed)
     near(run(lowered, feed)["logits"], outputs["logits"], 2e-5)
     kept = {k.replace("present", "past"): v for k, v in outputs.items() if k != "logits"}
     return outputs["logits"], kept

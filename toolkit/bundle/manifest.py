@@ -150,8 +150,9 @@ class Bundle:
     model: ModelConfig
 
     @classmethod
-    def open(cls, path: Path) -> Bundle:
+    def open(cls, path: str | Path) -> Bundle:
         """Read and check the manifest. Raises BundleError if this is not a bundle of ours."""
+        path = Path(path)
         file = path / MANIFEST
         if not file.exists():
             raise BundleError(

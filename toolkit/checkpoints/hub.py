@@ -1,4 +1,4 @@
-"""A source on the command line: a folder, or a model id that the Hugging Face cache resolves."""
+"""From a source on the command line, a path or a Hugging Face model id, to a folder."""
 
 from __future__ import annotations
 
@@ -36,14 +36,16 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
     except ImportError:
         raise MissingExtra("huggingface_hub", "export", purpose=f"fetching {name}") from None
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             name, revision=revision, local_files_only=offline, allow_patterns=_PATTERNS
         )
-    except Exception as refused:  # the package's tree of errors is wide; the reason is in the text
+    except (
+        Exception
+    ) as refused:  # the package raises many kinds of errors; the reason is in the text
         where = "is not in the local cache" if offline else "could not be fetched"
         reason = (str(refused).strip() or type(refused).__name__).splitlines()[0]
         raise CheckpointError(
             f"{name} {where} ({HF_HUB_CACHE}): {reason}",
             hint="without --offline it is downloaded" if offline else "check the name and network",
         ) from None
-    return Path(found)
+    return Path(folder)

@@ -1,8 +1,8 @@
 """safetensors files, read and written one tensor at a time.
 
-The safetensors package checks a file when it is opened; what it does not offer, and a 7B model
-needs, is here: byte offsets (ONNX external data points into these files), bfloat16 without torch,
-and writing a file whose tensors do not fit in memory together.
+The safetensors package checks a file when it is opened. This file adds what a 7B model needs and
+the package does not offer: byte offsets (ONNX external data points into these files), bfloat16
+without torch, and writing a file whose tensors do not fit in memory together.
 Format: 8 bytes little-endian header length, JSON header, the tensors' bytes without gaps.
 """
 
@@ -59,7 +59,7 @@ class Entry:
 
 
 class SafetensorsFile:
-    """A file's table of contents; `read` fetches one tensor. Raises CheckpointError if damaged."""
+    """A file's table of contents; `read` gives one tensor. Raises CheckpointError if damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,7 +74,7 @@ class SafetensorsFile:
         return self.entries[key].shape
 
     def read(self, key: str) -> Array:
-        """One tensor, mapped from the file and read-only; bfloat16 comes back as float32."""
+        """One tensor, memory-mapped and read-only; bfloat16 is converted to float32."""
         entry = self.entries[key]
         mapped = np.memmap(self.path, STORAGE[entry.dtype], "r", entry.offset, entry.shape)
         array = np.asarray(mapped)
@@ -94,7 +94,7 @@ def _contents(path: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{path} does not exist") from None
     except (SafetensorError, OSError, ValueError) as broken:
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file: {broken}",
+            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {broken}",
             hint="the download or copy was cut short; fetch this file again",
         ) from None
     header.pop("__metadata__", None)
@@ -104,7 +104,7 @@ def _contents(path: Path) -> dict[str, Entry]:
 def _entry(path: Path, key: str, item: dict[str, list[int]], base: int) -> Entry:
     stored = str(item["dtype"])
     if stored not in _TYPES:
-        raise CheckpointError(f"{path}: {key} is stored as {stored}, which we do not read")
+        raise CheckpointError(f"{path}: {key} is stored as {stored}, which edgevlm does not read")
     return Entry(_TYPES[stored][0], tuple(item["shape"]), base + item["data_offsets"][0])
 
 
@@ -119,7 +119,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Written:
-    """A finished file: where each tensor stands, and the hash of all its bytes."""
+    """A finished file: the entry of each tensor, and the hash of all bytes."""
 
     entries: dict[str, Entry]
     sha256: str
@@ -131,7 +131,7 @@ BLOCK_BYTES = 1 << 26
 
 
 def row_blocks(array: Array) -> Iterator[Array]:
-    """A tensor in pieces along its first axis, of about 64 MB in float32; views, not copies."""
+    """Views of a tensor in blocks along its first axis, of about 64 MB each in float32."""
     if array.ndim < 2:
         yield array
         return
@@ -141,55 +141,55 @@ def row_blocks(array: Array) -> Iterator[Array]:
 
 
 def write_safetensors(
-    path: Path, plan: Sequence[TensorSpec], produce: Callable[[TensorSpec], Blocks]
+    path: Path, tensors: Sequence[TensorSpec], produce: Callable[[TensorSpec], Blocks]
 ) -> Written:
-    """Write `plan` in an aligned order, asking `produce` for one tensor at a time.
+    """Write `tensors` in an aligned order; `produce` makes them, one at a time.
 
-    A tensor comes in pieces along its first axis, which together have the planned shape; they are
-    converted to the planned dtype. A second thread makes the next piece while this one hashes and
-    writes the last, so memory is a few pieces and what `produce` itself holds. Raises
+    It yields a tensor in blocks along the first axis, which together have the stated shape; they
+    are converted to the stated dtype. A second thread makes the next block while this one hashes
+    and writes the last, so memory holds a few blocks and what `produce` itself holds. Raises
     CheckpointError where a value does not fit the dtype.
     """
     # Big tensors first: their sizes are multiples of the page or cache line, so they stay aligned.
-    order = sorted(plan, key=lambda t: (-_alignment(t), t.name))
-    header, entries = _layout(order)
+    order = sorted(tensors, key=lambda t: (-_alignment(t), t.name))
+    header, entries = _header(order)
     digest = hashlib.sha256(header)
     with path.open("wb") as file:
         file.write(header)
-        for data in _one_ahead(_pieces(order, produce)):
+        for data in _one_ahead(_encoded(order, produce)):
             digest.update(data)
             file.write(data)
         size = file.tell()
     return Written(entries, digest.hexdigest(), size)
 
 
-def _pieces(
+def _encoded(
     order: Sequence[TensorSpec], produce: Callable[[TensorSpec], Blocks]
 ) -> Iterator[memoryview]:
-    """The bytes of all tensors, piece by piece."""
+    """The bytes of all tensors, block by block."""
     for tensor in order:
         rows = 0
         for block in produce(tensor):
             if block.shape[1:] != tensor.shape[1:] or block.ndim != len(tensor.shape):
                 raise CheckpointError(
-                    f"{tensor.name}: shape {block.shape}, planned {tensor.shape}",
+                    f"{tensor.name}: shape {block.shape}, expected {tensor.shape}",
                     hint="config.json and weights do not belong together",
                 )
             rows += block.shape[0] if block.ndim else 1
-            yield _stored(block, tensor)
+            yield _bytes_of(block, tensor)
         if tensor.shape and rows != tensor.shape[0]:
             raise CheckpointError(
-                f"{tensor.name}: {rows} rows, planned {tensor.shape}",
+                f"{tensor.name}: {rows} rows, expected {tensor.shape}",
                 hint="config.json and weights do not belong together",
             )
 
 
-def _one_ahead(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-    """The same pieces, each made in another thread while the one before is being used."""
+def _one_ahead(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The same blocks, each made in another thread while the one before is being used."""
     with ThreadPoolExecutor(1) as pool:
-        pending: Future[memoryview | None] = pool.submit(next, pieces, None)
+        pending: Future[memoryview | None] = pool.submit(next, blocks, None)
         while (ready := pending.result()) is not None:
-            pending = pool.submit(next, pieces, None)
+            pending = pool.submit(next, blocks, None)
             yield ready
 
 
@@ -198,7 +198,7 @@ def _alignment(tensor: TensorSpec) -> int:
     return math.gcd(size, 4096)
 
 
-def _layout(order: Sequence[TensorSpec]) -> tuple[bytes, dict[str, Entry]]:
+def _header(order: Sequence[TensorSpec]) -> tuple[bytes, dict[str, Entry]]:
     spans, offset = {}, 0
     for t in order:
         entry = Entry(t.dtype, t.shape, offset)
@@ -213,26 +213,26 @@ def _layout(order: Sequence[TensorSpec]) -> tuple[bytes, dict[str, Entry]]:
         for name, e in spans.items()
     }
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 4096)  # tensors start on a page: they can be mapped
+    text += b" " * (-(len(text) + 8) % 4096)  # tensors start on a page, so that they can be mapped
     base = 8 + len(text)
     entries = {n: Entry(e.dtype, e.shape, base + e.offset) for n, e in spans.items()}
     return struct.pack("<Q", len(text)) + text, entries
 
 
-def _stored(array: Array, tensor: TensorSpec) -> memoryview:
+def _bytes_of(array: Array, tensor: TensorSpec) -> memoryview:
     if tensor.dtype == "bf16":
         array = to_bfloat16(array)
     elif array.dtype != STORAGE[tensor.dtype]:
-        array = _narrow(array, tensor)
+        array = _cast(array, tensor)
     flat = np.ascontiguousarray(array).reshape(-1)
     return flat.view(np.uint8).data
 
 
-def _narrow(array: Array, tensor: TensorSpec) -> Array:
+def _cast(array: Array, tensor: TensorSpec) -> Array:
     kind = STORAGE[tensor.dtype]
     extremes = _extremes(array)
     if kind.kind == "f" and not np.isfinite(extremes).all():
-        extremes = _extremes(array[np.isfinite(array)])  # infinities and NaN stay what they are
+        extremes = _extremes(array[np.isfinite(array)])  # infinities and NaN are kept
     with np.errstate(over="ignore"):
         if not _fit(extremes, kind):
             raise CheckpointError(
@@ -262,5 +262,5 @@ def to_bfloat16(array: Array) -> Array:
 
 
 def from_bfloat16(bits: Array) -> Array:
-    """float32 values of stored bfloat16 bits; exact."""
+    """The float32 values of stored bfloat16 bits, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)

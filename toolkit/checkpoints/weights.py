@@ -1,7 +1,7 @@
-"""Weights as lazy mappings: where each of our tensors comes from, read when it is needed.
+"""Weights as lazy mappings: each tensor is read, or made, when it is used.
 
 `Recipes` applies a table of recipes (toolkit/models/recipes.py) to a checkpoint; `RandomWeights`
-makes a preset without one. Nothing holds more than one tensor.
+makes the weights of a preset. Neither holds more than one tensor at a time.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ TorchReader = Callable[[Path], TensorSource]
 class Checkpoint:
     """The tensors of a folder (one file, or shards with an index) or of one file."""
 
-    def __init__(self, parts: Mapping[str, TensorSource], where: str) -> None:
-        self._parts = parts
+    def __init__(self, sources: Mapping[str, TensorSource], where: str) -> None:
+        self._sources = sources
         self.where = where
 
     def keys(self) -> list[str]:
         """All tensor names."""
-        return list(self._parts)
+        return list(self._sources)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._parts
+        return key in self._sources
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor."""
-        return self._parts[key].shape(key)
+        return self._sources[key].shape(key)
 
     def read(self, key: str) -> Array:
         """One tensor."""
-        return self._parts[key].read(key)
+        return self._sources[key].read(key)
 
 
 def open_checkpoint(folder: Path, torch_reader: TorchReader | None = None) -> Checkpoint:
@@ -88,29 +88,29 @@ def _shards(folder: Path, stem: str) -> list[Path]:
         return [folder / stem]
     if not index.exists():
         return []
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files", hint=_FETCH)
-    names = sorted(set(where.values()))
+    names = sorted(set(files.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         named = f"{', '.join(missing[:3])}{f' and {len(missing) - 3} more' if missing[3:] else ''}"
-        raise CheckpointError(f"{index} names files that are not there: {named}", hint=_FETCH)
+        raise CheckpointError(f"{index} names files that do not exist: {named}", hint=_FETCH)
     return [folder / name for name in names]
 
 
-def _join(folder: Path, parts: Sequence[TensorSource]) -> Checkpoint:
-    found: dict[str, TensorSource] = {}
-    for part in parts:
-        for key in part.keys():  # noqa: SIM118 (a source is no mapping)
-            if key in found:
-                raise CheckpointError(f"{folder}: {key} stands in two shards")
-            found[key] = part
-    return Checkpoint(found, str(folder))
+def _join(folder: Path, shards: Sequence[TensorSource]) -> Checkpoint:
+    sources: dict[str, TensorSource] = {}
+    for shard in shards:
+        for key in shard.keys():  # noqa: SIM118 (a source is no mapping)
+            if key in sources:
+                raise CheckpointError(f"{folder}: {key} is stored in two shards")
+            sources[key] = shard
+    return Checkpoint(sources, str(folder))
 
 
 class Recipes(Mapping[str, Array]):
-    """Our tensors, each made from a checkpoint's when it is asked for."""
+    """Our tensors, each made from those of a checkpoint when it is used."""
 
     def __init__(self, table: Mapping[str, Recipe], checkpoint: TensorSource) -> None:
         self._table = table
@@ -121,19 +121,22 @@ class Recipes(Mapping[str, Array]):
         return recipe.make(*(self._read(source) for source in recipe.sources))
 
     def _read(self, source: str) -> Array:
-        """A stored tensor that can be a weight: a NaN would spoil answers, not goldens."""
-        found = self._checkpoint.read(source)
-        if found.dtype.kind != "f":
+        """A stored tensor. Raises CheckpointError for what cannot be a weight, such as a NaN.
+
+        Goldens would be made with the NaN too, so the build would not notice it.
+        """
+        tensor = self._checkpoint.read(source)
+        if tensor.dtype.kind != "f":
             raise CheckpointError(
-                f"{source} is stored as {found.dtype}, a weight is a floating-point number",
+                f"{source} is stored as {tensor.dtype}, a weight is a floating-point number",
                 hint="quantized checkpoints are not read; take the original's weights",
             )
-        if not all(np.isfinite(block).all() for block in row_blocks(found)):
+        if not all(np.isfinite(block).all() for block in row_blocks(tensor)):
             raise CheckpointError(
                 f"{source} holds NaN or infinite values",
                 hint="the file is damaged or its training diverged; fetch the checkpoint again",
             )
-        return found
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._table)
@@ -143,16 +146,17 @@ class Recipes(Mapping[str, Array]):
 
 
 def check_tables(
-    parts: Iterable[tuple[Mapping[str, Recipe], Shapes]],
+    tables: Iterable[tuple[Mapping[str, Recipe], Shapes]],
     checkpoint: Checkpoint,
     unused: Iterable[str],
 ) -> None:
-    """Refuse a checkpoint that lacks a tensor, has one we cannot place, or a shape that is off.
+    """Raise CheckpointError for tensors that are missing, unexpected or of another shape.
 
-    `unused` are globs of tensors that may be there without being read. All faults are counted;
-    the first three of each kind are named.
+    tables: recipes and our shapes, of each component. unused: globs of tensors that the
+    checkpoint may hold and that are not read. All faults are counted, and the first three of each
+    kind are named.
     """
-    tables = list(parts)
+    tables = list(tables)
     wanted = {s for table, _ in tables for recipe in table.values() for s in recipe.sources}
     stored = set(checkpoint.keys())
     free = tuple(unused)
@@ -180,10 +184,10 @@ def _misshapen(table: Mapping[str, Recipe], shapes: Shapes, checkpoint: Checkpoi
     for name, recipe in table.items():
         if recipe.make not in (same, transposed) or recipe.sources[0] not in checkpoint:
             continue  # a computed tensor is checked when it is made
-        turn = -1 if recipe.make is transposed else 1
+        order = -1 if recipe.make is transposed else 1
         stored = checkpoint.shape(recipe.sources[0])
-        if stored[::turn] != shapes[name]:
-            faults.append(f"{recipe.sources[0]} is {stored}, expected {shapes[name][::turn]}")
+        if stored[::order] != shapes[name]:
+            faults.append(f"{recipe.sources[0]} is {stored}, expected {shapes[name][::order]}")
     return _listed("mis-shaped", faults)
 
 
@@ -191,7 +195,7 @@ class RandomWeights(Mapping[str, Array]):
     """Weights of a preset: reproducible from (seed, name), scaled so that values stay near 1.
 
     Linears and convolutions are uniform with variance 1 / inputs, embeddings with variance 1 / D,
-    norms are ones, biases zeros. Meant for sizes and speed, not for answers.
+    norms are ones, biases zeros. They serve to measure sizes and speed; their answers mean nothing.
     """
 
     def __init__(self, shapes: Shapes, seed: int, label: str) -> None:
@@ -203,7 +207,7 @@ class RandomWeights(Mapping[str, Array]):
         return np.concatenate(list(self.blocks(key))) if self._shapes[key] else np.ones(())
 
     def blocks(self, key: str) -> Iterator[Array]:
-        """The tensor in pieces along its first axis; the pieces do not depend on their size."""
+        """The tensor in blocks along its first axis; the values do not depend on the block size."""
         shape = self._shapes[key]
         if key.endswith("bias") or (len(shape) == 1 and key.endswith("weight")):
             yield np.full(shape, 0.0 if key.endswith("bias") else 1.0, np.float32)

@@ -1,7 +1,7 @@
-"""Images in, pixel tensors out: preprocessing declared as data, done with Pillow and NumPy.
+"""From image files to pixel tensors: preprocessing as data, executed by Pillow and NumPy.
 
 The result is bit-equal to what the originals feed their towers (Hugging Face's PIL processors
-after LLaVA's own aspect handling). What is done to unusual files is said in `LoadedImage.notes`.
+after LLaVA's own aspect handling). `LoadedImage.notes` states what was done to unusual files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 100_000_000  # a 30000 x 30000 image would take 2.7 GB decoded
 MAX_SIDE = 16_384  # padding to a square of this side already takes 0.8 GB
-MAX_RATIO = 200  # beyond this, resizing the short edge makes a image of hundreds of megapixels
+MAX_RATIO = 200  # beyond this, resizing the short edge makes an image of hundreds of megapixels
 _ORIENTATION = 0x0112  # the EXIF tag
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _CROPPING = ("CLIP", "LlavaNext", "LlavaImage", "Bit")
@@ -35,7 +35,7 @@ _PROCESSORS = (
     "CLIPImageProcessor", "CLIPFeatureExtractor", "SiglipImageProcessor", "LlavaImageProcessor",
     "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor", "BitImageProcessor",
 )  # fmt: skip
-# Read elsewhere, or without meaning for one image.
+# Keys that are read elsewhere or do not affect a single image.
 _IDLE_KEYS = (
     "_valid_processor_keys auto_map data_format default_to_square device disable_grouping "
     "feature_extractor_type image_grid_pinpoints image_seq_length "
@@ -46,9 +46,9 @@ Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """One encoder's pixels: pad, resize, crop, rescale, normalise; in that order.
+    """How one encoder's pixels are made: pad, resize, crop, rescale, normalise, in that order.
 
-    pad: colour of the square that the image is first centred on, None for no padding.
+    pad: colour of the square in whose centre the image is put first; None for no padding.
     short_edge: resize so that the short edge has this length (long edge rounded down), or
     exact: resize to (height, width) regardless of aspect; crop: centred (height, width).
     """
@@ -71,17 +71,18 @@ class Preprocess:
         return size
 
     def padded(self) -> Preprocess:
-        """The same on a square of the mean colour: LLaVA's image_aspect_ratio = pad."""
+        """The same with padding to a square of the mean colour: image_aspect_ratio = pad."""
         r, g, b = (int(m * 255) for m in self.mean)
         return Preprocess(**{**vars(self), "pad": (r, g, b)})
 
 
 @dataclass(frozen=True)
 class ImageRules:
-    """How one image becomes pixels for every encoder, and its features tokens.
+    """How an image becomes pixels for every encoder, and how its features become tokens.
 
-    encoders: by name. tiling: AnyRes, None for one view. arrangement: the order of the views'
-    tokens, None for all of them as they come. upright: whether EXIF orientation is applied.
+    encoders: preprocessing by encoder name. tiling: AnyRes, None for a single view. arrangement:
+    the order of the views' tokens, None for view after view. upright: whether EXIF orientation is
+    applied.
     """
 
     encoders: Mapping[str, Preprocess] = field(default_factory=dict)
@@ -92,7 +93,7 @@ class ImageRules:
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """A decoded RGB image; `notes` says what was done to get it."""
+    """A decoded RGB image; `notes` states what was done to get it."""
 
     rgb: Image
     notes: tuple[str, ...] = ()
@@ -120,8 +121,8 @@ def read_preprocess(r: Reader) -> Preprocess:
     crop = _read_crop(crop_size, r.where) if crops else None
     std = _three(r.raw("image_std"), f"{r.where}: image_std")
     if min(std) <= 0:
-        raise ConfigError(f"{r.where}: image_std = {list(std)} divides by what is not above 0")
-    found = Preprocess(
+        raise ConfigError(f"{r.where}: image_std = {list(std)}, expected numbers above 0")
+    rule = Preprocess(
         resample=_resample(r.choice("resample", list(_RESAMPLE), 3)),
         scale=r.take("rescale_factor", float, 1 / 255),
         mean=_three(r.raw("image_mean"), f"{r.where}: image_mean"),
@@ -130,7 +131,7 @@ def read_preprocess(r: Reader) -> Preprocess:
         exact=exact,
         crop=crop,
     )
-    return found.padded() if pads else found
+    return rule.padded() if pads else rule
 
 
 def _resample(code: int) -> Resample:
@@ -240,7 +241,7 @@ def _why_unreadable(source: object, name: str, refused: Exception) -> str:
         return f"image {name} is empty (0 bytes)"
     if "DecompressionBomb" in type(refused).__name__:
         return f"image {name} is too large: {str(refused).split(',')[0]}"
-    return f"image {name} ({size} bytes) is not a image that Pillow can read"
+    return f"image {name} ({size} bytes) is not an image that Pillow can read"
 
 
 def _refuse_odd_sizes(size: tuple[int, int], name: str) -> None:
@@ -249,10 +250,12 @@ def _refuse_odd_sizes(size: tuple[int, int], name: str) -> None:
         raise InputError(
             f"image {name} is {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} "
             f"megapixels and {MAX_SIDE} a side",
-            hint="scale it down first; encoders see a few hundred pixels a side",
+            hint="scale it down first; encoders take a few hundred pixels a side",
         )
     if min(size) < 2:
-        raise InputError(f"image {name} is {width} x {height} pixels: there is nothing to see")
+        raise InputError(
+            f"image {name} is {width} x {height} pixels; both sides must have at least 2"
+        )
     if max(size) > MAX_RATIO * min(size):
         raise InputError(
             f"image {name} is {width} x {height} pixels, an aspect beyond {MAX_RATIO}:1",
@@ -266,13 +269,13 @@ def _to_rgb(file: Image, upright: bool) -> LoadedImage:
     notes = []
     if getattr(file, "is_animated", False):
         notes.append(f"animation: first of {getattr(file, 'n_frames', 1)} frames used")
-    if file.getexif().get(_ORIENTATION) in range(2, 9):  # asked first: TIFF forgets it when loaded
+    if file.getexif().get(_ORIENTATION) in range(2, 9):  # read first: loading a TIFF drops it
         notes.append(f"EXIF orientation {'applied' if upright else 'ignored'}")
     shown = ImageOps.exif_transpose(file) if upright else file
     if shown.mode in ("I;16", "I;16B", "I;16L", "I"):
         notes.append("16-bit grey scaled to 8 bits")
-        wide = np.asarray(shown).astype(np.int64)
-        return LoadedImage(_grey(np.clip(wide >> 8, 0, 255).astype(np.uint8)), tuple(notes))
+        values = np.asarray(shown).astype(np.int64)
+        return LoadedImage(_grey(np.clip(values >> 8, 0, 255).astype(np.uint8)), tuple(notes))
     if shown.mode in ("CMYK", "P", "PA"):
         kind = "CMYK" if shown.mode == "CMYK" else "palette"
         notes.append(f"{kind} converted to RGB")
@@ -292,14 +295,14 @@ def _grey(pixels: Array) -> Image:
 
 
 def preprocess(image: Image, rule: Preprocess) -> Array:
-    """One RGB image -> float32 [3, height, width], the tensor the encoder was trained on."""
+    """The encoder's input for one RGB image: float32 [3, height, width]."""
     if rule.pad is not None:
         image = _pad_square(image, rule.pad)
     image = image.resize(_target_size(image.size, rule), _filter(rule.resample))
     pixels = np.asarray(image)
     if rule.crop is not None:
         pixels = _centre_crop(pixels, rule.crop)
-    # A byte has 256 values: the float steps run once per value and channel, not per pixel.
+    # A byte has 256 values, so the float arithmetic runs once per value and channel, not per pixel.
     table = _normalised_bytes(rule)
     return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
 
@@ -335,7 +338,7 @@ def _filter(name: Resample) -> Any:
 
 
 def _centre_crop(pixels: Array, size: tuple[int, int]) -> Array:
-    """The middle; zeros around it where the image is smaller, as the originals pad."""
+    """The centre of size (height, width); zeros pad smaller images, as in the originals."""
     for axis, wanted in enumerate(size):
         have = pixels.shape[axis]
         if have < wanted:
@@ -350,7 +353,7 @@ def _centre_crop(pixels: Array, size: tuple[int, int]) -> Array:
 
 
 def _normalised_bytes(rule: Preprocess) -> Array:
-    """[3, 256] float32: the product in float64, cast, then mean and std in float32."""
+    """[3, 256] float32: every byte scaled in float64, cast, then normalised in float32."""
     scaled = (np.arange(256, dtype=np.uint8) * rule.scale).astype(np.float32)
     mean, std = np.asarray(rule.mean, np.float32), np.asarray(rule.std, np.float32)
     return np.asarray((scaled[None] - mean[:, None]) / std[:, None], np.float32)

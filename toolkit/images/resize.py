@@ -1,4 +1,4 @@
-"""Bicubic resizing of tables, as torch computes it: positions of a tower folded to a new grid."""
+"""Bicubic resizing of tables, as torch computes it: position embeddings for another grid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def bicubic(table: Array, size: tuple[int, int], *, antialias: bool) -> Array:
     """table [H, W, D] resized to [size[0], size[1], D], align_corners off, in float32.
 
     Without antialias: cubic convolution (Keys, 1981) with a = -0.75, edges repeated. With it:
-    a = -0.5, stretched when shrinking, renormalised at the edges.
+    a = -0.5, the kernel stretched when shrinking and renormalised at the edges.
     """
     for axis, wanted in enumerate(size):
         have = table.shape[axis]
@@ -22,12 +22,12 @@ def bicubic(table: Array, size: tuple[int, int], *, antialias: bool) -> Array:
 
 
 def _plain(have: int, wanted: int) -> Array:
-    places = (np.arange(wanted) + 0.5) * (have / wanted) - 0.5
-    low = np.floor(places).astype(int)
+    points = (np.arange(wanted) + 0.5) * (have / wanted) - 0.5
+    low = np.floor(points).astype(int)
     matrix = np.zeros((wanted, have))
     for tap in range(-1, 3):
         columns = np.clip(low + tap, 0, have - 1)
-        np.add.at(matrix, (np.arange(wanted), columns), _cubic(places - low - tap, -0.75))
+        np.add.at(matrix, (np.arange(wanted), columns), _cubic(points - low - tap, -0.75))
     return matrix
 
 

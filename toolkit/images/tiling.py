@@ -1,8 +1,8 @@
-"""AnyRes: a image as several views, and the order in which their tokens enter the prompt.
+"""AnyRes: an image as several views, and the order in which their tokens enter the prompt.
 
-A image is fitted into the best of several resolutions and cut into tiles, with the whole image
-in front. Arranging tokens is index arithmetic: which feature row stands where. Only pooling and
-bilinear shrinking compute anything, and they too are described by rows and weights.
+An image is scaled into the best of several resolutions and cut into tiles; a view of the whole
+image comes first. Arranging tokens is index arithmetic: every token is a feature row. Only pooling
+and bilinear shrinking compute anything, and they too are described by rows and weights.
 Source: haotian-liu/LLaVA 1.6, LLaVA-VL/LLaVA-NeXT, deepglint/unicom; transformers' llava_next.
 """
 
@@ -27,8 +27,8 @@ Size = tuple[int, int]  # (width, height)
 class Tiling:
     """pinpoints: allowed resolutions as (width, height), multiples of `tile`.
 
-    several: what a question with more than one image makes of each: tiles, or one padded view.
-    base: side of the squashed whole image, if the processor resizes to another than it crops.
+    several: how a question with more than one image shows each: as tiles, or as one padded view.
+    base: side of the whole image's view, None if it is `tile`.
     """
 
     pinpoints: tuple[Size, ...]
@@ -37,7 +37,7 @@ class Tiling:
     base: int | None = None
 
     def limited(self, tiles: int) -> Tiling:
-        """The same with the resolutions of at most `tiles` tiles. Raises ConfigError if none is."""
+        """The same with only the resolutions of at most `tiles` tiles. ConfigError if none is."""
         counts = {p: (p[0] // self.tile) * (p[1] // self.tile) for p in self.pinpoints}
         kept = tuple(p for p in self.pinpoints if counts[p] <= tiles)
         if not kept:
@@ -51,13 +51,14 @@ class Tiling:
 
 @dataclass(frozen=True)
 class TokenArrangement:
-    """How the views' tokens follow each other; side: tokens per row of a view.
+    """The order of the views' tokens; side: tokens per row of a view.
 
-    order: "flat" view after view, or "spatial": the base view, then the tiles as one map. Of the
-    map: unpad removes the padding's rows or columns, newline ends every row with the learned
-    token (and a lone view), pool takes the maximum of 2 x 2 tokens (its rows have no newline),
-    max_tiles > 0 shrinks it bilinearly to about that many tiles (anyres_max_N). base: whether the
-    base view stands in front. rounded: lengths are rounded to 7 digits first, as transformers does.
+    order: "flat", view after view, or "spatial", the base view and then the tiles as one map.
+    The other fields concern the map. unpad: drop rows or columns of padding. newline: end every
+    row with the learned token, and a single view too. pool: take the maximum of 2 x 2 tokens (rows
+    then have no newline). max_tiles: shrink bilinearly to about that many tiles (anyres_max_N), 0
+    for no limit. base: whether the base view precedes the map. rounded: round lengths to 7 digits,
+    as transformers does.
     """
 
     side: int
@@ -71,13 +72,13 @@ class TokenArrangement:
 
     @property
     def computes(self) -> bool:
-        """Whether tokens are mixed, not only placed."""
+        """Whether tokens are computed from several rows, not only reordered."""
         return self.pool or self.max_tiles > 0
 
 
 @dataclass(frozen=True)
 class Views:
-    """A image's views, and the grid (columns, rows) of its tiles; None for a lone view."""
+    """The views of an image, and the grid (columns, rows) of its tiles; None for a single view."""
 
     images: tuple[Image, ...]
     grid: Size | None
@@ -85,7 +86,11 @@ class Views:
 
 @dataclass(frozen=True)
 class ArrangedTokens:
-    """Token i of a image mixes feature rows[i, :] by weights[i, :], or takes their maximum."""
+    """The tokens of an image as combinations of feature rows.
+
+    rows int64 and weights float32, both [tokens, 4]: token i is the sum of the feature rows
+    rows[i, :] weighted by weights[i, :], or their maximum.
+    """
 
     rows: Array
     weights: Array
@@ -98,41 +103,42 @@ def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
     """The pinpoint that keeps most of the image's pixels; ties go to the least waste."""
     width, height = size
     best, most, least = pinpoints[0], -1, 0
-    for wide, tall in pinpoints:
-        scale = min(wide / width, tall / height)
+    for columns, rows in pinpoints:
+        scale = min(columns / width, rows / height)
         used = min(int(width * scale) * int(height * scale), width * height)
-        waste = wide * tall - used
+        waste = columns * rows - used
         if used > most or (used == most and waste < least):
-            best, most, least = (wide, tall), used, waste
+            best, most, least = (columns, rows), used, waste
     return best
 
 
 def cut(image: Image, tiling: Tiling) -> Views:
-    """The squashed whole image, then tiles row by row of it fitted onto black."""
-    wide, tall = best_resolution(image.size, tiling.pinpoints)
-    fitted = _fit(image, (wide, tall))
+    """A view of the whole image, its aspect ignored, then the tiles of it row by row."""
+    columns, rows = best_resolution(image.size, tiling.pinpoints)
+    fitted = _fit(image, (columns, rows))
     side = tiling.tile
     tiles = [
         fitted.crop((x, y, x + side, y + side))
-        for y in range(0, tall, side)
-        for x in range(0, wide, side)
+        for y in range(0, rows, side)
+        for x in range(0, columns, side)
     ]
     whole = tiling.base or side
     base = image.resize((whole, whole), _bicubic())
-    return Views((base, *tiles), (wide // side, tall // side))
+    return Views((base, *tiles), (columns // side, rows // side))
 
 
 def _fit(image: Image, target: Size) -> Image:
+    """The image scaled into `target`, in the centre of black."""
     from PIL import Image
 
-    (width, height), (wide, tall) = image.size, target
-    if wide / width < tall / height:
-        size = (wide, min(math.ceil(height * (wide / width)), tall))
+    (width, height), (columns, rows) = image.size, target
+    if columns / width < rows / height:
+        size = (columns, min(math.ceil(height * (columns / width)), rows))
     else:
-        size = (min(math.ceil(width * (tall / height)), wide), tall)
+        size = (min(math.ceil(width * (rows / height)), columns), rows)
     canvas = Image.new("RGB", target, (0, 0, 0))
-    place = ((wide - size[0]) // 2, (tall - size[1]) // 2)
-    canvas.paste(image.resize(size, _bicubic()), place)
+    corner = ((columns - size[0]) // 2, (rows - size[1]) // 2)
+    canvas.paste(image.resize(size, _bicubic()), corner)
     return canvas
 
 
@@ -145,27 +151,27 @@ def _bicubic() -> int:
 # -- tokens ------------------------------------------------------------------------------------
 
 
-def arrange(layout: TokenArrangement, views: int, grid: Size | None, size: Size) -> ArrangedTokens:
-    """Where the tokens of a image's `views` go; size: the image's (width, height).
+def arrange(order: TokenArrangement, views: int, grid: Size | None, size: Size) -> ArrangedTokens:
+    """The tokens of an image of `views` views; size: the image's (width, height).
 
-    Feature rows: view after view, side^2 each, then the newline token if the layout has one.
+    Feature rows: view after view, side^2 each, then the newline token if there is one.
     """
-    each = layout.side**2
+    each = order.side**2
     newline = views * each
-    if layout.order == "flat":
+    if order.order == "flat":
         return _plain(np.arange(newline))
     if grid is None or views == 1:
-        lone = np.arange(each)
-        return _plain(np.append(lone, newline) if layout.newline else lone)
-    found = _map(layout, grid, size)
-    if layout.newline and not layout.pool:
-        ends = np.full((found.rows.shape[0], 1, 4), newline)
-        found = ArrangedTokens(
-            np.concatenate([found.rows, ends], 1),
-            np.concatenate([found.weights, _first(ends.shape)], 1),
+        single = np.arange(each)
+        return _plain(np.append(single, newline) if order.newline else single)
+    tiles = _map(order, grid, size)
+    if order.newline and not order.pool:
+        ends = np.full((tiles.rows.shape[0], 1, 4), newline)
+        tiles = ArrangedTokens(
+            np.concatenate([tiles.rows, ends], 1),
+            np.concatenate([tiles.weights, _first(ends.shape)], 1),
         )
-    flat = ArrangedTokens(found.rows.reshape(-1, 4), found.weights.reshape(-1, 4))
-    if not layout.base:
+    flat = ArrangedTokens(tiles.rows.reshape(-1, 4), tiles.weights.reshape(-1, 4))
+    if not order.base:
         return flat
     base = _plain(np.arange(each))
     return ArrangedTokens(
@@ -174,7 +180,7 @@ def arrange(layout: TokenArrangement, views: int, grid: Size | None, size: Size)
 
 
 def _plain(rows: Array) -> ArrangedTokens:
-    """Each token is one row: repeated, so that a maximum works too."""
+    """Each token is one row, repeated four times so that a maximum gives the same."""
     repeated = np.repeat(rows[:, None], 4, 1)
     return ArrangedTokens(repeated, _first(repeated.shape))
 
@@ -185,18 +191,18 @@ def _first(shape: tuple[int, ...]) -> Array:
     return weights
 
 
-def _map(layout: TokenArrangement, grid: Size, size: Size) -> ArrangedTokens:
+def _map(order: TokenArrangement, grid: Size, size: Size) -> ArrangedTokens:
     """The tiles' tokens as one map [rows, columns, 4], cropped, pooled or shrunk."""
-    n, (columns, rows) = layout.side, grid
+    n, (columns, rows) = order.side, grid
     tile, y, x = (np.arange(count) for count in (rows * columns, n, n))
     index = (1 + tile[:, None, None]) * n * n + y[None, :, None] * n + x
     index = index.reshape(rows, columns, n, n).transpose(0, 2, 1, 3).reshape(rows * n, -1)
-    if layout.unpad:
-        index = _unpad(index, size, rounded=layout.rounded)
-    if layout.pool:
+    if order.unpad:
+        index = _unpad(index, size, rounded=order.rounded)
+    if order.pool:
         return _pooled(index)
-    if layout.max_tiles:
-        ratio = math.sqrt(index.shape[0] * index.shape[1] / (layout.max_tiles * n * n))
+    if order.max_tiles:
+        ratio = math.sqrt(index.shape[0] * index.shape[1] / (order.max_tiles * n * n))
         if ratio > 1.1:
             return _shrunk(index, (int(index.shape[0] // ratio), int(index.shape[1] // ratio)))
     repeated = np.repeat(index[..., None], 4, 2)
@@ -204,18 +210,18 @@ def _map(layout: TokenArrangement, grid: Size, size: Size) -> ArrangedTokens:
 
 
 def _unpad(index: Array, size: Size, *, rounded: bool) -> Array:
-    """Remove the rows or columns that show padding; an odd rest keeps one more."""
+    """Remove the rows or columns that show padding; an odd number of them leaves one more."""
     width, height = size
-    tall, wide = index.shape
+    rows, columns = index.shape
 
     def length(value: float) -> int:
         return int(round(value, 7) if rounded else value)
 
-    if width / height > wide / tall:
-        cut_off = (tall - length(height * (wide / width))) // 2
-        return index[cut_off : tall - cut_off]
-    cut_off = (wide - length(width * (tall / height))) // 2
-    return index[:, cut_off : wide - cut_off]
+    if width / height > columns / rows:
+        padding = (rows - length(height * (columns / width))) // 2
+        return index[padding : rows - padding]
+    padding = (columns - length(width * (rows / height))) // 2
+    return index[:, padding : columns - padding]
 
 
 def _pooled(index: Array) -> ArrangedTokens:
@@ -236,7 +242,7 @@ def _shrunk(index: Array, size: tuple[int, int]) -> ArrangedTokens:
 
 
 def _neighbours(have: int, wanted: int) -> tuple[Array, Array, Array]:
-    """Lower and upper index for each output position, and the upper one's share."""
-    places = np.maximum((np.arange(wanted) + 0.5) * (have / wanted) - 0.5, 0)
-    low = np.minimum(places.astype(np.int64), have - 1)
-    return low, np.minimum(low + 1, have - 1), places - low
+    """Lower and upper index for each output position, and the weight of the upper one."""
+    points = np.maximum((np.arange(wanted) + 0.5) * (have / wanted) - 0.5, 0)
+    low = np.minimum(points.astype(np.int64), have - 1)
+    return low, np.minimum(low + 1, have - 1), points - low

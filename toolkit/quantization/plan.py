@@ -1,4 +1,4 @@
-"""What is computed in which number format: a plan is rules over places in the model."""
+"""The precision plan: which layer of a model is computed in which number format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WEIGHT_BITS: dict[Precision, Literal[8, 4]] = {"int8_weights": 8, "int4_weights"
 
 @dataclass(frozen=True)
 class Rule:
-    """Places whose path matches `paths` (a glob: lm/layers.*/mlp/*) run in `precision`."""
+    """Layers whose path matches the glob `paths` (lm/layers.*/mlp/*) run in `precision`."""
 
     paths: str
     precision: Precision
@@ -22,9 +22,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """Rules, the last match wins; `ranges` holds the largest |x| seen at each place's input.
+    """Rules, of which the last match wins; ranges: the largest |x| of each layer's input, by path.
 
-    `method` says how the ranges were found; `samples` and `samples_sha256` say from what.
+    method: how the plan was made. samples, samples_sha256: number and hash of the samples used.
     """
 
     default: Precision = "float"
@@ -40,7 +40,7 @@ class PrecisionPlan:
         return frozenset({self.default, *(rule.precision for rule in self.rules)} - {"float"})
 
     def at(self, path: str) -> Precision:
-        """The precision of one place, for example lm/layers.3/attention/q."""
+        """The precision of the layer at `path`, for example lm/layers.3/attention/q."""
         chosen = self.default
         for rule in self.rules:
             if fnmatchcase(path, rule.paths):

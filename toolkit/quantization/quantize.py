@@ -16,11 +16,12 @@ T = TypeVar("T")
 
 
 class Quantize(Wrapper[T]):
-    """Applies a plan: INT8 places get their input and weight through `fake_quant`.
+    """Applies a plan: input and weight of every INT8 layer pass through `fake_quant`.
 
     Activations: one symmetric scale per tensor, from the plan's ranges. Weights: one symmetric
-    scale per output channel, from `weights` (the arrays themselves; the inner ops may hold names
-    or parameters). Run, that is fake quantization; recorded, QuantizeLinear and DequantizeLinear.
+    scale per output channel, from `weights` (the arrays; the inner ops may hold names or
+    parameters). Running it is fake quantization; recording it gives QuantizeLinear and
+    DequantizeLinear.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Published systems, one file each, found by file name; a checkpoint says which one it is."""
+"""Published systems, one file each, found by file name; config.json tells which one a folder is."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from edgevlm.toolkit.bundle import source as own
+from edgevlm.toolkit.bundle import source
 from edgevlm.toolkit.bundle.manifest import MANIFEST
 from edgevlm.toolkit.checkpoints.layouts import quirks
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, random_source, with_context
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.strict import read_json
-from edgevlm.toolkit.vlm import presets as published
 from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm.presets import tokenizer
 
 
 class System(Protocol):
@@ -48,7 +48,7 @@ def load(folder: Path, options: Options) -> Source:
     Raises ConfigError, CheckpointError or BundleError.
     """
     if (folder / MANIFEST).exists():
-        return quirks.keep(own.load(folder, options), {}, options.quirks)
+        return quirks.keep(source.load(folder, options), {}, options.quirks)
     if not (folder / "config.json").exists():
         kind = "has no config.json" if folder.is_dir() else "does not exist"
         raise CheckpointError(f"{folder} {kind}; a checkpoint is a folder with one")
@@ -67,7 +67,7 @@ def _detect(folder: Path, config: Mapping[str, Any], options: Options) -> str:
     kind = config.get("model_type")
     if not claiming:
         raise CheckpointError(
-            f"{folder} (model_type {kind!r}) is not a system we know",
+            f"{folder} (model_type {kind!r}) is of no system that edgevlm knows",
             hint=f"known: {', '.join(names())}; choose one with --system if it is one of them",
         )
     raise CheckpointError(
@@ -76,14 +76,14 @@ def _detect(folder: Path, config: Mapping[str, Any], options: Options) -> str:
     )
 
 
-def check_weights(source: str, random: bool) -> None:
+def check_weights(name: str, random: bool) -> None:
     """Raise ConfigError unless --random-weights is given for presets, and for them alone."""
-    is_preset = source.startswith("preset:")
+    is_preset = name.startswith("preset:")
     if is_preset and not random:
-        raise ConfigError(f"{source} has no weights", hint="add --random-weights")
+        raise ConfigError(f"{name} has no weights", hint="add --random-weights")
     if random and not is_preset:
         raise ConfigError(
-            f"{source} has weights of its own; --random-weights fills presets",
+            f"{name} has weights of its own; --random-weights is for presets",
             hint="drop --random-weights",
         )
 
@@ -94,14 +94,17 @@ def presets() -> dict[str, str]:
 
 
 def preset(name: str, seed: int, options: Options) -> Source:
-    """A published shape with random weights. Raises ConfigError naming the nearest known ones."""
-    for_folders = {
+    """A published shape with random weights.
+
+    Raises ConfigError for options of checkpoints, and for an unknown name with the nearest ones.
+    """
+    for_checkpoints = {
         "--system": options.system,
         "--vision-tower": options.vision_tower,
         "--ignore-key": options.ignore_keys,
         "--quirk": options.quirks,
     }
-    given = [option for option, value in for_folders.items() if value]
+    given = [option for option, value in for_checkpoints.items() if value]
     if given:
         raise ConfigError(f"{', '.join(given)} is for checkpoints, preset:{name} is none")
     known = presets()
@@ -110,4 +113,4 @@ def preset(name: str, seed: int, options: Options) -> Source:
         raise ConfigError(f"there is no preset {name!r}", hint=f"known: {', '.join(close)}")
     model = find(known[name]).PRESETS[name]()
     model = replace(model, lm=with_context(model.lm, options.max_context))
-    return random_source(model, seed, published.tokenizer(model), name)
+    return random_source(model, seed, tokenizer(model), name)

@@ -1,8 +1,8 @@
-"""COMM (Jiang et al., arXiv 2310.08825): CLIP and DINOv2 at many levels, merged, into Vicuna.
+"""COMM (Jiang et al., arXiv 2310.08825): many levels of CLIP and DINOv2, merged, into Vicuna.
 
-No code or weights were published. This reads a folder of our own format, described in
-docs/systems.md: config.json names two towers and a language model, model.safetensors holds the
-merger. What the paper leaves open is a named option with the default we propose.
+No code or weights were published. This file reads a checkpoint of edgevlm's own format, described
+in docs/systems.md: config.json names two towers and a language model, model.safetensors holds the
+merger. Whatever the paper leaves open is a named option with a default.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
-from edgevlm.toolkit.checkpoints.layouts import original, towers
+from edgevlm.toolkit.checkpoints.layouts import towers
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
@@ -34,11 +34,10 @@ from edgevlm.toolkit.models.lms import llama
 from edgevlm.toolkit.models.mergers import comm
 from edgevlm.toolkit.strict import MOST_LAYERS, Reader, read_json
 from edgevlm.toolkit.text.prompts import PromptRules
-from edgevlm.toolkit.vlm import components, presets
+from edgevlm.toolkit.vlm import components, language_models, presets
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 MODEL_TYPE = "edgevlm_comm"
-_LMS = {"llama": "llama", "qwen2": "qwen2", "mistral": "mistral"}
 _MERGES = ("norm_linear", "linear_norm", "layerscale", "mean", "mean_half", "conv1", "conv3")
 
 
@@ -48,37 +47,37 @@ def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
 
 
 def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
-    """Read a checkpoint folder of our format."""
+    """Read a checkpoint. Raises ConfigError and CheckpointError naming what does not fit."""
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     r.skip("model_type")
     side = r.count("image_size", 336)
-    places = {name: _beside(folder, r.take(name, str)) for name in ("clip", "dinov2")}
-    lm_folder = _beside(folder, r.take("language_model", str))
-    eyes = {
-        "clip": _clip(places["clip"], r, options),
-        "dinov2": _dinov2(places["dinov2"], r, side, options),
+    folders = {name: _find_folder(folder, r.take(name, str)) for name in ("clip", "dinov2")}
+    lm_folder = _find_folder(folder, r.take("language_model", str))
+    encoders = {
+        "clip": _clip(folders["clip"], r, options),
+        "dinov2": _dinov2(folders["dinov2"], r, side, options),
     }
     lm = _read_lm(lm_folder, options)
-    merger = _read_merger(r, eyes, lm.config.hidden_size, side)
-    images = ImageRules(_pixels(r, places, side, options))
+    merger = _read_merger(r, encoders, lm.config.hidden_size, side)
+    images = ImageRules(_preprocessing(r, folders, side, options))
     wrapped = r.take("use_im_start_end", bool, True)
-    template = r.take("template", str, original.TEMPLATES[lm.kind])
+    template = r.take("template", str, language_models.row(lm.kind).template)
     r.done()
     text, doubled = _tokenizer(lm_folder, lm, wrapped)
 
-    stored = {f"encoder.{name}": _tower(eye, places[name], options) for name, eye in eyes.items()}
-    file = models.lm(lm.kind)
-    brain = open_checkpoint(lm_folder, options.torch_reader)
-    stored["lm"] = ComponentTensors(file.names(lm.config), file.shapes(lm.config), brain)
-    own = open_checkpoint(folder, options.torch_reader)
+    tensors = {
+        f"encoder.{name}": _tower(encoder, folders[name], options)
+        for name, encoder in encoders.items()
+    }
+    tensors["lm"] = _lm_tensors(lm, lm_folder, options)
     table, shapes = comm.names(merger.config), comm.shapes(merger.config)
-    stored["merger"] = ComponentTensors(table, shapes, own)
-    check([stored["merger"]], comm.unused(merger.config))
-    check([stored["lm"]], file.unused(lm.config))
+    own = open_checkpoint(folder, options.torch_reader)
+    tensors["merger"] = ComponentTensors(table, shapes, own)
+    check([tensors["merger"]], comm.unused(merger.config))
     model = ModelConfig(
         folder.resolve().name,
         "comm",
-        tuple(eyes.values()),
+        tuple(encoders.values()),
         merger,
         with_context(lm, options.max_context),
         images,
@@ -90,15 +89,15 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
             doubled_blank=doubled,
         ),
     )
-    weights = {p.name: stored[p.name].weights() for p in components.components(model)}
+    weights = {c.name: tensors[c.name].weights() for c in components.components(model)}
     return Source(model, weights, text, {"layout": "comm"})
 
 
-def _beside(folder: Path, name: str) -> Path:
-    """A folder that config.json names: inside the checkpoint, beside it, or as it stands."""
-    for place in (folder / name, folder.parent / name, Path(name)):
-        if (place / "config.json").exists():
-            return place
+def _find_folder(folder: Path, name: str) -> Path:
+    """The folder that config.json calls `name`: in the checkpoint, beside it, or that path."""
+    for path in (folder / name, folder.parent / name, Path(name)):
+        if (path / "config.json").exists():
+            return path
     raise CheckpointError(
         f"{name!r}, which {folder / 'config.json'} names, is not on this machine",
         hint=f"put its folder into {folder} or beside it",
@@ -106,21 +105,21 @@ def _beside(folder: Path, name: str) -> Path:
 
 
 def _levels(r: Reader, key: str, depth: int, default: range) -> tuple[int, ...]:
-    """Blocks counted from 0: a list, or "all"."""
+    """The value of `key`: blocks counted from 0 as a list, or "all"."""
     raw = r.raw(key)
-    found = list(default) if raw is None else list(range(depth)) if raw == "all" else raw
-    fine = isinstance(found, list) and all(isinstance(n, int) and 0 <= n < depth for n in found)
-    if not fine or not found:
+    blocks = list(default) if raw is None else list(range(depth)) if raw == "all" else raw
+    fine = isinstance(blocks, list) and all(isinstance(n, int) and 0 <= n < depth for n in blocks)
+    if not fine or not blocks:
         raise ConfigError(
             f"{r.where}: {key} = {raw!r} are no blocks of a tower with {depth}",
             hint='a list such as [18, 19, 20, 21, 22, 23], or "all"',
         )
-    return tuple(found)
+    return tuple(blocks)
 
 
-def _clip(place: Path, r: Reader, options: Options) -> ComponentConfig:
-    data = read_json(place / "config.json")
-    reader = Reader(data, str(place / "config.json"), options.ignore_keys)
+def _clip(folder: Path, r: Reader, options: Options) -> ComponentConfig:
+    data = read_json(folder / "config.json")
+    reader = Reader(data, str(folder / "config.json"), options.ignore_keys)
     depth = reader.count("num_hidden_layers", 12, most=MOST_LAYERS)
     levels = _levels(r, "clip_levels", depth, range(depth))
     config = clip.Config.read(reader, tuple(n + 1 for n in levels), False)
@@ -128,9 +127,9 @@ def _clip(place: Path, r: Reader, options: Options) -> ComponentConfig:
     return ComponentConfig("clip", "clip", config)
 
 
-def _dinov2(place: Path, r: Reader, side: int, options: Options) -> ComponentConfig:
-    data = read_json(place / "config.json")
-    reader = Reader(data, str(place / "config.json"), options.ignore_keys)
+def _dinov2(folder: Path, r: Reader, side: int, options: Options) -> ComponentConfig:
+    data = read_json(folder / "config.json")
+    reader = Reader(data, str(folder / "config.json"), options.ignore_keys)
     depth = reader.count("num_hidden_layers", 12, most=MOST_LAYERS)
     levels = _levels(r, "dinov2_levels", depth, range(depth * 3 // 4, depth))
     config = dinov2.Config.read(reader, tuple(n + 1 for n in levels), False, image_size=side)
@@ -138,45 +137,53 @@ def _dinov2(place: Path, r: Reader, side: int, options: Options) -> ComponentCon
     return ComponentConfig("dinov2", "dinov2", config)
 
 
-def _tower(eye: ComponentConfig, place: Path, options: Options) -> ComponentTensors:
-    stored, unused = towers.stored_in(eye, place, options)
-    check([stored], unused)
-    return stored
+def _tower(encoder: ComponentConfig, folder: Path, options: Options) -> ComponentTensors:
+    tensors, unused = towers.tensors_in(encoder, folder, options)
+    check([tensors], unused)
+    return tensors
+
+
+def _lm_tensors(lm: ComponentConfig, folder: Path, options: Options) -> ComponentTensors:
+    file, checkpoint = models.lm(lm.kind), open_checkpoint(folder, options.torch_reader)
+    tensors = ComponentTensors(file.names(lm.config), file.shapes(lm.config), checkpoint)
+    check([tensors], file.unused(lm.config))
+    return tensors
 
 
 def _read_lm(folder: Path, options: Options) -> ComponentConfig:
     data = read_json(folder / "config.json")
     reader = Reader(data, str(folder / "config.json"), options.ignore_keys)
-    kind = _LMS[reader.choice("model_type", list(_LMS))]
+    known = language_models.MODEL_TYPES
+    kind = known[reader.choice("model_type", list(known))]
     config = models.lm(kind).Config.read(reader)
     reader.done()
     return ComponentConfig("lm", kind, config)
 
 
 def _read_merger(
-    r: Reader, eyes: Mapping[str, ComponentConfig], outputs: int, side: int
+    r: Reader, encoders: Mapping[str, ComponentConfig], outputs: int, side: int
 ) -> ComponentConfig:
     merge = r.choice("merge", _MERGES, "norm_linear")
     scale = r.choice("scale", ("softmax", "raw"), "softmax")
     depth, ratio = r.count("mlp_depth", 1, least=0), r.count("mlp_ratio", 4)
-    tokens = {eye.config.tokens for eye in eyes.values()}
+    tokens = {encoder.config.tokens for encoder in encoders.values()}
     if len(tokens) != 1:
         raise ConfigError(
-            f"{r.where}: CLIP gives {eyes['clip'].config.tokens} tokens and DINOv2 "
-            f"{eyes['dinov2'].config.tokens} for images of {side}",
+            f"{r.where}: CLIP gives {encoders['clip'].config.tokens} tokens and DINOv2 "
+            f"{encoders['dinov2'].config.tokens} for images of {side}",
             hint="choose image_size so that both grids are equal, as 336 with patches of 14",
         )
     branches = tuple(
         comm.Branch(
             name,
-            tuple(tap - 1 for tap in eye.config.taps),
-            eye.config.hidden_size,
+            tuple(tap - 1 for tap in encoder.config.taps),
+            encoder.config.hidden_size,
             merge,  # type: ignore[arg-type]
             scale,  # type: ignore[arg-type]
             mlp_depth=depth if name == "dinov2" else 0,
             mlp_ratio=ratio,
         )
-        for name, eye in eyes.items()
+        for name, encoder in encoders.items()
     )
     eps = r.positive("layer_norm_eps", 1e-5)
     return ComponentConfig(
@@ -184,19 +191,19 @@ def _read_merger(
     )
 
 
-def _pixels(
-    r: Reader, places: Mapping[str, Path], side: int, options: Options
+def _preprocessing(
+    r: Reader, folders: Mapping[str, Path], side: int, options: Options
 ) -> dict[str, Preprocess]:
-    """One image for both: CLIP's geometry, each tower's own mean and deviation."""
+    """CLIP's geometry for both towers, and each tower's own mean and deviation."""
     aspect = r.choice("image_aspect_ratio", ("pad", "square"), "pad")
-    first = towers.read_rule(places["clip"], options)
+    first = towers.read_rule(folders["clip"], options)
     if first.size != (side, side):
         raise ConfigError(
-            f"{places['clip']} makes images of {first.size}, config.json says {side}",
+            f"{folders['clip']} makes images of {first.size}, config.json states {side}",
             hint="set image_size to what the CLIP tower was trained for",
         )
     first = first.padded() if aspect == "pad" else first
-    other = towers.read_rule(places["dinov2"], options)
+    other = towers.read_rule(folders["dinov2"], options)
     return {"clip": first, "dinov2": replace(first, mean=other.mean, std=other.std)}
 
 
@@ -215,7 +222,7 @@ def _tokenizer(folder: Path, lm: ComponentConfig, wrapped: bool) -> tuple[str, b
 def _preset(name: str, lm: llama.Config) -> ModelConfig:
     levels = {"clip": tuple(range(24)), "dinov2": tuple(range(18, 24))}
     base = {"clip": presets.CLIP_L_336, "dinov2": presets.DINOV2_L_336}
-    eyes = [
+    encoders = [
         ComponentConfig(n, n, presets.tapped(base[n], *(level + 1 for level in levels[n])))
         for n in base
     ]
@@ -227,7 +234,7 @@ def _preset(name: str, lm: llama.Config) -> ModelConfig:
     return presets.model(
         name,
         "comm",
-        eyes,
+        encoders,
         ComponentConfig("merger", "comm", comm.Config(branches, lm.hidden_size, 24)),
         lm,
         ImageRules({"clip": rule, "dinov2": replace(rule, mean=other.mean, std=other.std)}),

@@ -1,6 +1,6 @@
-"""ConvLLaVA (Ge et al., arXiv 2405.15738): a five-stage ConvNeXt sees 1536 pixels as 576 tokens.
+"""ConvLLaVA (Ge et al., arXiv 2405.15738): a five-stage ConvNeXt, 576 tokens at 1536 x 1536.
 
-Reads alibaba/conv-llava's layout with ConvNeXt or UniRepLKNet towers.
+Reads alibaba/conv-llava's checkpoint layout with ConvNeXt or UniRepLKNet towers.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def _preset(name: str, lm: llama.Config, side: int) -> ModelConfig:
 
 
 def _presets() -> dict[str, Callable[[], ModelConfig]]:
-    found: dict[str, Callable[[], ModelConfig]] = {}
+    presets_of: dict[str, Callable[[], ModelConfig]] = {}
     for side in (768, 1024, 1536):
         for size, lm in (("7b", presets.VICUNA_7B), ("0.5b", presets.QWEN_0_5B)):
             name = f"convllava-{size}-{side}"
-            found[name] = lambda name=name, lm=lm, side=side: _preset(name, lm, side)  # type: ignore[misc]
-    return found
+            presets_of[name] = lambda name=name, lm=lm, side=side: _preset(name, lm, side)  # type: ignore[misc]
+    return presets_of
 
 
 PRESETS = _presets()

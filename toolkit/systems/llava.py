@@ -1,6 +1,6 @@
 """LLaVA-1.5 (Liu et al., arXiv 2310.03744): CLIP's patch tokens through an MLP into Vicuna.
 
-Reads haotian-liu/LLaVA's own layout and Hugging Face's LlavaForConditionalGeneration.
+Reads haotian-liu/LLaVA's own checkpoint layout and Hugging Face's LlavaForConditionalGeneration.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgevlm.toolkit.vlm import presets
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 _ORIGINAL = original.OriginalRules("llava", projectors.linears)
-_HUGGINGFACE = huggingface.HuggingFaceRules("llava", huggingface.one_view, original.TEMPLATES)
+_HUGGINGFACE = huggingface.HuggingFaceRules("llava", huggingface.one_view)
 
 
 def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
@@ -29,8 +29,8 @@ def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
         return False
     levels = towers.selected(config.get("mm_vision_select_layer")) or ()
     tiled = str(config.get("image_aspect_ratio")).startswith("anyres")
-    eye = towers.kind_of(config, folder, options)
-    return len(levels) <= 1 and not tiled and eye in ("clip", "siglip")
+    encoder = towers.kind_of(config, folder, options)
+    return len(levels) <= 1 and not tiled and encoder in ("clip", "siglip")
 
 
 def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:

@@ -1,7 +1,7 @@
 """LLaVA-NeXT (LLaVA 1.6) and LLaVA-OneVision (Li et al., arXiv 2408.03326): AnyRes tiles.
 
-Reads LLaVA-VL/LLaVA-NeXT's own layout (LlavaLlama, LlavaQwen, LlavaMistral) and Hugging Face's
-LlavaNextForConditionalGeneration and LlavaOnevisionForConditionalGeneration.
+Reads LLaVA-VL/LLaVA-NeXT's own checkpoint layout (LlavaLlama, LlavaQwen, LlavaMistral) and
+Hugging Face's LlavaNextForConditionalGeneration and LlavaOnevisionForConditionalGeneration.
 """
 
 from __future__ import annotations
@@ -43,13 +43,9 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     if original.is_original(config):
         return original.load(folder, config, options, _ORIGINAL)
     if config["model_type"] == "llava_onevision":
-        rules = huggingface.HuggingFaceRules(
-            "llava_next", _onevision_images, original.TEMPLATES, -1, "full"
-        )
+        rules = huggingface.HuggingFaceRules("llava_next", _onevision_images, -1, "full")
     else:
-        rules = huggingface.HuggingFaceRules(
-            "llava_next", _next_images, original.TEMPLATES, ties_by_text=False
-        )
+        rules = huggingface.HuggingFaceRules("llava_next", _next_images, ties_by_text=False)
     return huggingface.load(folder, config, options, rules)
 
 
@@ -60,7 +56,7 @@ def _pinpoints(r: Reader) -> tuple[tuple[int, int], ...]:
 
 
 def _side(r: Reader, encoder: ComponentConfig) -> int:
-    """Tokens per row of a view, which must be patches only."""
+    """Tokens per row of a view. Raises ConfigError unless its tokens are a square of patches."""
     tokens = encoder.config.tokens
     side = math.isqrt(tokens) if isinstance(tokens, int) else 0
     if side * side != tokens:
@@ -73,9 +69,11 @@ def _side(r: Reader, encoder: ComponentConfig) -> int:
 
 def _next_images(r: Reader, encoder: ComponentConfig, rule: Preprocess) -> ImageRules:
     r.choice("use_image_newline_parameter", [True], True)
-    layout = TokenArrangement(_side(r, encoder), "spatial", unpad=True, newline=True, rounded=True)
+    arrangement = TokenArrangement(
+        _side(r, encoder), "spatial", unpad=True, newline=True, rounded=True
+    )
     tiling = Tiling(_pinpoints(r), rule.size[0], base=rule.short_edge)
-    return ImageRules({encoder.name: rule}, tiling, layout)
+    return ImageRules({encoder.name: rule}, tiling, arrangement)
 
 
 def _onevision_images(r: Reader, encoder: ComponentConfig, rule: Preprocess) -> ImageRules:
@@ -87,24 +85,24 @@ def _onevision_images(r: Reader, encoder: ComponentConfig, rule: Preprocess) -> 
             f"{r.where}: vision_aspect_ratio = {aspect!r} is not implemented",
             hint="implemented: anyres_max_N",
         )
-    layout = TokenArrangement(
+    arrangement = TokenArrangement(
         _side(r, encoder), "spatial", unpad=True, newline=True, max_tiles=int(match[1]),
         rounded=True,
     )  # fmt: skip
     tiling = Tiling(_pinpoints(r), rule.size[0], several="pad")
-    return ImageRules({encoder.name: rule}, tiling, layout)
+    return ImageRules({encoder.name: rule}, tiling, arrangement)
 
 
 def _preset(name: str, lm: llama.Config) -> ModelConfig:
     pinpoints = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-    layout = TokenArrangement(24, "spatial", unpad=True, newline=True)
+    arrangement = TokenArrangement(24, "spatial", unpad=True, newline=True)
     return presets.model(
         name,
         "llava_next",
         [ComponentConfig("clip", "clip", presets.CLIP_L_336)],
         ComponentConfig("merger", "mlp", mlp.Config((1024,), lm.hidden_size)),
         lm,
-        ImageRules({"clip": presets.clip_pixels(336)}, Tiling(pinpoints, 336), layout),
+        ImageRules({"clip": presets.clip_pixels(336)}, Tiling(pinpoints, 336), arrangement),
     )
 
 

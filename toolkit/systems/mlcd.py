@@ -1,6 +1,7 @@
 """MLCD in LLaVA-NeXT, and MLCD-Embodied (deepglint/unicom): RoPE2D or CLIP-class towers on Qwen2.
 
-Reads mlcd_vl's layout. `--template mlcd_chat` builds prompts as the embodied chat script does.
+Reads mlcd_vl's checkpoint layout. `--template mlcd_chat` builds prompts as the embodied chat
+script does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _RULES = original.OriginalRules("mlcd", projectors.linears, tower_wins=True, lon
 
 
 def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
-    """Whether a checkpoint folder is of this system: its tower is called mlcd, as there."""
+    """Whether a checkpoint folder is of this system: its tower's name contains "mlcd"."""
     return original.is_original(config) and original.names_mlcd(config)
 
 
@@ -33,27 +34,27 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
 
 def _embodied(name: str, lm: llama.Config) -> ModelConfig:
     grids = tuple((336 * i, 336 * j) for i in range(1, 7) for j in range(1, 7))
-    layout = TokenArrangement(24, "spatial", unpad=True, newline=True)
+    arrangement = TokenArrangement(24, "spatial", unpad=True, newline=True)
     return presets.model(
         name,
         "mlcd",
         [ComponentConfig("clip", "clip", presets.CLIP_L_336)],
         ComponentConfig("merger", "mlp", mlp.Config((1024,), lm.hidden_size)),
         lm,
-        ImageRules({"clip": presets.clip_pixels(336)}, Tiling(grids, 336), layout),
+        ImageRules({"clip": presets.clip_pixels(336)}, Tiling(grids, 336), arrangement),
     )
 
 
 def _bigg(name: str, lm: llama.Config) -> ModelConfig:
     grids = ((448, 896), (896, 448), (896, 896), (1344, 448), (448, 1344))
-    layout = TokenArrangement(32, "spatial", unpad=True, newline=True)
+    arrangement = TokenArrangement(32, "spatial", unpad=True, newline=True)
     return presets.model(
         name,
         "mlcd",
         [ComponentConfig("mlcd", "mlcd", presets.MLCD_BIGG_448)],
         ComponentConfig("merger", "mlp", mlp.Config((1664,), lm.hidden_size)),
         lm,
-        ImageRules({"mlcd": presets.clip_pixels(448)}, Tiling(grids, 448), layout),
+        ImageRules({"mlcd": presets.clip_pixels(448)}, Tiling(grids, 448), arrangement),
     )
 
 

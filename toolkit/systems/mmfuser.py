@@ -1,7 +1,8 @@
 """MMFuser (Cao et al., arXiv 2410.11829): LLaVA-1.5 whose projector fuses five levels of CLIP.
 
-Reads yuecao0119/MMFuser's layout. All tensors are read as stored: the original's loader renames
-keys with "gamma" in them and mends that for known shard counts only.
+Reads yuecao0119/MMFuser's checkpoint layout. All tensors are read under the names that they are
+stored with; the original's loader renames those with "gamma" and undoes that for two shard counts
+only.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
 
 
 def _taps(selected: tuple[int, ...]) -> tuple[int, ...]:
-    """The first four levels are asked, the last one asks; the original ignores those between."""
+    """The first four levels are keys and values, the last one is the query, as in the original.
+
+    Levels between them are ignored. Raises ConfigError for fewer than five levels.
+    """
     if len(selected) <= mmfuser.LEVELS:
         raise ConfigError(
             f"mm_vision_select_layer {list(selected)} has {len(selected)} levels, the fuser "
             f"needs {mmfuser.LEVELS + 1}",
-            hint="four levels that are asked and the one that asks, as in [-22, -17, -12, -7, -2]",
+            hint="four key/value levels and one query level, as in [-22, -17, -12, -7, -2]",
         )
     return (*selected[: mmfuser.LEVELS], selected[-1])
 
@@ -55,7 +59,7 @@ def _merger(r: Reader, encoder: ComponentConfig, outputs: int) -> ComponentConfi
         )
     layers, blocks = projectors.depth(r, projectors.read_name(r, encoder))
     if blocks:
-        raise ConfigError(f"{r.where}: residual blocks behind the fuser are not implemented")
+        raise ConfigError(f"{r.where}: residual blocks after the fuser are not implemented")
     projectors.check_identity(r, layers, config.hidden_size, outputs)
     side = math.isqrt(config.tokens)
     return ComponentConfig(

@@ -1,4 +1,4 @@
-"""What a person sees: progress on stderr, results on stdout, one JSON object with --json."""
+"""What a user sees: progress on stderr, results on stdout, one JSON object with --json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Console:
     """Where messages go. quiet: no progress; as_json: stdout carries one JSON object only.
 
-    On a terminal the step that is being worked on has a spinner, which `close` takes away.
+    On a terminal the running step has a spinner, which `close` removes.
     """
 
     quiet: bool = False
@@ -29,7 +29,7 @@ class Console:
     _line: str = ""
 
     def step(self, message: str) -> None:
-        """One line of progress with the seconds since the start."""
+        """Begin a step: one line of progress with the seconds since the start."""
         if self.quiet:
             return
         self.close()
@@ -40,7 +40,7 @@ class Console:
             print(self._line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the step that is being worked on; its line stays."""
+        """End the running step; its line stays."""
         if self._working is not None:
             self._working.stop()
             self._working = None
@@ -53,7 +53,7 @@ class Console:
             print(f"note: {message}", file=sys.stderr, flush=True)
 
     def result(self, data: Any, lines: Sequence[str], following: str = "") -> None:
-        """The verb's result: `data` as JSON, or `lines` for people and the next command."""
+        """The verb's result: `data` as JSON, or `lines` for people; following: the next command."""
         self.close()
         if self.as_json:
             print(json.dumps(to_plain(data), ensure_ascii=False))
@@ -87,11 +87,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     right = [all(_numeric(row[i]) for row in rows) and bool(rows) for i in range(len(columns))]
     lines = []
     for row in [list(columns), *cells]:
-        parts = [
+        padded = [
             text.rjust(width) if flush else text.ljust(width)
             for text, width, flush in zip(row, widths, right, strict=True)
         ]
-        lines.append("  ".join(parts).rstrip())
+        lines.append("  ".join(padded).rstrip())
     return lines
 
 

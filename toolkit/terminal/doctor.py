@@ -1,4 +1,4 @@
-"""The doctor: versions, devices, backends, and what is missing with the command that gets it."""
+"""The doctor: versions, devices, backends, and for what is missing the command that installs it."""
 
 from __future__ import annotations
 
@@ -62,33 +62,33 @@ def _memory_gb() -> float:
 
 def _targets(packages: dict[str, str | None]) -> list[str]:
     """Targets that can be built and run here."""
-    found = ["reference"]
+    targets = ["reference"]
     if packages["onnxruntime"] or packages["onnxruntime-gpu"]:
-        found.insert(0, str(this_cpu()))
-    return found
+        targets.insert(0, str(this_cpu()))
+    return targets
 
 
 def _problems(packages: dict[str, str | None]) -> list[dict[str, str]]:
-    found = []
+    problems = []
     if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
-        found.append(
+        problems.append(
             {
                 "problem": "onnxruntime and onnxruntime-gpu overwrite each other",
                 "fix": "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'edgevlm[gpu]'",
             }
         )
     if not packages["onnxruntime"] and not packages["onnxruntime-gpu"]:
-        found.append(
+        problems.append(
             {"problem": "no backend: engines cannot run", "fix": "pip install 'edgevlm[cpu]'"}
         )
     if not packages["onnx"]:
-        found.append(
+        problems.append(
             {
                 "problem": "onnx is missing: no export, no build",
                 "fix": "pip install 'edgevlm[export]'",
             }
         )
-    return found
+    return problems
 
 
 def _lines(data: dict[str, Any]) -> list[str]:

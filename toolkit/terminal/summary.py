@@ -1,4 +1,4 @@
-"""What the verbs say about checkpoints, bundles and saved profiles."""
+"""What the verbs print about checkpoints, bundles and saved profiles."""
 
 from __future__ import annotations
 
@@ -34,21 +34,20 @@ class Described(Protocol):
 
 def planned_bundle(source: Source, dtype: str, out: Path) -> Result:
     """What `export` would write."""
-    parts: list[dict[str, Any]] = []
-    for part in components(source.model):
-        params = sum(math.prod(shape) for shape in part.shapes.values())
-        parts.append(
-            {"name": part.name, "params": params, "bytes": params * STORAGE[dtype].itemsize}
-        )
-    total = sum(p["bytes"] for p in parts)
+    sizes: list[dict[str, Any]] = []
+    for component in components(source.model):
+        params = sum(math.prod(shape) for shape in component.shapes.values())
+        nbytes = params * STORAGE[dtype].itemsize
+        sizes.append({"name": component.name, "params": params, "bytes": nbytes})
+    total = sum(size["bytes"] for size in sizes)
     data = {
         "bundle": str(out),
         "written": False,
         "dtype": dtype,
-        "components": parts,
+        "components": sizes,
         "bytes": total,
     }
-    rows = [(p["name"], human_count(p["params"]), human_bytes(p["bytes"])) for p in parts]
+    rows = [(s["name"], human_count(s["params"]), human_bytes(s["bytes"])) for s in sizes]
     lines = [
         *table(("component", "parameters", "on disk"), rows),
         f"would write {human_bytes(total)} to {out}",
@@ -114,7 +113,7 @@ def _short(names: list[str]) -> list[str]:
 
 
 def plan_lines(plan: PrecisionPlan) -> list[str]:
-    """What is in fewer bits; nothing where nothing is."""
+    """Which weights are quantized; no line if none are."""
     if plan == PrecisionPlan():
         return []
     rules = [f"{rule.precision} in {rule.paths}" for rule in plan.rules]
@@ -145,17 +144,16 @@ def inspect_profile(path: Path) -> tuple[Any, list[str]]:
 
 
 def inspect_checkpoint(path: Path, torch_reader: TorchReader | None) -> tuple[Any, list[str]]:
-    """Which system a checkpoint is of, and its parts."""
+    """Which system a checkpoint is of, and its components."""
     source = systems.load(path, Options(torch_reader=torch_reader))
     data, lines, _ = planned_bundle(source, "fp32", path)
-    parts = ", ".join(
-        p.kind for p in (*source.model.encoders, source.model.merger, source.model.lm)
-    )
-    heading = f"checkpoint of system {source.model.system}: {parts}"
-    found = {
+    model = source.model
+    kinds = ", ".join(c.kind for c in (*model.encoders, model.merger, model.lm))
+    heading = f"checkpoint of system {model.system}: {kinds}"
+    result = {
         "kind": "checkpoint",
-        "system": source.model.system,
-        "model": to_plain(source.model),
+        "system": model.system,
+        "model": to_plain(model),
         "components": data["components"],
     }
-    return found, [heading, *lines[:-1]]
+    return result, [heading, *lines[:-1]]

@@ -1,4 +1,4 @@
-"""Prompts: from text with image placeholders to token ids and places for image tokens."""
+"""Prompts: from text with image placeholders to token ids and the rows of image tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from edgevlm.toolkit.text.tokenizer import Tokenizer
 class PromptRules:
     """How a system turns text into tokens.
 
-    splice: "pieces" cuts the text at the placeholder and tokenizes each piece as a text of its
-    own, keeping the first BOS only (LLaVA); "token" knows a token of that name (Hugging Face).
-    placeholder: what stands for a image in a raw prompt; image_text: what a rendered one has for
-    it. eos: ids that end an answer. doubled_blank: see Tokenizer. template: the default one.
-    cut: prompts end after so many positions, None for an error where they do not fit. reuse_last:
-    one place more than images shows the last image again (both: layouts/quirks.py).
+    template: the default one. splice: "pieces" cuts the text at the placeholder and tokenizes each
+    piece separately, keeping the first BOS only (LLaVA); "token" has a token for the placeholder
+    (Hugging Face). eos: ids that end an answer. placeholder: the text that stands for an image in
+    a raw prompt; image_text: the text that a rendered prompt has instead. doubled_blank: see
+    Tokenizer. cut: prompts end after so many positions; None raises an error if they do not fit.
+    reuse_last: a prompt with one slot more than images uses the last image twice. The last two
+    are quirks, see toolkit/checkpoints/layouts/quirks.py.
     """
 
     template: str
@@ -38,41 +39,41 @@ class PromptRules:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids in runs; image k stands between run k and run k + 1."""
+    """Token ids in runs; the slot of image k is between run k and run k + 1."""
 
     runs: tuple[tuple[int, ...], ...]
 
     @property
     def images(self) -> int:
-        """Number of image places."""
+        """Number of image slots."""
         return len(self.runs) - 1
 
 
 @dataclass(frozen=True)
 class PromptSequence:
-    """A prompt laid out for the LM: ids and rows, both [1, S] int64, as Ops.place_tokens reads."""
+    """A prompt as the LM takes it: ids and rows, both int64 [1, S], see Ops.place_tokens."""
 
     ids: Array
     rows: Array
 
     @property
     def length(self) -> int:
-        """Positions in all."""
+        """Number of positions."""
         return int(self.ids.shape[1])
 
     @property
     def image_tokens(self) -> int:
-        """Positions that hold image tokens."""
+        """Number of positions that hold image tokens."""
         return int((self.rows >= 0).sum())
 
     def first(self, positions: int) -> PromptSequence:
-        """Its beginning."""
+        """The first `positions` positions."""
         return PromptSequence(self.ids[:, :positions], self.rows[:, :positions])
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt's full text. stop: ends the answer beside EOS; tiles: see Template."""
+    """The full text of a prompt. stop: text that ends the answer; tiles: see Template."""
 
     text: str
     stop: str | None = None
@@ -80,10 +81,11 @@ class Rendered:
 
 
 def render(rules: PromptRules, turns: Sequence[str], images: int, template: str) -> Rendered:
-    """The full prompt for a conversation: user and assistant in turn, the last one a question.
+    """The full prompt for a conversation: turns of user and assistant, the last one the user's.
 
-    template: "auto" takes the system's default, "none" takes the one turn as it is; otherwise a
-    name. Placeholders are put in front of the first turn unless some turn has its own.
+    template: a name, "auto" for the system's default, or "none" for a single turn that is the
+    whole prompt. Placeholders are put before the first turn unless a turn contains one. Raises
+    InputError for an unknown template or turns that do not end with the user's.
     """
     if template == "none":
         if len(turns) != 1:
@@ -98,16 +100,16 @@ def render(rules: PromptRules, turns: Sequence[str], images: int, template: str)
             hint="turns alternate: user, assistant, user",
         )
     chosen = templates.find(rules.template if template == "auto" else template)
-    said = list(turns)
-    if images and not any(rules.placeholder in text for text in said):
-        said[0] = f"{rules.placeholder}\n" * images + said[0]
+    texts = list(turns)
+    if images and not any(rules.placeholder in text for text in texts):
+        texts[0] = f"{rules.placeholder}\n" * images + texts[0]
     shown = rules.image_text + chosen.after_image
-    said = [text.replace(rules.placeholder, shown) for text in said]
-    return Rendered(chosen.render(said), chosen.stop, chosen.tiles)
+    texts = [text.replace(rules.placeholder, shown) for text in texts]
+    return Rendered(chosen.render(texts), chosen.stop, chosen.tiles)
 
 
 def tokenize(rules: PromptRules, tokenizer: Tokenizer, text: str) -> Prompt:
-    """Token ids of a rendered prompt, cut at its image places."""
+    """Token ids of a rendered prompt, cut at its image slots."""
     if rules.splice == "pieces":
         return _pieces(rules, tokenizer, text)
     image = tokenizer.id_of(rules.placeholder)
@@ -121,36 +123,39 @@ def tokenize(rules: PromptRules, tokenizer: Tokenizer, text: str) -> Prompt:
 
 
 def _pieces(rules: PromptRules, tokenizer: Tokenizer, text: str) -> Prompt:
-    """Pieces between images, and between templates.CUT within them, are texts of their own."""
+    """Pieces between images, and between templates.CUT within them, are tokenized separately."""
     bos = len(tokenizer.encode("", special=True))
     runs: list[tuple[int, ...]] = []
     for piece in text.split(rules.placeholder):
         ids: list[int] = []
-        for part in piece.split(templates.CUT):
-            ids += tokenizer.encode(part)[bos if runs or ids else 0 :]
+        for stretch in piece.split(templates.CUT):
+            ids += tokenizer.encode(stretch)[bos if runs or ids else 0 :]
         runs.append(tuple(ids))
     return Prompt(tuple(runs))
 
 
-def check_places(prompt: Prompt, images: int) -> None:
-    """Raise InputError unless there are as many images as places for them."""
+def check_slots(prompt: Prompt, images: int) -> None:
+    """Raise InputError unless the prompt has as many image slots as there are images."""
     if prompt.images != images:
         raise InputError(
-            f"the prompt has {prompt.images} image place(s) and {images} image(s) were given",
+            f"the prompt has {prompt.images} image slot(s) and {images} image(s) were given",
             hint="put one <image> into the prompt for each --image, in their order",
         )
 
 
 def assemble(prompt: Prompt, images: Sequence[Array]) -> PromptSequence:
-    """Ids and rows of a prompt whose image k is the feature rows `images[k]`."""
-    check_places(prompt, len(images))
+    """The prompt sequence; the tokens of image k are the feature rows `images[k]`, int64 [tokens].
+
+    Raises InputError unless there are as many images as slots.
+    """
+    check_slots(prompt, len(images))
     ids: list[Array] = []
     rows: list[Array] = []
     for number, run in enumerate(prompt.runs):
         if number:
-            places = np.asarray(images[number - 1], np.int64)
-            ids.append(np.zeros(len(places), np.int64))
-            rows.append(places)
+            image = np.asarray(images[number - 1], np.int64)
+            ids.append(np.zeros(len(image), np.int64))
+            rows.append(image)
         ids.append(np.asarray(run, np.int64))
         rows.append(np.full(len(run), -1, np.int64))
     return PromptSequence(np.concatenate(ids)[None], np.concatenate(rows)[None])

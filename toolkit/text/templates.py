@@ -1,7 +1,7 @@
-"""Conversation templates: the exact strings the published models were trained with.
+"""Conversation templates: the exact strings that the published models were trained with.
 
 Source: the conversation tables of haotian-liu/LLaVA, alibaba/conv-llava, yuecao0119/MMFuser and
-deepglint/unicom (mlcd_vl). Trailing blanks and missing blanks are theirs and matter.
+deepglint/unicom (mlcd_vl). Trailing and missing blanks are as in the originals; they matter.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Literal
 from edgevlm.toolkit.errors import InputError
 
 Style = Literal["single", "two", "chatml", "llama2", "plain"]
-CUT = "\x1f"  # in a rendered prompt: what stands on its two sides is tokenized separately
+CUT = "\x1f"  # in a rendered prompt: the texts before and after it are tokenized separately
 
 
 @dataclass(frozen=True)
 class Template:
-    """`roles`, `sep` and `sep2` as in the originals; `stop` ends an answer beside EOS.
+    """`roles`, `sep` and `sep2` as in the originals; `stop` is text that ends an answer.
 
     generate: whether the prompt ends with the assistant's role. tiles: whether images are cut
-    into tiles where the model does that. after_image: text behind every image.
+    into tiles if the model has a tiling. after_image: text after every image.
     """
 
     style: Style
@@ -36,7 +36,7 @@ class Template:
     after_image: str = ""
 
     def render(self, turns: Sequence[str]) -> str:
-        """The prompt for alternating turns, user first, ending where the assistant begins."""
+        """The prompt for alternating turns, user first, up to the beginning of the next answer."""
         return _STYLES[self.style](self, turns)
 
 
@@ -49,30 +49,30 @@ def find(name: str) -> Template:
 
 
 def _single(t: Template, turns: Sequence[str]) -> str:
-    said = "".join(f"{t.roles[i % 2]}: {text}{t.sep}" for i, text in enumerate(turns))
-    return f"{t.system}{t.sep}{said}{t.roles[1]}:"
+    rendered = "".join(f"{t.roles[i % 2]}: {text}{t.sep}" for i, text in enumerate(turns))
+    return f"{t.system}{t.sep}{rendered}{t.roles[1]}:"
 
 
 def _two(t: Template, turns: Sequence[str]) -> str:
     ends = (t.sep, t.sep2)
-    said = "".join(f"{t.roles[i % 2]}: {text}{ends[i % 2]}" for i, text in enumerate(turns))
-    return f"{t.system}{t.sep}{said}{t.roles[1]}:"
+    rendered = "".join(f"{t.roles[i % 2]}: {text}{ends[i % 2]}" for i, text in enumerate(turns))
+    return f"{t.system}{t.sep}{rendered}{t.roles[1]}:"
 
 
 def _chatml(t: Template, turns: Sequence[str]) -> str:
-    said = "".join(f"{t.roles[i % 2]}{text}{t.sep}" for i, text in enumerate(turns))
-    return f"{t.system}{t.sep}{said}{t.roles[1] if t.generate else ''}"
+    rendered = "".join(f"{t.roles[i % 2]}{text}{t.sep}" for i, text in enumerate(turns))
+    return f"{t.system}{t.sep}{rendered}{t.roles[1] if t.generate else ''}"
 
 
 def _llama2(t: Template, turns: Sequence[str]) -> str:
-    said = ""
+    rendered = ""
     for i, text in enumerate(turns):
         if i % 2:
-            said += f" {text} {t.sep2}"
+            rendered += f" {text} {t.sep2}"
             continue
         system = f"<<SYS>>\n{t.system}\n<</SYS>>\n\n" if i == 0 and t.system else ""
-        said += f"{t.sep}[INST] {system}{text} [/INST]"
-    return said.lstrip(t.sep) if t.sep else said
+        rendered += f"{t.sep}[INST] {system}{text} [/INST]"
+    return rendered.lstrip(t.sep) if t.sep else rendered
 
 
 def _plain(t: Template, turns: Sequence[str]) -> str:
@@ -153,7 +153,7 @@ TEMPLATES: dict[str, Template] = {
     "qwen_1_5": _im("You are a helpful assistant.", "<|im_end|>\n"),
     "qwen_2": _im("You are a helpful assistant.", "<|im_end|>\n"),
     # The embodied model's chat script: token lists joined without a newline after "system", a
-    # newline token behind every image, one view per image, and no generation prompt.
+    # newline token after every image, one view per image, and no generation prompt.
     "mlcd_chat": Template(
         "chatml",
         f"<|im_start|>system{CUT}You are a helpful assistant.",

@@ -1,13 +1,13 @@
-"""The tokenizer: ids from text, and text from ids without ever splitting a character.
+"""The tokenizer: ids from text, and text from ids without splitting a character.
 
-`tokenizers` does the work; this file knows what the originals do around it, and turns a
-sentencepiece model (the only tokenizer file of the first LLaVA releases) into its format.
+The package `tokenizers` does the work. This file adds what the originals do around it, and
+converts a sentencepiece model (the only tokenizer file of the first LLaVA releases) to its format.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,10 @@ _PREFIX = "\u2581"  # sentencepiece's visible blank
 
 
 class Tokenizer:
-    """A tokenizer.json. `doubled_blank`: sentencepiece keeps a leading blank besides its own."""
+    """A tokenizer.json.
+
+    doubled_blank: a leading blank of the text is kept besides the one that sentencepiece adds.
+    """
 
     def __init__(self, inner: tokenizers.Tokenizer, *, doubled_blank: bool = False) -> None:
         self._inner = inner
@@ -43,12 +46,12 @@ class Tokenizer:
         return 1 + max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def id_of(self, token: str) -> int | None:
-        """The id of one token, None if it has none."""
-        found: int | None = self._inner.token_to_id(token)
-        return found
+        """The id of one token; None if the vocabulary lacks it."""
+        number: int | None = self._inner.token_to_id(token)
+        return number
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of `text`; `special` adds what the tokenizer puts around a text (BOS)."""
+        """Ids of `text`; special: whether to add the tokens that surround a text (BOS)."""
         if self._doubled_blank and text.startswith((" ", _PREFIX)):
             text = " " + text
         return list(self._inner.encode(text, add_special_tokens=special).ids)
@@ -60,19 +63,19 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns ids into text as they come; whole characters joined are exactly decode(all ids).
+    """Decodes ids one by one; the pieces joined are decode(all ids) if all characters are complete.
 
-    Bytes that are no character are a replacement sign each; what was said before them stays said.
+    Bytes that are no character give a replacement sign each; text printed before them stays.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._settled = 0  # ids before this one have been printed whole
+        self._settled = 0  # the window that is decoded begins here; ids before it are printed
         self._printed = 0  # ids before this one have been printed
 
     def push(self, token: int) -> str:
-        """The text that became certain with this id, often "" within a character."""
+        """The text that this id completes, often "" within a character."""
         self._ids.append(token)
         before, now = self._window()
         if now.endswith(_BROKEN) or len(now) <= len(before):
@@ -81,18 +84,18 @@ class TextStream:
         return now[len(before) :]
 
     def finish(self) -> str:
-        """What is left: an unfinished character stays the replacement sign."""
+        """The remaining text: an unfinished character becomes the replacement sign."""
         before, now = self._window()
         self._settled = self._printed = len(self._ids)
         return now[len(before) :]
 
     def _window(self) -> tuple[str, str]:
-        """The text that was printed last, and the same with what came since."""
+        """The text that was printed last, and that text with everything since."""
         before = self._tokenizer.decode(self._ids[self._settled : self._printed])
         now = self._tokenizer.decode(self._ids[self._settled :])
         if now.startswith(before):
             return before, now
-        # Next to bytes that are no character, decoding takes back the bytes that were one.
+        # Next to bytes that are no character, decoding replaces bytes that were one.
         return "", self._tokenizer.decode(self._ids[self._printed :])
 
 
@@ -116,7 +119,7 @@ def from_sentencepiece(model: Path, config: dict[str, Any]) -> tuple[str, bool]:
         raise CheckpointError(f"{model} is not a sentencepiece model: {broken}") from None
     pieces = [spm.id_to_piece(i) for i in range(spm.get_piece_size())]
     if not any(spm.is_byte(i) for i in range(len(pieces))):
-        raise CheckpointError(f"{model} has no byte pieces; only Llama's kind is implemented")
+        raise CheckpointError(f"{model} has no byte pieces; only byte-fallback BPE is implemented")
     vocab = {piece: i for i, piece in enumerate(pieces)}
     normal = [p for i, p in enumerate(pieces) if not (spm.is_control(i) or spm.is_byte(i))]
     special = {i: p for i, p in enumerate(pieces) if spm.is_control(i) or spm.is_unknown(i)}
@@ -155,7 +158,7 @@ def _merges(
     return [[left, right] for *_, left, right in ranked]
 
 
-# A blank in front of every stretch between special tokens, be there one already.
+# A blank before every stretch of text between special tokens, even if it starts with one.
 _BLANKS_ALWAYS = {
     "type": "Sequence",
     "normalizers": [
@@ -163,7 +166,7 @@ _BLANKS_ALWAYS = {
         {"type": "Replace", "pattern": {"String": " "}, "content": _PREFIX},
     ],
 }
-# A blank in front of the text, unless there is one (`doubled_blank` sees to that).
+# A blank before the text unless it starts with one; `doubled_blank` handles that case.
 _BLANK_FIRST = {
     "type": "Metaspace",
     "replacement": _PREFIX,
@@ -223,7 +226,7 @@ def _prepend_bos(bos: str, number: int) -> dict[str, Any]:
 
 
 def token_of(text: str, number: int) -> str:
-    """The token with an id in a tokenizer.json's text. Raises ConfigError if none has it."""
+    """The token with this id in a tokenizer.json's text. Raises ConfigError if there is none."""
     data = json.loads(text)
     for token in data.get("added_tokens", []):
         if token["id"] == number:
@@ -237,7 +240,7 @@ def token_of(text: str, number: int) -> str:
     )
 
 
-def byte_tokenizer(special: dict[str, int]) -> str:
+def byte_tokenizer(special: Mapping[str, int]) -> str:
     """A tokenizer.json of 256 bytes and `special` tokens: for presets, which ship none."""
     alphabet = _byte_alphabet()
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -248,7 +251,7 @@ def byte_tokenizer(special: dict[str, int]) -> str:
     taken = set(special.values())
     free = [i for i in range(256 + len(taken)) if i not in taken][:256]
     # An added token keeps its id only if the vocabulary has it too.
-    vocab = dict(zip(alphabet, free, strict=True)) | special
+    vocab = dict(zip(alphabet, free, strict=True)) | dict(special)
     layer = {
         "type": "ByteLevel",
         "add_prefix_space": False,

@@ -1,7 +1,7 @@
 """A vision-language model as components and edges: encoders -> merger -> language model.
 
 A component is the unit that is recorded, built, timed and replaced. Axes that change from call
-to call are strings: tiles (images or cuts of them), rows (image tokens of a prompt), batch,
+to call are strings: tiles (images or tiles of them), rows (image tokens of a prompt), batch,
 sequence, scored, context (length of the KV cache).
 """
 
@@ -20,7 +20,7 @@ from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 Dim = int | str
 ARRANGE = "arrange"
-GOLDEN_TOKENS = 7  # that a bundle's check asks of a decoder: its rotary tables must be as long
+GOLDEN_TOKENS = 7  # tokens of a bundle's golden inputs: the shortest context that can be checked
 Forward = Callable[[Ops[Any], Weights[Any], Mapping[str, Any]], dict[str, Any]]
 
 
@@ -28,8 +28,7 @@ Forward = Callable[[Ops[Any], Weights[Any], Mapping[str, Any]], dict[str, Any]]
 class Port:
     """An input or output. dtype "float" is the model's own precision.
 
-    `updates` on an output names the input that it replaces in the next call: a state (KV cache)
-    that a runner keeps in one buffer.
+    `updates` on an output names the input that it replaces in the next call: a KV cache.
     """
 
     name: str
@@ -40,7 +39,10 @@ class Port:
 
 @dataclass(frozen=True)
 class Component:
-    """A part of the model that is recorded and built on its own."""
+    """A part of the model that is recorded and built on its own.
+
+    shapes: of its weights, by name. forward: a plain function of ops, weights and inputs.
+    """
 
     name: str
     forward: Forward
@@ -74,53 +76,55 @@ def zero_states(
 
 def components(c: ModelConfig) -> tuple[Component, ...]:
     """All components of a model, in the order in which they run."""
-    layout = c.images.arrangement
-    merger = merger_component(c.merger, c.encoders, newline=bool(layout and layout.newline))
-    parts = [*map(encoder_component, c.encoders), merger]
-    if layout and layout.computes:
-        parts.append(arrange_component(c.merger.config.outputs, largest=layout.pool))
-    return (*parts, lm_component(c.lm))
+    order = c.images.arrangement
+    merger = merger_component(c.merger, c.encoders, newline=bool(order and order.newline))
+    vision = [*map(encoder_component, c.encoders), merger]
+    if order and order.computes:
+        vision.append(arrange_component(c.merger.config.outputs, largest=order.pool))
+    return (*vision, lm_component(c.lm))
 
 
 def edges(c: ModelConfig) -> tuple[Edge, ...]:
-    """How they connect; sources outside are "images.NAME", pixels of that encoder, and
+    """How the components connect.
+
+    Sources that are no component are "images.NAME", the pixels of that encoder, and
     "arrangement.rows" and "arrangement.weights" of edgevlm.toolkit.images.tiling.ArrangedTokens.
     """
-    found = [Edge(f"images.{p.name}", f"encoder.{p.name}:pixels") for p in c.encoders]
-    for part in c.encoders:
-        for i in range(len(part.config.hidden_sizes)):
-            port = f"{part.name}.{i}"
-            found.append(Edge(f"encoder.{part.name}:features.{i}", f"merger:{port}"))
+    edges = [Edge(f"images.{e.name}", f"encoder.{e.name}:pixels") for e in c.encoders]
+    for encoder in c.encoders:
+        for i in range(len(encoder.config.hidden_sizes)):
+            port = f"merger:{encoder.name}.{i}"
+            edges.append(Edge(f"encoder.{encoder.name}:features.{i}", port))
     if not (c.images.arrangement and c.images.arrangement.computes):
-        return (*found, Edge("merger:features", "lm:features"))
-    found += [Edge(f"arrangement.{name}", f"{ARRANGE}:{name}") for name in ("rows", "weights")]
-    found.append(Edge("merger:features", f"{ARRANGE}:features"))
-    return (*found, Edge(f"{ARRANGE}:tokens", "lm:features"))
+        return (*edges, Edge("merger:features", "lm:features"))
+    edges += [Edge(f"arrangement.{name}", f"{ARRANGE}:{name}") for name in ("rows", "weights")]
+    edges.append(Edge("merger:features", f"{ARRANGE}:features"))
+    return (*edges, Edge(f"{ARRANGE}:tokens", "lm:features"))
 
 
 def tables(c: ModelConfig) -> dict[str, Mapping[str, Recipe]]:
-    """For each component, where its tensors stand in the published format of its architecture."""
-    found = {f"encoder.{p.name}": models.encoder(p.kind).names(p.config) for p in c.encoders}
+    """For each component, the names of its tensors in the published format of its architecture."""
+    encoders = {f"encoder.{e.name}": models.encoder(e.kind).names(e.config) for e in c.encoders}
     merger = models.merger(c.merger.kind).names(c.merger.config)
-    return {**found, "merger": merger, "lm": models.lm(c.lm.kind).names(c.lm.config)}
+    return {**encoders, "merger": merger, "lm": models.lm(c.lm.kind).names(c.lm.config)}
 
 
-def encoder_component(part: ComponentConfig) -> Component:
+def encoder_component(encoder: ComponentConfig) -> Component:
     """One encoder: pixels in, one output per tap."""
-    file, c = models.encoder(part.kind), part.config
+    file, c = models.encoder(encoder.kind), encoder.config
 
     def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
         outputs = file.forward(op, c, w, inputs["pixels"])
         return {f"features.{i}": x for i, x in enumerate(outputs)}
 
     return Component(
-        f"encoder.{part.name}",
+        f"encoder.{encoder.name}",
         forward,
         file.shapes(c),
         (Port("pixels", "float", ("tiles", 3, *c.pixels)),),
         tuple(
-            Port(f"features.{i}", "float", ("tiles", c.tokens, width))
-            for i, width in enumerate(c.hidden_sizes)
+            Port(f"features.{i}", "float", ("tiles", c.tokens, hidden_size))
+            for i, hidden_size in enumerate(c.hidden_sizes)
         ),
     )
 
@@ -128,15 +132,15 @@ def encoder_component(part: ComponentConfig) -> Component:
 def merger_component(
     merger: ComponentConfig, encoders: tuple[ComponentConfig, ...], *, newline: bool = False
 ) -> Component:
-    """The merger: every encoder's outputs in, rows of image tokens out.
+    """The merger: the outputs of every encoder in, rows of image tokens out.
 
-    newline: the learned token that ends rows of tokens comes out as one more row, the last.
+    newline: whether the learned token that ends rows of tokens is appended as one more row.
     """
     file, c = models.merger(merger.kind), merger.config
     ports = tuple(
-        Port(f"{part.name}.{i}", "float", ("tiles", part.config.tokens, width))
-        for part in encoders
-        for i, width in enumerate(part.config.hidden_sizes)
+        Port(f"{encoder.name}.{i}", "float", ("tiles", encoder.config.tokens, hidden_size))
+        for encoder in encoders
+        for i, hidden_size in enumerate(encoder.config.hidden_sizes)
     )
 
     def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
@@ -151,8 +155,11 @@ def merger_component(
     return Component("merger", forward, shapes, ports, outputs)
 
 
-def arrange_component(width: int, *, largest: bool) -> Component:
-    """Tokens mixed from feature rows, as tiling.arrange says; `largest` takes maxima."""
+def arrange_component(hidden_size: int, *, largest: bool) -> Component:
+    """Tokens gathered from feature rows by the indices and weights of tiling.arrange.
+
+    largest: take the maximum of the rows instead of their weighted sum.
+    """
 
     def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
         x, rows = inputs["features"], inputs["rows"]
@@ -162,16 +169,17 @@ def arrange_component(width: int, *, largest: bool) -> Component:
         return {"tokens": mixed}
 
     inputs = (
-        Port("features", "float", ("rows", width)),
+        Port("features", "float", ("rows", hidden_size)),
         Port("rows", "int64", ("placed", 4)),
         Port("weights", "float", ("placed", 4)),
     )
-    return Component(ARRANGE, forward, {}, inputs, (Port("tokens", "float", ("placed", width)),))
+    outputs = (Port("tokens", "float", ("placed", hidden_size)),)
+    return Component(ARRANGE, forward, {}, inputs, outputs)
 
 
-def lm_component(part: ComponentConfig) -> Component:
+def lm_component(lm: ComponentConfig) -> Component:
     """The language model with its embedding, cache and output layer."""
-    file, c = models.lm(part.kind), part.config
+    file, c = models.lm(lm.kind), lm.config
     cache = ("batch", c.num_kv_heads, "context", c.head_dim)
     names = [f"{i}.{kind}" for i in range(c.num_layers) for kind in ("key", "value")]
 
@@ -184,7 +192,7 @@ def lm_component(part: ComponentConfig) -> Component:
         }
 
     return Component(
-        part.name,
+        lm.name,
         forward,
         file.shapes(c),
         (

@@ -1,4 +1,4 @@
-"""ModelConfig: everything that says what a model is, as frozen values that round-trip to JSON."""
+"""ModelConfig: everything that defines a model, as frozen values that can be written as JSON."""
 
 from __future__ import annotations
 
@@ -43,15 +43,14 @@ def from_json(data: dict[str, Any], where: str) -> ModelConfig:
     """The inverse of to_json. Raises ConfigError at the first value that does not fit."""
     outline = from_plain(ModelConfig, data, where)
 
-    def typed(part: ComponentConfig, kind: Any) -> ComponentConfig:
-        return ComponentConfig(
-            part.name, part.kind, from_plain(kind, part.config, f"{where}.{part.name}")
-        )
+    def typed(component: ComponentConfig, kind: Any) -> ComponentConfig:
+        config = from_plain(kind, component.config, f"{where}.{component.name}")
+        return ComponentConfig(component.name, component.kind, config)
 
     return ModelConfig(
         outline.name,
         outline.system,
-        tuple(typed(p, models.encoder(p.kind).Config) for p in outline.encoders),
+        tuple(typed(e, models.encoder(e.kind).Config) for e in outline.encoders),
         typed(outline.merger, models.merger(outline.merger.kind).Config),
         typed(outline.lm, models.lm(outline.lm.kind).Config),
         outline.images,

@@ -1,4 +1,4 @@
-"""Published sizes of towers and language models, and presets made of them."""
+"""Published sizes of encoders and language models, and functions that make presets of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from edgevlm.toolkit.models.encoders import clip, convnext, dinov2, mlcd
 from edgevlm.toolkit.models.lms import llama, qwen2
 from edgevlm.toolkit.text.prompts import PromptRules
 from edgevlm.toolkit.text.tokenizer import byte_tokenizer
+from edgevlm.toolkit.vlm import language_models
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 CLIP_L_336 = clip.Config(
@@ -83,28 +84,22 @@ QWEN_0_5B = qwen2.Config(
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET_MEAN = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_EOS = {"llama": (2,), "qwen2": (151645,)}
-_TEMPLATES = {"llama": "vicuna_v1", "qwen2": "qwen_1_5"}
-_SPECIAL = {
-    "llama": {"<unk>": 0, "<s>": 1, "</s>": 2},
-    "qwen2": {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645},
-}
 
 
 def clip_pixels(side: int) -> Preprocess:
-    """CLIP's preprocessing for square images of `side`."""
+    """CLIP's preprocessing: short edge to `side` pixels, and a square crop of the centre."""
     mean, std = _CLIP_MEAN
     return Preprocess("bicubic", 1 / 255, mean, std, short_edge=side, crop=(side, side))
 
 
 def imagenet_pixels(side: int) -> Preprocess:
-    """The same with ImageNet's mean and deviation, as DINOv2 was trained."""
+    """The same with ImageNet's mean and deviation, which DINOv2 was trained with."""
     mean, std = _IMAGENET_MEAN
     return replace(clip_pixels(side), mean=mean, std=std)
 
 
 def tapped(config: Any, *taps: int) -> Any:
-    """A tower's sizes with other levels as outputs."""
+    """The encoder configuration with other hidden states as outputs."""
     return replace(config, taps=taps)
 
 
@@ -119,22 +114,21 @@ def model(
     lm: llama.Config,
     images: ImageRules,
 ) -> ModelConfig:
-    """A published model; the language model's file follows from its class."""
-    kind = "qwen2" if isinstance(lm, qwen2.Config) else "llama"
-    prompts = PromptRules(_TEMPLATES[kind], "pieces", _EOS[kind])
-    return ModelConfig(
-        name, system, tuple(encoders), merger, ComponentConfig("lm", kind, lm), images, prompts
-    )
+    """A published model; the language model's kind follows from its configuration class."""
+    row = language_models.row(language_models.kind_of(lm))
+    prompts = PromptRules(row.template, "pieces", row.answer_ends)
+    language_model = ComponentConfig("lm", row.kind, lm)
+    return ModelConfig(name, system, tuple(encoders), merger, language_model, images, prompts)
 
 
 def with_sibling(
     name: str, lm: llama.Config, build: Callable[[str, llama.Config], ModelConfig]
 ) -> dict[str, Callable[[], ModelConfig]]:
-    """A preset and its sibling for small devices: the same eyes on Qwen2.5-0.5B."""
+    """A preset, and its sibling for small devices: the same encoders with Qwen2.5-0.5B."""
     small = name.replace("-7b", "") + "-0.5b"
     return {name: lambda: build(name, lm), small: lambda: build(small, QWEN_0_5B)}
 
 
 def tokenizer(model: ModelConfig) -> str:
-    """Bytes and the special tokens at their published ids: presets ship no vocabulary."""
-    return byte_tokenizer(_SPECIAL[model.lm.kind])
+    """A tokenizer of bytes and the special tokens at their published ids; presets have no other."""
+    return byte_tokenizer(language_models.row(model.lm.kind).special_tokens)

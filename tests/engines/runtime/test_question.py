@@ -125,7 +125,7 @@ def test_arrays_are_rgb_grey_or_with_alpha() -> None:
         (np.zeros((8, 8, 3)), "[8, 8, 3] of float64"),
         (np.zeros((8, 8, 2), np.uint8), "[8, 8, 2] of uint8"),
         (np.zeros((3, 8, 8), np.uint8), "[3, 8, 8] of uint8"),
-        (np.zeros((0, 8, 3), np.uint8), "nothing to see"),
+        (np.zeros((0, 8, 3), np.uint8), "at least 2"),
         (np.zeros((1, 1), np.uint8), "1 x 1 pixels"),
         (np.zeros((2, 500), np.uint8), "aspect beyond"),
     ],

@@ -1,4 +1,4 @@
-"""Sources by name: a folder wins, a model id comes from the cache, the rest is refused."""
+"""Sources by name: a folder wins, a model id comes from the cache, anything else is refused."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NAME = "some-org/some-model.v1"
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the hub's own shape with one model in two revisions."""
-    place = tmp_path / "hub"
-    model = place / "models--some-org--some-model.v1"
+    folder = tmp_path / "hub"
+    model = folder / "models--some-org--some-model.v1"
     for revision, commit in (("main", "a" * 40), ("old", "b" * 40)):
         (model / "snapshots" / commit).mkdir(parents=True)
         (model / "snapshots" / commit / "config.json").write_text(revision)
@@ -28,10 +28,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     whole: Any = huggingface_hub.snapshot_download
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *a, **k: whole(*a, cache_dir=place, **k)
+        "huggingface_hub.snapshot_download", lambda *a, **k: whole(*a, cache_dir=folder, **k)
     )
     monkeypatch.chdir(tmp_path)
-    return place
+    return folder
 
 
 @pytest.mark.parametrize(("revision", "text"), [(None, "main"), ("old", "old"), ("b" * 40, "old")])
@@ -71,7 +71,7 @@ def test_a_file_is_no_folder_and_no_model(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("reason", ["", "first\nsecond"])
-def test_whatever_the_package_says(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_of_the_package_is_given(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **given: Any) -> None:
         assert given["local_files_only"] is False
         raise RuntimeError(reason)

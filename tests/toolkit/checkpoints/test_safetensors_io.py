@@ -42,14 +42,14 @@ def values(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def as_ours(tensor: torch.Tensor) -> Array:
-    wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-    found: Array = wide.numpy()
+    upcast = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    found: Array = upcast.numpy()
     return found
 
 
 def write(path: Path, tensors: dict[str, tuple[str, Array]]) -> Any:
-    plan = [TensorSpec(name, dtype, array.shape) for name, (dtype, array) in tensors.items()]
-    return write_safetensors(path, plan, lambda t: iter([tensors[t.name][1]]))
+    specs = [TensorSpec(name, dtype, array.shape) for name, (dtype, array) in tensors.items()]
+    return write_safetensors(path, specs, lambda t: iter([tensors[t.name][1]]))
 
 
 ALL = {f"{dtype} {shape}": (dtype, values(dtype, shape)) for dtype in TORCH for shape in SHAPES}
@@ -90,7 +90,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(file.read(name), as_ours(tensor))
 
 
-def test_offsets_say_where_the_bytes_are(tmp_path: Path) -> None:
+def test_offsets_are_those_of_the_bytes(tmp_path: Path) -> None:
     array = np.arange(24, dtype=np.float32).reshape(4, 6)
     small = np.arange(3, dtype=np.uint8)
     written = write(tmp_path / "a", {"small": ("uint8", small), "big": ("fp32", array)})
@@ -109,7 +109,7 @@ def test_big_tensors_start_on_a_page_and_small_ones_after_them(tmp_path: Path) -
     assert all(entry.offset % 4 == 0 for entry in entries.values())
 
 
-def test_an_empty_plan_is_a_file_too(tmp_path: Path) -> None:
+def test_no_tensors_make_a_file_too(tmp_path: Path) -> None:
     write(tmp_path / "a", {})
     assert load_file(tmp_path / "a") == {}
     assert SafetensorsFile(tmp_path / "a").keys() == []
@@ -130,8 +130,8 @@ def same_bfloat16(array: Array) -> None:
     nan = torch.isnan(expected)
     assert torch.equal(torch.isnan(found), nan)
     assert torch.equal(found[~nan].view(torch.int16), expected[~nan].view(torch.int16))
-    wide = torch.from_numpy(from_bfloat16(bits))
-    assert torch.equal(wide[~nan], expected.float()[~nan])
+    upcast = torch.from_numpy(from_bfloat16(bits))
+    assert torch.equal(upcast[~nan], expected.float()[~nan])
 
 
 def test_bfloat16_rounds_as_torch_does() -> None:
@@ -191,25 +191,25 @@ def test_what_fits_is_converted(tmp_path: Path) -> None:
     assert file.read("b").dtype == np.float32
 
 
-# -- pieces and damage ---------------------------------------------------------------------
+# -- blocks and damage ---------------------------------------------------------------------
 
 
-def test_a_tensor_may_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_may_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgevlm.toolkit.checkpoints.safetensors_io.BLOCK_BYTES", 100)
     array = np.arange(300, dtype=np.float32).reshape(60, 5)
     assert len(list(row_blocks(array))) == 12
-    plan = [TensorSpec("x", "fp32", array.shape)]
-    pieces = write_safetensors(tmp_path / "a", plan, lambda t: row_blocks(array))
-    whole = write_safetensors(tmp_path / "b", plan, lambda t: [array])
+    specs = [TensorSpec("x", "fp32", array.shape)]
+    pieces = write_safetensors(tmp_path / "a", specs, lambda t: row_blocks(array))
+    whole = write_safetensors(tmp_path / "b", specs, lambda t: [array])
     assert pieces == whole
     assert torch.equal(load_file(tmp_path / "a")["x"], torch.from_numpy(array))
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (4, 3), (4,), (4, 2, 1)])
-def test_another_shape_than_planned_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    plan = [TensorSpec("x", "fp32", (4, 2))]
-    with pytest.raises(CheckpointError, match="planned"):
-        write_safetensors(tmp_path / "a", plan, lambda t: [np.zeros(shape, np.float32)])
+def test_another_shape_than_stated_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    specs = [TensorSpec("x", "fp32", (4, 2))]
+    with pytest.raises(CheckpointError, match="expected"):
+        write_safetensors(tmp_path / "a", specs, lambda t: [np.zeros(shape, np.float32)])
 
 
 def test_an_error_while_making_a_tensor_is_not_swallowed(tmp_path: Path) -> None:
@@ -225,15 +225,15 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write(path, {"x": ("fp32", np.ones((50, 50), np.float32))})
     whole = path.read_bytes()
-    for part in (0, 7, 100, len(whole) - 1):
-        path.write_bytes(whole[:part])
-        with pytest.raises(CheckpointError, match="not a whole"):
+    for length in (0, 7, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="not a complete"):
             SafetensorsFile(path)
     with pytest.raises(CheckpointError, match="does not exist"):
         SafetensorsFile(tmp_path / "missing")
 
 
-def test_types_we_do_not_read_are_named(tmp_path: Path) -> None:
+def test_types_that_are_not_read_are_named(tmp_path: Path) -> None:
     header = json.dumps({"x": {"dtype": "U16", "shape": [2], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
     with pytest.raises(CheckpointError, match="x is stored as U16"):

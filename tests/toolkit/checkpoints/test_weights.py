@@ -1,4 +1,4 @@
-"""Weights by recipe, by shard and by seed; what a checkpoint that does not fit is told."""
+"""Weights by recipe, by shard and by seed, and checkpoints that do not fit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPES = {"linear.weight": (3, 2), "linear.bias": (2,), "class": (4,)}
 
 
 class Memory:
-    """Stored tensors at hand; counts what is read."""
+    """Stored tensors; counts what is read."""
 
     def __init__(self, tensors: dict[str, Array]) -> None:
         self.tensors = tensors
@@ -57,7 +57,7 @@ def checkpoint(tensors: dict[str, Array]) -> Checkpoint:
 # -- recipes -------------------------------------------------------------------------------
 
 
-def test_recipes_say_how_a_tensor_is_made() -> None:
+def test_a_recipe_makes_a_tensor() -> None:
     found = Recipes(TABLE, Memory(STORED))
     assert (list(found), len(found)) == (list(TABLE), 3)
     np.testing.assert_array_equal(found["linear.weight"], [[0, 3], [1, 4], [2, 5]])
@@ -67,7 +67,7 @@ def test_recipes_say_how_a_tensor_is_made() -> None:
         _ = found["nothing"]
 
 
-def test_tensors_are_read_when_they_are_asked_for() -> None:
+def test_tensors_are_read_when_they_are_used() -> None:
     source = Memory(STORED)
     found = Recipes(TABLE, source)
     assert source.seen == []
@@ -75,7 +75,7 @@ def test_tensors_are_read_when_they_are_asked_for() -> None:
     assert source.seen == ["token"]
 
 
-def test_a_recipe_of_several_tensors_and_another_place() -> None:
+def test_a_recipe_of_several_tensors_below_a_prefix() -> None:
     both = Recipe(("a", "b"), lambda a, b: np.concatenate([a, b])).below("model.")
     assert both.sources == ("model.a", "model.b")
     source = Memory({"model.a": np.ones(1), "model.b": np.zeros(2)})
@@ -131,12 +131,12 @@ def test_tables_of_several_components_count_together() -> None:
 # -- folders -------------------------------------------------------------------------------
 
 
-def shards(folder: Path, parts: Sequence[dict[str, Array]], names: Any = None) -> None:
+def shards(folder: Path, shares: Sequence[dict[str, Array]], names: Any = None) -> None:
     where: dict[str, str] = {}
-    for number, part in enumerate(parts):
+    for number, share in enumerate(shares):
         file = f"model-{number}.safetensors"
-        save_file(part, folder / file)
-        where |= dict.fromkeys(part, file)
+        save_file(share, folder / file)
+        where |= dict.fromkeys(share, file)
     index = {"weight_map": where if names is None else names}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -146,8 +146,8 @@ def test_one_file_and_shards_hold_the_same(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     save_file(STORED, tmp_path / "one/model.safetensors")
     shards(tmp_path / "two", [{k: v} for k, v in STORED.items()])
-    for place in ("one", "two"):
-        found = open_checkpoint(tmp_path / place)
+    for name in ("one", "two"):
+        found = open_checkpoint(tmp_path / name)
         assert sorted(found.keys()) == sorted(STORED)
         assert "token" in found
         assert "nothing" not in found
@@ -156,16 +156,16 @@ def test_one_file_and_shards_hold_the_same(tmp_path: Path) -> None:
             np.testing.assert_array_equal(found.read(key), array)
 
 
-def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_shard(tmp_path: Path) -> None:
     shards(tmp_path, [STORED], {"a": "model-0.safetensors", "b": "model-7.safetensors"})
-    with pytest.raises(CheckpointError, match=r"not there: model-7\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"do not exist: model-7\.safetensors"):
         open_checkpoint(tmp_path)
 
 
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     names = {"a": "model-0.safetensors", "b": "model-1.safetensors"}
     shards(tmp_path, [STORED, {"token": np.zeros(3, np.float32)}], names)
-    with pytest.raises(CheckpointError, match="token stands in two shards"):
+    with pytest.raises(CheckpointError, match="token is stored in two shards"):
         open_checkpoint(tmp_path)
 
 

@@ -69,7 +69,7 @@ def rule_of(processor: Any) -> Preprocess:
 
 
 def noise(width: int, height: int) -> Image.Image:
-    """A image of random pixels: every value that resizing gets wrong shows."""
+    """An image of random pixels: every value that resizing gets wrong shows."""
     pixels = np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 3))
     return Image.fromarray(pixels.astype(np.uint8))
 
@@ -96,14 +96,14 @@ def test_pixels_are_those_of_transformers(name: str) -> None:
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(SIDE, SIDE, st.integers(8, 60), st.integers(8, 60), st.integers(8, 60))
-def test_any_size_any_crop(width: int, height: int, short: int, tall: int, wide: int) -> None:
-    processor = cropped(CLIPImageProcessorPil, short, (tall, wide))
+def test_any_size_any_crop(width: int, height: int, short: int, high: int, across: int) -> None:
+    processor = cropped(CLIPImageProcessorPil, short, (high, across))
     image = noise(width, height)
     same(preprocess(image, rule_of(processor)), theirs(processor, image))
 
 
 def expand2square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """LLaVA's padding, pixel by pixel: centred, an odd rest below or to the right."""
+    """LLaVA's padding, pixel by pixel: centred, an odd pixel below or to the right."""
     width, height = image.size
     side = max(width, height)
     pixels = np.empty((side, side, 3), np.uint8)

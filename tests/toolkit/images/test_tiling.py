@@ -1,4 +1,4 @@
-"""AnyRes: views and token order against transformers and a plain torch re-telling."""
+"""AnyRes: views and token order against transformers and the original's rules in torch."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def flipped(points: tuple[Size, ...]) -> list[list[int]]:
 @example(336, 336, PUBLISHED, 336)
 def test_the_best_resolution(width: int, height: int, grids: tuple[Size, ...], tile: int) -> None:
     points = pinpoints(grids, tile)
-    tall, wide = select_best_resolution((height, width), flipped(points))
-    assert best_resolution((width, height), points) == (wide, tall)
+    rows, columns = select_best_resolution((height, width), flipped(points))
+    assert best_resolution((width, height), points) == (columns, rows)
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -77,8 +77,8 @@ def test_views_are_those_of_transformers(width: int, height: int, grids: tuple[S
     np.testing.assert_array_equal(found, theirs)
 
 
-def test_the_views_of_a_image_by_hand() -> None:
-    """Half red, half blue on two tiles side by side; the base squashes both."""
+def test_the_views_of_an_image_by_hand() -> None:
+    """Half red, half blue on two tiles side by side; the base view holds both."""
     image = Image.new("RGB", (56, 28), "red")
     image.paste("blue", (28, 0, 56, 28))
     views = cut(image, Tiling(((56, 28),), 28))
@@ -95,13 +95,13 @@ def test_the_views_of_a_image_by_hand() -> None:
 
 @dataclass(frozen=True)
 class Merge:
-    """What the original's mm_patch_merge_type and anyres_max_N say."""
+    """The original's mm_patch_merge_type and anyres_max_N."""
 
     kind: str
     most: int = 0
 
-    def layout(self, side: int, *, rounded: bool = False) -> TokenArrangement:
-        """The same in our words."""
+    def arrangement(self, side: int, *, rounded: bool = False) -> TokenArrangement:
+        """The same as a TokenArrangement."""
         if self.kind == "flat":
             return TokenArrangement(side)
         return TokenArrangement(
@@ -134,7 +134,7 @@ MERGES = [
 def merged(
     merge: Merge, views: torch.Tensor, newline: torch.Tensor, grid: Size, size: Size
 ) -> torch.Tensor:
-    """The original's merging of [views, n*n, C], told once more on a map C x H x W."""
+    """The original's merging of [views, n*n, C], on a map C x H x W."""
     if merge.kind == "flat":
         return views.flatten(0, 1)
     if len(views) == 1:
@@ -158,20 +158,20 @@ def merged(
 
 def unpadded(image: torch.Tensor, size: Size) -> torch.Tensor:
     width, height = size
-    _, tall, wide = image.shape
-    if width / height > wide / tall:
-        p = (tall - int(height * (wide / width))) // 2
-        return image[:, p : tall - p]
-    p = (wide - int(width * (tall / height))) // 2
-    return image[:, :, p : wide - p]
+    _, rows, columns = image.shape
+    if width / height > columns / rows:
+        p = (rows - int(height * (columns / width))) // 2
+        return image[:, p : rows - p]
+    p = (columns - int(width * (rows / height))) // 2
+    return image[:, :, p : columns - p]
 
 
 def shrunk(image: torch.Tensor, most: int) -> torch.Tensor:
-    _, tall, wide = image.shape
-    times = math.sqrt(tall * wide / most)
+    _, rows, columns = image.shape
+    times = math.sqrt(rows * columns / most)
     if times <= 1.1:
         return image
-    size = [int(tall // times), int(wide // times)]
+    size = [int(rows // times), int(columns // times)]
     assume(min(size) > 0)  # torch refuses an empty map
     return torch.nn.functional.interpolate(image[None], size, mode="bilinear")[0]
 
@@ -181,15 +181,15 @@ def features(views: int, n: int) -> torch.Tensor:
 
 
 def arranged(
-    layout: TokenArrangement, views: torch.Tensor, newline: Any, grid: Any, size: Size
+    order: TokenArrangement, views: torch.Tensor, newline: Any, grid: Any, size: Size
 ) -> Any:
     """Our index arithmetic, applied as the merger applies it."""
-    found = arrange(layout, len(views), grid, size)
+    found = arrange(order, len(views), grid, size)
     rows = views.flatten(0, 1).numpy()
-    if layout.newline:
+    if order.newline:
         rows = np.concatenate([rows, newline.numpy()[None]])
     picked: Array = rows[found.rows]
-    if layout.pool:
+    if order.pool:
         return picked.max(1)
     return (picked * found.weights[..., None]).sum(1)
 
@@ -205,16 +205,16 @@ def test_tokens_follow_each_other_as_in_the_original(
     views = features(1 + grid[0] * grid[1], n)
     newline, size = torch.arange(5.0), (width, height)
     expected = merged(merge, views, newline, grid, size)
-    found = arranged(merge.layout(n), views, newline, grid, size)
+    found = arranged(merge.arrangement(n), views, newline, grid, size)
     assert found.shape == tuple(expected.shape)
     np.testing.assert_allclose(found, expected.numpy(), atol=2e-5)
 
 
 @pytest.mark.parametrize("merge", MERGES, ids=lambda m: f"{m.kind} {m.most or ''}")
-def test_a_lone_view(merge: Merge) -> None:
+def test_a_single_view(merge: Merge) -> None:
     views, newline = features(1, 4), torch.arange(5.0)
     expected = merged(merge, views, newline, (1, 1), (30, 20))
-    found = arranged(merge.layout(4), views, newline, None, (30, 20))
+    found = arranged(merge.arrangement(4), views, newline, None, (30, 20))
     np.testing.assert_array_equal(found, expected.numpy())
 
 
@@ -231,8 +231,8 @@ def test_rounded_lengths_are_those_of_transformers(
     newline = torch.arange(5.0)
     image = torch.cat([image, newline[:, None, None].expand(-1, image.shape[1], 1)], 2)
     expected = torch.cat([views[0], image.flatten(1).T])
-    layout = Merge("spatial_unpad").layout(n, rounded=True)
-    found = arranged(layout, views, newline, grid, (width, height))
+    order = Merge("spatial_unpad").arrangement(n, rounded=True)
+    found = arranged(order, views, newline, grid, (width, height))
     np.testing.assert_array_equal(found, expected.numpy())
 
 
@@ -241,12 +241,12 @@ def test_rounded_lengths_are_those_of_transformers(
 def test_the_grid_is_that_of_transformers(width: int, height: int, grids: tuple[Size, ...]) -> None:
     points = pinpoints(grids, 336)
     shape = theirs_next.get_anyres_image_grid_shape((height, width), flipped(points), 336)
-    wide, tall = best_resolution((width, height), points)
-    assert (tall // 336, wide // 336) == shape
+    columns, rows = best_resolution((width, height), points)
+    assert (rows // 336, columns // 336) == shape
 
 
-def test_shares_of_a_token_add_up_to_one() -> None:
-    found = arrange(Merge("spatial_unpad", 2).layout(6), 10, (3, 3), (640, 480))
+def test_weights_of_a_token_add_up_to_one() -> None:
+    found = arrange(Merge("spatial_unpad", 2).arrangement(6), 10, (3, 3), (640, 480))
     np.testing.assert_allclose(found.weights.sum(1), 1, atol=1e-6)
     assert found.rows.min() >= 0
     assert found.rows.max() == 10 * 36

@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: rounding, packing, and what other readers make of the bytes."""
+"""Weights in 8 and 4 bits: rounding, packing, and how other readers decode the bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From turns to runs of token ids: where images stand, what keeps its BOS, what is refused."""
+"""From turns to runs of token ids: slots of images, the BOS that is kept, what is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def text_of(rules: PromptRules, turns: list[str], images: int, template: str = "
 # -- rendering -----------------------------------------------------------------------------
 
 
-def test_images_come_first_unless_they_have_a_place() -> None:
+def test_images_come_first_unless_they_have_a_slot() -> None:
     system = templates.find("vicuna_v1").system
     assert text_of(LLAVA, ["Q"], 0) == f"{system} USER: Q ASSISTANT:"
     assert text_of(LLAVA, ["Q"], 1) == f"{system} USER: <image>\nQ ASSISTANT:"
@@ -45,7 +45,7 @@ def test_images_come_first_unless_they_have_a_place() -> None:
     assert text_of(LLAVA, ["a <image> b"], 1) == f"{system} USER: a <image> b ASSISTANT:"
 
 
-def test_images_of_a_conversation_stand_in_its_first_turn() -> None:
+def test_images_of_a_conversation_belong_to_its_first_turn() -> None:
     system = templates.find("vicuna_v1").system
     found = text_of(LLAVA, ["Q", "A", "R"], 2)
     assert found == f"{system} USER: <image>\n<image>\nQ ASSISTANT: A</s>USER: R ASSISTANT:"
@@ -53,7 +53,7 @@ def test_images_of_a_conversation_stand_in_its_first_turn() -> None:
     assert later == f"{system} USER: Q ASSISTANT: A</s>USER: <image> R ASSISTANT:"
 
 
-def test_the_models_own_words_for_a_image() -> None:
+def test_the_models_own_text_for_an_image() -> None:
     wrapped = PromptRules("plain", "pieces", (2,), image_text="<im_start><image><im_end>")
     assert text_of(wrapped, ["Q"], 1) == "<im_start><image><im_end>\nQ\n"
     cut = templates.CUT
@@ -97,7 +97,7 @@ def test_mistakes_are_refused(turns: list[str], template: str, reason: str) -> N
         " <image> ",
     ],
 )
-def test_every_piece_is_a_text_of_its_own_and_the_first_keeps_its_bos(text: str) -> None:
+def test_every_piece_is_tokenized_separately_and_the_first_keeps_its_bos(text: str) -> None:
     pieces = [SPM.encode(piece) for piece in text.split("<image>")]
     pieces[0].insert(0, 1)
     assert prompts.tokenize(LLAVA, llama(), text) == Prompt(tuple(map(tuple, pieces)))
@@ -105,12 +105,12 @@ def test_every_piece_is_a_text_of_its_own_and_the_first_keeps_its_bos(text: str)
 
 def test_a_tokenizer_without_bos_loses_nothing() -> None:
     found = prompts.tokenize(MLCD, plain_bytes(), "ab<image>cd<image>")
-    spelled = plain_bytes().encode("ab"), plain_bytes().encode("cd")
-    assert found.runs == (*map(tuple, spelled), ())
+    pieces = plain_bytes().encode("ab"), plain_bytes().encode("cd")
+    assert found.runs == (*map(tuple, pieces), ())
     assert found.images == 2
 
 
-def test_parts_between_cuts_are_texts_of_their_own_too() -> None:
+def test_pieces_between_cuts_are_tokenized_separately_too() -> None:
     cut = templates.CUT
     found = prompts.tokenize(LLAVA, llama(), f"a{cut}b<image>c{cut}{cut}d")
     assert found.runs == (
@@ -129,10 +129,10 @@ def test_a_token_for_images_cuts_one_text() -> None:
     )
 
 
-# -- laying out ----------------------------------------------------------------------------
+# -- assembling ----------------------------------------------------------------------------
 
 
-def test_rows_of_images_stand_between_the_runs() -> None:
+def test_rows_of_images_come_between_the_runs() -> None:
     prompt = Prompt(((1, 5), (6,), ()))
     found = prompts.assemble(prompt, [np.asarray([3, 2]), np.asarray([7])])
     assert found.ids.tolist() == [[1, 5, 0, 0, 6, 0]]
@@ -147,8 +147,8 @@ def test_text_alone_and_nothing_at_all() -> None:
 
 
 @pytest.mark.parametrize("images", [0, 2])
-def test_places_and_images_must_be_as_many(images: int) -> None:
-    with pytest.raises(InputError, match=rf"1 image place.* {images} image"):
-        prompts.check_places(Prompt(((1,), (2,))), images)
+def test_there_must_be_as_many_slots_as_images(images: int) -> None:
+    with pytest.raises(InputError, match=rf"1 image slot.* {images} image"):
+        prompts.check_slots(Prompt(((1,), (2,))), images)
     with pytest.raises(InputError):
         prompts.assemble(Prompt(((1,), (2,))), [np.asarray([0])] * images)

@@ -85,7 +85,7 @@ def slow_ids(text: str, *, legacy: bool) -> list[int]:
         elif legacy or number == 0:
             ids += SPM.encode(piece)
         else:
-            ids += SPM.encode("\n" + piece)[2:]  # behind the blank and the newline's byte
+            ids += SPM.encode("\n" + piece)[2:]  # after the blank and the newline's byte
     return ids
 
 
@@ -105,13 +105,13 @@ def test_ids_around_special_tokens(text: str, legacy: bool) -> None:
 
 @pytest.mark.parametrize("legacy", [True, False])
 @settings(deadline=None, max_examples=300, derandomize=True)
-@given(parts=st.lists(st.one_of(ANY_TEXT, st.sampled_from(["</s>", "<s>"])), max_size=4))
-def test_ids_of_any_text(parts: list[str], legacy: bool) -> None:
-    text = "".join(parts)
+@given(stretches=st.lists(st.one_of(ANY_TEXT, st.sampled_from(["</s>", "<s>"])), max_size=4))
+def test_ids_of_any_text(stretches: list[str], legacy: bool) -> None:
+    text = "".join(stretches)
     assert TOKENIZERS[legacy].encode(text) == slow_ids(text, legacy=legacy)
 
 
-def test_the_two_ways_differ_after_a_special_token() -> None:
+def test_legacy_matters_after_a_special_token() -> None:
     old, new = (TOKENIZERS[legacy].encode("a</s>USER") for legacy in (True, False))
     assert old != new
     assert TOKENIZERS[True].encode("USER") == TOKENIZERS[False].encode("USER")
@@ -147,7 +147,7 @@ def test_added_tokens_are_known() -> None:
 
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(ANY_TEXT)
-def test_text_survives_the_way_there_and_back(text: str) -> None:
+def test_text_survives_encoding_and_decoding(text: str) -> None:
     tokenizer = TOKENIZERS[False]
     assert tokenizer.decode(tokenizer.encode(text)) == text.replace(BLANK, " ")
     assert tokenizer.decode(tokenizer.encode(text)) == SPM.decode(SPM.encode(text))
@@ -209,8 +209,8 @@ def test_any_ids_of_a_byte_level_tokenizer_stream(ids: list[int]) -> None:
         max_size=20,
     )
 )
-def test_any_ids_of_llama_with_whole_characters_stream(parts: list[list[int]]) -> None:
-    ids = [token for part in parts for token in part]
+def test_any_ids_of_llama_with_whole_characters_stream(characters: list[list[int]]) -> None:
+    ids = [token for character in characters for token in character]
     tokenizer = TOKENIZERS[False]
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 

@@ -1,1 +1,1 @@
-"""How checkpoints lie on disk: LLaVA's own layout and Hugging Face's. Shared by the systems."""
+"""Checkpoint layouts: LLaVA's own and Hugging Face's, shared by the systems that use them."""

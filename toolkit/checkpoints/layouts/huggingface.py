@@ -1,4 +1,4 @@
-"""Hugging Face's layout: text_config, vision_config, and one file with all parts.
+"""Hugging Face's checkpoint layout: text_config, vision_config, all components in one file.
 
 Tensor names exist in two generations: language_model.model.* (transformers 4 and what 5 saves)
 and model.language_model.* (inside 5).
@@ -34,25 +34,24 @@ from edgevlm.toolkit.models.recipes import Recipe, flip, keep
 from edgevlm.toolkit.strict import Reader, read_json
 from edgevlm.toolkit.text.prompts import PromptRules
 from edgevlm.toolkit.text.tokenizer import token_of
-from edgevlm.toolkit.vlm import components
+from edgevlm.toolkit.vlm import components, language_models
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
-LMS = {"llama": "llama", "qwen2": "qwen2", "mistral": "mistral"}
 TOWERS = ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.",
           "model.vision_tower.")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class HuggingFaceRules:
-    """What one model class does. images: image rules from config.json and the preprocessing.
+    """What one model class does.
 
-    layer, strategy: what a configuration without vision_feature_layer and -_select_strategy
-    means. ties_by_text: whether text_config alone can tie the two ends of the language model.
+    images: makes the image rules from config.json and the preprocessing. layer, strategy: the
+    defaults of vision_feature_layer and vision_feature_select_strategy. ties_by_text: whether
+    tie_word_embeddings in text_config alone ties the language model's output to its embedding.
     """
 
     system: str
     images: Callable[[Reader, ComponentConfig, Preprocess], ImageRules]
-    templates: Mapping[str, str]
     layer: int = -2
     strategy: str = "default"
     ties_by_text: bool = True
@@ -65,7 +64,7 @@ def matches(config: Mapping[str, Any], *kinds: str) -> bool:
 
 
 def one_view(r: Reader, encoder: ComponentConfig, rule: Preprocess) -> ImageRules:
-    """Images as they come: LlavaForConditionalGeneration."""
+    """One view of each image: LlavaForConditionalGeneration."""
     return ImageRules({encoder.name: rule})
 
 
@@ -90,8 +89,8 @@ def load(
     checkpoint = open_checkpoint(folder, options.torch_reader)
     lm = _tied(lm, ties, rules, checkpoint)
     newline = images.arrangement is not None and images.arrangement.newline
-    stored = _stored(lm, encoder, merger, newline, checkpoint)
-    check(stored.values(), _unused(lm, encoder))
+    tensors = _tensors(lm, encoder, merger, newline, checkpoint)
+    check(tensors.values(), _unused(lm, encoder))
     model = ModelConfig(
         folder.resolve().name,
         rules.system,
@@ -100,20 +99,21 @@ def load(
         with_context(lm, options.max_context),
         images,
         PromptRules(
-            rules.templates[lm.kind],
+            language_models.row(lm.kind).template,
             "token",
             read_eos(folder, config["text_config"], lm.kind),
             placeholder=placeholder,
             image_text=placeholder,
         ),
     )
-    weights = {p.name: stored[p.name].weights() for p in components.components(model) if p.shapes}
+    weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}
     return Source(model, weights, text, {"layout": "huggingface"})
 
 
 def _read_lm(r: Reader) -> ComponentConfig:
     text = r.sub("text_config")
-    kind = LMS[text.choice("model_type", list(LMS), "llama")]
+    known = language_models.MODEL_TYPES
+    kind = known[text.choice("model_type", list(known), "llama")]
     config = models.lm(kind).Config.read(text)
     text.done()
     return ComponentConfig("lm", kind, config)
@@ -122,8 +122,10 @@ def _read_lm(r: Reader) -> ComponentConfig:
 def _tied(
     lm: ComponentConfig, ties: bool, rules: HuggingFaceRules, checkpoint: Checkpoint
 ) -> ComponentConfig:
-    """The language model with one table for both ends, or two: transformers 5 asks the whole
-    configuration, 4 asked text_config and stored no head then.
+    """The language model with its output tied to its embedding, or not.
+
+    transformers 5 reads tie_word_embeddings from the whole configuration; 4 read it from
+    text_config, and then stored no head.
     """
     head = any(key.endswith("lm_head.weight") for key in checkpoint.keys())  # noqa: SIM118
     by_text = lm.config.tied and (rules.ties_by_text or not head)
@@ -148,7 +150,7 @@ def _read_encoder(r: Reader, options: Options, rules: HuggingFaceRules) -> Compo
 
 
 def _read_projector(r: Reader, encoder: ComponentConfig, lm: ComponentConfig) -> ComponentConfig:
-    """Two linears with GELU between."""
+    """Two linears with a GELU between them."""
     r.choice("projector_hidden_act", ["gelu"], "gelu")
     bias = r.take("multimodal_projector_bias", bool, True)
     return ComponentConfig(
@@ -157,13 +159,13 @@ def _read_projector(r: Reader, encoder: ComponentConfig, lm: ComponentConfig) ->
 
 
 def _image_token(r: Reader) -> int:
-    """The id that stands for a image in a tokenized prompt."""
-    found = r.raw("image_token_index")
-    found = r.raw("image_token_id") if found is None else found
+    """The id that stands for an image in a tokenized prompt."""
+    number = r.raw("image_token_index")
+    number = r.raw("image_token_id") if number is None else number
     r.skip("image_token_id")
-    if not isinstance(found, int):
+    if not isinstance(number, int):
         raise ConfigError(f"{r.where} names no image_token_index")
-    return found
+    return number
 
 
 def read_processor(folder: Path, options: Options) -> Preprocess:
@@ -188,7 +190,7 @@ def read_processor(folder: Path, options: Options) -> Preprocess:
 # -- tensors -----------------------------------------------------------------------------------
 
 
-def _stored(
+def _tensors(
     lm: ComponentConfig,
     encoder: ComponentConfig,
     merger: ComponentConfig,
@@ -196,31 +198,38 @@ def _stored(
     checkpoint: Checkpoint,
 ) -> dict[str, ComponentTensors]:
     tower = models.encoder(encoder.kind)
-    eye = _part(tower.names(encoder.config), tower.shapes(encoder.config), checkpoint, *TOWERS)
+    vision = _below_first(
+        tower.names(encoder.config), tower.shapes(encoder.config), checkpoint, *TOWERS
+    )
     roots = ("multi_modal_projector.", "model.multi_modal_projector.")
     shapes = dict(mlp.shapes(merger.config))
-    joint = _part(_projector_names(merger.config), shapes, checkpoint, *roots)
+    projector = _below_first(_projector_names(merger.config), shapes, checkpoint, *roots)
     if newline:
         name = "model.image_newline" if "model.image_newline" in checkpoint else "image_newline"
         shapes["newline"] = (merger.config.outputs,)
-        joint = ComponentTensors({**joint.table, "newline": keep(name)}, shapes, checkpoint)
-    return {f"encoder.{encoder.name}": eye, "merger": joint, "lm": _lm_tensors(lm, checkpoint)}
+        table = {**projector.table, "newline": keep(name)}
+        projector = ComponentTensors(table, shapes, checkpoint)
+    return {
+        f"encoder.{encoder.name}": vision,
+        "merger": projector,
+        "lm": _lm_tensors(lm, checkpoint),
+    }
 
 
-def _part(
+def _below_first(
     table: Mapping[str, Recipe],
     shapes: Mapping[str, tuple[int, ...]],
     checkpoint: Checkpoint,
     *prefixes: str,
 ) -> ComponentTensors:
-    """A part below whichever of `prefixes` the file uses."""
+    """A component's tensors below the first of `prefixes` that the file uses."""
     return ComponentTensors(
         below(table, find_prefix(table, checkpoint, *prefixes)), shapes, checkpoint
     )
 
 
 def _projector_names(c: mlp.Config) -> dict[str, Recipe]:
-    """Where the projector's tensors stand below `multi_modal_projector.`."""
+    """The names of the projector's tensors below `multi_modal_projector.`."""
     table = {}
     for i in range(c.layers):
         table[f"linears.{i}.weight"] = flip(f"linear_{i + 1}.weight")
@@ -230,7 +239,7 @@ def _projector_names(c: mlp.Config) -> dict[str, Recipe]:
 
 
 def _lm_tensors(lm: ComponentConfig, checkpoint: Checkpoint) -> ComponentTensors:
-    """The language model's weights, in either generation of names."""
+    """The language model's tensors, in either generation of names."""
     file = models.lm(lm.kind)
     table = file.names(lm.config)
     if "model.language_model.embed_tokens.weight" in checkpoint:
@@ -240,11 +249,11 @@ def _lm_tensors(lm: ComponentConfig, checkpoint: Checkpoint) -> ComponentTensors
             for name, r in table.items()
         }
         return ComponentTensors(table, file.shapes(lm.config), checkpoint)
-    return _part(table, file.shapes(lm.config), checkpoint, "language_model.", "")
+    return _below_first(table, file.shapes(lm.config), checkpoint, "language_model.", "")
 
 
 def _unused(lm: ComponentConfig, encoder: ComponentConfig) -> list[str]:
-    """Globs of tensors that the file may hold and nobody reads."""
-    globs = models.encoder(encoder.kind).unused(encoder.config)
-    found = [prefix + glob for prefix in TOWERS for glob in globs]
-    return found + ["*" + glob for glob in models.lm(lm.kind).unused(lm.config)]
+    """Globs of tensors that the file may hold and that are not read."""
+    of_tower = models.encoder(encoder.kind).unused(encoder.config)
+    globs = [prefix + glob for prefix in TOWERS for glob in of_tower]
+    return globs + ["*" + glob for glob in models.lm(lm.kind).unused(lm.config)]

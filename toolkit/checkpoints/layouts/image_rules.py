@@ -24,9 +24,9 @@ def read_rules(
     *,
     lone_newline: bool,
 ) -> ImageRules:
-    """Rules for a LLaVA configuration; a missing or unknown-to-nobody aspect is "square".
+    """The image rules of a LLaVA configuration; image_aspect_ratio is "square" if it is missing.
 
-    lone_newline: whether a image without tiles gets the newline token of "unpad" behind it.
+    lone_newline: whether the newline token of "unpad" follows an image without tiles.
     """
     aspect = r.take("image_aspect_ratio", str, "square")
     merge = r.take("mm_patch_merge_type", str, "flat")
@@ -38,20 +38,21 @@ def read_rules(
             hint="implemented: square, pad, anyres, anyres_max_N",
         )
     own = rule.padded() if aspect == "pad" else rule
-    layout = read_layout(r, merge, _side(encoder, merger), int(match[1] or 0) if match else 0)
+    max_tiles = int(match[1] or 0) if match else 0
+    arrangement = read_arrangement(r, merge, _side(encoder, merger), max_tiles)
     tiling = None
     if match:
         side = rule.size[0]
         tiling = Tiling(read_pinpoints(pinpoints, side, r.where), side, base=rule.short_edge)
-    elif layout is not None and not (layout.newline and lone_newline):
-        layout = None  # a lone view without a newline: its tokens as they come
-    if layout is not None and layout.side == 0:
+    elif arrangement is not None and not (arrangement.newline and lone_newline):
+        arrangement = None  # a single view without a newline: its tokens in their own order
+    if arrangement is not None and arrangement.side == 0:
         raise ConfigError(f"{r.where}: {merge} needs a tower with a fixed grid of patches only")
-    return ImageRules({encoder.name: own}, tiling, layout)
+    return ImageRules({encoder.name: own}, tiling, arrangement)
 
 
 def _side(encoder: ComponentConfig, merger: ComponentConfig) -> int:
-    """Tokens per row of a view behind the merger; 0 where they are no fixed square of patches."""
+    """Tokens per row of a view after the merger; 0 if they are no square of patches."""
     tokens = encoder.config.tokens
     side = math.isqrt(tokens) if isinstance(tokens, int) else 0
     if side * side != tokens:
@@ -59,10 +60,10 @@ def _side(encoder: ComponentConfig, merger: ComponentConfig) -> int:
     return side // 2 if merger.kind == "pooler" else side
 
 
-def read_layout(r: Reader, merge: str, side: int, max_tiles: int) -> TokenArrangement | None:
-    """The order of tokens that a merge type names, None if flat: view after view as they come.
+def read_arrangement(r: Reader, merge: str, side: int, max_tiles: int) -> TokenArrangement | None:
+    """The token arrangement that a merge type names; None if flat: view after view.
 
-    max_tiles of anyres_max_N, 0 for none.
+    max_tiles: the N of anyres_max_N, 0 if there is none.
     """
     if merge == "flat":
         return None
@@ -86,18 +87,18 @@ def read_layout(r: Reader, merge: str, side: int, max_tiles: int) -> TokenArrang
 
 
 def read_pinpoints(raw: Any, side: int, where: str) -> tuple[Size, ...]:
-    """image_grid_pinpoints: a list of [width, height], its text, or a range "(1x1),...,(6x6)"."""
+    """image_grid_pinpoints: a list of [width, height], that list as text, or "(1x1),...,(6x6)"."""
     if isinstance(raw, str):
         raw = _from_range(raw, side, where) if "x" in raw else _literal(raw, where)
     pairs = [p for p in raw if isinstance(p, (list, tuple)) and len(p) == 2] if raw else []
     if not pairs or len(pairs) != len(raw):
         raise ConfigError(f"{where}: image_grid_pinpoints = {raw!r} is no list of resolutions")
-    found = tuple((int(w), int(h)) for w, h in pairs)
-    if any(w % side or h % side for w, h in found):
+    sizes = tuple((int(w), int(h)) for w, h in pairs)
+    if any(w % side or h % side for w, h in sizes):
         raise ConfigError(
-            f"{where}: image_grid_pinpoints {list(found)} are not multiples of the tile {side}"
+            f"{where}: image_grid_pinpoints {list(sizes)} are not multiples of the tile {side}"
         )
-    return found
+    return sizes
 
 
 def _literal(text: str, where: str) -> Any:

@@ -1,14 +1,14 @@
-"""LLaVA's own layout: one folder with the LM, the projector and `mm_*` keys in config.json.
+"""LLaVA's own checkpoint layout: one folder with the LM, the projector and a config.json of `mm_*`.
 
 The vision tower is a Hugging Face folder (or, for UniRepLKNet, a weight file) that
-`mm_vision_tower` names. Source: the loaders of haotian-liu/LLaVA and its forks. What the forks do
-differently is a `OriginalRules` value of their system.
+`mm_vision_tower` names. Source: the loaders of haotian-liu/LLaVA and its forks. What a fork does
+differently is stated by the `OriginalRules` of its system.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +32,14 @@ from edgevlm.toolkit.models.recipes import Recipe, keep
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import Reader
 from edgevlm.toolkit.text.prompts import PromptRules
-from edgevlm.toolkit.vlm import components
+from edgevlm.toolkit.vlm import components, language_models
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
-LMS = {
-    "llava_llama": "llama",
-    "llava": "llama",
-    "llava_qwen": "qwen2",
-    "llava_mistral": "mistral",
-}
-ARCHITECTURES = {
-    "LlavaLlamaForCausalLM": "llama",
-    "LlavaQwenForCausalLM": "qwen2",
-    "LlavaMistralForCausalLM": "mistral",
-}
-TEMPLATES = {"llama": "vicuna_v1", "qwen2": "qwen_1_5", "mistral": "mistral_instruct"}
 IN_CHECKPOINT = "model.vision_tower.vision_tower."
 
-# Written by the training scripts, read by no forward pass of ours: bookkeeping, training switches,
-# video settings, resamplers, which the originals build but never apply to images, and keys of
-# Hugging Face's layout that some releases carry beside their own.
+# Keys that training scripts write and that do not change an image's answer: bookkeeping, training
+# switches, video settings, resamplers (the originals build them but never apply them to images),
+# and keys of Hugging Face's layout that some releases have in addition.
 TRAINING_KEYS = (
     "add_faster_video add_time_instruction faster_token_stride force_sample freeze_backbone "
     "freeze_mm_mlp_adapter freeze_mm_vision_resampler ignore_index image_crop_resolution "
@@ -73,10 +61,10 @@ TRAINING_KEYS = (
 class OriginalRules:
     """What one system does in this layout.
 
-    merger: the projector for an encoder, from config.json. taps: which hidden states the
-    encoder gives, from those that config.json selects. tower_wins: tower weights inside the
-    checkpoint override the tower's folder. lone_newline: images without tiles go as a list too,
-    and so get the newline token of "unpad" behind them. templates: by language model.
+    merger: makes the projector's configuration from config.json, the encoder and the hidden size
+    of the language model. tower_wins: tower weights inside the checkpoint override those of the
+    tower's folder. lone_newline: an image without tiles also gets the newline token of "unpad".
+    taps: chooses the encoder's outputs among the hidden states that config.json selects.
     """
 
     system: str
@@ -84,37 +72,29 @@ class OriginalRules:
     tower_wins: bool = False
     lone_newline: bool = False
     taps: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
-    templates: Mapping[str, str] = field(default_factory=lambda: dict(TEMPLATES))
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of this layout."""
-    return "mm_vision_tower" in config and config.get("model_type") in LMS
-
-
-def lm_kind(config: Mapping[str, Any]) -> str:
-    """The language model's file; "llava" alone is any of them, and the class says which."""
-    named = [ARCHITECTURES.get(str(name)) for name in config.get("architectures") or ()]
-    generic = config["model_type"] == "llava"
-    return (generic and named and named[0]) or LMS[str(config["model_type"])]
+    return "mm_vision_tower" in config and config.get("model_type") in language_models.LLAVA_TYPES
 
 
 def names_mlcd(config: Mapping[str, Any]) -> bool:
-    """Whether the tower's name says MLCD, by which that fork chooses its tower class."""
+    """Whether the tower's name contains "mlcd", by which that fork chooses its tower class."""
     return "mlcd" in str(config.get("mm_vision_tower", "")).lower()
 
 
 def load(folder: Path, config: Mapping[str, Any], options: Options, rules: OriginalRules) -> Source:
     """Read a checkpoint. Raises ConfigError and CheckpointError naming what does not fit."""
-    kind = lm_kind(config)
-    if kind == "qwen2":  # its original class drops this key whatever it says
+    kind = language_models.kind_in_llava(config)
+    if kind == "qwen2":  # its original class ignores this key
         config = {**config, "rope_scaling": None}
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     lm = ComponentConfig("lm", kind, models.lm(kind).Config.read(r))
     tower = towers.open_tower(folder, r, options, rules.taps)
-    merger = rules.merger(r, tower.part, lm.config.hidden_size)
+    merger = rules.merger(r, tower.encoder, lm.config.hidden_size)
     images = image_rules.read_rules(
-        r, tower.part, merger, tower.rule, lone_newline=rules.lone_newline
+        r, tower.encoder, merger, tower.preprocess, lone_newline=rules.lone_newline
     )
     ends_rows = images.arrangement is not None and images.arrangement.newline
     spare = ["model.image_newline"] * ("unpad" in str(config.get("mm_patch_merge_type")))
@@ -131,27 +111,27 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     text = add_tokens(text, extra, lm.config.vocab_size)
     rows = check_tokenizer(text, lm.config.vocab_size, str(folder))
     checkpoint = open_checkpoint(folder, options.torch_reader)
-    stored = _stored(lm, merger, ends_rows, checkpoint)
+    tensors = _tensors(lm, merger, ends_rows, checkpoint)
     inside = _tower_inside(tower, checkpoint) if wins else None
-    parts = [*stored.values(), *([inside] if inside else [])]
-    check(parts, [*spare, *_unused(lm, merger, inside, tower)])
+    in_folder = [*tensors.values(), *([inside] if inside else [])]
+    check(in_folder, [*spare, *_unused(lm, merger, inside, tower)])
     if inside is None:
-        check([tower.stored], tower.unused)
-    lm, lm_table = shrink_vocab(lm, stored["lm"].table, rows)
-    stored |= {
-        f"encoder.{tower.part.name}": inside or tower.stored,
-        "lm": replace(stored["lm"], table=lm_table),
+        check([tower.tensors], tower.unused)
+    lm, lm_table = shrink_vocab(lm, tensors["lm"].table, rows)
+    tensors |= {
+        f"encoder.{tower.encoder.name}": inside or tower.tensors,
+        "lm": replace(tensors["lm"], table=lm_table),
     }
     image_text = "<im_start><image><im_end>" if wrapped else "<image>"
     model = ModelConfig(
         folder.resolve().name,
         rules.system,
-        (tower.part,),
+        (tower.encoder,),
         merger,
         with_context(lm, options.max_context),
         images,
         PromptRules(
-            rules.templates[kind],
+            language_models.row(kind).template,
             "pieces",
             read_eos(folder, config, kind),
             image_text=image_text,
@@ -160,13 +140,14 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     )
     origin = {"layout": "llava", "tower": str(config["mm_vision_tower"])}
     origin["tower_weights"] = "checkpoint" if inside else "tower folder"
-    weights = {p.name: stored[p.name].weights() for p in components.components(model) if p.shapes}
+    weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}
     return Source(model, weights, text, origin)
 
 
 def _tower_wins(r: Reader, rules: OriginalRules) -> bool:
-    """Whether tower weights inside the checkpoint override the folder's, which is read first
-    unless delay_load is set and the tower was not trained.
+    """Whether tower weights inside the checkpoint override those of the tower's folder.
+
+    Forks with `tower_wins` keep the folder's only if delay_load is set and the tower was not tuned.
     """
     trained = r.take("unfreeze_mm_vision_tower", bool, False)
     late = r.take("delay_load", bool, False)
@@ -174,15 +155,15 @@ def _tower_wins(r: Reader, rules: OriginalRules) -> bool:
     return trained or (rules.tower_wins and (tuned or not late))
 
 
-def _stored(
+def _tensors(
     lm: ComponentConfig, merger: ComponentConfig, newline: bool, checkpoint: Checkpoint
 ) -> dict[str, ComponentTensors]:
     """The language model's and the projector's weights in the LLaVA folder."""
     file, projector = models.lm(lm.kind), models.merger(merger.kind)
     table = dict(projector.names(merger.config))
-    if table:  # a lone linear has a number where the type says mlp1x_gelu, and none if linear
-        places = ("model.mm_projector.", "model.mm_projector.0.")
-        table = below(table, find_prefix(table, checkpoint, *places))
+    if table:  # a single linear is called mm_projector.0 if its type is mlp1x_gelu
+        prefixes = ("model.mm_projector.", "model.mm_projector.0.")
+        table = below(table, find_prefix(table, checkpoint, *prefixes))
     shapes = dict(projector.shapes(merger.config))
     if newline:
         table["newline"] = keep("model.image_newline")
@@ -194,14 +175,14 @@ def _stored(
 
 
 def _tower_inside(tower: towers.Tower, checkpoint: Checkpoint) -> ComponentTensors | None:
-    """The tower's weights inside the checkpoint, None if it holds none."""
+    """The tower's weights inside the checkpoint; None if there are none."""
     keys = checkpoint.keys()
     if not any(key.startswith(IN_CHECKPOINT) for key in keys):
         return None
-    file = models.encoder(tower.part.kind)
-    table = file.names(tower.part.config)
+    file = models.encoder(tower.encoder.kind)
+    table = file.names(tower.encoder.config)
     prefix = find_prefix(table, checkpoint, f"{IN_CHECKPOINT}vision_model.", IN_CHECKPOINT)
-    return ComponentTensors(below(table, prefix), file.shapes(tower.part.config), checkpoint)
+    return ComponentTensors(below(table, prefix), file.shapes(tower.encoder.config), checkpoint)
 
 
 def _unused(
@@ -210,20 +191,20 @@ def _unused(
     inside: ComponentTensors | None,
     tower: towers.Tower,
 ) -> list[str]:
-    """Globs of tensors in the LLaVA folder that nobody reads."""
-    found = [*models.lm(lm.kind).unused(lm.config), "model.vision_resampler.*"]
+    """Globs of tensors in the LLaVA folder that are not read."""
+    globs = [*models.lm(lm.kind).unused(lm.config), "model.vision_resampler.*"]
     spare = models.merger(merger.kind).unused(merger.config)
-    found += [f"model.mm_projector.{glob}" for glob in spare]
+    globs += [f"model.mm_projector.{glob}" for glob in spare]
     if inside is None:
-        return [*found, f"{IN_CHECKPOINT}*"]
-    globs = models.encoder(tower.part.kind).unused(tower.part.config)
-    return found + [f"{IN_CHECKPOINT}{p}{g}" for g in globs for p in ("", "vision_model.")]
+        return [*globs, f"{IN_CHECKPOINT}*"]
+    of_tower = models.encoder(tower.encoder.kind).unused(tower.encoder.config)
+    return globs + [f"{IN_CHECKPOINT}{p}{g}" for g in of_tower for p in ("", "vision_model.")]
 
 
 def shrink_vocab(
     lm: ComponentConfig, table: Mapping[str, Recipe], rows: int
 ) -> tuple[ComponentConfig, dict[str, Recipe]]:
-    """The LM with only the rows its tokenizer knows, as the originals' loader resizes it."""
+    """The LM with the vocabulary rows that its tokenizer knows, as the originals do."""
     if rows >= lm.config.vocab_size:
         return lm, dict(table)
 

@@ -12,7 +12,7 @@ from edgevlm.toolkit.vlm.config import ComponentConfig
 
 
 def linears(r: Reader, encoder: ComponentConfig, outputs: int) -> ComponentConfig:
-    """The projector that config.json names, for one encoder."""
+    """The projector that config.json names, for one encoder and a language model of `outputs`."""
     name, inputs = read_name(r, encoder), encoder.config.hidden_sizes
     if name == "pooler":
         side = math.isqrt(encoder.config.tokens)
@@ -23,7 +23,7 @@ def linears(r: Reader, encoder: ComponentConfig, outputs: int) -> ComponentConfi
 
 
 def check_identity(r: Reader, layers: int, inputs: int, outputs: int) -> None:
-    """Raise ConfigError if no linear stands between channels of another number."""
+    """Raise ConfigError if a projector without linears has different input and output channels."""
     if layers == 0 and inputs != outputs:
         raise ConfigError(
             f"{r.where}: an identity projector joins {inputs} channels to the language "
@@ -33,18 +33,18 @@ def check_identity(r: Reader, layers: int, inputs: int, outputs: int) -> None:
 
 
 def read_name(r: Reader, encoder: ComponentConfig) -> str:
-    """mm_projector_type, after checking that mm_hidden_size is what the encoder gives."""
-    width, given = sum(encoder.config.hidden_sizes), r.count("mm_hidden_size")
-    if given not in (width, encoder.config.hidden_sizes[0]):
+    """mm_projector_type. Raises ConfigError if mm_hidden_size is not what the encoder gives."""
+    channels, given = sum(encoder.config.hidden_sizes), r.count("mm_hidden_size")
+    if given not in (channels, encoder.config.hidden_sizes[0]):
         raise ConfigError(
-            f"{r.where}: mm_hidden_size = {given}, the tower gives {width}",
+            f"{r.where}: mm_hidden_size = {given}, the tower gives {channels}",
             hint="the tower belongs to another model, or the select layer does",
         )
     return r.take("mm_projector_type", str, "linear")
 
 
 def depth(r: Reader, name: str) -> tuple[int, int]:
-    """Linears and residual blocks of a projector type."""
+    """The number of linears and of residual blocks of a projector type."""
     if name == "identity":
         return 0, 0
     match = re.fullmatch(r"linear|mlp(\d+)x(?:_res(\d+)x)?_gelu", name)

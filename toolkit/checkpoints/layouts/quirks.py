@@ -1,6 +1,6 @@
-"""Oddities of the original programs that only lose data: left out, unless asked for by name.
+"""Quirks: behaviour of the original programs that loses data. Left out, unless chosen by name.
 
-docs/systems.md says of each what the original does and what happens here without it.
+docs/systems.md states for each what the original does and what happens here without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ORIGINALS = ("convllava", "llava", "llava_next", "mlcd", "mmfuser")
 
 @dataclass(frozen=True)
 class Quirk:
-    """One oddity: the systems whose original has it, and how a source gets it.
+    """One quirk: the systems whose original has it, and the function that adds it to a source.
 
     `keep` takes the source and the checkpoint's config.json.
     """
@@ -30,7 +30,7 @@ class Quirk:
 
 
 def keep(source: Source, config: Mapping[str, Any], names: Sequence[str]) -> Source:
-    """The source with the oddities in `names`. Raises ConfigError for one its original lacks."""
+    """The source with the quirks in `names`. Raises ConfigError for one that its original lacks."""
     for name in names:
         if name not in QUIRKS:
             raise ConfigError(f"there is no quirk {name!r}", hint=f"known: {', '.join(QUIRKS)}")
@@ -45,17 +45,17 @@ def keep(source: Source, config: Mapping[str, Any], names: Sequence[str]) -> Sou
 
 
 def _ignore_exif(source: Source, config: Mapping[str, Any]) -> Source:
-    """Photographs lie on their side as the camera stored them."""
+    """EXIF orientation is ignored: photographs stay as the camera stored them."""
     model = source.model
     return replace(source, model=replace(model, images=replace(model.images, upright=False)))
 
 
 def _cut_prompt(source: Source, config: Mapping[str, Any]) -> Source:
-    """Embedded prompts end after tokenizer_model_max_length positions."""
+    """Prompts end after tokenizer_model_max_length positions."""
     limit = config.get("tokenizer_model_max_length")
     if not isinstance(limit, int) or limit < 1:
         raise ConfigError(
-            f"quirk 'cut-prompt' needs tokenizer_model_max_length, config.json says {limit!r}",
+            f"quirk 'cut-prompt' needs tokenizer_model_max_length, config.json has {limit!r}",
             hint="without that key the original cuts nothing: leave the quirk out",
         )
     return _prompts(source, cut=limit)
@@ -79,8 +79,8 @@ class _Zeroed(Mapping[str, Array]):
         self._zeros = zeros
 
     def __getitem__(self, key: str) -> Array:
-        found = self._tensors[key]
-        return np.zeros_like(found) if key in self._zeros else found
+        tensor = self._tensors[key]
+        return np.zeros_like(tensor) if key in self._zeros else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -90,7 +90,7 @@ class _Zeroed(Mapping[str, Array]):
 
 
 def _renamed_gamma(source: Source, config: Mapping[str, Any]) -> Source:
-    """transformers of that time renames the gammas, so that they keep their initial zeros."""
+    """The fuser's gammas are zero: the transformers of that time renames and never loads them."""
     merger = _Zeroed(source.weights["merger"], frozenset({"fuser.gamma1", "fuser.gamma2"}))
     return replace(source, weights={**source.weights, "merger": merger})
 

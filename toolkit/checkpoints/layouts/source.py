@@ -1,4 +1,4 @@
-"""What reading a checkpoint gives, and the pieces that both layouts need."""
+"""What reading a checkpoint gives, and the functions that both checkpoint layouts need."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.strict import Reader, read_json
 from edgevlm.toolkit.text.tokenizer import Tokenizer, from_sentencepiece
+from edgevlm.toolkit.vlm import language_models
 from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, components
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to read a checkpoint: what the command line may decide about it."""
+    """How to read a checkpoint: the choices that the command line offers."""
 
     system: str | None = None
     vision_tower: Path | None = None
@@ -40,10 +41,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """A model ready to be written or run: weights are read when asked for.
+    """A model ready to be written or run; each weight is read when it is used.
 
-    plan: in which precision they are to be recorded; a bundle keeps its own. goldens: the file
-    with the float model's answers, where the source is a bundle.
+    plan: the precision in which the model is to be recorded; a bundle brings its own. goldens: the
+    file with the float model's answers if the source is a bundle.
     """
 
     model: ModelConfig
@@ -55,8 +56,8 @@ class Source:
 
 
 def random_source(model: ModelConfig, seed: int, tokenizer: str, preset: str) -> Source:
-    """A preset's source: published shapes, weights from `seed`."""
-    weights = {p.name: RandomWeights(p.shapes, seed, p.name) for p in components(model)}
+    """The source of a preset: published shapes, random weights from `seed`."""
+    weights = {c.name: RandomWeights(c.shapes, seed, c.name) for c in components(model)}
     return Source(
         model, weights, tokenizer, {"preset": preset, "random_weights": True, "seed": seed}
     )
@@ -71,21 +72,23 @@ class ComponentTensors:
     checkpoint: Checkpoint
 
     def weights(self) -> Recipes:
-        """The component's tensors, made when asked for."""
+        """The component's tensors, each made when it is used."""
         return Recipes(self.table, self.checkpoint)
 
 
-def check(parts: Iterable[ComponentTensors], unused: Iterable[str]) -> None:
-    """Check all components that share one checkpoint against it, both ways."""
-    stored = list(parts)
-    free = tuple(unused)
-    for checkpoint in {id(p.checkpoint): p.checkpoint for p in stored}.values():
-        tables = [(p.table, p.shapes) for p in stored if p.checkpoint is checkpoint]
-        check_tables(tables, checkpoint, free)
+def check(tensors: Iterable[ComponentTensors], unused: Iterable[str]) -> None:
+    """Raise CheckpointError if a checkpoint lacks a tensor of its components or holds another.
+
+    unused: globs of tensors that a checkpoint may hold and that are not read.
+    """
+    tables, free = list(tensors), tuple(unused)
+    for checkpoint in {id(t.checkpoint): t.checkpoint for t in tables}.values():
+        own = [(t.table, t.shapes) for t in tables if t.checkpoint is checkpoint]
+        check_tables(own, checkpoint, free)
 
 
 def below(table: Mapping[str, Recipe], prefix: str) -> dict[str, Recipe]:
-    """A table whose sources stand below `prefix`."""
+    """The table with `prefix` before every source name."""
     return {name: recipe.below(prefix) for name, recipe in table.items()}
 
 
@@ -102,13 +105,13 @@ def find_prefix(table: Mapping[str, Recipe], checkpoint: Checkpoint, *prefixes: 
 
 
 def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tuple[str, Reader]:
-    """The encoder file for a tower's configuration, and a reader over its own part of it."""
+    """The encoder file for a tower's configuration, and a reader over its section of it."""
     kind, nested = config.get("model_type"), "vision_config" in config
     for name in models.kinds("encoders"):
         if kind in getattr(models.encoder(name), "MODEL_TYPES", ()):
             reader = Reader(config, where, options.ignore_keys)
             reader = reader.sub("vision_config") if nested else reader
-            reader.skip("tie_word_embeddings", "vocab_size")  # a tower has no words
+            reader.skip("tie_word_embeddings", "vocab_size")  # a tower has no vocabulary
             return name, reader
     known = [t for n in models.kinds("encoders") for t in models.encoder(n).MODEL_TYPES]
     raise ConfigError(
@@ -120,8 +123,8 @@ def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tup
 def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, bool]:
     """The text of a tokenizer.json, and whether it needs `doubled_blank` (see Tokenizer).
 
-    slow: the system uses sentencepiece's own tokenizer where its model file is there; fast
-    conversions by older versions of transformers tokenize differently after special tokens.
+    slow: the system uses sentencepiece's own tokenizer where the folder has its model file; fast
+    tokenizers converted by older transformers tokenize differently after special tokens.
     """
     path, model = folder / "tokenizer.json", folder / "tokenizer.model"
     settings = folder / "tokenizer_config.json"
@@ -136,12 +139,12 @@ def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, bool]:
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)",
             hint="copy the tokenizer files of the language model into the folder",
         )
-    read_json(path)  # what follows takes it for an object
+    read_json(path)  # refuses what is no JSON object
     return path.read_text(encoding="utf-8"), False
 
 
 def add_tokens(text: str, extra: Sequence[str], vocab: int) -> str:
-    """The tokenizer with tokens that the originals' loader adds, where the model has rows."""
+    """The tokenizer with the tokens that the originals' loader adds, while the model has rows."""
     try:
         return _with_tokens(json.loads(text), extra, vocab)
     except (AttributeError, KeyError, TypeError) as odd:
@@ -166,7 +169,7 @@ def _with_tokens(data: dict[str, Any], extra: Sequence[str], vocab: int) -> str:
 
 
 def check_tokenizer(text: str, vocab: int, where: str) -> int:
-    """Ids the tokenizer knows. Raises CheckpointError if the model has fewer rows."""
+    """The number of ids that the tokenizer knows; CheckpointError if the model has fewer rows."""
     import tokenizers
 
     try:
@@ -182,18 +185,18 @@ def check_tokenizer(text: str, vocab: int, where: str) -> int:
 
 
 def read_eos(folder: Path, config: Mapping[str, Any], kind: str) -> tuple[int, ...]:
-    """End-of-answer ids: generation_config.json, else config.json, else what its class means.
+    """End-of-answer ids: from generation_config.json, else config.json, else its class's default.
 
     An empty tuple if there is none. kind: the language model's file.
     """
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
-    default = None if kind == "qwen2" else 2  # the defaults of the configuration classes
-    found = generation.get("eos_token_id", config.get("eos_token_id", default))
-    ids = found if isinstance(found, list) else [] if found is None else [found]
+    default = language_models.row(kind).default_eos
+    stated = generation.get("eos_token_id", config.get("eos_token_id", default))
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
     if not all(type(number) is int and number >= 0 for number in ids):
         where = path if "eos_token_id" in generation else folder / "config.json"
-        raise ConfigError(f"{where}: eos_token_id = {found!r}, expected an id or a list of ids")
+        raise ConfigError(f"{where}: eos_token_id = {stated!r}, expected an id or a list of ids")
     return tuple(ids)
 
 
@@ -204,7 +207,7 @@ def with_context(lm: ComponentConfig, limit: int | None) -> ComponentConfig:
         stated = "max_position_embeddings" if limit is None else "--max-context"
         raise ConfigError(
             f"{stated} {context} is less than {GOLDEN_TOKENS}, the tokens of a bundle's check",
-            hint="a image alone takes tens to thousands of positions",
+            hint="an image alone takes tens to thousands of positions",
         )
     if limit is None:
         return lm

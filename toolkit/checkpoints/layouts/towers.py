@@ -1,4 +1,4 @@
-"""Vision towers beside a LLaVA checkpoint: where they are, what they are, which levels are used."""
+"""The vision tower of a LLaVA checkpoint: its folder, its encoder, and the levels that are used."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ Taps = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Tower:
-    """An encoder with its preprocessing and weights; unused: globs of what may be left over."""
+    """An encoder with its preprocessing and tensors; unused: globs of tensors that are not read."""
 
-    part: ComponentConfig
-    rule: Preprocess
-    stored: ComponentTensors
+    encoder: ComponentConfig
+    preprocess: Preprocess
+    tensors: ComponentTensors
     unused: tuple[str, ...]
 
 
 def find(name: str, folder: Path, options: Options) -> Path:
-    """What `mm_vision_tower` means: given, inside the checkpoint, beside it, or from here.
+    """The tower that `mm_vision_tower` names: a folder with config.json, or a weight file.
 
-    A folder with config.json, or a weight file. Raises CheckpointError if it is nowhere.
+    --vision-tower decides if it is given; else the tower is looked for inside the checkpoint,
+    beside it, and from the current folder. Raises CheckpointError if it is not found.
     """
     if options.vision_tower is not None:
         return options.vision_tower
     base = Path(name).name
-    for place in (folder / name, folder.parent / name, Path(name), folder / base,
-                  folder.parent / base):  # fmt: skip
-        if place.is_file() or (place / "config.json").exists():
-            return place
+    for path in (folder / name, folder.parent / name, Path(name), folder / base,
+                 folder.parent / base):  # fmt: skip
+        if path.is_file() or (path / "config.json").exists():
+            return path
     raise CheckpointError(
         f"the vision tower {name!r} that {folder / 'config.json'} names is not on this machine",
         hint=f"put its folder beside {folder}, or name it: --vision-tower FOLDER",
@@ -56,18 +57,18 @@ def find(name: str, folder: Path, options: Options) -> Path:
 
 def kind_of(config: Mapping[str, Any], folder: Path, options: Options) -> str:
     """The encoder file for the tower of a LLaVA configuration."""
-    place = find(str(config["mm_vision_tower"]), folder, options)
-    if place.is_file():
+    tower = find(str(config["mm_vision_tower"]), folder, options)
+    if tower.is_file():
         return "unireplknet"
-    return read_encoder(read_json(place / "config.json"), str(place / "config.json"), options)[0]
+    return read_encoder(read_json(tower / "config.json"), str(tower / "config.json"), options)[0]
 
 
 def open_tower(folder: Path, r: Reader, options: Options, choose: Callable[[Taps], Taps]) -> Tower:
     """The tower that config.json names, with the levels that it selects."""
-    place = find(r.take("mm_vision_tower", str), folder, options)
-    if place.is_file():
-        return _open_file(place, r, options)
-    path = place / "config.json"
+    tower = find(r.take("mm_vision_tower", str), folder, options)
+    if tower.is_file():
+        return _open_file(tower, r, options)
+    path = tower / "config.json"
     data = read_json(path)
     kind, reader = read_encoder(data, str(path), options)
     stated = reader if reader.has("num_hidden_layers") else Reader(data, str(path))
@@ -75,74 +76,77 @@ def open_tower(folder: Path, r: Reader, options: Options, choose: Callable[[Taps
     taps, class_token = read_taps(r, depth)
     config = models.encoder(kind).Config.read(reader, choose(taps), class_token)
     reader.done()
-    part = ComponentConfig(kind, kind, config)
-    rule = read_rule(place, options)
-    check_size(rule, part, str(place))
-    stored, unused = stored_in(part, place, options)
-    return Tower(part, rule, stored, unused)
+    encoder = ComponentConfig(kind, kind, config)
+    rule = read_rule(tower, options)
+    check_size(rule, encoder, str(tower))
+    tensors, unused = tensors_in(encoder, tower, options)
+    return Tower(encoder, rule, tensors, unused)
 
 
-def read_rule(place: Path, options: Options) -> Preprocess:
-    """The preprocessing beside a tower."""
-    path = place / "preprocessor_config.json"
+def read_rule(folder: Path, options: Options) -> Preprocess:
+    """The preprocessing in a tower's folder."""
+    path = folder / "preprocessor_config.json"
     reader = Reader(read_json(path), str(path), options.ignore_keys)
     rule = read_preprocess(reader)
     reader.done()
     return rule
 
 
-def check_size(rule: Preprocess, part: ComponentConfig, where: str) -> None:
+def check_size(rule: Preprocess, encoder: ComponentConfig, where: str) -> None:
     """Raise ConfigError if the images are not of the size that the encoder takes."""
-    if isinstance(part.config.pixels[0], int) and rule.size != part.config.pixels:
+    if isinstance(encoder.config.pixels[0], int) and rule.size != encoder.config.pixels:
         raise ConfigError(
             f"{where}: preprocessor_config.json makes images of {rule.size}, the tower takes "
-            f"{part.config.pixels}",
+            f"{encoder.config.pixels}",
             hint="take config.json and preprocessor_config.json from the same tower",
         )
 
 
-def stored_in(
-    part: ComponentConfig, place: Path, options: Options
+def tensors_in(
+    encoder: ComponentConfig, folder: Path, options: Options
 ) -> tuple[ComponentTensors, tuple[str, ...]]:
-    """The tower's weights in its own folder, and globs of what may be left there."""
-    file = models.encoder(part.kind)
-    checkpoint = open_checkpoint(place, options.torch_reader)
-    table = file.names(part.config)
+    """The tower's tensors in its own folder, and globs of those there that are not read."""
+    file = models.encoder(encoder.kind)
+    checkpoint = open_checkpoint(folder, options.torch_reader)
+    table = file.names(encoder.config)
     prefix = find_prefix(table, checkpoint, "vision_model.", "")
-    unused = tuple(prefix + glob for glob in file.unused(part.config))
+    unused = tuple(prefix + glob for glob in file.unused(encoder.config))
     text = ("text_model.*", "logit_scale", "logit_bias", "text_projection.*", "visual_projection.*")
-    return ComponentTensors(below(table, prefix), file.shapes(part.config), checkpoint), (
+    return ComponentTensors(below(table, prefix), file.shapes(encoder.config), checkpoint), (
         *unused,
         *text,
     )
 
 
-def _open_file(place: Path, r: Reader, options: Options) -> Tower:
-    """UniRepLKNet: sizes come from the weights, the select layer and feature are ignored."""
+def _open_file(path: Path, r: Reader, options: Options) -> Tower:
+    """UniRepLKNet: sizes come from the weights; select layer and select feature have no effect."""
     r.skip("mm_vision_select_layer", "mm_vision_select_feature")
     source: TensorSource
-    if place.suffix == ".safetensors":
-        source = SafetensorsFile(place)
+    if path.suffix == ".safetensors":
+        source = SafetensorsFile(path)
     elif options.torch_reader is not None:
-        source = options.torch_reader(place)
+        source = options.torch_reader(path)
     else:
         raise CheckpointError(
-            f"{place} is a torch file; reading it needs torch",
+            f"{path} is a torch file; reading it needs torch",
             hint="pip install 'edgevlm[train]'",
         )
     keys = list(source.keys())
-    checkpoint = Checkpoint(dict.fromkeys(keys, source), str(place))
-    config = unireplknet.Config.of({key: source.shape(key) for key in keys}, str(place))
-    stored = ComponentTensors(unireplknet.names(config), unireplknet.shapes(config), checkpoint)
-    part = ComponentConfig("unireplknet", "unireplknet", config)
-    return Tower(part, read_rule(place.parent, options), stored, unireplknet.unused(config))
+    checkpoint = Checkpoint(dict.fromkeys(keys, source), str(path))
+    config = unireplknet.Config.of({key: source.shape(key) for key in keys}, str(path))
+    tensors = ComponentTensors(unireplknet.names(config), unireplknet.shapes(config), checkpoint)
+    encoder = ComponentConfig("unireplknet", "unireplknet", config)
+    return Tower(encoder, read_rule(path.parent, options), tensors, unireplknet.unused(config))
 
 
 # -- levels ------------------------------------------------------------------------------------
 
 
 def selected(raw: Any) -> Taps | None:
-    """mm_vision_select_layer in its forms: -2, "-2", [-22, …], "list-22/-17/…"; else None."""
+    """The layers of mm_vision_select_layer, written as -2, "-2", [-22, …] or "list-22/-17/…".
+
+    None for anything else.
+    """
     if isinstance(raw, str):
         try:
             raw = [int(n) for n in raw[4:].split("/")] if raw.startswith("list") else int(raw)
@@ -154,19 +158,19 @@ def selected(raw: Any) -> Taps | None:
 
 
 def read_taps(r: Reader, depth: int) -> tuple[Taps, bool]:
-    """Hidden states that the configuration selects, and whether the class token stays.
+    """The hidden states that the configuration selects, and whether the class token is kept.
 
-    slicefour: every quarter of the tower from the select layer on; slice_m25811_f6: states -2,
-    -5, -8, -11 and 6; both are joined on channels.
+    slicefour: one state per quarter of the tower, from the select layer on; slice_m25811_f6:
+    states -2, -5, -8, -11 and 6. Both are concatenated on channels.
     """
     taps = selected(r.raw("mm_vision_select_layer"))
     if taps is None:
         raise ConfigError(
             f"{r.where}: mm_vision_select_layer = {r.raw('mm_vision_select_layer')!r} is missing "
-            "or no layer",
+            "or names no layer",
             hint="it is a number such as -2, or a list such as [-22, -17, -12, -7, -2]",
         )
-    known = [f"{way}{tokens}" for way in ("", "slicefour_", "slice_m25811_f6_")
+    known = [f"{states}{tokens}" for states in ("", "slicefour_", "slice_m25811_f6_")
              for tokens in ("patch", "cls_patch")]  # fmt: skip
     feature = r.choice("mm_vision_select_feature", known, "patch")
     if feature.startswith("slicefour"):

@@ -1,4 +1,4 @@
-"""Whole config files as published, with every key they carry, at tiny sizes: read as they stand."""
+"""Complete config files as published, with all their keys, at tiny sizes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ SIGLIP_PIXELS = {
     "processor_class": "SiglipProcessor", "resample": 3, "rescale_factor": 0.00392156862745098,
     "size": {"height": 56, "width": 56},
 }  # fmt: skip
-CONVNEXT = {  # a five-stage tower as ConvLLaVA's trainer leaves it
+CONVNEXT = {  # a five-stage tower as ConvLLaVA's trainer writes it
     "_name_or_path": "", "architectures": ["ConvNextModel"], "depths": [1, 1, 1, 1, 1],
     "drop_path_rate": 0.0, "hidden_act": "gelu", "hidden_sizes": [4, 8, 12, 16, 32],
     "image_size": 1536, "initializer_range": 0.02, "layer_norm_eps": 1e-12,
@@ -222,12 +222,12 @@ def write_original(work: Path, name: str, **changes: Any) -> Path:
     if "unpad" in config.get("mm_patch_merge_type", ""):
         tensors["model.image_newline"] = torch.zeros(48)
         tensors |= joined.below("model.vision_tower.vision_tower.vision_model.", tower)
-    folder, place = work / name, work / str(config["mm_vision_tower"])
+    folder, tower_folder = work / name, work / str(config["mm_vision_tower"])
     joined.write(folder, lm, tensors, {}, shards=2)
     (folder / "config.json").write_text(json.dumps(config))
-    place.mkdir(parents=True)
-    (place / "config.json").write_text(json.dumps(tower_config))
-    (place / "preprocessor_config.json").write_text(json.dumps(pixels))
+    tower_folder.mkdir(parents=True)
+    (tower_folder / "config.json").write_text(json.dumps(tower_config))
+    (tower_folder / "preprocessor_config.json").write_text(json.dumps(pixels))
     prefix = "" if kind == "convnext" else "vision_model."
     whole = joined.below(prefix, tower)
     if tower_config["model_type"] in ("clip", "siglip"):
@@ -235,7 +235,7 @@ def write_original(work: Path, name: str, **changes: Any) -> Path:
                   "text_projection.weight": torch.ones(3, 3),
                   "visual_projection.weight": torch.ones(3, 3),
                   "vision_model.embeddings.position_ids": torch.arange(17)[None]}  # fmt: skip
-    torch.save(whole, place / "pytorch_model.bin")
+    torch.save(whole, tower_folder / "pytorch_model.bin")
     return folder
 
 
@@ -244,7 +244,7 @@ def load(folder: Path) -> Source:
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_original_configurations_are_read_as_they_stand(name: str, tmp_path: Path) -> None:
+def test_original_configurations_are_read_as_published(name: str, tmp_path: Path) -> None:
     config, *_, system, tower, lm = ORIGINALS[name]
     folder = write_original(tmp_path, name)
     model = load(folder).model
@@ -257,7 +257,7 @@ def test_original_configurations_are_read_as_they_stand(name: str, tmp_path: Pat
     assert (model.images.tiling is not None) == ("image_crop_resolution" in config)
 
 
-# -- what lies beside, and other spellings -------------------------------------------------------
+# -- other files of a checkpoint, and other written forms ----------------------------------------
 
 
 def beside(folder: Path) -> None:
@@ -271,7 +271,7 @@ def beside(folder: Path) -> None:
 
 
 def stale_index(folder: Path) -> None:
-    """One whole file beside the index of shards that are gone, as transformers reads it."""
+    """One complete file, and an index of shards that do not exist: transformers reads the file."""
     tensors: dict[str, torch.Tensor] = {}
     for file in folder.glob("model-*.safetensors"):
         tensors |= load_file(file)
@@ -345,10 +345,10 @@ def test_older_tokenizers_name_added_tokens_in_a_file_of_their_own(tmp_path: Pat
     settings = json.loads(path.read_text())
     del settings["added_tokens_decoder"]
     path.write_text(json.dumps(settings))
-    places = {"<im_end>": 1000, "<im_start>": 1001}
-    (folder / "added_tokens.json").write_text(json.dumps(places))
+    ids = {"<im_end>": 1000, "<im_start>": 1001}
+    (folder / "added_tokens.json").write_text(json.dumps(ids))
     source = load(folder)
     tokens = json.loads(source.tokenizer)["added_tokens"]
-    assert {t["content"]: t["id"] for t in tokens if t["id"] >= 1000} == places
+    assert {t["content"]: t["id"] for t in tokens if t["id"] >= 1000} == ids
     assert source.model.lm.config.vocab_size == 1002
     assert source.model.prompts.image_text == "<im_start><image><im_end>"

@@ -1,4 +1,4 @@
-"""LoadedImage files: what is done to unusual ones, what is said about it, what is refused."""
+"""Image files: what is done to unusual ones and noted, and what is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgevlm.toolkit.images.preprocess import load
 from edgevlm.toolkit.ops.vocabulary import Array
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (6, 9, 3)).astype(np.uint8)
-# EXIF orientation -> what makes the stored pixels upright, straight from the standard's table.
+# EXIF orientation -> what makes the stored pixels upright, from the standard's table.
 UPRIGHT: dict[int, Any] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -49,14 +49,14 @@ def grey_thrice(values: Array) -> Array:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(10))
-def test_images_are_turned_upright(kind: str, orientation: int) -> None:
+def test_images_are_rotated_upright(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if kind == "WEBP" else {}
     source = stored(Image.fromarray(PIXELS), kind, exif=exif.tobytes(), **options)
-    turned = orientation in range(2, 9)
+    rotated = orientation in range(2, 9)
     np.testing.assert_array_equal(rgb(source), UPRIGHT.get(orientation, UPRIGHT[1])(PIXELS))
-    assert load(source).notes == (("EXIF orientation applied",) if turned else ())
+    assert load(source).notes == (("EXIF orientation applied",) if rotated else ())
 
 
 def test_a_damaged_exif_is_no_reason_to_fail() -> None:
@@ -71,11 +71,11 @@ def test_grey_of_sixteen_bits() -> None:
         source = stored(Image.fromarray(values), kind)
         np.testing.assert_array_equal(rgb(source), expected)
         assert load(source).notes == ("16-bit grey scaled to 8 bits",)
-    wide = stored(Image.fromarray(values.astype(np.int32)), "TIFF")
-    np.testing.assert_array_equal(rgb(wide), expected)
+    signed = stored(Image.fromarray(values.astype(np.int32)), "TIFF")
+    np.testing.assert_array_equal(rgb(signed), expected)
 
 
-def test_grey_of_sixteen_bits_is_turned_too() -> None:
+def test_grey_of_sixteen_bits_is_rotated_too() -> None:
     values = np.random.default_rng(7).integers(0, 65536, (5, 7)).astype(np.uint16)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -155,7 +155,7 @@ def test_a_file_is_read_like_its_bytes_and_closed(tmp_path: Path) -> None:
 
 
 def header_only(width: int, height: int) -> bytes:
-    """A PNG of some hundred bytes that claims any size; its pixels are not there."""
+    """A PNG of some hundred bytes that claims any size; it has no pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = zlib.crc32(kind + data)
@@ -172,8 +172,8 @@ def header_only(width: int, height: int) -> bytes:
         ((30_000, 30_000), "too large|limit"),
         ((10_001, 10_000), "limit is 100 megapixels"),
         ((16_385, 200), "16384 a side"),
-        ((1, 1), "nothing to see"),
-        ((1, 50), "nothing to see"),
+        ((1, 1), "at least 2"),
+        ((1, 50), "at least 2"),
         ((402, 2), "aspect beyond 200:1"),
         ((2, 402), "aspect beyond 200:1"),
     ],
@@ -198,9 +198,9 @@ def test_the_limits_themselves_are_allowed() -> None:
 def test_a_file_that_was_cut_short_is_refused(kind: str) -> None:
     noise = np.random.default_rng(9).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     whole = stored(Image.fromarray(noise), kind)
-    for part in (0, 3, 30, len(whole) // 2):
+    for length in (0, 3, 30, len(whole) // 2):
         with pytest.raises(InputError):
-            load(whole[:part])
+            load(whole[:length])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "AVIF"])
@@ -212,17 +212,17 @@ def test_a_damaged_file_is_decoded_or_refused(kind: str) -> None:
     generator = np.random.default_rng(10)
     for _ in range(60):
         damaged = bytearray(source)
-        for place in generator.integers(0, len(source), 3):
-            damaged[place] = generator.integers(256)
+        for index in generator.integers(0, len(source), 3):
+            damaged[index] = generator.integers(256)
         with contextlib.suppress(InputError):
             assert load(bytes(damaged)).rgb.mode == "RGB"
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("not a image")
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty.png").touch()
     for name, reason in (
-        ("text.png", "not a image"),
+        ("text.png", "not an image"),
         ("empty.png", "empty"),
         ("missing.png", "does not exist"),
         ("", "is a folder"),
