@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from edgevlm.toolkit.ops.shape_ops import Spec
 from edgevlm.toolkit.ops.vocabulary import Array, Step, Weights
@@ -393,9 +392,3 @@ COSTS: dict[str, Callable[..., Cost]] = {
 
 # Wrappers run these as the ops inside.
 COMPOSITE = ("block", "layer_merge")
-
-
-def kind_of(op: str, operands: Sequence[Any], y: Spec) -> Spec:
-    """The result as a Parameter if it is still a tensor of the weights file, else as a Spec."""
-    view = op == "reshape" and isinstance(operands[0], Parameter)
-    return Parameter(y.shape) if view or op == "constant" else Spec(y.shape)

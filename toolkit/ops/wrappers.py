@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 
 from edgevlm.toolkit.ops import decompositions
-from edgevlm.toolkit.ops.costs import COSTS, Cost, kind_of
+from edgevlm.toolkit.ops.costs import COSTS, Cost, Parameter
 from edgevlm.toolkit.ops.shape_ops import Spec
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, R, Weights
 
@@ -85,7 +85,7 @@ class Count(Wrapper[Spec]):
             result = run(*args, **options)
             self._add(op, args, options, result)
             if isinstance(result, Spec):
-                return kind_of(op, args, result)
+                return _kind_of(op, args, result)
             return tuple(Spec(y.shape) for y in result)
 
         return counted
@@ -110,3 +110,9 @@ class Count(Wrapper[Spec]):
     def flops(self) -> int:
         """Floating-point operations of everything run so far."""
         return sum(cost.flops for cost in self.costs)
+
+
+def _kind_of(op: str, operands: Sequence[Any], y: Spec) -> Spec:
+    """The result as a Parameter if it is still a tensor of the weights file, else as a Spec."""
+    view = op == "reshape" and isinstance(operands[0], Parameter)
+    return Parameter(y.shape) if view or op == "constant" else Spec(y.shape)

@@ -12,7 +12,7 @@ from edgevlm.engines import manifest
 from edgevlm.engines.build import summary
 from edgevlm.engines.build.build import Request, build
 from edgevlm.engines.manifest import Built, Engine
-from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.target import this_cpu
 from tests.pipeline import requantized, silent
@@ -36,8 +36,8 @@ def test_a_plan_tells_memory_and_writes_nothing(ready: Path) -> None:
     memory = data["memory"]
     parts = ("weights_bytes", "cache_bytes", "activations_bytes")
     assert memory["total_bytes"] == sum(memory[part] for part in parts)
-    params = sum(c.params for c in Bundle.open(ready / "bundle").manifest.components)
-    assert memory["weights_bytes"] == 4 * params
+    stored = [SafetensorsFile(file) for file in (ready / "bundle").glob("*.safetensors")]
+    assert memory["weights_bytes"] == sum(e.nbytes for f in stored for e in f.entries.values())
     assert data["written"] is False
     assert following == ""
     text = "\n".join(lines)

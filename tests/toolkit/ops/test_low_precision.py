@@ -12,12 +12,12 @@ import numpy as np
 import onnx
 import onnx.inliner
 import onnx.shape_inference
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto
 from onnx.utils import Extractor
 
+from edgevlm.engines.backends import sessions
 from edgevlm.export.write import record
 from edgevlm.toolkit.checkpoints.safetensors_io import Written, from_bfloat16, to_bfloat16
 from edgevlm.toolkit.models.lms import llama
@@ -187,9 +187,7 @@ def test_angles_far_into_the_context_are_right_in_an_fp16_graph() -> None:
     q = drawn(CONFIG.num_heads)
     model, rotated = rotating_graph("fp16")
     cut = Extractor(model).extract_model(["q", "ids", "start"], [rotated])
-    session = onnxruntime.InferenceSession(
-        cut.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    session = sessions.open_session(cut.SerializeToString())
     feed = {"q": q, "ids": np.zeros((1, 1), np.int64), "start": np.asarray([POSITION])}
     found = session.run(None, feed)[0]
     assert np.abs(found - exactly_rotated(q, CONFIG.num_heads)).max() < 1e-5
