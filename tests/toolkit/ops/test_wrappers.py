@@ -44,9 +44,9 @@ def quantized(part: Component, plan: PrecisionPlan, weights: dict[str, Array]) -
     return replace(part, forward=forward)
 
 
-@pytest.mark.parametrize(("room", "kind"), ARCHITECTURES)
-def test_the_int8_reference_is_the_recorded_qdq_graph(room: str, kind: str) -> None:
-    part = component(room, kind)
+@pytest.mark.parametrize(("role", "kind"), ARCHITECTURES)
+def test_the_int8_reference_is_the_recorded_qdq_graph(role: str, kind: str) -> None:
+    part = component(role, kind)
     weights, inputs = tensors(part), feed(part)
     exact = part.forward(NumpyOps(), Weights(weights), inputs)
     small = quantized(part, calibrated(part, weights, inputs), weights)
