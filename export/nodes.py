@@ -16,8 +16,8 @@ IR_VERSION = 11
 
 def node(kind: str, inputs: Sequence[str], outputs: Sequence[str], **attrs: Any) -> onnx.NodeProto:
     """A node; an attribute given as "@name" refers to the function's own attribute."""
-    own = {key: value for key, value in attrs.items() if not _refers(value)}
-    node = helper.make_node(kind, list(inputs), list(outputs), **own)
+    values = {key: value for key, value in attrs.items() if not _refers(value)}
+    node = helper.make_node(kind, list(inputs), list(outputs), **values)
     for key, value in attrs.items():
         if _refers(value):
             name, kind_of = value[1:].split(":")
@@ -43,18 +43,18 @@ def shape(name: str, *dims: int | str) -> list[onnx.NodeProto]:
     A body cannot put an integer attribute into a list, so it is joined from pieces; runtimes fold
     that into a constant.
     """
-    found, pieces = [ints(f"{name}.axis", 0)], []
+    nodes, pieces = [ints(f"{name}.axis", 0)], []
     for i, dim in enumerate(dims):
         piece = f"{name}.{i}"
         if isinstance(dim, int):
-            found.append(ints(piece, dim))
+            nodes.append(ints(piece, dim))
         elif _refers(dim):
-            found.append(node("Constant", [], [f"{piece}.scalar"], value_int=f"{dim}:INT"))
-            found.append(node("Unsqueeze", [f"{piece}.scalar", f"{name}.axis"], [piece]))
+            nodes.append(node("Constant", [], [f"{piece}.scalar"], value_int=f"{dim}:INT"))
+            nodes.append(node("Unsqueeze", [f"{piece}.scalar", f"{name}.axis"], [piece]))
         else:
             piece = dim
         pieces.append(piece)
-    return [*found, node("Concat", pieces, [name], axis=0)]
+    return [*nodes, node("Concat", pieces, [name], axis=0)]
 
 
 def function(

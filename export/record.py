@@ -72,12 +72,12 @@ class OnnxOps:
         return self._emit(kind, inputs, name, **attrs)[0]
 
     def _unique(self, label: str) -> str:
-        number, found = 1, label
-        while found in self._taken:
+        number, name = 1, label
+        while name in self._taken:
             number += 1
-            found = f"{label}.{number}"
-        self._taken.add(found)
-        return found
+            name = f"{label}.{number}"
+        self._taken.add(name)
+        return name
 
     def _at(self, w: Weights[str]) -> str:
         """The node name of a path with parameters; later nodes are named beside it."""

@@ -54,17 +54,17 @@ def write_bundle(
 
     dtype: fp32, fp16 or bf16, of weights that the source's plan leaves in float.
     """
-    parts = components.components(source.model)
-    recorded = [record(part, dtype, source.plan) for part in parts]
-    functions = set[str]().union(*(part.ops.functions for part in recorded))
-    require_space(out, sum(part.nbytes() for part in recorded))
+    model_components = components.components(source.model)
+    recordings = [record(component, dtype, source.plan) for component in model_components]
+    functions = set[str]().union(*(recorded.ops.functions for recorded in recordings))
+    require_space(out, sum(recorded.nbytes() for recorded in recordings))
     files: dict[str, FileRecord] = {}
     with writing(out, force=force) as folder:
         records = []
-        for part in recorded:
-            progress(f"{part.part.name}: writing graph and weights")
-            records.append(_write_component(folder, part, source, files))
-        _write_rest(folder, parts, source, files, progress)
+        for recorded in recordings:
+            progress(f"{recorded.component.name}: writing graph and weights")
+            records.append(_write_component(folder, recorded, source, files))
+        _write_tokenizer_and_goldens(folder, model_components, source, files, progress)
         manifest = Manifest(
             bundles.FORMAT,
             made_by,
@@ -84,17 +84,17 @@ def write_bundle(
 def _write_component(
     folder: Path, recorded: Recorded, source: Source, files: dict[str, FileRecord]
 ) -> ComponentRecord:
-    part = recorded.part
-    weights = f"{part.name}.safetensors"
-    written = _write_weights(folder / weights, recorded, source.weights.get(part.name, {}))
+    component = recorded.component
+    weights = f"{component.name}.safetensors"
+    written = _write_weights(folder / weights, recorded, source.weights.get(component.name, {}))
     files[weights] = FileRecord(written.nbytes, written.sha256)
-    graph = folder / f"{part.name}.onnx"
+    graph = folder / f"{component.name}.onnx"
     model = recorded.model(weights, written)
     graph.write_bytes(model.SerializeToString())
     onnx.checker.check_model(str(graph), full_check=True)
     check_shapes(model)
     files[graph.name] = bundles.record_file(graph)
-    return describe(part, graph.name, weights)
+    return describe(component, graph.name, weights)
 
 
 def check_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -112,7 +112,7 @@ def check_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
 class Recorded:
     """A recorded component: nodes and tables, and which of its parameters they use."""
 
-    part: Component
+    component: Component
     ops: OnnxOps
     outputs: dict[str, str]
     dtype: str
@@ -120,11 +120,11 @@ class Recorded:
     def planned(self) -> list[TensorSpec]:
         """Every tensor of the weights file."""
         stored, used = self.ops.quantized, list[TensorSpec]()
-        for name, shape in self.part.shapes.items():
-            few = name in stored.formats
-            used += (
-                stored.planned(name, self.dtype) if few else [TensorSpec(name, self.dtype, shape)]
-            )
+        for name, shape in self.component.shapes.items():
+            if name in stored.formats:
+                used += stored.planned(name, self.dtype)
+            else:
+                used.append(TensorSpec(name, self.dtype, shape))
         return used + [TensorSpec(n, "fp32", x.shape) for n, x in self.ops.constants.items()]
 
     def nbytes(self) -> int:
@@ -145,9 +145,9 @@ class Recorded:
         self._name_outputs()
         graph = helper.make_graph(
             self.ops.nodes,
-            self.part.name,
-            [_value(port, self.dtype) for port in self.part.inputs],
-            [_value(port, self.dtype) for port in self.part.outputs],
+            self.component.name,
+            [_value(port, self.dtype) for port in self.component.inputs],
+            [_value(port, self.dtype) for port in self.component.outputs],
             initializers,
         )
         functions = [FUNCTIONS[name] for name in sorted(self.ops.functions)]
@@ -191,22 +191,25 @@ class Parameters(Mapping[str, str]):
         return len(self._keys)
 
 
-def record(part: Component, dtype: str, plan: PrecisionPlan | None = None) -> Recorded:
+def record(component: Component, dtype: str, plan: PrecisionPlan | None = None) -> Recorded:
     """Run the component's function over the recorder."""
-    ops, parameters = OnnxOps(part.name, dtype, part.shapes, plan), Parameters(part.shapes)
-    inputs = {port.name: port.name for port in part.inputs}
-    outputs = part.forward(ops, Weights(parameters), inputs)
-    idle = set(part.shapes) - set(parameters.used)
+    ops, parameters = (
+        OnnxOps(component.name, dtype, component.shapes, plan),
+        Parameters(component.shapes),
+    )
+    inputs = {port.name: port.name for port in component.inputs}
+    outputs = component.forward(ops, Weights(parameters), inputs)
+    idle = set(component.shapes) - set(parameters.used)
     if idle:
-        raise AssertionError(f"{part.name} declares tensors it never uses: {sorted(idle)[:3]}")
-    return Recorded(part, ops, outputs, dtype)
+        raise AssertionError(f"{component.name} declares tensors it never uses: {sorted(idle)[:3]}")
+    return Recorded(component, ops, outputs, dtype)
 
 
 def graphs(source: Source, dtype: str = "fp32") -> dict[str, onnx.ModelProto]:
     """The graphs of all components without their weights: enough to check ops against a target."""
     nothing = Written({}, "", 0)
-    parts = components.components(source.model)
-    return {p.name: record(p, dtype, source.plan).model("", nothing) for p in parts}
+    recordings = (record(c, dtype, source.plan) for c in components.components(source.model))
+    return {r.component.name: r.model("", nothing) for r in recordings}
 
 
 def _value(port: Port, dtype: str) -> onnx.ValueInfoProto:
@@ -224,9 +227,9 @@ def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array])
     def produce(tensor: TensorSpec) -> Blocks:
         if tensor.name in tables:
             return row_blocks(tables[tensor.name])
-        few = formats.get(tensor.name.removesuffix(blockwise.SCALE))
-        if few is not None:
-            name, storage = few
+        quantized = formats.get(tensor.name.removesuffix(blockwise.SCALE))
+        if quantized is not None:
+            name, storage = quantized
             rows = weights[name].T if storage.transposed else weights[name]
             return blockwise.pieces(
                 rows, storage.bits, scales=tensor.name.endswith(blockwise.SCALE)
@@ -238,38 +241,47 @@ def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array])
     return write_safetensors(path, recorded.planned(), produce)
 
 
-def describe(part: Component, graph: str, weights: str) -> ComponentRecord:
+def describe(component: Component, graph: str, weights: str) -> ComponentRecord:
     """The manifest's record of a component; flops for one image or one token."""
     at = {**goldens.AXES, "sequence": 1, "rows": 1, "context": 1}
-    params = sum(math.prod(shape) for shape in part.shapes.values())
+    params = sum(math.prod(shape) for shape in component.shapes.values())
     return ComponentRecord(
-        part.name, graph, weights, part.inputs, part.outputs, params, count(part, at).flops, at
+        component.name,
+        graph,
+        weights,
+        component.inputs,
+        component.outputs,
+        params,
+        count(component, at).flops,
+        at,
     )
 
 
-def _write_rest(
+def _write_tokenizer_and_goldens(
     folder: Path,
-    parts: tuple[Component, ...],
+    model_components: tuple[Component, ...],
     source: Source,
     files: dict[str, FileRecord],
     progress: Progress,
 ) -> None:
     (folder / bundles.TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
-    kept = []
+    answered: list[Golden] = []
     with np.errstate(over="ignore"):
-        for part in parts:
-            progress(f"{part.name}: running the reference for its goldens")
-            kept += _goldens(part, Tensors(folder / f"{part.name}.safetensors"), source)
-    goldens.save(folder / bundles.GOLDENS, kept)
+        for component in model_components:
+            progress(f"{component.name}: running the reference for its goldens")
+            answered += _goldens(
+                component, Tensors(folder / f"{component.name}.safetensors"), source
+            )
+    goldens.save(folder / bundles.GOLDENS, answered)
     for name in (bundles.TOKENIZER, bundles.GOLDENS):
         files[name] = bundles.record_file(folder / name)
 
 
-def _goldens(part: Component, stored: Tensors, source: Source) -> list[Golden]:
+def _goldens(component: Component, stored: Tensors, source: Source) -> list[Golden]:
     """The answers of the weights as they were stored, and the float model's where those differ."""
     known = goldens.load(source.goldens) if source.goldens else []
-    origin = [golden for golden in known if golden.component == part.name]
+    origin = [golden for golden in known if golden.component == component.name]
     if not source.plan.precisions and not any(golden.float_outputs for golden in origin):
-        return list(goldens.make_goldens(part, stored))
-    floats = origin or goldens.make_goldens(part, source.weights.get(part.name, {}))
-    return list(goldens.requantized(part, stored, floats))
+        return list(goldens.make_goldens(component, stored))
+    floats = origin or goldens.make_goldens(component, source.weights.get(component.name, {}))
+    return list(goldens.requantized(component, stored, floats))

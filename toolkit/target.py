@@ -156,32 +156,32 @@ def threads_here() -> int:
 
 
 def processor_quota(
-    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> float | None:
     """Processors' worth of time that this process's cgroups grant it, None where none limits it.
 
     The smallest limit from the process's own group up to the root holds. Version 2 has "cpu.max"
     with "QUOTA PERIOD", version 1 a file for each.
     """
-    found = [_quota_of(folder) for folder in _groups(root, own)]
-    return min((quota for quota in found if quota is not None), default=None)
+    quotas = [_quota_of(folder) for folder in _groups(root, membership)]
+    return min((quota for quota in quotas if quota is not None), default=None)
 
 
-def _groups(root: Path, own: Path) -> list[Path]:
+def _groups(root: Path, membership: Path) -> list[Path]:
     """The folders of the process's groups for processors and of all groups above them."""
     try:
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:
         lines = []
-    found = [root, root / "cpu"]
+    folders = [root, root / "cpu"]
     for _, controllers, path in (line for line in lines if len(line) == 3):
         names = controllers.split(",")
         if controllers and "cpu" not in names:
             continue
         for top in {"", controllers, "cpu"} if controllers else {""}:
             group = PurePosixPath(path.lstrip("/"))
-            found += [root / top / part for part in (group, *group.parents)]
-    return found
+            folders += [root / top / level for level in (group, *group.parents)]
+    return folders
 
 
 def _quota_of(folder: Path) -> float | None:
@@ -209,4 +209,4 @@ def saturates_int8(arch: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo"
     except OSError:
         return True
     flags = [set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")]
-    return not flags or not all(found & _VNNI for found in flags)
+    return not flags or not all(known & _VNNI for known in flags)

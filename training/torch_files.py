@@ -24,14 +24,14 @@ class TorchFile:
         import torch
 
         try:  # files from before torch 1.6 are no zip archives; they cannot be mapped
-            found = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+            content = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
         except Exception as broken:  # unpickling raises anything
             reason = (str(broken) or type(broken).__name__).splitlines()[0]
             raise CheckpointError(
                 f"{path} cannot be read as torch weights: {reason}",
                 hint="the file is damaged, or holds more than tensors; safetensors are safer",
             ) from None
-        self._tensors = _named_tensors(found, path)
+        self._tensors = _named_tensors(content, path)
 
     def keys(self) -> list[str]:
         """Names of the tensors."""
@@ -52,15 +52,15 @@ class TorchFile:
         return array
 
 
-def _named_tensors(found: Any, path: Path) -> dict[str, Any]:
+def _named_tensors(content: Any, path: Path) -> dict[str, Any]:
     """The file's content, if it is nothing but tensors by name."""
     import torch
 
     hint = "save the state dict alone: torch.save(model.state_dict(), PATH)"
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, not tensors", hint=hint)
-    for name, value in found.items():
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors", hint=hint)
+    for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             kind = type(value).__name__
             raise CheckpointError(f"{path}: {name!r} is a {kind}, not a named tensor", hint=hint)
-    return found
+    return content

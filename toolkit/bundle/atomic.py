@@ -61,12 +61,12 @@ def refuse_existing(out: Path, *, force: bool) -> None:
         ) from None
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
-    if not out.is_dir() or (found := _artifact_files(out)) is None:
+    if not out.is_dir() or (listed := _artifact_files(out)) is None:
         raise OutputError(
             f"{out} exists and is not an artifact of ours; it is left alone",
             hint="write to another place, or remove it yourself",
         )
-    foreign = sorted({path.name for path in out.iterdir()} - found)
+    foreign = sorted({path.name for path in out.iterdir()} - listed)
     if foreign:
         raise OutputError(
             f"{out} holds what we did not write, and is left alone: {', '.join(foreign[:3])}",
@@ -126,8 +126,8 @@ def recover(out: Path) -> None:
 
 def _partial_folders(final: Path) -> list[Path]:
     """Paths of partial folders that have left something: themselves, the old artifact, a lock."""
-    found = final.parent.glob(f"{glob.escape(_partial_prefix(final))}*")
-    names = {path.name.removesuffix(_OLD).removesuffix(_LOCK) for path in found}
+    leftovers = final.parent.glob(f"{glob.escape(_partial_prefix(final))}*")
+    names = {path.name.removesuffix(_OLD).removesuffix(_LOCK) for path in leftovers}
     return [final.parent / name for name in sorted(names)]
 
 

@@ -102,9 +102,9 @@ def requantized(
 ) -> Iterator[Golden]:
     """The goldens of a component in other weights; the float answers stay those of `origin`."""
     calls = list(origin)
-    again = _answered(component, tensors, (golden.inputs for golden in calls))
-    for golden, own in zip(calls, again, strict=True):
-        yield replace(own, float_outputs=golden.float_outputs or golden.outputs)
+    answers = _answered(component, tensors, (golden.inputs for golden in calls))
+    for golden, answer in zip(calls, answers, strict=True):
+        yield replace(answer, float_outputs=golden.float_outputs or golden.outputs)
 
 
 def _answered(
@@ -164,11 +164,11 @@ def save(path: Path, goldens: list[Golden]) -> None:
 
 def load(path: Path) -> list[Golden]:
     """The inverse of save."""
-    found: dict[str, Golden] = {}
+    goldens: dict[str, Golden] = {}
     with np.load(path) as stored:
         for key in sorted(stored.files):
             number, component, kind, name = key.split("|")
-            golden = found.setdefault(number, Golden(component, {}, {}))
+            golden = goldens.setdefault(number, Golden(component, {}, {}))
             every = (golden.inputs, golden.outputs, golden.float_outputs)
             every[_KINDS.index(kind)][name] = stored[key]
-    return list(found.values())
+    return list(goldens.values())

@@ -117,7 +117,7 @@ class Tensors(Mapping[str, Array]):
                 raise KeyError(key)
             return self._file.read(key)
         stored, scales = (
-            self._file.read(f"{key}{storage.suffix}{part}") for part in ("", blockwise.SCALE)
+            self._file.read(f"{key}{storage.suffix}{tail}") for tail in ("", blockwise.SCALE)
         )
         rows = blockwise.dequantize(stored, scales, storage.bits)
         return rows.T if storage.transposed else rows
@@ -216,10 +216,10 @@ def read_manifest(file: Path) -> Manifest:
                 f"{file} has format {data.get('format')!r}, this version reads {FORMAT}",
                 hint="export the model again with this version",
             )
-        found = from_plain(Manifest, data, str(file))
-        if found.dtype not in DTYPES:
-            raise ConfigError(f"{file}: dtype = {found.dtype!r}, expected one of {DTYPES}")
-        return found
+        manifest = from_plain(Manifest, data, str(file))
+        if manifest.dtype not in DTYPES:
+            raise ConfigError(f"{file}: dtype = {manifest.dtype!r}, expected one of {DTYPES}")
+        return manifest
     except ConfigError as odd:
         raise BundleError(odd.message, hint=_CHANGED) from None
 
@@ -233,18 +233,18 @@ def check_parts(
 ) -> None:
     """Raise ConfigError unless records and connections are the model's, with listed weights."""
     try:
-        parts = components(model)
+        declared = components(model)
     except (ArithmeticError, LookupError, TypeError, ValueError) as odd:
         raise ConfigError(f"{where}: there is no model of this configuration ({odd})") from None
-    expected, found = [part.name for part in parts], [r.name for r in records]
-    if found != expected:
-        raise ConfigError(f"{where}: components are {found}, the model's are {expected}")
-    for part, record in zip(parts, records, strict=True):
-        if (part.inputs, part.outputs) != (record.inputs, record.outputs):
-            raise ConfigError(f"{where}: the ports of {part.name} are not those of its model")
+    expected, recorded = [component.name for component in declared], [r.name for r in records]
+    if recorded != expected:
+        raise ConfigError(f"{where}: components are {recorded}, the model's are {expected}")
+    for component, record in zip(declared, records, strict=True):
+        if (component.inputs, component.outputs) != (record.inputs, record.outputs):
+            raise ConfigError(f"{where}: the ports of {component.name} are not those of its model")
     if tuple(connections) != edges(model):
         raise ConfigError(f"{where}: edges do not connect the components of its model")
-    bare = [part.name for part in model.encoders if part.name not in model.images.encoders]
+    bare = [encoder.name for encoder in model.encoders if encoder.name not in model.images.encoders]
     if bare:
         raise ConfigError(f"{where}: images.encoders lacks {bare[0]}")
     lost = [record.weights for record in records if record.weights not in files]

@@ -21,7 +21,7 @@ def load(folder: Path, options: Options) -> Source:
         )
     lm = with_context(bundle.model.lm, options.max_context)
     model = type(bundle.model)(**{**vars(bundle.model), "lm": lm})
-    weights = {part.name: bundle.tensors(part.name) for part in components(model)}
+    weights = {component.name: bundle.tensors(component.name) for component in components(model)}
     text = (folder / TOKENIZER).read_text(encoding="utf-8")
     origin = {**bundle.manifest.source, "rerecorded_from": bundle.sha256}
     return Source(model, weights, text, origin, bundle.manifest.plan, folder / GOLDENS)

@@ -157,11 +157,11 @@ def check_tables(
     kind are named.
     """
     tables = list(tables)
-    wanted = {s for table, _ in tables for recipe in table.values() for s in recipe.sources}
+    needed = {s for table, _ in tables for recipe in table.values() for s in recipe.sources}
     stored = set(checkpoint.keys())
     free = tuple(unused)
-    missing = sorted(wanted - stored)
-    extra = sorted(k for k in stored - wanted if not any(fnmatchcase(k, g) for g in free))
+    missing = sorted(needed - stored)
+    extra = sorted(k for k in stored - needed if not any(fnmatchcase(k, g) for g in free))
     faults = [*_listed("missing", missing), *_listed("unexpected", extra)]
     for table, shapes in tables:
         faults += _misshapen(table, shapes, checkpoint)

@@ -33,7 +33,7 @@ class Architecture(Protocol):
 
 
 class EncoderFile(Architecture, Protocol):
-    """An encoder: its Config has `pixels`, `tokens` and `widths`.
+    """An encoder: its Config has `pixels`, `tokens` and `hidden_sizes`.
 
     MODEL_TYPES are the model_type values of the tower configurations that it reads.
     """

@@ -9,7 +9,7 @@ from edgevlm.toolkit.errors import ConfigError
 
 
 class Tapped(Protocol):
-    """A tower's configuration with `depth` blocks and resolved `taps`."""
+    """A tower's configuration with `num_layers` blocks and `taps`."""
 
     @property
     def num_layers(self) -> int: ...
@@ -22,7 +22,7 @@ C = TypeVar("C", bound=Tapped)
 
 
 def resolve_taps(config: C, taps: tuple[int, ...], where: str) -> C:
-    """`config` with taps counted from 0 (before the first block) to depth (after the last)."""
+    """`config` with taps counted from 0 (before the first block) to num_layers (after the last)."""
     states = config.num_layers + 1
     for tap in taps:
         if not -states <= tap < states:
@@ -30,8 +30,8 @@ def resolve_taps(config: C, taps: tuple[int, ...], where: str) -> C:
                 f"{where}: select layer {tap} does not exist in a tower of "
                 f"{config.num_layers} blocks"
             )
-    found = tuple(tap % states for tap in taps)
-    changed: Any = replace(config, taps=found)  # type: ignore[type-var]
+    resolved = tuple(tap % states for tap in taps)
+    changed: Any = replace(config, taps=resolved)  # type: ignore[type-var]
     return changed  # type: ignore[no-any-return]
 
 

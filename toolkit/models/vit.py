@@ -140,12 +140,12 @@ def patches(op: Ops[T], w: Weights[T], pixels: T, hidden_size: int, patch_size: 
 
 def linear_shapes(sizes: Mapping[str, tuple[int, int]], bias: bool = True) -> Shapes:
     """Weight and bias of linears named in `sizes` as (in, out)."""
-    found: Shapes = {}
+    shapes: Shapes = {}
     for name, size in sizes.items():
-        found[f"{name}.weight"] = size
+        shapes[f"{name}.weight"] = size
         if bias:
-            found[f"{name}.bias"] = size[1:]
-    return found
+            shapes[f"{name}.bias"] = size[1:]
+    return shapes
 
 
 def norm_shapes(*names: str, hidden_size: int) -> Shapes:

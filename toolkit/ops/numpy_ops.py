@@ -255,12 +255,12 @@ def _bilinear(cells: Array, points: Array) -> Array:
     """cells [B, M, L, H, W, d] at points [B, M, L, Q, P, 2] as (x, y) -> [B, M, L, Q, P, d]."""
     height, width = cells.shape[3:5]
     low = np.floor(points).astype(np.int64)
-    part = points - low
+    fraction = points - low
     b, m, n = (i[..., None, None] for i in np.ogrid[tuple(map(slice, cells.shape[:3]))])
     total = np.zeros((*points.shape[:-1], cells.shape[-1]), cells.dtype)
     for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
         x, y = low[..., 0] + dx, low[..., 1] + dy
-        weight = np.abs(1 - dx - part[..., 0]) * np.abs(1 - dy - part[..., 1])
+        weight = np.abs(1 - dx - fraction[..., 0]) * np.abs(1 - dy - fraction[..., 1])
         weight = weight * ((x >= 0) & (x < width) & (y >= 0) & (y < height))
         total += cells[b, m, n, y.clip(0, height - 1), x.clip(0, width - 1)] * weight[..., None]
     return total

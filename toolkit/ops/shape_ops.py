@@ -181,8 +181,8 @@ class ShapeOps:
 
     def reshape(self, x: Spec, shape: tuple[int, ...]) -> Spec:
         known = [x.shape[i] if n == 0 else n for i, n in enumerate(shape)]
-        rest = x.size // math.prod(n for n in known if n != -1)
-        return Spec(tuple(rest if n == -1 else n for n in known))
+        missing = x.size // math.prod(n for n in known if n != -1)
+        return Spec(tuple(missing if n == -1 else n for n in known))
 
     def transpose(self, x: Spec, axes: tuple[int, ...]) -> Spec:
         return Spec(tuple(x.shape[axis] for axis in axes))

@@ -57,8 +57,8 @@ class Weights(Generic[T]):
 
     def replacing(self, **leaves: T) -> Weights[T]:
         """The same path with these tensors instead of its own."""
-        own = {self.key(leaf): x for leaf, x in leaves.items()}
-        return replace(self, tensors=ChainMap(own, cast(Any, self.tensors)))
+        replaced = {self.key(leaf): x for leaf, x in leaves.items()}
+        return replace(self, tensors=ChainMap(replaced, cast(Any, self.tensors)))
 
     @property
     def path(self) -> str:

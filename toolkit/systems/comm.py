@@ -71,8 +71,8 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     }
     tensors["lm"] = _lm_tensors(lm, lm_folder, options)
     table, shapes = comm.names(merger.config), comm.shapes(merger.config)
-    own = open_checkpoint(folder, options.torch_reader)
-    tensors["merger"] = ComponentTensors(table, shapes, own)
+    checkpoint = open_checkpoint(folder, options.torch_reader)
+    tensors["merger"] = ComponentTensors(table, shapes, checkpoint)
     check([tensors["merger"]], comm.unused(merger.config))
     model = ModelConfig(
         folder.resolve().name,

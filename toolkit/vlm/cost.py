@@ -17,11 +17,11 @@ from edgevlm.toolkit.vlm.components import Component, Port
 from edgevlm.toolkit.vlm.config import ModelConfig
 
 
-def count(part: Component, axes: Mapping[str, int]) -> Count:
+def count(component: Component, axes: Mapping[str, int]) -> Count:
     """Run the component over shapes; `axes` gives every dimension that changes between calls."""
-    counter = Count(ShapeOps(), part.name)
-    held = {key: Parameter(shape) for key, shape in part.shapes.items()}
-    part.forward(cast(Any, counter), Weights(held), _inputs(part, axes))
+    counter = Count(ShapeOps(), component.name)
+    parameters = {key: Parameter(shape) for key, shape in component.shapes.items()}
+    component.forward(cast(Any, counter), Weights(parameters), _inputs(component, axes))
     return counter
 
 
@@ -45,7 +45,7 @@ def weight_bits(cost: Cost, plan: PrecisionPlan) -> int | None:
 
 
 def _each(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
-    """Bytes of one element of the op's matrix, its part of a block's scale included."""
+    """Bytes of one element of the op's matrix, its share of a block's scale included."""
     bits, block = weight_bits(cost, plan), block_of(cost.matrix_inputs)
     return element_bytes if bits is None or block is None else bits / 8 + element_bytes / block
 
@@ -56,54 +56,54 @@ def stored_bytes(model: ModelConfig, plan: PrecisionPlan, element_bytes: int) ->
     element_bytes: of a parameter that the plan leaves in float.
     """
     axes = image_axes(model, 1, 1) | {"sequence": 1, "context": 1}
-    found = {}
-    for part in components.components(model):
-        counter = count(part, axes)
-        matrices = {_key(cost, part): cost for cost in counter.costs if cost.matrix_elements}
+    sizes = {}
+    for component in components.components(model):
+        counter = count(component, axes)
+        matrices = {_key(cost, component): cost for cost in counter.costs if cost.matrix_elements}
         total = 4.0 * sum(table.size for table in counter.tables.values())
-        for key, shape in part.shapes.items():
+        for key, shape in component.shapes.items():
             each = _each(matrices[key], plan, element_bytes) if key in matrices else element_bytes
             total += math.prod(shape) * each
-        found[part.name] = round(total)
-    return found
+        sizes[component.name] = round(total)
+    return sizes
 
 
-def _key(cost: Cost, part: Component) -> str:
+def _key(cost: Cost, component: Component) -> str:
     """The matrix that an op multiplies by, as the weights file names it."""
-    return cost.path.removeprefix(f"{part.name}/").replace("/", ".") + ".weight"
+    return cost.path.removeprefix(f"{component.name}/").replace("/", ".") + ".weight"
 
 
-def state_elements(part: Component, axes: Mapping[str, int]) -> int:
+def state_elements(component: Component, axes: Mapping[str, int]) -> int:
     """Elements of the states (the KV cache) that a component carries from call to call.
 
     axes: the lengths of those that states have, "batch" and "context".
     """
-    states = {port.updates for port in part.outputs if port.updates}
-    return sum(_spec(port, axes).size for port in part.inputs if port.name in states)
+    states = {port.updates for port in component.outputs if port.updates}
+    return sum(_spec(port, axes).size for port in component.inputs if port.name in states)
 
 
 def image_axes(model: ModelConfig, views: int, placed: int) -> dict[str, int]:
     """All axes that change with an image: `views` of the size the encoders were published for,
     `placed` tokens of it in the prompt.
     """
-    found = {"tiles": views, "placed": placed, "rows": 1, "batch": 1, "scored": 1}
+    axes = {"tiles": views, "placed": placed, "rows": 1, "batch": 1, "scored": 1}
     for encoder in model.encoders:
         height, width = model.images.encoders[encoder.name].size
-        found |= {"height": height, "width": width}
+        axes |= {"height": height, "width": width}
         if isinstance(encoder.config.tokens, str):
-            part = components.encoder_component(encoder)
-            seen = outputs(part, found | {"tiles": 1})
-            found["tokens"] = seen[part.outputs[0].name].shape[1]
-    return found
+            component = components.encoder_component(encoder)
+            seen = outputs(component, axes | {"tiles": 1})
+            axes["tokens"] = seen[component.outputs[0].name].shape[1]
+    return axes
 
 
-def outputs(part: Component, axes: Mapping[str, int]) -> dict[str, Spec]:
+def outputs(component: Component, axes: Mapping[str, int]) -> dict[str, Spec]:
     """Shapes of a component's outputs."""
-    return part.forward(ShapeOps(), Weights(Specs(part.shapes)), _inputs(part, axes))
+    return component.forward(ShapeOps(), Weights(Specs(component.shapes)), _inputs(component, axes))
 
 
-def _inputs(part: Component, axes: Mapping[str, int]) -> dict[str, Spec]:
-    return {port.name: _spec(port, axes) for port in part.inputs}
+def _inputs(component: Component, axes: Mapping[str, int]) -> dict[str, Spec]:
+    return {port.name: _spec(port, axes) for port in component.inputs}
 
 
 def _spec(port: Port, axes: Mapping[str, int]) -> Spec:

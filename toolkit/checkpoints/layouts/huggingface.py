@@ -59,8 +59,8 @@ class HuggingFaceRules:
 
 def matches(config: Mapping[str, Any], *kinds: str) -> bool:
     """Whether a config.json is of this layout and of one of these model types."""
-    own = "text_config" in config and "mm_vision_tower" not in config
-    return own and config.get("model_type") in kinds
+    nested = "text_config" in config and "mm_vision_tower" not in config
+    return nested and config.get("model_type") in kinds
 
 
 def one_view(r: Reader, encoder: ComponentConfig, rule: Preprocess) -> ImageRules:

@@ -37,7 +37,7 @@ def read_rules(
             f"{r.where}: image_aspect_ratio = {aspect!r} is not implemented",
             hint="implemented: square, pad, anyres, anyres_max_N",
         )
-    own = rule.padded() if aspect == "pad" else rule
+    preprocess = rule.padded() if aspect == "pad" else rule
     max_tiles = int(match[1] or 0) if match else 0
     arrangement = read_arrangement(r, merge, _side(encoder, merger), max_tiles)
     tiling = None
@@ -48,7 +48,7 @@ def read_rules(
         arrangement = None  # a single view without a newline: its tokens in their own order
     if arrangement is not None and arrangement.side == 0:
         raise ConfigError(f"{r.where}: {merge} needs a tower with a fixed grid of patches only")
-    return ImageRules({encoder.name: own}, tiling, arrangement)
+    return ImageRules({encoder.name: preprocess}, tiling, arrangement)
 
 
 def _side(encoder: ComponentConfig, merger: ComponentConfig) -> int:

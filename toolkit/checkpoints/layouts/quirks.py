@@ -40,8 +40,8 @@ def keep(source: Source, config: Mapping[str, Any], names: Sequence[str]) -> Sou
                 hint=f"it is one of: {', '.join(QUIRKS[name].systems)}",
             )
         source = QUIRKS[name].keep(source, config)
-    kept = {"quirks": [*source.origin.get("quirks", ()), *names]} if names else {}
-    return replace(source, origin={**source.origin, **kept})
+    applied = {"quirks": [*source.origin.get("quirks", ()), *names]} if names else {}
+    return replace(source, origin={**source.origin, **applied})
 
 
 def _ignore_exif(source: Source, config: Mapping[str, Any]) -> Source:

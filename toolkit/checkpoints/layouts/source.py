@@ -81,10 +81,10 @@ def check(tensors: Iterable[ComponentTensors], unused: Iterable[str]) -> None:
 
     unused: globs of tensors that a checkpoint may hold and that are not read.
     """
-    tables, free = list(tensors), tuple(unused)
-    for checkpoint in {id(t.checkpoint): t.checkpoint for t in tables}.values():
-        own = [(t.table, t.shapes) for t in tables if t.checkpoint is checkpoint]
-        check_tables(own, checkpoint, free)
+    groups, free = list(tensors), tuple(unused)
+    for checkpoint in {id(group.checkpoint): group.checkpoint for group in groups}.values():
+        tables = [(g.table, g.shapes) for g in groups if g.checkpoint is checkpoint]
+        check_tables(tables, checkpoint, free)
 
 
 def below(table: Mapping[str, Recipe], prefix: str) -> dict[str, Recipe]:

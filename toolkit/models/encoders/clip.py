@@ -72,25 +72,25 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors, those that the taps need."""
     d = c.hidden_size
-    own: vit.Shapes = {
+    tensors: vit.Shapes = {
         "class_token": (d,),
         "patch.weight": (d, 3, c.patch_size, c.patch_size),
         "position": ((c.image_size // c.patch_size) ** 2 + 1, d),
     }
     blocks = vit.block_shapes(c, depth_needed(c.taps))
-    return own | vit.norm_shapes("norm_pre", hidden_size=d) | blocks
+    return tensors | vit.norm_shapes("norm_pre", hidden_size=d) | blocks
 
 
 def names(c: Config) -> Mapping[str, Recipe]:
     """Where each of our tensors stands in a CLIPVisionModel file (without `vision_model.`)."""
-    own = {
+    table = {
         "class_token": keep("embeddings.class_embedding"),
         "patch.weight": keep("embeddings.patch_embedding.weight"),
         "position": keep("embeddings.position_embedding.weight"),
         "norm_pre.weight": keep("pre_layrnorm.weight"),
         "norm_pre.bias": keep("pre_layrnorm.bias"),
     }
-    return own | vit.clip_block_names(depth_needed(c.taps))
+    return table | vit.clip_block_names(depth_needed(c.taps))
 
 
 def unused(c: Config) -> tuple[str, ...]:

@@ -107,22 +107,22 @@ def _block(op: Ops[T], w: Weights[T], x: T, c: Config, channels: int) -> T:
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors."""
-    found = convnet.conv_shapes("stem.conv", 3, c.dims[0], c.patch)
-    found |= convnet.norm_shapes("stem.norm", c.dims[0])
+    tensors = convnet.conv_shapes("stem.conv", 3, c.dims[0], c.patch)
+    tensors |= convnet.norm_shapes("stem.norm", c.dims[0])
     for s, (depth, d) in enumerate(zip(c.depths, c.dims, strict=True)):
         if s:
             before = c.dims[s - 1]
-            found |= convnet.norm_shapes(f"stages.{s}.down.norm", before)
-            found |= convnet.conv_shapes(f"stages.{s}.down.conv", before, d, 2)
+            tensors |= convnet.norm_shapes(f"stages.{s}.down.norm", before)
+            tensors |= convnet.conv_shapes(f"stages.{s}.down.conv", before, d, 2)
         for j in range(depth):
             block = f"stages.{s}.blocks.{j}"
-            found |= convnet.conv_shapes(f"{block}.depthwise", d, d, 7, groups=d)
-            found |= convnet.norm_shapes(f"{block}.norm", d)
-            found |= {f"{block}.up.weight": (d, 4 * d), f"{block}.up.bias": (4 * d,)}
-            found |= {f"{block}.down.weight": (4 * d, d), f"{block}.down.bias": (d,)}
+            tensors |= convnet.conv_shapes(f"{block}.depthwise", d, d, 7, groups=d)
+            tensors |= convnet.norm_shapes(f"{block}.norm", d)
+            tensors |= {f"{block}.up.weight": (d, 4 * d), f"{block}.up.bias": (4 * d,)}
+            tensors |= {f"{block}.down.weight": (4 * d, d), f"{block}.down.bias": (d,)}
             if c.scaled:
-                found[f"{block}.scale"] = (d,)
-    return found
+                tensors[f"{block}.scale"] = (d,)
+    return tensors
 
 
 _BLOCK = {"depthwise": "dwconv", "norm": "layernorm", "up": "pwconv1", "down": "pwconv2"}
@@ -134,15 +134,15 @@ def names(c: Config) -> Mapping[str, Recipe]:
 
 
 def _recipe(key: str) -> Recipe:
-    part, leaf = key.rsplit(".", 1)
-    if part.startswith("stem"):
-        theirs = "patch_embeddings" if part.endswith("conv") else "layernorm"
+    layer, leaf = key.rsplit(".", 1)
+    if layer.startswith("stem"):
+        theirs = "patch_embeddings" if layer.endswith("conv") else "layernorm"
         return keep(f"embeddings.{theirs}.{leaf}")
-    _, stage, rest = part.split(".", 2)
-    if rest.startswith("down."):
-        number = 1 if rest.endswith("conv") else 0
+    _, stage, path_in_stage = layer.split(".", 2)
+    if path_in_stage.startswith("down."):
+        number = 1 if path_in_stage.endswith("conv") else 0
         return keep(f"encoder.stages.{stage}.downsampling_layer.{number}.{leaf}")
-    _, block, *name = rest.split(".")
+    _, block, *name = path_in_stage.split(".")
     source = f"encoder.stages.{stage}.layers.{block}"
     if leaf == "scale":
         return keep(f"{source}.layer_scale_parameter")

@@ -109,23 +109,23 @@ def _swiglu(op: Ops[Any], c: Any, w: Weights[Any], x: Any) -> Any:
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors, those that the taps need; positions for the images it will see."""
     d = c.hidden_size
-    found: vit.Shapes = {
+    tensors: vit.Shapes = {
         "class_token": (d,),
         "patch.weight": (d, 3, c.patch_size, c.patch_size),
         "patch.bias": (d,),
         "position": ((c.image_size // c.patch_size) ** 2 + 1, d),
     }
     if c.num_registers:
-        found["registers"] = (c.num_registers, d)
-    found |= vit.block_shapes(c, depth_needed(c.taps))
+        tensors["registers"] = (c.num_registers, d)
+    tensors |= vit.block_shapes(c, depth_needed(c.taps))
     for i in range(depth_needed(c.taps)):
-        found |= {f"layers.{i}.scale1": (d,), f"layers.{i}.scale2": (d,)}
+        tensors |= {f"layers.{i}.scale1": (d,), f"layers.{i}.scale2": (d,)}
         if c.swiglu:
-            found |= vit.linear_shapes({f"layers.{i}.mlp.gate": (d, c.intermediate_size)})
+            tensors |= vit.linear_shapes({f"layers.{i}.mlp.gate": (d, c.intermediate_size)})
         if not c.qkv_bias:
             for name in "qkv":
-                del found[f"layers.{i}.attention.{name}.bias"]
-    return found
+                del tensors[f"layers.{i}.attention.{name}.bias"]
+    return tensors
 
 
 _LAYER = {
@@ -155,17 +155,17 @@ def names(c: Config) -> Mapping[str, Recipe]:
 
 
 def _layer_recipe(c: Config, key: str) -> Recipe:
-    _, layer, rest = key.split(".", 2)
+    _, layer, name = key.split(".", 2)
     source = f"encoder.layer.{layer}"
-    if rest.startswith("scale"):
-        return keep(f"{source}.{_LAYER[rest]}")
-    part, _, leaf = rest.rpartition(".")
-    if c.swiglu and part in ("mlp.gate", "mlp.up"):
-        half = 0 if part == "mlp.gate" else 1
+    if name.startswith("scale"):
+        return keep(f"{source}.{_LAYER[name]}")
+    module, _, leaf = name.rpartition(".")
+    if c.swiglu and module in ("mlp.gate", "mlp.up"):
+        half = 0 if module == "mlp.gate" else 1
         joined = f"{source}.mlp.weights_in.{leaf}"
         return Recipe((joined,), lambda x: np.split(x, 2)[half].T)
-    theirs = "mlp.weights_out" if c.swiglu and part == "mlp.down" else _LAYER[part]
-    plain = leaf == "bias" or part.startswith("norm")
+    theirs = "mlp.weights_out" if c.swiglu and module == "mlp.down" else _LAYER[module]
+    plain = leaf == "bias" or module.startswith("norm")
     return (keep if plain else flip)(f"{source}.{theirs}.{leaf}")
 
 

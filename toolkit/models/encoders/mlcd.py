@@ -88,9 +88,9 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
     """pixels [B, 3, height, width] -> for each tap [B, tokens, hidden_size]."""
     x = op.prepend(vit.patches(op, w, pixels, c.hidden_size, c.patch_size), w["class_token"])
     x = op.layer_norm(x, w / "norm_pre", c.eps)
-    table = op.constant("rotary.angles", patch_angles(c))
-    own = op.to_float32(op.reshape(w["class_angle"], (1, -1)))
-    angles = op.concat([own, table], 0)
+    patch_table = op.constant("rotary.angles", patch_angles(c))
+    class_angle = op.to_float32(op.reshape(w["class_angle"], (1, -1)))
+    angles = op.concat([class_angle, patch_table], 0)
 
     def attend(op: Ops[Any], c: Any, w: Weights[Any], x: Any) -> Any:
         q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
@@ -113,31 +113,31 @@ def patch_angles(c: Config) -> Array:
     half = c.hidden_size // c.num_heads // 2
     frequencies = 1.0 / c.theta ** (np.arange(0, half, 2, dtype=np.float32) / np.float32(half))
     rows, columns = np.divmod(np.arange(c.grid[0] * c.grid[1]), c.grid[1])
-    parts = [np.outer(index.astype(np.float32), frequencies) for index in (rows, columns)]
-    return read_only(np.concatenate(parts, 1).astype(np.float32))
+    angles = [np.outer(index.astype(np.float32), frequencies) for index in (rows, columns)]
+    return read_only(np.concatenate(angles, 1).astype(np.float32))
 
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors, those that the taps need."""
-    own: vit.Shapes = {
+    tensors: vit.Shapes = {
         "class_token": (c.hidden_size,),
         "class_angle": (c.hidden_size // c.num_heads // 2,),
         "patch.weight": (c.hidden_size, 3, c.patch_size, c.patch_size),
     }
     blocks = vit.block_shapes(c, depth_needed(c.taps))
-    return own | vit.norm_shapes("norm_pre", hidden_size=c.hidden_size) | blocks
+    return tensors | vit.norm_shapes("norm_pre", hidden_size=c.hidden_size) | blocks
 
 
 def names(c: Config) -> Mapping[str, Recipe]:
     """Where each of our tensors stands in an MLCDVisionModel file (without `vision_model.`)."""
-    own = {
+    table = {
         "class_token": keep("embeddings.class_embedding"),
         "class_angle": flat("class_pos_emb"),
         "patch.weight": keep("embeddings.patch_embedding.weight"),
         "norm_pre.weight": keep("pre_layrnorm.weight"),
         "norm_pre.bias": keep("pre_layrnorm.bias"),
     }
-    return own | vit.clip_block_names(depth_needed(c.taps))
+    return table | vit.clip_block_names(depth_needed(c.taps))
 
 
 def native_names(c: Config) -> Mapping[str, Recipe]:

@@ -69,22 +69,22 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors, those that the taps need."""
-    own: vit.Shapes = {
+    tensors: vit.Shapes = {
         "patch.weight": (c.hidden_size, 3, c.patch_size, c.patch_size),
         "patch.bias": (c.hidden_size,),
         "position": (c.tokens, c.hidden_size),
     }
-    return own | vit.block_shapes(c, depth_needed(c.taps))
+    return tensors | vit.block_shapes(c, depth_needed(c.taps))
 
 
 def names(c: Config) -> Mapping[str, Recipe]:
     """Where each of our tensors stands in a SiglipVisionModel file (without `vision_model.`)."""
-    own = {
+    table = {
         "patch.weight": keep("embeddings.patch_embedding.weight"),
         "patch.bias": keep("embeddings.patch_embedding.bias"),
         "position": keep("embeddings.position_embedding.weight"),
     }
-    return own | vit.clip_block_names(depth_needed(c.taps))
+    return table | vit.clip_block_names(depth_needed(c.taps))
 
 
 def unused(c: Config) -> tuple[str, ...]:

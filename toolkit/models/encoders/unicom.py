@@ -49,7 +49,7 @@ class Config:
 
     @property
     def patches(self) -> int:
-        """Patches of a image."""
+        """Patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -83,22 +83,23 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors; q, k and v have no biases."""
-    found: vit.Shapes = {
+    tensors: vit.Shapes = {
         "patch.weight": (c.hidden_size, 3, c.patch_size, c.patch_size),
         "patch.bias": (c.hidden_size,),
         "position": (c.patches, c.hidden_size),
     }
-    found |= vit.block_shapes(c, c.num_layers) | vit.norm_shapes("norm", hidden_size=c.hidden_size)
+    tensors |= vit.block_shapes(c, c.num_layers)
+    tensors |= vit.norm_shapes("norm", hidden_size=c.hidden_size)
     for i in range(c.num_layers):
         for name in "qkv":
-            del found[f"layers.{i}.attention.{name}.bias"]
+            del tensors[f"layers.{i}.attention.{name}.bias"]
     if c.embedding_dim:
         sizes = {
             "head.0": (c.patches * c.hidden_size, c.hidden_size),
             "head.1": (c.hidden_size, c.embedding_dim),
         }
-        found |= vit.linear_shapes(sizes)
-    return found
+        tensors |= vit.linear_shapes(sizes)
+    return tensors
 
 
 def names(c: Config) -> Mapping[str, Recipe]:
@@ -147,7 +148,7 @@ def _folded(ours: str, linear: str, norm: str) -> dict[str, Recipe]:
 
 
 def unused(c: Config) -> tuple[str, ...]:
-    """The head where only tokens are wanted, and batch counters."""
+    """The head where only tokens are needed, and batch counters."""
     return ("*.num_batches_tracked", *(() if c.embedding_dim else ("feature.*",)))
 
 

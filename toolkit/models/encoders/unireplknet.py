@@ -41,21 +41,21 @@ class Config:
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]], where: str) -> Config:
         """Sizes from the tensors' shapes: the original hard-codes them and reads no config."""
-        found: dict[tuple[int, int], int] = {}
+        kernel_sizes: dict[tuple[int, int], int] = {}
         dims: dict[int, int] = {}
         for key in sorted(shapes):
             match = re.fullmatch(r"stages\.(\d+)\.(\d+)\.dwconv\.(?:lk_origin\.)?weight", key)
             if match:
                 shape = shapes[key]
-                found[int(match[1]), int(match[2])] = shape[2]
+                kernel_sizes[int(match[1]), int(match[2])] = shape[2]
                 dims[int(match[1])] = shape[0]
         if sorted(dims) != list(range(len(dims))) or not dims:
             raise CheckpointError(
                 f"{where} holds no UniRepLKNet (stages.0.0.dwconv and on)",
                 hint="mm_vision_tower must name the tower's weight file",
             )
-        depths = [1 + max(j for s, j in found if s == stage) for stage in sorted(dims)]
-        kernels = tuple(tuple(found[s, j] for j in range(n)) for s, n in enumerate(depths))
+        depths = [1 + max(j for s, j in kernel_sizes if s == stage) for stage in sorted(dims)]
+        kernels = tuple(tuple(kernel_sizes[s, j] for j in range(n)) for s, n in enumerate(depths))
         merged = "stages.0.0.norm.weight" not in shapes
         return cls(tuple(dims[s] for s in sorted(dims)), kernels, merged)
 
@@ -105,22 +105,23 @@ def _block(op: Ops[T], w: Weights[T], x: T, channels: int, kernel: int) -> T:
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors, merged."""
     half = c.dims[0] // 2
-    found = convnet.conv_shapes("stem.conv1", 3, half, 3) | convnet.norm_shapes("stem.norm1", half)
-    found |= convnet.conv_shapes("stem.conv2", half, c.dims[0], 3)
-    found |= convnet.norm_shapes("stem.norm2", c.dims[0])
+    tensors = convnet.conv_shapes("stem.conv1", 3, half, 3)
+    tensors |= convnet.norm_shapes("stem.norm1", half)
+    tensors |= convnet.conv_shapes("stem.conv2", half, c.dims[0], 3)
+    tensors |= convnet.norm_shapes("stem.norm2", c.dims[0])
     for s, (d, kernels) in enumerate(zip(c.dims, c.kernels, strict=True)):
         if s:
-            found |= convnet.conv_shapes(f"stages.{s}.down.conv", c.dims[s - 1], d, 3)
-            found |= convnet.norm_shapes(f"stages.{s}.down.norm", d)
+            tensors |= convnet.conv_shapes(f"stages.{s}.down.conv", c.dims[s - 1], d, 3)
+            tensors |= convnet.norm_shapes(f"stages.{s}.down.norm", d)
         for j, kernel in enumerate(kernels):
             block = f"stages.{s}.blocks.{j}"
-            found |= convnet.conv_shapes(f"{block}.depthwise", d, d, kernel, groups=d)
+            tensors |= convnet.conv_shapes(f"{block}.depthwise", d, d, kernel, groups=d)
             linears = {"squeeze": (d, d // 4), "excite": (d // 4, d), "up": (d, 4 * d),
                        "down": (4 * d, d)}  # fmt: skip
             for name, size in linears.items():
-                found |= {f"{block}.{name}.weight": size, f"{block}.{name}.bias": size[1:]}
-            found[f"{block}.response.weight"] = (4 * d,)
-    return found
+                tensors |= {f"{block}.{name}.weight": size, f"{block}.{name}.bias": size[1:]}
+            tensors[f"{block}.response.weight"] = (4 * d,)
+    return tensors
 
 
 def names(c: Config) -> Mapping[str, Recipe]:
@@ -209,11 +210,11 @@ def _branches(block: str, kernel: int) -> list[tuple[str, str, int]]:
     stem = f"{block}.dwconv"
     if kernel not in BRANCHES:
         return [(f"{stem}.weight", "", 1)]
-    found = [(f"{stem}.lk_origin.weight", f"{stem}.origin_bn", 1)]
+    branches = [(f"{stem}.lk_origin.weight", f"{stem}.origin_bn", 1)]
     for size, dilation in BRANCHES[kernel]:
         tail = f"k{size}_{dilation}"
-        found.append((f"{stem}.dil_conv_{tail}.weight", f"{stem}.dil_bn_{tail}", dilation))
-    return found
+        branches.append((f"{stem}.dil_conv_{tail}.weight", f"{stem}.dil_bn_{tail}", dilation))
+    return branches
 
 
 def _merge_depthwise(

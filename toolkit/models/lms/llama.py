@@ -243,7 +243,7 @@ def _stretch(frequencies: Array, scaling: RopeScaling | None) -> Array:
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors."""
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    found: dict[str, tuple[int, ...]] = {"embed.weight": (c.vocab_size, c.hidden_size)}
+    tensors: dict[str, tuple[int, ...]] = {"embed.weight": (c.vocab_size, c.hidden_size)}
     for i in range(c.num_layers):
         linears = {
             "attention.q": (c.hidden_size, q, c.qkv_bias),
@@ -254,18 +254,18 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
             "mlp.up": (c.hidden_size, c.intermediate_size, c.mlp_bias),
             "mlp.down": (c.intermediate_size, c.hidden_size, c.mlp_bias),
         }
-        found |= {
+        tensors |= {
             f"layers.{i}.norm1.weight": (c.hidden_size,),
             f"layers.{i}.norm2.weight": (c.hidden_size,),
         }
         for name, (inputs, outputs, bias) in linears.items():
-            found[f"layers.{i}.{name}.weight"] = (inputs, outputs)
+            tensors[f"layers.{i}.{name}.weight"] = (inputs, outputs)
             if bias:
-                found[f"layers.{i}.{name}.bias"] = (outputs,)
-    found["norm.weight"] = (c.hidden_size,)
+                tensors[f"layers.{i}.{name}.bias"] = (outputs,)
+    tensors["norm.weight"] = (c.hidden_size,)
     if not c.tied:
-        found["head.weight"] = (c.hidden_size, c.vocab_size)
-    return found
+        tensors["head.weight"] = (c.hidden_size, c.vocab_size)
+    return tensors
 
 
 _LAYER = {
@@ -290,8 +290,8 @@ def names(c: Config) -> Mapping[str, Recipe]:
         if stem in fixed:
             source = fixed[stem]
         else:
-            _, layer, part = stem.split(".", 2)
-            source = f"model.layers.{layer}.{_LAYER[part]}"
+            _, layer, module = stem.split(".", 2)
+            source = f"model.layers.{layer}.{_LAYER[module]}"
         plain = leaf == "bias" or "norm" in stem or stem == "embed"
         table[key] = (keep if plain else flip)(f"{source}.{leaf}")
     return table

@@ -80,8 +80,8 @@ def _branch(op: Ops[T], c: Config, b: Branch, w: Weights[T], levels: Sequence[T]
 
 def _merged(op: Ops[T], c: Config, b: Branch, w: Weights[T], levels: Sequence[T]) -> T:
     if b.merge in ("mean", "mean_half"):
-        parts = b.count if b.merge == "mean" else b.count - 1
-        return op.scale(_sum(op, levels), 1 / parts)
+        divisor = b.count if b.merge == "mean" else b.count - 1
+        return op.scale(_sum(op, levels), 1 / divisor)
     scale = op.softmax(w["scale"]) if b.scale == "softmax" else w["scale"]
     if b.merge == "norm_linear":
         return op.layer_merge(levels, w.replacing(scale=scale), c.eps)
@@ -109,25 +109,25 @@ def _sum(op: Ops[T], xs: Sequence[T]) -> T:
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors; norm_linear keeps a branch's linears on top of each other."""
-    found = vit.linear_shapes({"project": (sum(b.hidden_size for b in c.branches), c.outputs)})
+    tensors = vit.linear_shapes({"project": (sum(b.hidden_size for b in c.branches), c.outputs)})
     for b in c.branches:
         d, n = b.hidden_size, b.count
-        own: vit.Shapes = {} if b.merge.startswith("mean") else {"scale": (n,)}
+        branch: vit.Shapes = {} if b.merge.startswith("mean") else {"scale": (n,)}
         if b.merge == "norm_linear":
-            own |= {"norm.weight": (n, d), "norm.bias": (n, d)}
-            own |= {"linear.weight": (n * d, d), "linear.bias": (n, d)}
+            branch |= {"norm.weight": (n, d), "norm.bias": (n, d)}
+            branch |= {"linear.weight": (n * d, d), "linear.bias": (n, d)}
         for i in range(n):
             if b.merge == "linear_norm":
-                own |= vit.linear_shapes({f"levels.{i}.linear": (d, d)})
-                own |= vit.norm_shapes(f"levels.{i}.norm", hidden_size=d)
+                branch |= vit.linear_shapes({f"levels.{i}.linear": (d, d)})
+                branch |= vit.norm_shapes(f"levels.{i}.norm", hidden_size=d)
             if b.merge in ("conv1", "conv3"):
                 k = int(b.merge[-1])
-                own |= {f"levels.{i}.conv.weight": (d, d, k, k), f"levels.{i}.conv.bias": (d,)}
+                branch |= {f"levels.{i}.conv.weight": (d, d, k, k), f"levels.{i}.conv.bias": (d,)}
         for i in range(b.mlp_depth):
             sizes = {f"mlp.{i}.up": (d, d * b.mlp_ratio), f"mlp.{i}.down": (d * b.mlp_ratio, d)}
-            own |= vit.linear_shapes(sizes)
-        found |= {f"{b.name}.{name}": shape for name, shape in own.items()}
-    return found
+            branch |= vit.linear_shapes(sizes)
+        tensors |= {f"{b.name}.{name}": shape for name, shape in branch.items()}
+    return tensors
 
 
 # -- our checkpoint format ---------------------------------------------------------------------
@@ -141,19 +141,19 @@ def names(c: Config) -> Mapping[str, Recipe]:
     """
     table = {"project.weight": flip("proj.weight"), "project.bias": keep("proj.bias")}
     for b in c.branches:
-        own = _branch_names(b)
-        table |= {f"{b.name}.{name}": r.below(f"{b.name}.") for name, r in own.items()}
+        recipes = _branch_names(b)
+        table |= {f"{b.name}.{name}": r.below(f"{b.name}.") for name, r in recipes.items()}
     return table
 
 
 def _branch_names(b: Branch) -> dict[str, Recipe]:
     table = {} if b.merge.startswith("mean") else {"scale": keep("scale")}
     if b.merge == "norm_linear":
-        for part in ("norm", "linear"):
+        for module in ("norm", "linear"):
             for leaf in ("weight", "bias"):
-                sources = tuple(f"{level}.{part}.{leaf}" for level in b.levels)
-                square = part == "linear" and leaf == "weight"
-                table[f"{part}.{leaf}"] = Recipe(
+                sources = tuple(f"{level}.{module}.{leaf}" for level in b.levels)
+                square = module == "linear" and leaf == "weight"
+                table[f"{module}.{leaf}"] = Recipe(
                     sources, _stacked_transposed if square else _stacked
                 )
     for i, level in enumerate(b.levels):

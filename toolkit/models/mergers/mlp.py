@@ -51,12 +51,12 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors."""
     sizes = {f"linears.{i}": (c.outputs if i else sum(c.inputs), c.outputs)
              for i in range(c.layers)}  # fmt: skip
-    found = vit.linear_shapes(sizes, c.bias)
+    tensors = vit.linear_shapes(sizes, c.bias)
     for i in range(c.blocks):
-        found |= vit.norm_shapes(f"blocks.{i}.norm", hidden_size=c.outputs)
+        tensors |= vit.norm_shapes(f"blocks.{i}.norm", hidden_size=c.outputs)
         square = (c.outputs, c.outputs)
-        found |= vit.linear_shapes({f"blocks.{i}.up": square, f"blocks.{i}.down": square})
-    return found
+        tensors |= vit.linear_shapes({f"blocks.{i}.up": square, f"blocks.{i}.down": square})
+    return tensors
 
 
 def names(c: Config) -> Mapping[str, Recipe]:

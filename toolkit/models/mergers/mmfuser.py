@@ -84,16 +84,17 @@ def cell_centres(side: int) -> Array:
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors."""
     d = c.hidden_size
-    found = vit.norm_shapes(
+    tensors = vit.norm_shapes(
         "fuser.norm_query", "fuser.norm_features", "fuser.norm_self", hidden_size=d
     )
-    found |= {"fuser.gamma1": (d,), "fuser.gamma2": (d,)}
+    tensors |= {"fuser.gamma1": (d,), "fuser.gamma2": (d,)}
     for name, levels in (("cross", LEVELS), ("self", 1)):
         samples = c.num_heads * levels * c.num_points
         sizes = {"value": (d, d), "out": (d, d), "offsets": (d, 2 * samples),
                  "scores": (d, samples)}  # fmt: skip
-        found |= vit.linear_shapes({f"fuser.{name}.{part}": size for part, size in sizes.items()})
-    return found | {f"projector.{n}": s for n, s in mlp.shapes(c.projector).items()}
+        linears = {f"fuser.{name}.{linear}": size for linear, size in sizes.items()}
+        tensors |= vit.linear_shapes(linears)
+    return tensors | {f"projector.{n}": s for n, s in mlp.shapes(c.projector).items()}
 
 
 _NORMS = {"norm_query": "query_norm", "norm_features": "feat_norm", "norm_self": "norm1"}
@@ -112,9 +113,9 @@ def fuser_names() -> dict[str, Recipe]:
         for leaf in ("weight", "bias"):
             table[f"{ours}.{leaf}"] = keep(f"{theirs}.{leaf}")
     for ours, theirs in {"cross": "cross_attn", "self": "self_attn"}.items():
-        for part, name in _LINEARS.items():
-            table[f"{ours}.{part}.weight"] = flip(f"{theirs}.{name}.weight")
-            table[f"{ours}.{part}.bias"] = keep(f"{theirs}.{name}.bias")
+        for linear, source in _LINEARS.items():
+            table[f"{ours}.{linear}.weight"] = flip(f"{theirs}.{source}.weight")
+            table[f"{ours}.{linear}.bias"] = keep(f"{theirs}.{source}.bias")
     return table
 
 
