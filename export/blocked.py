@@ -35,7 +35,7 @@ class Emitter(Protocol):
 
 
 class QuantizedWeights:
-    """The weights of one component that its graph takes in few bits, by key."""
+    """The weights of one component that its graph takes in 8 or 4 bits, by key."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
@@ -120,7 +120,7 @@ def _zero_points(e: Emitter, bits: Bits, shape: tuple[int, int]) -> str:
 
 
 def blocked_linear() -> onnx.FunctionProto:
-    """x @ weight^T, the weight [outputs, inputs] in few bits with a scale per block_size inputs."""
+    """x @ weight^T, the weight [outputs, inputs] in 8 or 4 bits, a scale per block_size inputs."""
     return function(
         "BlockedLinear",
         ["x", "stored", "scale", "zero_point"],

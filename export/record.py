@@ -28,9 +28,9 @@ ELEMENT = {
 
 
 class OnnxOps:
-    """Collects nodes; `constants` are tables that belong into the weights file, `small` inline.
+    """Collects nodes; `constants` are tables of the weights file, `small` ones stay inline.
 
-    stored: which weights the graph takes in 8 or 4 bits, as the plan wants.
+    quantized: the weights that the graph takes in 8 or 4 bits, as the plan wants.
     """
 
     def __init__(
@@ -310,11 +310,11 @@ class OnnxOps:
         length = self.one("Squeeze", [self.one("Shape", [cache], start=2, end=3)])
         rows = self.one("Range", [self._int(0), length, self._int(1)])
         column = self.one("Unsqueeze", [positions, self.ints(-1)])
-        seen = self.one("LessOrEqual", [rows, column])
+        visible = self.one("LessOrEqual", [rows, column])
         if window is not None:
             oldest = self.one("Sub", [column, self._int(window)])
-            seen = self.one("And", [seen, self.one("Greater", [rows, oldest])])
-        return self.one("Unsqueeze", [seen, self.ints(1)])
+            visible = self.one("And", [visible, self.one("Greater", [rows, oldest])])
+        return self.one("Unsqueeze", [visible, self.ints(1)])
 
     # -- tokens ----------------------------------------------------------------------------
 

@@ -161,10 +161,10 @@ class TorchOps:
 
     def causal_mask(self, positions: Tensor, cache: Tensor, window: int | None) -> Tensor:
         rows = torch.arange(cache.shape[2], device=positions.device)
-        seen = rows <= positions[..., None]
+        visible = rows <= positions[..., None]
         if window is not None:
-            seen = seen & (rows > positions[..., None] - window)
-        return seen[:, None]
+            visible = visible & (rows > positions[..., None] - window)
+        return visible[:, None]
 
     def place_tokens(self, x: Tensor, features: Tensor, rows: Tensor) -> Tensor:
         return torch.where(rows[..., None] >= 0, features[rows.clamp(min=0)], x)

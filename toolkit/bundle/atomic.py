@@ -114,7 +114,7 @@ def require_space(out: Path, nbytes: int) -> None:
 
 def recover(out: Path) -> None:
     """Remove what killed writers of `out` left, and put back what one of them had moved away."""
-    with suppress(OSError, ValueError):  # a bad path is told of when it is written to
+    with suppress(OSError, ValueError):  # a bad path is reported when it is written to
         final = out.resolve()
         for partial in _partial_folders(final):
             lock = _lock_of(partial)
@@ -226,7 +226,7 @@ def _publish(partial: Path, final: Path) -> None:
 
 
 def _remove_empty(parents: list[Path]) -> None:
-    """Remove folders that were made for an artifact which did not come; the innermost first."""
+    """Remove folders that were made for an unfinished artifact; the innermost first."""
     with suppress(OSError):  # one that holds something stays, and so do those around it
         for parent in parents:
             parent.rmdir()

@@ -81,13 +81,13 @@ def relative_rms(pairs: Iterable[tuple[Array, Array]]) -> float:
     """Root of the mean squared difference of all (actual, expected), over that of the expected
     values; infinite for NaN.
     """
-    wrong = right = 0.0
+    error = magnitude = 0.0
     for actual, expected in pairs:
         if actual.shape != expected.shape or not np.isfinite(actual).all():
             return float("inf")
-        wrong += float(np.sum((actual - expected).astype(np.float64) ** 2))
-        right += float(np.sum(expected.astype(np.float64) ** 2))
-    return float(np.sqrt(wrong / max(right, 1e-24)))
+        error += float(np.sum((actual - expected).astype(np.float64) ** 2))
+        magnitude += float(np.sum(expected.astype(np.float64) ** 2))
+    return float(np.sqrt(error / max(magnitude, 1e-24)))
 
 
 def make_goldens(

@@ -244,11 +244,13 @@ def check_parts(
             raise ConfigError(f"{where}: the ports of {component.name} are not those of its model")
     if tuple(connections) != edges(model):
         raise ConfigError(f"{where}: edges do not connect the components of its model")
-    bare = [encoder.name for encoder in model.encoders if encoder.name not in model.images.encoders]
-    if bare:
-        raise ConfigError(f"{where}: images.encoders lacks {bare[0]}")
-    lost = [record.weights for record in records if record.weights not in files]
+    without_rule = [
+        encoder.name for encoder in model.encoders if encoder.name not in model.images.encoders
+    ]
+    if without_rule:
+        raise ConfigError(f"{where}: images.encoders lacks {without_rule[0]}")
+    unlisted = [record.weights for record in records if record.weights not in files]
     outside = [name for name in files if Path(name).name != name]
-    if lost or outside:
-        fault = f"lacks {lost[0]}" if lost else f"names {outside[0]!r}, outside the folder"
+    if unlisted or outside:
+        fault = f"lacks {unlisted[0]}" if unlisted else f"names {outside[0]!r}, outside the folder"
         raise ConfigError(f"{where}: files {fault}")

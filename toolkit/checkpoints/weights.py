@@ -65,7 +65,7 @@ def open_checkpoint(folder: Path, torch_reader: TorchReader | None = None) -> Ch
     """The weights in `folder`: safetensors first, else torch files through `torch_reader`.
 
     Raises CheckpointError if there are none, a shard is missing, or only torch files exist and
-    no reader for them was handed in; ConfigError if the index of the shards is no JSON object.
+    no reader for them was passed in; ConfigError if the index of the shards is no JSON object.
     """
     for stem, read in (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", torch_reader)):
         files = _shards(folder, stem)
@@ -159,9 +159,9 @@ def check_tables(
     tables = list(tables)
     needed = {s for table, _ in tables for recipe in table.values() for s in recipe.sources}
     stored = set(checkpoint.keys())
-    free = tuple(unused)
+    globs = tuple(unused)
     missing = sorted(needed - stored)
-    extra = sorted(k for k in stored - needed if not any(fnmatchcase(k, g) for g in free))
+    extra = sorted(k for k in stored - needed if not any(fnmatchcase(k, g) for g in globs))
     faults = [*_listed("missing", missing), *_listed("unexpected", extra)]
     for table, shapes in tables:
         faults += _misshapen(table, shapes, checkpoint)

@@ -76,6 +76,33 @@ def read(
     }
 
 
+class SquareImages:
+    """What follows from the fields of a configuration whose images are square.
+
+    Not a dataclass: every Config lists these fields itself, among its others.
+    """
+
+    hidden_size: int
+    patch_size: int
+    image_size: int
+    taps: tuple[int, ...]
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the image, in pixels."""
+        return self.image_size, self.image_size
+
+    @property
+    def patches(self) -> int:
+        """Whole patches in an image; pixels left beside them are dropped."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def hidden_sizes(self) -> tuple[int, ...]:
+        """Channels of each output."""
+        return (self.hidden_size,) * len(self.taps)
+
+
 Attend = Callable[[Ops[Any], Any, Weights[Any], Any], Any]
 
 
@@ -158,8 +185,8 @@ def block_shapes(c: Vit, count: int) -> Shapes:
     d = c.hidden_size
     sizes = {f"attention.{name}": (d, d) for name in ("q", "k", "v", "out")}
     sizes |= {"mlp.up": (d, c.intermediate_size), "mlp.down": (c.intermediate_size, d)}
-    one = linear_shapes(sizes) | norm_shapes("norm1", "norm2", hidden_size=d)
-    return {f"layers.{i}.{name}": shape for i in range(count) for name, shape in one.items()}
+    block = linear_shapes(sizes) | norm_shapes("norm1", "norm2", hidden_size=d)
+    return {f"layers.{i}.{name}": shape for i in range(count) for name, shape in block.items()}
 
 
 # -- Hugging Face's names for the CLIP family --------------------------------------------------

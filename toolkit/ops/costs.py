@@ -33,7 +33,7 @@ class Cost:
 
     flops: floating-point operations; all others are numbers of elements.
     weight_elements: parameters and tables of the weights file that are read;
-    matrix_elements: of these, those of a matrix that a precision plan can store in few bits;
+    matrix_elements: of these, those of a matrix that a precision plan can store in 8 or 4 bits;
     matrix_inputs: channels along which such a matrix is divided into blocks;
     read_elements, written_elements: activations;
     kv_read_elements, kv_written_elements: entries of the KV cache.
@@ -63,10 +63,10 @@ class Cost:
 
 def _moved(flops: int, y: Spec, *operands: Spec | None, gathered: int = 0) -> Cost:
     """`operands` whole and `gathered` more elements are read, y is written."""
-    given = [x for x in operands if x is not None]
-    held = sum(x.size for x in given if isinstance(x, Parameter))
-    read = sum(x.size for x in given) - held + gathered
-    return Cost(flops=flops, weight_elements=held, read_elements=read, written_elements=y.size)
+    tensors = [x for x in operands if x is not None]
+    weights = sum(x.size for x in tensors if isinstance(x, Parameter))
+    read = sum(x.size for x in tensors) - weights + gathered
+    return Cost(flops=flops, weight_elements=weights, read_elements=read, written_elements=y.size)
 
 
 # -- with parameters -------------------------------------------------------------------------
@@ -219,14 +219,14 @@ def attention_cached(
     most = rows if window is None else window
     pairs = batch * sum(min(rows - i, most) for i in range(length))
     flops = _attend(pairs, channels, num_heads) + _ROTATION * (q.size + k.size)
-    seen = min(rows, most + length - 1)
+    rows_read = min(rows, most + length - 1)
     angles = 2 * batch * length * step.cos.shape[1]
     return Cost(
         flops=flops,
         weight_elements=angles,
         read_elements=q.size + k.size + v.size + step.positions.size,
         written_elements=y[0].size,
-        kv_read_elements=sum(batch * p.shape[1] * seen * p.shape[3] for p in past),
+        kv_read_elements=sum(batch * p.shape[1] * rows_read * p.shape[3] for p in past),
         kv_written_elements=k.size + v.size,
     )
 
@@ -258,14 +258,14 @@ def ms_deform_attn(
     corners' weights, and 4 corners and one mix of 2 * head_dim each.
 
     Position: four per coordinate. Corner weights: floor, fraction and complement of both
-    coordinates, four products. The softmax of the scores adds
-    five. Four corners of head_dim values are read per sample, those outside included.
+    coordinates, four products. The softmax of the scores adds five. Four corners of head_dim
+    values are read per sample, those outside included.
     """
     samples = scores.size
-    each = 2 * 4 + 2 * 3 + 4 + (4 + 1) * 2 * head_dim + _SOFTMAX
+    per_sample = 2 * 4 + 2 * 3 + 4 + (4 + 1) * 2 * head_dim + _SOFTMAX
     gathered = samples * 4 * head_dim
     table = Parameter(reference.shape)
-    return _moved(samples * each, y, offsets, scores, table, gathered=gathered)
+    return _moved(samples * per_sample, y, offsets, scores, table, gathered=gathered)
 
 
 def positions(y: Spec, ids: Spec, start: Spec) -> Cost:

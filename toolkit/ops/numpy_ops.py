@@ -165,10 +165,10 @@ class NumpyOps:
 
     def causal_mask(self, positions: Array, cache: Array, window: int | None) -> Array:
         rows = np.arange(cache.shape[2])
-        seen = rows <= positions[..., None]
+        visible = rows <= positions[..., None]
         if window is not None:
-            seen &= rows > positions[..., None] - window
-        return np.asarray(seen[:, None])
+            visible &= rows > positions[..., None] - window
+        return np.asarray(visible[:, None])
 
     def place_tokens(self, x: Array, features: Array, rows: Array) -> Array:
         return np.where(rows[..., None] >= 0, features[np.maximum(rows, 0)], x)

@@ -27,7 +27,7 @@ def read_only(table: Array) -> Array:
 
 @dataclass(frozen=True)
 class Weights(Generic[T]):
-    """A view on a component's parameters below one path: `w / "layers.0" / "attention.q"`.
+    """A view of a component's parameters below one path: `w / "layers.0" / "attention.q"`.
 
     The path names the op in recorded graphs, precision plans and profiles; joined with a
     leaf ("weight", "bias") it is the tensor's key.

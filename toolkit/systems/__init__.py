@@ -104,9 +104,9 @@ def preset(name: str, seed: int, options: Options) -> Source:
         "--ignore-key": options.ignore_keys,
         "--quirk": options.quirks,
     }
-    given = [option for option, value in for_checkpoints.items() if value]
-    if given:
-        raise ConfigError(f"{', '.join(given)} is for checkpoints, preset:{name} is none")
+    chosen = [option for option, value in for_checkpoints.items() if value]
+    if chosen:
+        raise ConfigError(f"{', '.join(chosen)} is for checkpoints, preset:{name} is none")
     known = presets()
     if name not in known:
         close = difflib.get_close_matches(name, known, 3) or sorted(known)

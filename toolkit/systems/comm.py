@@ -108,8 +108,8 @@ def _levels(r: Reader, key: str, depth: int, default: range) -> tuple[int, ...]:
     """The value of `key`: blocks counted from 0 as a list, or "all"."""
     raw = r.raw(key)
     blocks = list(default) if raw is None else list(range(depth)) if raw == "all" else raw
-    fine = isinstance(blocks, list) and all(isinstance(n, int) and 0 <= n < depth for n in blocks)
-    if not fine or not blocks:
+    valid = isinstance(blocks, list) and all(isinstance(n, int) and 0 <= n < depth for n in blocks)
+    if not valid or not blocks:
         raise ConfigError(
             f"{r.where}: {key} = {raw!r} are no blocks of a tower with {depth}",
             hint='a list such as [18, 19, 20, 21, 22, 23], or "all"',

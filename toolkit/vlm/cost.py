@@ -31,7 +31,7 @@ def read_bytes(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
     element_bytes: of a weight that the plan leaves in float.
     """
     plain = cost.weight_elements - cost.matrix_elements
-    return plain * element_bytes + cost.matrix_elements * _each(cost, plan, element_bytes)
+    return plain * element_bytes + cost.matrix_elements * _bytes_each(cost, plan, element_bytes)
 
 
 def weight_bits(cost: Cost, plan: PrecisionPlan) -> int | None:
@@ -44,7 +44,7 @@ def weight_bits(cost: Cost, plan: PrecisionPlan) -> int | None:
     return bits if cost.op == "linear" else TABLE.bits
 
 
-def _each(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
+def _bytes_each(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
     """Bytes of one element of the op's matrix, its share of a block's scale included."""
     bits, block = weight_bits(cost, plan), block_of(cost.matrix_inputs)
     return element_bytes if bits is None or block is None else bits / 8 + element_bytes / block
@@ -62,8 +62,9 @@ def stored_bytes(model: ModelConfig, plan: PrecisionPlan, element_bytes: int) ->
         matrices = {_key(cost, component): cost for cost in counter.costs if cost.matrix_elements}
         total = 4.0 * sum(table.size for table in counter.tables.values())
         for key, shape in component.shapes.items():
-            each = _each(matrices[key], plan, element_bytes) if key in matrices else element_bytes
-            total += math.prod(shape) * each
+            matrix = matrices.get(key)
+            size = element_bytes if matrix is None else _bytes_each(matrix, plan, element_bytes)
+            total += math.prod(shape) * size
         sizes[component.name] = round(total)
     return sizes
 
@@ -92,8 +93,8 @@ def image_axes(model: ModelConfig, views: int, placed: int) -> dict[str, int]:
         axes |= {"height": height, "width": width}
         if isinstance(encoder.config.tokens, str):
             component = components.encoder_component(encoder)
-            seen = outputs(component, axes | {"tiles": 1})
-            axes["tokens"] = seen[component.outputs[0].name].shape[1]
+            shapes = outputs(component, axes | {"tiles": 1})
+            axes["tokens"] = shapes[component.outputs[0].name].shape[1]
     return axes
 
 

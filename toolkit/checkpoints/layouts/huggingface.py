@@ -124,8 +124,8 @@ def _tied(
 ) -> ComponentConfig:
     """The language model with its output tied to its embedding, or not.
 
-    transformers 5 reads tie_word_embeddings from the whole configuration; 4 read it from
-    text_config, and then stored no head.
+    transformers 5 reads tie_word_embeddings from the whole configuration; version 4 read
+    it from text_config, and then stored no head.
     """
     head = any(key.endswith("lm_head.weight") for key in checkpoint.keys())  # noqa: SIM118
     by_text = lm.config.tied and (rules.ties_by_text or not head)

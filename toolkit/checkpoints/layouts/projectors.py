@@ -34,10 +34,10 @@ def check_identity(r: Reader, layers: int, inputs: int, outputs: int) -> None:
 
 def read_name(r: Reader, encoder: ComponentConfig) -> str:
     """mm_projector_type. Raises ConfigError if mm_hidden_size is not what the encoder gives."""
-    channels, given = sum(encoder.config.hidden_sizes), r.count("mm_hidden_size")
-    if given not in (channels, encoder.config.hidden_sizes[0]):
+    channels, stated = sum(encoder.config.hidden_sizes), r.count("mm_hidden_size")
+    if stated not in (channels, encoder.config.hidden_sizes[0]):
         raise ConfigError(
-            f"{r.where}: mm_hidden_size = {given}, the tower gives {channels}",
+            f"{r.where}: mm_hidden_size = {stated}, the tower gives {channels}",
             hint="the tower belongs to another model, or the select layer does",
         )
     return r.take("mm_projector_type", str, "linear")

@@ -81,10 +81,10 @@ def check(tensors: Iterable[ComponentTensors], unused: Iterable[str]) -> None:
 
     unused: globs of tensors that a checkpoint may hold and that are not read.
     """
-    groups, free = list(tensors), tuple(unused)
+    groups, globs = list(tensors), tuple(unused)
     for checkpoint in {id(group.checkpoint): group.checkpoint for group in groups}.values():
         tables = [(g.table, g.shapes) for g in groups if g.checkpoint is checkpoint]
-        check_tables(tables, checkpoint, free)
+        check_tables(tables, checkpoint, globs)
 
 
 def below(table: Mapping[str, Recipe], prefix: str) -> dict[str, Recipe]:
@@ -156,10 +156,10 @@ def add_tokens(text: str, extra: Sequence[str], vocab: int) -> str:
 def _with_tokens(data: dict[str, Any], extra: Sequence[str], vocab: int) -> str:
     data.setdefault("added_tokens", [])
     known = {token["content"] for token in data["added_tokens"]}
-    taken = [token["id"] for token in data.get("added_tokens", [])]
-    taken += list(data.get("model", {}).get("vocab", {}).values())
+    ids = [token["id"] for token in data.get("added_tokens", [])]
+    ids += list(data.get("model", {}).get("vocab", {}).values())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    following = max(taken, default=-1) + 1
+    following = max(ids, default=-1) + 1
     for token in extra:
         if token not in known and following < vocab:
             entry = {"id": following, "content": token, **flags, "special": True}

@@ -19,7 +19,7 @@ MODEL_TYPES = ("clip_vision_model", "clip")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(vit.SquareImages):
     """`taps` are hidden states counted from 0 = after the first norm; each gives one output."""
 
     hidden_size: int
@@ -46,19 +46,9 @@ class Config:
         return resolve_taps(config, taps, r.where)
 
     @property
-    def pixels(self) -> tuple[int, int]:
-        """Height and width of the image, in pixels."""
-        return self.image_size, self.image_size
-
-    @property
     def tokens(self) -> int:
         """Tokens per image and output."""
-        return (self.image_size // self.patch_size) ** 2 + self.class_token
-
-    @property
-    def hidden_sizes(self) -> tuple[int, ...]:
-        """Channels of each output."""
-        return (self.hidden_size,) * len(self.taps)
+        return self.patches + self.class_token
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
@@ -75,7 +65,7 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     tensors: vit.Shapes = {
         "class_token": (d,),
         "patch.weight": (d, 3, c.patch_size, c.patch_size),
-        "position": ((c.image_size // c.patch_size) ** 2 + 1, d),
+        "position": (c.patches + 1, d),
     }
     blocks = vit.block_shapes(c, depth_needed(c.taps))
     return tensors | vit.norm_shapes("norm_pre", hidden_size=d) | blocks

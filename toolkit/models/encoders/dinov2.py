@@ -24,7 +24,7 @@ MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(vit.SquareImages):
     """image_size: side of the images it will see; trained_image_size: what its positions fit."""
 
     hidden_size: int
@@ -69,19 +69,9 @@ class Config:
         return resolve_taps(config, taps, r.where)
 
     @property
-    def pixels(self) -> tuple[int, int]:
-        """Height and width of the image, in pixels."""
-        return self.image_size, self.image_size
-
-    @property
     def tokens(self) -> int:
         """Tokens per image and output: patches, with the class token if kept."""
-        return (self.image_size // self.patch_size) ** 2 + self.class_token
-
-    @property
-    def hidden_sizes(self) -> tuple[int, ...]:
-        """Channels of each output."""
-        return (self.hidden_size,) * len(self.taps)
+        return self.patches + self.class_token
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
@@ -113,7 +103,7 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
         "class_token": (d,),
         "patch.weight": (d, 3, c.patch_size, c.patch_size),
         "patch.bias": (d,),
-        "position": ((c.image_size // c.patch_size) ** 2 + 1, d),
+        "position": (c.patches + 1, d),
     }
     if c.num_registers:
         tensors["registers"] = (c.num_registers, d)

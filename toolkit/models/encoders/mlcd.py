@@ -167,7 +167,7 @@ def native_names(c: Config) -> Mapping[str, Recipe]:
 
 
 def _third(source: str, number: int) -> Recipe:
-    """Rows number / 3 .. of a joined matrix or vector, transposed to [in, out]."""
+    """Third 0, 1 or 2 of a joined matrix or vector, transposed to [in, out]."""
     return Recipe((source,), lambda x: np.split(x, 3)[number].T)
 
 

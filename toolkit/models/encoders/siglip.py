@@ -19,7 +19,7 @@ MODEL_TYPES = ("siglip_vision_model", "siglip")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(vit.SquareImages):
     """`taps` are hidden states counted from 0 = the embeddings."""
 
     hidden_size: int
@@ -46,19 +46,9 @@ class Config:
         return resolve_taps(config, taps, r.where)
 
     @property
-    def pixels(self) -> tuple[int, int]:
-        """Height and width of the image, in pixels."""
-        return self.image_size, self.image_size
-
-    @property
     def tokens(self) -> int:
-        """Tokens per image and output; what is left beside whole patches is dropped."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def hidden_sizes(self) -> tuple[int, ...]:
-        """Channels of each output."""
-        return (self.hidden_size,) * len(self.taps)
+        """Tokens per image and output."""
+        return self.patches
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:

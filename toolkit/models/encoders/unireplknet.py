@@ -32,7 +32,7 @@ _LAYER_EPS, _BATCH_EPS, _RESPONSE_EPS = 1e-6, 1e-5, 1e-6
 
 @dataclass(frozen=True)
 class Config:
-    """`kernels`: the depthwise kernel of every block, stage by stage. merged: how the file is."""
+    """`kernels`: the depthwise kernel of every block, by stage. merged: whether the file is."""
 
     dims: tuple[int, ...]
     kernels: tuple[tuple[int, ...], ...]
@@ -255,7 +255,7 @@ def _merge_down(weight: Array, beta: Array, gamma: Array, *norm: Array) -> tuple
 
 
 def unused(c: Config) -> tuple[str, ...]:
-    """What the file owns beside the tower: its classifier, final norm and batch counters."""
+    """What the file holds beside the tower: its classifier, final norm and batch counters."""
     return ("norm.*", "head.*", "*.num_batches_tracked")
 
 

@@ -107,10 +107,10 @@ def read(
 
 def _heads(r: Reader, hidden_size: int) -> tuple[int, int]:
     """Attention heads and their channels, which rotate in pairs."""
-    given = r.has("head_dim")
+    has_head_dim = r.has("head_dim")
     num_heads = (
         r.count("num_attention_heads", 32)
-        if given
+        if has_head_dim
         else r.share("num_attention_heads", hidden_size, 32)
     )
     head_dim = r.count("head_dim", hidden_size // num_heads)

@@ -85,8 +85,8 @@ def _merged(op: Ops[T], c: Config, b: Branch, w: Weights[T], levels: Sequence[T]
     scale = op.softmax(w["scale"]) if b.scale == "softmax" else w["scale"]
     if b.merge == "norm_linear":
         return op.layer_merge(levels, w.replacing(scale=scale), c.eps)
-    ready = [_prepared(op, c, b, w / f"levels.{i}", x) for i, x in enumerate(levels)]
-    return _sum(op, [op.mul(x, op.slice(scale, 0, i, i + 1)) for i, x in enumerate(ready)])
+    prepared = [_prepared(op, c, b, w / f"levels.{i}", x) for i, x in enumerate(levels)]
+    return _sum(op, [op.mul(x, op.slice(scale, 0, i, i + 1)) for i, x in enumerate(prepared)])
 
 
 def _prepared(op: Ops[T], c: Config, b: Branch, w: Weights[T], x: T) -> T:

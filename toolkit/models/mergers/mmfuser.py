@@ -45,7 +45,7 @@ class Config:
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], features: Sequence[T]) -> T:
-    """features: five of [B, side^2, hidden_size] -> [B, side^2, outputs]."""
+    """features: five tensors [B, side^2, hidden_size] -> [B, side^2, outputs]."""
     *levels, query = features
     fuser = w / "fuser"
     values = op.layer_norm(op.concat(levels, 1), fuser / "norm_features", _EPS)
@@ -129,7 +129,7 @@ def names(c: Config) -> Mapping[str, Recipe]:
 
 
 def unused(c: Config) -> tuple[str, ...]:
-    """Nothing."""
+    """Nothing: every tensor is read."""
     return ()
 
 
