@@ -253,14 +253,14 @@ def profile(
 ) -> None:
     """Measure an engine: every stage and layer, compared with the machine's limits."""
     from edgevlm.engines.profiling import report
-    from edgevlm.engines.profiling.profile import Plan, profile_all
+    from edgevlm.engines.profiling.profile import ProfileRequest, profile_all
 
     console = _console(as_json, quiet, context)
-    settings = Plan(
+    request = ProfileRequest(
         image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
     )
     report.check_files(layers, html, trace)
-    profiles = profile_all([engine, *(compare or [])], settings, console.step)
+    profiles = profile_all([engine, *(compare or [])], request, console.step)
     report.write_files(profiles, html, trace)
     console.result(*report.result(profiles, layers))
 
