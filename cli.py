@@ -185,8 +185,8 @@ def build(
     if dry_run:
         console.result(*summary.planned_engine(bundle, request, explain))
         return
-    made, worked = builder.build(bundle, out, request, console.step)
-    console.result(*summary.built_engine(made, out, worked, explain))
+    engine, written = builder.build(bundle, out, request, console.step)
+    console.result(*summary.built_engine(engine, out, written, explain))
 
 
 @app.command()

@@ -54,7 +54,7 @@ def _load_package() -> Any:
 
 
 def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Target) -> Compiled:
-    """Lower one component; weights are linked where they stay as they are, else upcast."""
+    """Lower one component; weights are linked if they need no upcast."""
     try:
         import onnx
     except ImportError:
@@ -83,14 +83,14 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
 def _upcast_weights(
     bundle: Bundle, record: ComponentRecord, folder: Path, model: onnx.ModelProto
 ) -> None:
-    """Write the weights again, floats as float32, and point the graph's tensors at them."""
+    """Write the weights with floats as float32, and point the graph's tensors at them."""
     file = SafetensorsFile(bundle.path / record.weights)
-    plan = [
+    specs = [
         TensorSpec(name, "fp32" if e.dtype in ("fp16", "bf16") else e.dtype, e.shape)
         for name, e in file.entries.items()
     ]
     written = write_safetensors(
-        folder / record.weights, plan, lambda t: row_blocks(file.read(t.name))
+        folder / record.weights, specs, lambda t: row_blocks(file.read(t.name))
     )
     moved = {e.offset: written.entries[name] for name, e in file.entries.items()}
     for tensor in model.graph.initializer:
@@ -104,7 +104,7 @@ def _upcast_weights(
 
 
 def extras(folder: Path) -> tuple[str, ...]:
-    """The probes of `peaks`."""
+    """Write the graphs that `peaks` measures."""
     return probes.write(folder)
 
 
@@ -118,8 +118,8 @@ def peaks(folder: Path) -> Peaks:
 
 
 def _session_options(options: RunnerOptions, *, stateful: bool = False) -> Any:
-    """Threads of a session's own. Only a decoder's go on spinning between calls: its next call
-    comes at once, while an encoder's would spin against the components after it.
+    """Options with the session's threads. Only a decoder's threads spin between calls: its next
+    call comes at once, while an encoder's would compete with the components after it.
     """
     _load_package()
     settings = sessions.session_options(options.threads or threads_here())
@@ -230,10 +230,10 @@ class OnnxRuntimeRunner:
         return self._tokens is not None and shapes[self._tokens[0]][self._tokens[1]] == 1
 
     def _bind(self, inputs: Mapping[str, Array], state: State) -> _Bound:
-        own = {p.name: np.empty(inputs[p.name].shape, _TYPES[p.dtype]) for p in self._plain}
+        buffers = {p.name: np.empty(inputs[p.name].shape, _TYPES[p.dtype]) for p in self._plain}
         axes: dict[str, int] = {}
         for port in self._plain:
-            named = zip(port.shape, own[port.name].shape, strict=True)
+            named = zip(port.shape, buffers[port.name].shape, strict=True)
             axes |= {dim: size for dim, size in named if isinstance(dim, str)}
         if self._updated:
             check(state, self._updated, axes["batch"], self._record.name)
@@ -244,7 +244,7 @@ class OnnxRuntimeRunner:
                 outputs[port.name] = state.arrays[port.updates]
             else:
                 outputs[port.name] = np.empty(shape, np.float32) if all(shape) else None
-        return _Bound(self._session, {**own, **state.arrays}, outputs)
+        return _Bound(self._session, {**buffers, **state.arrays}, outputs)
 
     def layers(self) -> list[LayerTime]:
         if not self._profile:

@@ -77,7 +77,7 @@ class Request:
 
 
 def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[Engine, bool]:
-    """Build the bundle `path` into the engine `out`; returns it and whether work was needed.
+    """Build the bundle `path` into the engine `out`; returns it, and whether it was built now.
 
     An engine of the same bundle, target and context that already exists at `out` is kept.
     Raises UnsupportedError, BuildError, AccuracyError, TargetMismatch, BundleError, OutputError.
@@ -236,7 +236,7 @@ def _backend_here(target: Target, path: Path, out: Path) -> Backend:
 
 
 def _new_bytes(bundle: Bundle, request: Request) -> int:
-    """Disk that the work takes beyond what links share with the bundle, at most."""
+    """The most disk space that a build takes, not counting files linked to the bundle's."""
     if request.requantization is not None:
         plan = request.requantization.plan
         return memory.weights_bytes(bundle.model, plan, 4) + 64_000_000

@@ -1,4 +1,4 @@
-"""A graph being lowered: nodes in, nodes out, with the few edits that lowering needs."""
+"""Edits of a graph while it is lowered: new nodes, shared helpers, constants."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ class Rewriter:
         return name
 
     def as_bytes(self, name: str, shape: tuple[int, ...]) -> str:
-        """A stored tensor as bytes of another shape; returns the second name of its content."""
-        again = f"{name}.bytes"
-        if again not in self._constants:
+        """A second tensor with the bytes of a stored one, in another shape; returns its name."""
+        alias = f"{name}.bytes"
+        if alias not in self._constants:
             tensor = onnx.TensorProto()
             tensor.CopyFrom(next(t for t in self.model.graph.initializer if t.name == name))
-            tensor.name, tensor.data_type = again, onnx.TensorProto.UINT8
+            tensor.name, tensor.data_type = alias, onnx.TensorProto.UINT8
             del tensor.dims[:]
             tensor.dims.extend(shape)
-            self._constants[again] = tensor
-        return again
+            self._constants[alias] = tensor
+        return alias
 
     def finish(self, nodes: list[onnx.NodeProto]) -> None:
-        """Put the new nodes into the model, drop what nobody uses, and order the rest."""
+        """Put the new nodes into the model, drop what is unused, and sort the rest."""
         graph = self.model.graph
         graph.initializer.extend(self._constants.values())
         outputs = {value.name for value in graph.output}

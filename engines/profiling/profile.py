@@ -1,4 +1,4 @@
-"""Profiling: where each millisecond goes, beside the time the machine could not go below."""
+"""Profiling: the time of every stage and layer, beside the roofline's floor."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Profile:
 def profile_all(
     folders: Sequence[Path], request: ProfileRequest, progress: Progress
 ) -> list[Profile]:
-    """Measure several engines; all are looked at before the first is measured."""
+    """Measure several engines; all are checked before the first is measured."""
     request.check()
     for folder in folders:
         manifest.check(folder, manifest.read(folder))
@@ -178,15 +178,15 @@ def _token_ids(session: Session, count: int) -> tuple[int, ...]:
 
 
 def _layers(folder: Path, request: ProfileRequest) -> tuple[LayerShare, ...]:
-    """A run of its own: timing every node slows the others down."""
+    """The time of every node, from a separate run, because timing nodes slows a run down."""
     with Session.open(folder, threads=request.threads, profile=True) as session:
         _run(session, session.new_state(), request, 0)
-        found = [
+        shares = [
             LayerShare(component, layer.name, layer.op, layer.total_ms, layer.calls)
             for component, nodes in session.layers().items()
             for layer in nodes
         ]
-    return tuple(sorted(found, key=lambda layer: -layer.ms))
+    return tuple(sorted(shares, key=lambda layer: -layer.ms))
 
 
 # -- summary ---------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def _summarise(
     stages = {stage: _spread(values) for stage, values in samples.items()}
     medians = {stage: spread.p50_ms for stage, spread in stages.items()}
     size = memory.element_bytes(session.engine.parsed_target(), session.engine.dtype)
-    made, encoders = session.engine, [f"encoder.{part.name}" for part in session.model.encoders]
+    encoders = [f"encoder.{encoder.name}" for encoder in session.model.encoders]
     views = max(sum(span.stage == name for span in runs[0].spans) for name in encoders)
     work = Work(views, runs[0].image_tokens, runs[0].prompt_tokens)
     first = float(np.median([run.first_ms for run in runs]))
@@ -231,7 +231,7 @@ def _summarise(
         prompt_tokens=runs[0].prompt_tokens,
         image_tokens=runs[0].image_tokens,
         generated_tokens=generated,
-        roofline=roofline(session.model, made.plan, peaks, work, medians, size),
+        roofline=roofline(session.model, session.engine.plan, peaks, work, medians, size),
         device=_device(session),
         samples={stage: [round(ms, 3) for ms in values] for stage, values in samples.items()},
         layers=layers,
@@ -245,14 +245,14 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def _device(session: Session) -> dict[str, str]:
-    made = session.engine
+    engine = session.engine
     return {
-        "target": made.target,
+        "target": engine.target,
         "processor": _processor(),
         "threads": str(session.threads),
         "system": f"{platform.system()} {platform.release()}",
         "backend": ".".join(map(str, installed("onnxruntime"))),
-        "precision": made.precision or made.dtype,
+        "precision": engine.precision or engine.dtype,
         "python": platform.python_version(),
     }
 

@@ -339,16 +339,16 @@ def _filter(name: Resample) -> Any:
 
 def _centre_crop(pixels: Array, size: tuple[int, int]) -> Array:
     """The centre of size (height, width); zeros pad smaller images, as in the originals."""
-    for axis, wanted in enumerate(size):
-        have = pixels.shape[axis]
-        if have < wanted:
-            before = -(-(wanted - have) // 2)
+    for axis, length in enumerate(size):
+        available = pixels.shape[axis]
+        if available < length:
+            before = -(-(length - available) // 2)
             pad = [(0, 0)] * pixels.ndim
-            pad[axis] = (before, wanted - have - before)
+            pad[axis] = (before, length - available - before)
             pixels = np.pad(pixels, pad)
-        elif have > wanted:
-            first = (have - wanted) // 2
-            pixels = pixels.take(range(first, first + wanted), axis)
+        elif available > length:
+            first = (available - length) // 2
+            pixels = pixels.take(range(first, first + length), axis)
     return pixels
 
 
