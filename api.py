@@ -159,7 +159,7 @@ def build_request(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Request:
-    """The request of `edgevlm build`; --precision brings what records the model again."""
+    """The request of `edgevlm build`; `precision` adds the recorder of the requantized model."""
     from edgevlm.engines.build.build import Request
     from edgevlm.toolkit.target import parse
 

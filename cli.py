@@ -309,16 +309,14 @@ def main() -> None:
     import signal
 
     signal.signal(signal.SIGTERM, _interrupt)
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # the terminal may lack a character of a name or answer
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The terminal may lack a character of a name or of an answer.
         sys.stdout.reconfigure(errors="backslashreplace")
     code = _guarded("--debug" in sys.argv[1:])
     try:
         sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # the reader has gone; the interpreter's own flush at exit must not fail too
+    except BrokenPipeError:
+        # The reader has gone; the interpreter's own flush at exit must not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or 1
     sys.exit(code)

@@ -70,11 +70,11 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
     else:
         link(bundle.path / record.weights, folder / record.weights)
     (folder / record.graph).write_bytes(model.SerializeToString())
-    rounds = any(node.op_type == "MatMulNBits" for node in model.graph.node)
+    rounds_inputs = any(node.op_type == "MatMulNBits" for node in model.graph.node)
     return Compiled(
         record,
         (record.graph, record.weights),
-        "int8" if rounds else computed,
+        "int8" if rounds_inputs else computed,
         tuple(notes),
         lowered.decisions,
     )
@@ -92,11 +92,11 @@ def _upcast_weights(
     written = write_safetensors(
         folder / record.weights, specs, lambda t: row_blocks(file.read(t.name))
     )
-    moved = {e.offset: written.entries[name] for name, e in file.entries.items()}
+    by_old_offset = {e.offset: written.entries[name] for name, e in file.entries.items()}
     for tensor in model.graph.initializer:
         if tensor.data_location != tensor.EXTERNAL:
             continue
-        entry = moved[next(int(d.value) for d in tensor.external_data if d.key == "offset")]
+        entry = by_old_offset[next(int(d.value) for d in tensor.external_data if d.key == "offset")]
         span = {"location": record.weights, "offset": entry.offset, "length": entry.nbytes}
         del tensor.external_data[:]
         for key, value in span.items():
@@ -158,22 +158,24 @@ class _Bound:
     ) -> None:
         self.inputs = inputs
         self._session, self._outputs = session, list(outputs)
-        self._known = {name: array for name, array in outputs.items() if array is not None}
+        self._allocated = {name: array for name, array in outputs.items() if array is not None}
         self._binding = session.io_binding()
         for name, array in inputs.items():
             self._binding.bind_input(name, *_address(array))
         for name, buffer in outputs.items():
-            where = ("cpu",) if buffer is None else _address(buffer)
-            self._binding.bind_output(name, *where)
+            location = ("cpu",) if buffer is None else _address(buffer)
+            self._binding.bind_output(name, *location)
 
     def run(self) -> dict[str, Array]:
         """Run on what the input buffers hold."""
         self._session.run_with_iobinding(self._binding)
-        known = self._known
-        if len(known) == len(self._outputs):
-            return known
+        allocated = self._allocated
+        if len(allocated) == len(self._outputs):
+            return allocated
         values = zip(self._outputs, self._binding.get_outputs(), strict=True)
-        return {name: known[name] if name in known else value.numpy() for name, value in values}
+        return {
+            name: allocated[name] if name in allocated else value.numpy() for name, value in values
+        }
 
 
 def _address(array: Array) -> tuple[Any, ...]:
@@ -211,14 +213,14 @@ class OnnxRuntimeRunner:
         return zeros(inputs, outputs, context=self._context, slots=slots)
 
     def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
-        held = state or self._stateless
+        bound_state = state or self._stateless
         shapes = tuple(inputs[port.name].shape for port in self._plain)
-        bindings = self._bindings.get(held.allocation)
+        bindings = self._bindings.get(bound_state.allocation)
         if bindings is None:
-            bindings = self._bindings[held.allocation] = Bindings()
+            bindings = self._bindings[bound_state.allocation] = Bindings()
         bound = bindings.get(
-            (held.first, held.count, shapes),
-            lambda: self._bind(inputs, held),
+            (bound_state.first, bound_state.count, shapes),
+            lambda: self._bind(inputs, bound_state),
             decode=self._reads_one_token(shapes),
         )
         for port in self._plain:
@@ -233,8 +235,8 @@ class OnnxRuntimeRunner:
         buffers = {p.name: np.empty(inputs[p.name].shape, _TYPES[p.dtype]) for p in self._plain}
         axes: dict[str, int] = {}
         for port in self._plain:
-            named = zip(port.shape, buffers[port.name].shape, strict=True)
-            axes |= {dim: size for dim, size in named if isinstance(dim, str)}
+            dimensions = zip(port.shape, buffers[port.name].shape, strict=True)
+            axes |= {dim: size for dim, size in dimensions if isinstance(dim, str)}
         if self._updated:
             check(state, self._updated, axes["batch"], self._record.name)
         outputs: dict[str, Array | None] = {}

@@ -69,13 +69,13 @@ class ReferenceRunner:
         )
 
     def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
-        held: Mapping[str, Array] = {}
+        states: Mapping[str, Array] = {}
         if self._updates:
             batch, names = len(inputs["start"]), list(self._updates.values())
-            held = check(state, names, batch, self._component.name).arrays
-        outputs = self._component.forward(NumpyOps(), self._weights, {**inputs, **held})
+            states = check(state, names, batch, self._component.name).arrays
+        outputs = self._component.forward(NumpyOps(), self._weights, {**inputs, **states})
         for output, name in self._updates.items():
-            np.copyto(held[name], outputs.pop(output))
+            np.copyto(states[name], outputs.pop(output))
         return outputs
 
     def layers(self) -> list[LayerTime]:

@@ -45,14 +45,14 @@ class _Graph:
 
     def values(self, names: Sequence[str], feed: Mapping[str, Array]) -> dict[str, Array]:
         """The named tensors of one call."""
-        shown = onnx.ModelProto()
-        shown.CopyFrom(self.model)
-        del shown.graph.output[:]
-        shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         options = sessions.read_weights_from(sessions.session_options(), self.folder)
         if self.plain:
             sessions.keep_graph(options)
-        session = sessions.open_session(shown.SerializeToString(), options)
+        session = sessions.open_session(model.SerializeToString(), options)
         used = {value.name for value in session.get_inputs()}
         tensors = session.run(list(names), {k: v for k, v in feed.items() if k in used})
         return dict(zip(names, tensors, strict=True))
@@ -80,8 +80,8 @@ def first_divergence(
         for divergence in _beyond(portable, lowered, feed, tolerance, skip=updates.keys()):
             return divergence
         if updates:
-            after = portable.values(list(updates), feed)
-            states = {updates[name]: value for name, value in after.items()}
+            updated = portable.values(list(updates), feed)
+            states = {updates[name]: value for name, value in updated.items()}
     return None
 
 
@@ -101,8 +101,8 @@ def _beyond(
     skip: the states, whose rows beyond the valid length are undefined.
     """
     makers = {out: op_name(n) for n in lowered.model.graph.node for out in n.output if out}
-    known = {out for n in portable.model.graph.node for out in n.output} - set(skip)
-    names = [name for name in makers if name in known]
+    shared = {out for n in portable.model.graph.node for out in n.output} - set(skip)
+    names = [name for name in makers if name in shared]
     for start in range(0, len(names), _TENSORS_PER_RUN):
         group = names[start : start + _TENSORS_PER_RUN]
         expected, actual = portable.values(group, feed), lowered.values(group, feed)

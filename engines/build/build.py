@@ -257,9 +257,9 @@ def _compile(
             progress(f"{record.name}: {note}")
         components.append(compiled)
         for name in compiled.files:
-            known = bundle.manifest.files.get(name)
-            same = known is not None and (folder / name).samefile(bundle.path / name)
-            files[name] = known if known and same else record_file(folder / name)
+            original = bundle.manifest.files.get(name)
+            linked = original is not None and (folder / name).samefile(bundle.path / name)
+            files[name] = original if original and linked else record_file(folder / name)
     files |= {name: record_file(folder / name) for name in backend.extras(folder)}
     (folder / TOKENIZER).write_bytes((bundle.path / TOKENIZER).read_bytes())
     files[TOKENIZER] = bundle.manifest.files[TOKENIZER]

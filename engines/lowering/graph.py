@@ -72,9 +72,9 @@ class Rewriter:
         kept = _used([*self.shared.values(), *nodes], outputs)
         del graph.node[:]
         graph.node.extend(_ordered(kept, self._known()))
-        named = {name for node in kept for name in node.input}
-        spare = [t for t in graph.initializer if t.name not in named]
-        for tensor in spare:
+        inputs = {name for node in kept for name in node.input}
+        unused = [t for t in graph.initializer if t.name not in inputs]
+        for tensor in unused:
             graph.initializer.remove(tensor)
         called = {(node.domain, node.op_type) for node in kept}
         functions = [f for f in self.model.functions if (f.domain, f.name) in called]
@@ -107,14 +107,14 @@ def _ordered(nodes: list[onnx.NodeProto], known: set[str]) -> list[onnx.NodeProt
     """Topological order that otherwise keeps the given one."""
     ready, waiting, result = set(known), list(nodes), list[onnx.NodeProto]()
     while waiting:
-        later = []
+        postponed = []
         for node in waiting:
             if all(name in ready for name in node.input):
                 result.append(node)
                 ready.update(node.output)
             else:
-                later.append(node)
-        if len(later) == len(waiting):
-            raise AssertionError(f"the graph has a cycle or a hole at {later[0].name}")
-        waiting = later
+                postponed.append(node)
+        if len(postponed) == len(waiting):
+            raise AssertionError(f"the graph has a cycle or a hole at {postponed[0].name}")
+        waiting = postponed
     return result

@@ -128,9 +128,9 @@ def _upcast_tensor(tensor: onnx.TensorProto) -> bool:
 
 def check_allowed(component: str, model: onnx.ModelProto, target: Target) -> None:
     """Raise UnsupportedError if a lowered graph still holds an op that the target lacks."""
-    every = [(op, row) for op, first in rows_of(target).items() for row in first.alternatives()]
-    allowed = {op for op, row in every if row.action == "keep"}
-    allowed |= {row.into for _, row in every if row.into}
-    left = sorted({op_name(n) for n in model.graph.node} - allowed)
-    if left:
-        raise UnsupportedError(f"{component}: {', '.join(left)} remained after lowering")
+    rows = [(op, row) for op, first in rows_of(target).items() for row in first.alternatives()]
+    allowed = {op for op, row in rows if row.action == "keep"}
+    allowed |= {row.into for _, row in rows if row.into}
+    unsupported = sorted({op_name(n) for n in model.graph.node} - allowed)
+    if unsupported:
+        raise UnsupportedError(f"{component}: {', '.join(unsupported)} remained after lowering")

@@ -51,9 +51,9 @@ def _question(line: str, where: str, given: Question, folder: Path) -> Question:
         raise InputError(f"{where} is not a JSON object")
     keys = "prompt (or messages), images (or image), max_tokens, template, stop"
     try:
-        settled = sorted(BOOKKEEPING & set(data))  # a Reader takes them for a model's own
-        if settled:
-            raise InputError(f"{where}: {', '.join(settled)} cannot be set for one request")
+        bookkeeping = sorted(BOOKKEEPING & set(data))  # keys that a Reader skips
+        if bookkeeping:
+            raise InputError(f"{where}: {', '.join(bookkeeping)} cannot be set for one request")
         question = _read(Reader(data, where), given, folder)
     except ToolkitError as odd:
         raise InputError(odd.message, hint=f"a request has the keys: {keys}") from None

@@ -172,9 +172,8 @@ def _smallest(values: Array, weights: Array, target: float) -> Array:
 
     Nucleus sampling (Holtzman et al., arXiv 1904.09751).
     """
-    if (
-        not len(values) or values.min() == values.max()
-    ):  # ties are in order, and each weighs the same
+    if not len(values) or values.min() == values.max():
+        # Ties are in order, and each has the same weight.
         return np.arange(min(len(values), math.ceil(target / max(weights[0], 1e-300))))
     order = np.argsort(-values, kind="stable")
     count = int(np.searchsorted(weights[order].cumsum(), target)) + 1
@@ -197,9 +196,9 @@ def _nucleus(values: Array, weights: Array, total: float, target: float) -> Arra
             low, high = (middle, high) if reached else (low, middle)
     above = weights >= _from_bits(high)
     between = np.flatnonzero((weights >= _from_bits(low)) & ~above)
-    left = target - float((weights * above).sum(dtype=np.float64))
-    if left > 0 and len(between):
-        kept = _smallest(values[between], weights[between].astype(np.float64), left)
+    remaining = target - float((weights * above).sum(dtype=np.float64))
+    if remaining > 0 and len(between):
+        kept = _smallest(values[between], weights[between].astype(np.float64), remaining)
         above[between[kept]] = True
     return weights * above
 
@@ -214,8 +213,8 @@ def _guesses(weights: Array, target: float) -> list[int]:
     first = min(int(np.searchsorted(ends, target / _STRIDE)), len(sample) - 1)
     reached = float(np.dot(weights, weights >= sample[first]))
     index = int(np.searchsorted(ends, ends[first] + (target - reached) / _STRIDE))
-    near = (min(max(round(index * factor), 0), len(sample) - 1) for factor in (0.98, 1.02))
-    return [_bits(sample[i]) for i in near]
+    positions = (min(max(round(index * factor), 0), len(sample) - 1) for factor in (0.98, 1.02))
+    return [_bits(sample[i]) for i in positions]
 
 
 def _bits(value: float) -> int:
@@ -233,8 +232,10 @@ def draw(weights: Array, uniform: float) -> int:
     ends = np.append(sums, weights[whole:].sum()).cumsum(dtype=np.float64)
     point = uniform * ends[-1]
     block = min(int(np.searchsorted(ends, point, "right")), len(ends) - 1)
-    running = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
-    index = int(np.searchsorted(running, point - (ends[block - 1] if block else 0.0), "right"))
-    if index < len(running):
+    sums_in_block = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+    index = int(
+        np.searchsorted(sums_in_block, point - (ends[block - 1] if block else 0.0), "right")
+    )
+    if index < len(sums_in_block):
         return block * _BLOCK + index
     return int(np.flatnonzero(weights[: (block + 1) * _BLOCK])[-1])  # sums round apart

@@ -48,9 +48,9 @@ class Vision:
         self._model = model
         self._runners = runners
         self._sources = {edge.target: edge.source for edge in engine.edges}
-        before = [r for r in engine.components if r.name != model.lm.name]
-        self._encoders = [r for r in before if _sees_pixels(r, engine.edges)]
-        self._after = [r for r in before if r not in self._encoders]
+        before_lm = [r for r in engine.components if r.name != model.lm.name]
+        self._encoders = [r for r in before_lm if _sees_pixels(r, engine.edges)]
+        self._after = [r for r in before_lm if r not in self._encoders]
         self._output = self._sources[f"{model.lm.name}:features"]
         width: int = model.lm.config.hidden_size
         self._none = Features(np.zeros((1, width), np.float32), ())
@@ -121,9 +121,9 @@ class Vision:
                 for record in self._encoders:
                     self._run(record, values, clock)
             else:
-                done = [self._pool.submit(self._run, r, values, clock) for r in self._encoders]
-                for waiting in done:
-                    waiting.result()
+                futures = [self._pool.submit(self._run, r, values, clock) for r in self._encoders]
+                for future in futures:
+                    future.result()
             for name in values.keys() - view.keys():
                 outputs.setdefault(name, []).append(np.array(values[name]))
         return {name: np.concatenate(arrays) for name, arrays in outputs.items()}
