@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgevlm.engines.build.build import Again, Request
+    from edgevlm.engines.build.build import Requantization, Request
     from edgevlm.engines.manifest import Engine
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
@@ -159,24 +159,31 @@ def build_request(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Request:
-    """What `edgevlm build` is to do, with the recorder handed in where it must record again."""
+    """The request of `edgevlm build`; `precision` adds the recorder of the requantized model."""
     from edgevlm.engines.build.build import Request
     from edgevlm.toolkit.target import parse
 
-    again = None
+    requantization = None
     if precision is not None:
-        again = _again(Path(bundle), precision, progress or _silent)
+        requantization = _requantization(Path(bundle), precision, progress or _silent)
     return Request(
-        parse(target), max_context, force, made_by(), max_image_tiles, bisect, again, accept_loss
+        parse(target),
+        max_context,
+        force,
+        made_by(),
+        max_image_tiles,
+        bisect,
+        requantization,
+        accept_loss,
     )
 
 
-def _again(bundle: Path, precision: str, progress: Progress) -> Again:
+def _requantization(bundle: Path, precision: str, progress: Progress) -> Requantization:
     from dataclasses import replace
     from functools import partial
 
     from edgevlm.calibration import weight_only
-    from edgevlm.engines.build.build import Again
+    from edgevlm.engines.build.build import Requantization
     from edgevlm.export import available
     from edgevlm.toolkit import systems
     from edgevlm.toolkit.checkpoints.layouts.source import Options
@@ -187,7 +194,7 @@ def _again(bundle: Path, precision: str, progress: Progress) -> Again:
     plan = weight_only.plan(precision)
     source = replace(systems.load(bundle, Options()), plan=plan)
     writing = partial(write.write_bundle, source, made_by=made_by(), progress=progress)
-    return Again(precision, plan, writing, partial(write.graphs, source))
+    return Requantization(precision, plan, writing, partial(write.graphs, source))
 
 
 def build_engine(
@@ -207,7 +214,7 @@ def build_engine(
 
     accept_loss: the relative rms error against the float model that rounded weights may have, in
     place of the limit of `precision`; beyond it the build raises AccuracyError.
-    An engine of the same bundle and options that stands at `out` is kept. Raises ToolkitError;
+    An engine of the same bundle and options that exists at `out` is kept. Raises ToolkitError;
     nothing half-written stays.
     """
     from edgevlm.engines.build.build import build

@@ -185,8 +185,8 @@ def build(
     if dry_run:
         console.result(*summary.planned_engine(bundle, request, explain))
         return
-    made, worked = builder.build(bundle, out, request, console.step)
-    console.result(*summary.built_engine(made, out, worked, explain))
+    engine, written = builder.build(bundle, out, request, console.step)
+    console.result(*summary.built_engine(engine, out, written, explain))
 
 
 @app.command()
@@ -253,14 +253,14 @@ def profile(
 ) -> None:
     """Measure an engine: every stage and layer, compared with the machine's limits."""
     from edgevlm.engines.profiling import report
-    from edgevlm.engines.profiling.profile import Plan, profile_all
+    from edgevlm.engines.profiling.profile import ProfileRequest, profile_all
 
     console = _console(as_json, quiet, context)
-    settings = Plan(
+    request = ProfileRequest(
         image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
     )
     report.check_files(layers, html, trace)
-    profiles = profile_all([engine, *(compare or [])], settings, console.step)
+    profiles = profile_all([engine, *(compare or [])], request, console.step)
     report.write_files(profiles, html, trace)
     console.result(*report.result(profiles, layers))
 
@@ -309,16 +309,14 @@ def main() -> None:
     import signal
 
     signal.signal(signal.SIGTERM, _interrupt)
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # the terminal may lack a character of a name or answer
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The terminal may lack a character of a name or of an answer.
         sys.stdout.reconfigure(errors="backslashreplace")
     code = _guarded("--debug" in sys.argv[1:])
     try:
         sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # the reader has gone; the interpreter's own flush at exit must not fail too
+    except BrokenPipeError:
+        # The reader has gone; the interpreter's own flush at exit must not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or 1
     sys.exit(code)

@@ -233,12 +233,14 @@ def version(package: str) -> str | None:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
-    found = argparse.ArgumentParser(description=description)
-    found.add_argument("--json", action="store_true", help="print one JSON object")
-    found.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
-    found.add_argument("--work", type=Path, help="a folder that keeps models between runs")
-    return found
+    """A parser with the options that every benchmark has."""
+    command_line = argparse.ArgumentParser(description=description)
+    command_line.add_argument("--json", action="store_true", help="print one JSON object")
+    command_line.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/NAME.json"
+    )
+    command_line.add_argument("--work", type=Path, help="a folder that keeps models between runs")
+    return command_line
 
 
 @contextmanager

@@ -80,27 +80,27 @@ def genai_builder(work: Path, threads: int = 2) -> Finished | None:
     return done
 
 
-def report(found: Sequence[Exported], peer: Finished | None) -> Report:
+def report(exported: Sequence[Exported], peer: Finished | None) -> Report:
     """A row per export, and the bars."""
     result = Report(
         "export",
         ("preset", "weights", "written GB", "seconds", "peak MB", "others' share"),
         ("edgevlm", "numpy", "onnx", peers.GENAI_PACKAGE, "torch"),
     )
-    for e in found:
+    for e in exported:
         numbers = (e.written_gb, e.done.seconds, e.done.peak_rss_mb, e.done.elsewhere)
         names = ("written_gb", "seconds", "peak_rss_mb", "elsewhere")
         result.measured[f"{e.name} {e.dtype}"] = {
             n: round(x, 3) for n, x in zip(names, numbers, strict=True)
         }
         result.rows.append((e.name, e.dtype, *numbers))
-    small = next(e for e in found if (e.name, e.dtype) == (SMALL, "fp32"))
-    large = next(e for e in found if (e.name, e.dtype) == (LARGE, "fp16"))
-    most = max(found, key=lambda e: e.done.peak_rss_mb)
+    small = next(e for e in exported if (e.name, e.dtype) == (SMALL, "fp32"))
+    large = next(e for e in exported if (e.name, e.dtype) == (LARGE, "fp16"))
+    most = max(exported, key=lambda e: e.done.peak_rss_mb)
     result.bars = [
         Bar(f"{LARGE} fp16, peak MB", large.done.peak_rss_mb, 2000),
         Bar(f"{SMALL} fp32, seconds", small.done.seconds, 30),
-        Bar(f"any of {len(found)}, peak MB ({most.name})", most.done.peak_rss_mb, 3000),
+        Bar(f"any of {len(exported)}, peak MB ({most.name})", most.done.peak_rss_mb, 3000),
     ]
     if peer is None:
         result.notes = [f"skipped, not installed: {peers.GENAI_PACKAGE}"]
@@ -119,12 +119,12 @@ def report(found: Sequence[Exported], peer: Finished | None) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 if a bar does not hold."""
-    options = parser(__doc__)
-    options.add_argument("--all", action="store_true", help="every preset, about half an hour")
-    given = options.parse_args(arguments)
-    with workplace(given) as work:
-        found = list(exports(given, work))
-        return 0 if report(found, genai_builder(work)).finish(given) else 1
+    command_line = parser(__doc__)
+    command_line.add_argument("--all", action="store_true", help="every preset, about half an hour")
+    options = command_line.parse_args(arguments)
+    with workplace(options) as work:
+        exported = list(exports(options, work))
+        return 0 if report(exported, genai_builder(work)).finish(options) else 1
 
 
 if __name__ == "__main__":

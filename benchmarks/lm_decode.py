@@ -54,11 +54,11 @@ def edgevlm_answer(model: Path, threads: int) -> Answer:
     from edgevlm.toolkit.text import prompts
     from edgevlm.toolkit.text.prompts import Prompt
 
-    made = manifest.read(model)
-    record = next(c for c in made.components if c.name == "lm")
-    options = RunnerOptions(made.context, threads)
-    opened = backends.backend(made.parsed_target()).open(model, record, made.model, options)
-    session = Session(model, made, {"lm": opened}, 0.0)
+    engine = manifest.read(model)
+    record = next(c for c in engine.components if c.name == "lm")
+    options = RunnerOptions(engine.context, threads)
+    opened = backends.backend(engine.parsed_target()).open(model, record, engine.model, options)
+    session = Session(model, engine, {"lm": opened}, 0.0)
     generator = np.random.default_rng(0)
     ids = tuple(generator.integers(0, VOCABULARY, PROMPT - IMAGE).tolist())
     sequence = prompts.assemble(Prompt((ids[:1], ids[1:])), [np.arange(IMAGE)])
@@ -214,32 +214,32 @@ def prepare(work: Path, threads: int) -> dict[str, Path]:
 
 def measure(models: dict[str, Path], options: Namespace) -> dict[str, Collected]:
     """Every side in turn, `rounds` times."""
-    found = {side: Collected([], [], []) for side in models}
+    collected = {side: Collected([], [], []) for side in models}
     for _ in range(options.rounds):
         for side, model in models.items():
             wait_until_quiet(options.patience)
-            settings = ("runs", "threads", "patience")
-            given = [f"--{name}={getattr(options, name)}" for name in settings]
-            command = [sys.executable, "-m", "benchmarks.lm_decode", *given]
+            names = ("runs", "threads", "patience")
+            settings = [f"--{name}={getattr(options, name)}" for name in names]
+            command = [sys.executable, "-m", "benchmarks.lm_decode", *settings]
             done = child([*command, f"--since={time.time()}", f"--side={side}", f"--model={model}"])
             data = json.loads(done.stdout.splitlines()[-1])
-            found[side].samples += [Sample(**s) for s in data["samples"]]
-            found[side].load.append((data["load_s"], data["load_elsewhere"]))
-            found[side].peak_rss_mb.append(done.peak_rss_mb)
-    return found
+            collected[side].samples += [Sample(**s) for s in data["samples"]]
+            collected[side].load.append((data["load_s"], data["load_elsewhere"]))
+            collected[side].peak_rss_mb.append(done.peak_rss_mb)
+    return collected
 
 
-def report(found: dict[str, Collected], options: Namespace) -> Report:
+def report(collected: dict[str, Collected], options: Namespace) -> Report:
     """Medians, ratios and bars."""
     result = Report(
         "lm_decode",
         ("side", "prefill s", "tokens/s", "load s", "peak MB", "others' share"),
         ("edgevlm", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "numpy"),
     )
-    sides = {side: collected.summary() for side, collected in found.items()}
+    sides = {side: runs.summary() for side, runs in collected.items()}
     for side, spreads in sides.items():
         result.rows.append((side, *spreads.values()))
-        result.measured[side] = spreads | {"samples": [asdict(s) for s in found[side].samples]}
+        result.measured[side] = spreads | {"samples": [asdict(s) for s in collected[side].samples]}
     ours = sides.pop("edgevlm")
     for side, theirs in sides.items():
         ratios = {name: ours[name].median / theirs[name].median for name in list(ours)[:4]}
@@ -248,7 +248,7 @@ def report(found: dict[str, Collected], options: Namespace) -> Report:
         result.bars.append(Bar(f"prefill seconds, {what}", ratios["prefill_s"], 1.0))
         result.bars.append(Bar(f"decode tokens/s, {what}", ratios["tokens_per_s"], 1.0, True))
     result.measured["threads"] = options.threads
-    missing = [side for side in SIDES if side not in found]
+    missing = [side for side in SIDES if side not in collected]
     result.notes = [f"skipped, not installed: {side}" for side in missing]
     return result
 
@@ -262,20 +262,22 @@ def bench(options: Namespace) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 if a bar does not hold."""
-    options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=3, help="processes of each side")
-    options.add_argument("--runs", type=int, default=2, help="timed answers of each process")
-    options.add_argument("--threads", type=int, default=2)
-    options.add_argument("--patience", type=float, default=20.0, help="wait for quiet, seconds")
-    child_only = options.add_argument_group("used by the benchmark itself")
+    command_line = parser(__doc__)
+    command_line.add_argument("--rounds", type=int, default=3, help="processes of each side")
+    command_line.add_argument("--runs", type=int, default=2, help="timed answers of each process")
+    command_line.add_argument("--threads", type=int, default=2)
+    command_line.add_argument(
+        "--patience", type=float, default=20.0, help="wait for quiet, seconds"
+    )
+    child_only = command_line.add_argument_group("used by the benchmark itself")
     child_only.add_argument("--side", choices=list(SIDES))
     child_only.add_argument("--model", type=Path)
     child_only.add_argument("--since", type=float)
-    given = options.parse_args(arguments)
-    if given.side:
-        print(json.dumps(work(given.side, given.model, given)))
+    options = command_line.parse_args(arguments)
+    if options.side:
+        print(json.dumps(work(options.side, options.model, options)))
         return 0
-    return 0 if bench(given) else 1
+    return 0 if bench(options) else 1
 
 
 if __name__ == "__main__":

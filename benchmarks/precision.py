@@ -54,14 +54,14 @@ def prepare(work: Path) -> dict[str, Engine]:
     bundle = work / "bundle-0.5b"
     if not bundle.exists():
         edgevlm("export", *PRESET, bundle)
-    found = {}
+    engines = {}
     for name in PRECISIONS:
         out = work / f"engine-{name}"
         words = () if name == "float32" else ("--precision", name, "--accept-loss", "1")
-        made = json.loads(edgevlm("build", bundle, out, *words, "--json").stdout)
-        files = [f["nbytes"] for n, f in made["files"].items() if n.endswith(".safetensors")]
-        found[name] = Engine(out, sum(files) / 1e9, made["build"]["seconds"])
-    return found
+        result = json.loads(edgevlm("build", bundle, out, *words, "--json").stdout)
+        files = [f["nbytes"] for n, f in result["files"].items() if n.endswith(".safetensors")]
+        engines[name] = Engine(out, sum(files) / 1e9, result["build"]["seconds"])
+    return engines
 
 
 def measure(engines: dict[str, Engine], options: Namespace) -> None:
@@ -84,7 +84,7 @@ def report(engines: dict[str, Engine]) -> Report:
         result.rows.append((name, engine.weights_gb, *spreads.values()))
         sizes = {"weights_gb": round(engine.weights_gb, 3), "build_s": round(engine.build_s, 1)}
         result.measured[name] = sizes | spreads
-        medians[name] = {figure: found.median for figure, found in spreads.items()}
+        medians[name] = {figure: summary.median for figure, summary in spreads.items()}
     for name in PRECISIONS[1:]:
         ratios = {f: medians[name][f] / medians["float32"][f] for f in FIGURES}
         result.measured[f"{name} / float32"] = {f: round(x, 3) for f, x in ratios.items()}
@@ -95,14 +95,14 @@ def report(engines: dict[str, Engine]) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 if a bar does not hold."""
-    options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=2, help="processes of each engine")
-    options.add_argument("--runs", type=int, default=3, help="timed runs of each process")
-    given = options.parse_args(arguments)
-    with workplace(given) as work:
+    command_line = parser(__doc__)
+    command_line.add_argument("--rounds", type=int, default=2, help="processes of each engine")
+    command_line.add_argument("--runs", type=int, default=3, help="timed runs of each process")
+    options = command_line.parse_args(arguments)
+    with workplace(options) as work:
         engines = prepare(work)
-        measure(engines, given)
-        return 0 if report(engines).finish(given) else 1
+        measure(engines, options)
+        return 0 if report(engines).finish(options) else 1
 
 
 if __name__ == "__main__":

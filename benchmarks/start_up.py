@@ -35,30 +35,30 @@ Command = Callable[[], Finished]
 def commands(engine: Path) -> dict[str, Command]:
     """What is timed."""
     question = [str(engine), "What is this?", "--image", str(CASE / "image.png")]
-    found: dict[str, Command] = {
+    timed: dict[str, Command] = {
         "python -c pass": lambda: child([sys.executable, "-c", "pass"]),
         "edgevlm --help": lambda: child([*EDGEVLM, "--help"]),
         "edgevlm run, tiny": lambda: edgevlm("run", *question, "--max-tokens", "24"),
     }
     if version("transformers"):
-        found["transformers, imports"] = lambda: child([sys.executable, "-c", PEER_IMPORTS])
-    return found
+        timed["transformers, imports"] = lambda: child([sys.executable, "-c", PEER_IMPORTS])
+    return timed
 
 
 def measure(engine: Path, rounds: int) -> dict[str, list[Finished]]:
     """Every command in turn, `rounds` times, after one round that warms the file cache."""
     timed = commands(engine)
-    found: dict[str, list[Finished]] = {name: [] for name in timed}
+    finished: dict[str, list[Finished]] = {name: [] for name in timed}
     for number in range(rounds + 1):
         for name, command in timed.items():
             wait_until_quiet(10)
             done = command()
             if number:
-                found[name].append(done)
-    return found
+                finished[name].append(done)
+    return finished
 
 
-def report(found: dict[str, list[Finished]]) -> Report:
+def report(finished: dict[str, list[Finished]]) -> Report:
     """Medians and bars."""
     result = Report(
         "start_up",
@@ -66,7 +66,7 @@ def report(found: dict[str, list[Finished]]) -> Report:
         ("edgevlm", "typer", "numpy", "onnxruntime", "torch", "transformers"),
     )
     medians = {}
-    for name, runs in found.items():
+    for name, runs in finished.items():
         seconds = spread([run.seconds for run in runs])
         memory = spread([run.peak_rss_mb for run in runs], 0)
         result.rows.append((name, seconds, memory))
@@ -94,9 +94,9 @@ def run(options: argparse.Namespace) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 if a bar does not hold."""
-    options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=7)
-    return 0 if run(options.parse_args(arguments)) else 1
+    command_line = parser(__doc__)
+    command_line.add_argument("--rounds", type=int, default=7)
+    return 0 if run(command_line.parse_args(arguments)) else 1
 
 
 if __name__ == "__main__":

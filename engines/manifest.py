@@ -27,11 +27,11 @@ PREFILL_CHUNK = 256  # tokens of a prompt that the language model reads at a tim
 
 @dataclass(frozen=True)
 class Built:
-    """What the build cost and found.
+    """What the build cost, and how exact the engine is.
 
     Relative root mean square errors by component: kernel_differences to the reference on the same
     weights; precision_losses to the float model, empty where no weight is rounded. accepted_loss:
-    what the user accepted in place of the precision's own limit, None where nothing.
+    the limit that the user set with --accept-loss, None for the precision's own.
     """
 
     seconds: float
@@ -45,8 +45,8 @@ class Built:
 class Engine:
     """What engine.json holds.
 
-    context: positions of the KV cache. max_image_tiles: None for all. precision: the plan that the
-    build was asked for, None for the bundle's own; plan: the one that holds.
+    context: positions of the KV cache. max_image_tiles: None for all. precision: the requested
+    one, None for the bundle's own. plan: the precision plan of the engine.
     """
 
     format: int
@@ -102,11 +102,11 @@ def read(folder: Path) -> Engine:
         data = read_json(path)
         if data.get("format") != FORMAT:
             raise ConfigError(f"{path} has format {data.get('format')!r}, expected {FORMAT}")
-        found = from_plain(Engine, data, str(path))
-        check_parts(str(path), found.parsed_model(), found.components, found.edges, found.files)
-        if found.context < 1:
-            raise ConfigError(f"{path}: context = {found.context}, expected at least 1")
-        return found
+        engine = from_plain(Engine, data, str(path))
+        check_parts(str(path), engine.parsed_model(), engine.components, engine.edges, engine.files)
+        if engine.context < 1:
+            raise ConfigError(f"{path}: context = {engine.context}, expected at least 1")
+        return engine
     except ConfigError as odd:
         raise BundleError(odd.message, hint="build the engine again") from None
 
@@ -125,8 +125,8 @@ def check(folder: Path, engine: Engine) -> None:
     for name, record in engine.files.items():
         path = folder / name
         if not path.exists() or path.stat().st_size != record.nbytes:
-            found = f"{path.stat().st_size} bytes" if path.exists() else "missing"
+            actual = f"{path.stat().st_size} bytes" if path.exists() else "missing"
             raise BundleError(
-                f"{path}: {found}, the build wrote {record.nbytes} bytes",
+                f"{path}: {actual}, the build wrote {record.nbytes} bytes",
                 hint=f"build it again: {engine.rebuild_command(folder, engine.target)}",
             )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgevlm.calibration import weight_only
-from edgevlm.engines.build.build import Again, Request, build
+from edgevlm.engines.build.build import Requantization, Request, build
 from edgevlm.engines.runtime.session import Answer, Question, Session
 from edgevlm.export import write
 from edgevlm.toolkit import systems
@@ -45,9 +45,16 @@ def requantized(
     def written(folder: Path) -> None:
         write.write_bundle(source, folder, made_by="tests", progress=silent)
 
-    again = Again(kind, source.plan, written, lambda: write.graphs(source))
+    requantization = Requantization(kind, source.plan, written, lambda: write.graphs(source))
     accept = None if gated or kind == "int8" else LOSS_IN_4_BITS
-    return Request(target or this_cpu(), None, False, "tests", again=again, accept_loss=accept)
+    return Request(
+        target or this_cpu(),
+        None,
+        False,
+        "tests",
+        requantization=requantization,
+        accept_loss=accept,
+    )
 
 
 def ask(engine: Path, prompt: str, images: list[Path], tokens: int = 24) -> Answer:

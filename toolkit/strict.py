@@ -19,9 +19,8 @@ from edgevlm.toolkit.errors import ConfigError
 
 V = TypeVar("V")
 _REQUIRED: Any = object()
-MOST_LAYERS = (
-    4096  # layers are listed before a file is opened: a wrong number must not take minutes
-)
+# Layers are listed before a file is opened: a wrong number must not take minutes.
+MOST_LAYERS = 4096
 
 # Keys that transformers writes into every config.json and that do not change a forward pass:
 # generation defaults, bookkeeping, training switches.
@@ -52,10 +51,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not exist") from None
     except OSError as refused:
         raise ConfigError(f"{path} cannot be read: {refused.strerror}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as broken:  # not UTF-8, not JSON, too many digits, too deeply nested
+    except (ValueError, RecursionError) as broken:
+        # Not UTF-8, not JSON, a number of too many digits, or nested too deeply.
         raise ConfigError(f"{path} is not valid JSON: {broken}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a JSON {type(data).__name__}, expected an object")
@@ -122,13 +119,14 @@ class Reader:
         value = self._data.get(key)
         if value is None:
             value = default
-        known = list(allowed)
+        options = list(allowed)
         if value is _REQUIRED:
             raise ConfigError(f"{self.where} lacks the key {key!r}")
         if not any(
-            value == one and isinstance(value, bool) is isinstance(one, bool) for one in known
+            value == option and isinstance(value, bool) is isinstance(option, bool)
+            for option in options
         ):
-            names = ", ".join(repr(name) for name in known)
+            names = ", ".join(repr(name) for name in options)
             raise ConfigError(
                 f"{self.where}: {key} = {value!r} is not implemented",
                 hint=f"implemented: {names}",
@@ -192,7 +190,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         plain = [a for a in args if a in (int, str) and type(data) is a]
         return _decode((plain or [a for a in args if a is not type(None)])[0], data, where)
     if origin is typing.Literal:
-        if not any(data == one and type(data) is type(one) for one in args):
+        if not any(data == option and type(data) is type(option) for option in args):
             raise ConfigError(f"{where} = {data!r}, expected one of {args}")
         return data
     if origin is tuple:
@@ -235,6 +233,6 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     return kind(**{key: _decode(hints[key], data[key], f"{where}.{key}") for key in data})
 
 
-def _expect(fine: bool, where: str, data: Any, wanted: str) -> None:
-    if not fine:
-        raise ConfigError(f"{where} = {data!r}, expected {wanted}")
+def _expect(valid: bool, where: str, data: Any, expected: str) -> None:
+    if not valid:
+        raise ConfigError(f"{where} = {data!r}, expected {expected}")

@@ -1,4 +1,4 @@
-"""Backends, one file each, found by the backend's name in a Target."""
+"""Backends, one file each; a Target names the one that it needs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Runner(Protocol):
     """An opened component. It holds no state; calls must not overlap."""
 
     def new_state(self, slots: int = 1) -> State:
-        """An empty KV state of `slots` sequences; one without arrays where there is none."""
+        """An empty KV state of `slots` sequences; without arrays if the component has none."""
         ...
 
     def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
@@ -70,10 +70,10 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What building one component gave: files in the engine folder, and notes on it.
+    """The result of compiling one component: its files in the engine folder, and notes.
 
-    precision: the number format it computes in, which decides how close the goldens must be.
-    lowering: what happened to its ops; empty where nothing is lowered.
+    precision: the number format it computes in, which sets the tolerance of the goldens.
+    lowering: a decision per kind of op; empty for a backend that lowers nothing.
     """
 
     record: ComponentRecord
@@ -87,17 +87,17 @@ class Backend(Protocol):
     """What a backend file offers."""
 
     def here(self) -> Target:
-        """The target that this backend is on this machine."""
+        """This machine as a target of this backend."""
         ...
 
     def compile(
         self, bundle: Bundle, record: ComponentRecord, folder: Path, target: Target
     ) -> Compiled:
-        """Put one component's engine files into `folder`."""
+        """Write one component's engine files into `folder`."""
         ...
 
     def extras(self, folder: Path) -> tuple[str, ...]:
-        """Put files that belong to no component into `folder`; their names."""
+        """Write the files that belong to no component into `folder`; returns their names."""
         ...
 
     def open(

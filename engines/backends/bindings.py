@@ -13,9 +13,9 @@ KEPT_DECODE, KEPT_OTHERS = 8, 4
 class Bindings(Generic[B]):
     """The bindings of one state.
 
-    Those of single tokens, which every decode step uses, are kept apart from the others: however
-    many lengths a prompt is read in, none replaces a decode binding. Of each kind the
-    least recently used one goes first.
+    Bindings of single tokens, which every decode step uses, are kept apart from the others, so
+    that prompts of many lengths never replace them. Of each kind the least recently used is
+    dropped first.
     """
 
     def __init__(self) -> None:
@@ -26,12 +26,12 @@ class Bindings(Generic[B]):
         return len(self._decode) + len(self._others)
 
     def get(self, key: Hashable, make: Callable[[], B], *, decode: bool) -> B:
-        """The binding of `key`, made if it is not there."""
+        """The binding of `key`, made if there is none yet."""
         kept, most = (self._decode, KEPT_DECODE) if decode else (self._others, KEPT_OTHERS)
-        found = kept.pop(key, None)
-        if found is None:
-            found = make()
-        kept[key] = found  # the last one is the one used last
+        binding = kept.pop(key, None)
+        if binding is None:
+            binding = make()
+        kept[key] = binding  # a dict keeps its order: the last entry is the most recently used
         if len(kept) > most:
             del kept[next(iter(kept))]
-        return found
+        return binding

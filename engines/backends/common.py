@@ -1,4 +1,4 @@
-"""What several backends need."""
+"""Helpers that several backends use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def link(source: Path, target: Path) -> None:
-    """The same bytes under a second name where the file system can, else a copy."""
+    """Hard-link `target` to `source`, or copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -19,9 +19,9 @@ def link(source: Path, target: Path) -> None:
 
 def best_seconds(work: Callable[[], object], times: int = 5) -> float:
     """The shortest of several runs: what the machine can do, not what it usually does."""
-    found = []
+    seconds = []
     for _ in range(times + 1):
         begin = time.perf_counter()
         work()
-        found.append(time.perf_counter() - begin)
-    return min(found[1:])
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds[1:])

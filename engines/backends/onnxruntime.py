@@ -54,7 +54,7 @@ def _load_package() -> Any:
 
 
 def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Target) -> Compiled:
-    """Lower one component; weights are linked where they stay as they are, else upcast."""
+    """Lower one component; weights are linked if they need no upcast."""
     try:
         import onnx
     except ImportError:
@@ -70,11 +70,11 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
     else:
         link(bundle.path / record.weights, folder / record.weights)
     (folder / record.graph).write_bytes(model.SerializeToString())
-    rounds = any(node.op_type == "MatMulNBits" for node in model.graph.node)
+    rounds_inputs = any(node.op_type == "MatMulNBits" for node in model.graph.node)
     return Compiled(
         record,
         (record.graph, record.weights),
-        "int8" if rounds else computed,
+        "int8" if rounds_inputs else computed,
         tuple(notes),
         lowered.decisions,
     )
@@ -83,20 +83,20 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
 def _upcast_weights(
     bundle: Bundle, record: ComponentRecord, folder: Path, model: onnx.ModelProto
 ) -> None:
-    """Write the weights again, floats as float32, and point the graph's tensors at them."""
+    """Write the weights with floats as float32, and point the graph's tensors at them."""
     file = SafetensorsFile(bundle.path / record.weights)
-    plan = [
+    specs = [
         TensorSpec(name, "fp32" if e.dtype in ("fp16", "bf16") else e.dtype, e.shape)
         for name, e in file.entries.items()
     ]
     written = write_safetensors(
-        folder / record.weights, plan, lambda t: row_blocks(file.read(t.name))
+        folder / record.weights, specs, lambda t: row_blocks(file.read(t.name))
     )
-    moved = {e.offset: written.entries[name] for name, e in file.entries.items()}
+    by_old_offset = {e.offset: written.entries[name] for name, e in file.entries.items()}
     for tensor in model.graph.initializer:
         if tensor.data_location != tensor.EXTERNAL:
             continue
-        entry = moved[next(int(d.value) for d in tensor.external_data if d.key == "offset")]
+        entry = by_old_offset[next(int(d.value) for d in tensor.external_data if d.key == "offset")]
         span = {"location": record.weights, "offset": entry.offset, "length": entry.nbytes}
         del tensor.external_data[:]
         for key, value in span.items():
@@ -104,7 +104,7 @@ def _upcast_weights(
 
 
 def extras(folder: Path) -> tuple[str, ...]:
-    """The probes of `peaks`."""
+    """Write the graphs that `peaks` measures."""
     return probes.write(folder)
 
 
@@ -118,8 +118,8 @@ def peaks(folder: Path) -> Peaks:
 
 
 def _session_options(options: RunnerOptions, *, stateful: bool = False) -> Any:
-    """Threads of a session's own. Only a decoder's go on spinning between calls: its next call
-    comes at once, while an encoder's would spin against the components after it.
+    """Options with the session's threads. Only a decoder's threads spin between calls: its next
+    call comes at once, while an encoder's would compete with the components after it.
     """
     _load_package()
     settings = sessions.session_options(options.threads or threads_here())
@@ -158,22 +158,24 @@ class _Bound:
     ) -> None:
         self.inputs = inputs
         self._session, self._outputs = session, list(outputs)
-        self._known = {name: array for name, array in outputs.items() if array is not None}
+        self._allocated = {name: array for name, array in outputs.items() if array is not None}
         self._binding = session.io_binding()
         for name, array in inputs.items():
             self._binding.bind_input(name, *_address(array))
         for name, buffer in outputs.items():
-            where = ("cpu",) if buffer is None else _address(buffer)
-            self._binding.bind_output(name, *where)
+            location = ("cpu",) if buffer is None else _address(buffer)
+            self._binding.bind_output(name, *location)
 
     def run(self) -> dict[str, Array]:
         """Run on what the input buffers hold."""
         self._session.run_with_iobinding(self._binding)
-        known = self._known
-        if len(known) == len(self._outputs):
-            return known
+        allocated = self._allocated
+        if len(allocated) == len(self._outputs):
+            return allocated
         values = zip(self._outputs, self._binding.get_outputs(), strict=True)
-        return {name: known[name] if name in known else value.numpy() for name, value in values}
+        return {
+            name: allocated[name] if name in allocated else value.numpy() for name, value in values
+        }
 
 
 def _address(array: Array) -> tuple[Any, ...]:
@@ -211,14 +213,14 @@ class OnnxRuntimeRunner:
         return zeros(inputs, outputs, context=self._context, slots=slots)
 
     def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
-        held = state or self._stateless
+        bound_state = state or self._stateless
         shapes = tuple(inputs[port.name].shape for port in self._plain)
-        bindings = self._bindings.get(held.allocation)
+        bindings = self._bindings.get(bound_state.allocation)
         if bindings is None:
-            bindings = self._bindings[held.allocation] = Bindings()
+            bindings = self._bindings[bound_state.allocation] = Bindings()
         bound = bindings.get(
-            (held.first, held.count, shapes),
-            lambda: self._bind(inputs, held),
+            (bound_state.first, bound_state.count, shapes),
+            lambda: self._bind(inputs, bound_state),
             decode=self._reads_one_token(shapes),
         )
         for port in self._plain:
@@ -230,11 +232,11 @@ class OnnxRuntimeRunner:
         return self._tokens is not None and shapes[self._tokens[0]][self._tokens[1]] == 1
 
     def _bind(self, inputs: Mapping[str, Array], state: State) -> _Bound:
-        own = {p.name: np.empty(inputs[p.name].shape, _TYPES[p.dtype]) for p in self._plain}
+        buffers = {p.name: np.empty(inputs[p.name].shape, _TYPES[p.dtype]) for p in self._plain}
         axes: dict[str, int] = {}
         for port in self._plain:
-            named = zip(port.shape, own[port.name].shape, strict=True)
-            axes |= {dim: size for dim, size in named if isinstance(dim, str)}
+            dimensions = zip(port.shape, buffers[port.name].shape, strict=True)
+            axes |= {dim: size for dim, size in dimensions if isinstance(dim, str)}
         if self._updated:
             check(state, self._updated, axes["batch"], self._record.name)
         outputs: dict[str, Array | None] = {}
@@ -244,7 +246,7 @@ class OnnxRuntimeRunner:
                 outputs[port.name] = state.arrays[port.updates]
             else:
                 outputs[port.name] = np.empty(shape, np.float32) if all(shape) else None
-        return _Bound(self._session, {**own, **state.arrays}, outputs)
+        return _Bound(self._session, {**buffers, **state.arrays}, outputs)
 
     def layers(self) -> list[LayerTime]:
         if not self._profile:

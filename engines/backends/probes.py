@@ -1,7 +1,7 @@
-"""Bare products, by which a profile measures what this machine can do at best in ONNX Runtime.
+"""Probes: single matrix products that measure this machine's peaks in ONNX Runtime.
 
-Right sides that stand in the graph are packed once, as weights are; the memory probe reads its own
-from an input.
+A right-hand matrix stored in the graph is packed once, as weights are; the memory probe reads its
+matrix from an input.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 from edgevlm.engines.backends import Peaks
 from edgevlm.engines.backends.common import best_seconds
 
-FLOAT, FEW_BITS, MEMORY = "probe-arithmetic.onnx", "probe-int8.onnx", "probe-memory.onnx"
-PROBES = (FLOAT, FEW_BITS, MEMORY)
+FLOAT, INT8, MEMORY = "probe-arithmetic.onnx", "probe-int8.onnx", "probe-memory.onnx"
+PROBES = (FLOAT, INT8, MEMORY)
 _WIDTH, _BLOCK = 2048, 128
 
 
 def write(folder: Path) -> tuple[str, ...]:
-    """Write the graphs of all probes; their names."""
+    """Write the graphs of all probes; returns their names."""
     from onnx import helper
 
     (folder / FLOAT).write_bytes(
@@ -40,7 +40,7 @@ def write(folder: Path) -> tuple[str, ...]:
     )
     blocks = _WIDTH // _BLOCK
     weight = _filled("w", 129, _WIDTH, blocks, _BLOCK)
-    (folder / FEW_BITS).write_bytes(_graph([weight, _filled("s", 1.0, _WIDTH, blocks), product]))
+    (folder / INT8).write_bytes(_graph([weight, _filled("s", 1.0, _WIDTH, blocks), product]))
     (folder / MEMORY).write_bytes(
         _graph([helper.make_node("MatMul", ["x", "w"], ["y"])], inputs=("x", "w"))
     )
@@ -73,13 +73,13 @@ def _graph(nodes: list[Any], inputs: tuple[str, ...] = ("x",)) -> bytes:
 
 
 def measure(folder: Path, open_session: Callable[[str], Any]) -> Peaks:
-    """Products of 2048 rows, and the rate at which one row is multiplied by 256 MB."""
+    """Arithmetic in products of 2048 rows; memory rate of the product of one row and 256 MB."""
     tall, row = (np.ones((rows, _WIDTH), np.float32) for rows in (2048, 1))
     matrix = np.ones((_WIDTH, 32768), np.float32)
-    floats, few, memory = (open_session(str(folder / name)) for name in PROBES)
+    float32, quantized, memory = (open_session(str(folder / name)) for name in PROBES)
     work = 2 * tall.size * _WIDTH / 1e9
     return Peaks(
-        work / best_seconds(lambda: floats.run(None, {"x": tall})),
-        work / best_seconds(lambda: few.run(None, {"x": tall})),
+        work / best_seconds(lambda: float32.run(None, {"x": tall})),
+        work / best_seconds(lambda: quantized.run(None, {"x": tall})),
         matrix.nbytes / 1e9 / best_seconds(lambda: memory.run(None, {"x": row, "w": matrix})),
     )

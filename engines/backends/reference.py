@@ -24,13 +24,13 @@ def here() -> Target:
 
 
 def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Target) -> Compiled:
-    """Nothing to compile: the weights are all it needs."""
+    """Link the weights; there is no graph to compile."""
     link(bundle.path / record.weights, folder / record.weights)
     return Compiled(record, (record.weights,))
 
 
 def extras(folder: Path) -> tuple[str, ...]:
-    """None."""
+    """No files."""
     return ()
 
 
@@ -38,13 +38,13 @@ def open(
     folder: Path, record: ComponentRecord, model: Mapping[str, object], options: RunnerOptions
 ) -> ReferenceRunner:
     """The component's function over NumPy."""
-    parts = components.components(model_config.from_json(dict(model), "engine.json: model"))
-    part = next(p for p in parts if p.name == record.name)
-    return ReferenceRunner(part, dict(Tensors(folder / record.weights)), options)
+    config = model_config.from_json(dict(model), "engine.json: model")
+    component = next(c for c in components.components(config) if c.name == record.name)
+    return ReferenceRunner(component, dict(Tensors(folder / record.weights)), options)
 
 
 def peaks(folder: Path) -> Peaks:
-    """NumPy's matrix product, in which weights of 8 bits are floats again, and its sum."""
+    """NumPy's matrix product, where 8-bit weights are converted to float first, and its sum."""
     a = np.ones((1024, 1024), np.float32)
     long = np.ones(1 << 25, np.float32)
     product = best_seconds(lambda: a @ a)
@@ -56,24 +56,26 @@ class ReferenceRunner:
     """A component run by NumpyOps, weights in memory as float32."""
 
     def __init__(
-        self, part: components.Component, tensors: dict[str, Array], options: RunnerOptions
+        self, component: components.Component, tensors: dict[str, Array], options: RunnerOptions
     ) -> None:
-        self._part = part
+        self._component = component
         self._weights = Weights(tensors)
         self._context = options.context
-        self._updates = {port.name: port.updates for port in part.outputs if port.updates}
+        self._updates = {port.name: port.updates for port in component.outputs if port.updates}
 
     def new_state(self, slots: int = 1) -> State:
-        return zeros(self._part.inputs, self._part.outputs, context=self._context, slots=slots)
+        return zeros(
+            self._component.inputs, self._component.outputs, context=self._context, slots=slots
+        )
 
     def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
-        held: Mapping[str, Array] = {}
+        states: Mapping[str, Array] = {}
         if self._updates:
             batch, names = len(inputs["start"]), list(self._updates.values())
-            held = check(state, names, batch, self._part.name).arrays
-        outputs = self._part.forward(NumpyOps(), self._weights, {**inputs, **held})
+            states = check(state, names, batch, self._component.name).arrays
+        outputs = self._component.forward(NumpyOps(), self._weights, {**inputs, **states})
         for output, name in self._updates.items():
-            np.copyto(held[name], outputs.pop(output))
+            np.copyto(states[name], outputs.pop(output))
         return outputs
 
     def layers(self) -> list[LayerTime]:

@@ -1,4 +1,4 @@
-"""The one place that makes ONNX Runtime sessions: in engines, probes, the search for an op, tests.
+"""Makes every ONNX Runtime session: of engines, probes, `--bisect` and tests.
 
 On x86 without VNNI, ONNX Runtime's products of U8 activations and S8 weights saturate: a layer in 8
 bits would be wrong by half of its largest value. `session.x64quantprecision` makes it convert such

@@ -1,4 +1,4 @@
-"""The KV state of a component: a value that the caller holds. A runner hides none."""
+"""The KV state of a component: the caller holds it, a runner keeps none of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgevlm.toolkit.vlm.components import Port, zero_states
 
 
 class Allocation:
-    """Stands for the memory of one `new_state`: it lives as long as any State on it.
+    """Identifies the memory of one `new_state`; it lives as long as any State that uses it.
 
     What belongs to that memory, such as a runner's bindings, is kept in tables with weak keys.
     """
@@ -36,8 +36,8 @@ class State:
         """The slots from `begin` up to `end`. Raises InputError where there are none."""
         if not 0 <= begin < end <= self.count:
             raise InputError(f"slots {begin} to {end} are not among the {self.count} of the state")
-        parts = {name: array[begin:end] for name, array in self.arrays.items()}
-        return State(parts, end - begin, self.allocation, self.first + begin)
+        arrays = {name: array[begin:end] for name, array in self.arrays.items()}
+        return State(arrays, end - begin, self.allocation, self.first + begin)
 
     def slot(self, index: int) -> State:
         """One slot."""

@@ -1,8 +1,8 @@
-"""Which op is the first wrong one? The lowered graph against the portable one, op by op.
+"""Find the first op that diverges: the lowered graph against the portable one, op by op.
 
 Both graphs name their tensors alike, so the values after every op that both have can be compared.
-Tensors are looked at a few dozen at a time: memory stays that of a run. Nothing is written: graphs
-are opened from memory, with the weights where they are.
+Tensors are compared a few dozen at a time, so that memory stays that of a run. Nothing is written:
+graphs are opened from memory, their weights from the files of the bundle or engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.vlm.components import zero_states
 
-_AT_ONCE = 48
+_TENSORS_PER_RUN = 48
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class _Graph:
 
     def values(self, names: Sequence[str], feed: Mapping[str, Array]) -> dict[str, Array]:
         """The named tensors of one call."""
-        shown = onnx.ModelProto()
-        shown.CopyFrom(self.model)
-        del shown.graph.output[:]
-        shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         options = sessions.read_weights_from(sessions.session_options(), self.folder)
         if self.plain:
             sessions.keep_graph(options)
-        session = sessions.open_session(shown.SerializeToString(), options)
-        wanted = {value.name for value in session.get_inputs()}
-        found = session.run(list(names), {k: v for k, v in feed.items() if k in wanted})
-        return dict(zip(names, found, strict=True))
+        session = sessions.open_session(model.SerializeToString(), options)
+        used = {value.name for value in session.get_inputs()}
+        tensors = session.run(list(names), {k: v for k, v in feed.items() if k in used})
+        return dict(zip(names, tensors, strict=True))
 
 
 def first_divergence(
@@ -77,11 +77,11 @@ def first_divergence(
     states = zero_states(record.inputs, record.outputs, AXES)
     for golden in calls:
         feed = {**states, **golden.inputs}
-        for found in _beyond(portable, lowered, feed, tolerance, skip=updates.keys()):
-            return found
+        for divergence in _beyond(portable, lowered, feed, tolerance, skip=updates.keys()):
+            return divergence
         if updates:
-            after = portable.values(list(updates), feed)
-            states = {updates[name]: value for name, value in after.items()}
+            updated = portable.values(list(updates), feed)
+            states = {updates[name]: value for name, value in updated.items()}
     return None
 
 
@@ -98,19 +98,19 @@ def _beyond(
 ) -> Iterator[Divergence]:
     """Tensors of one call that differ, in the order in which the lowered graph makes them.
 
-    skip: the states, whose rows beyond the valid ones hold anything.
+    skip: the states, whose rows beyond the valid length are undefined.
     """
     makers = {out: op_name(n) for n in lowered.model.graph.node for out in n.output if out}
-    known = {out for n in portable.model.graph.node for out in n.output} - set(skip)
-    names = [name for name in makers if name in known]
-    for start in range(0, len(names), _AT_ONCE):
-        group = names[start : start + _AT_ONCE]
-        expected, found = portable.values(group, feed), lowered.values(group, feed)
+    shared = {out for n in portable.model.graph.node for out in n.output} - set(skip)
+    names = [name for name in makers if name in shared]
+    for start in range(0, len(names), _TENSORS_PER_RUN):
+        group = names[start : start + _TENSORS_PER_RUN]
+        expected, actual = portable.values(group, feed), lowered.values(group, feed)
         for name in group:
             if expected[name].dtype.kind != "f":
                 continue
             difference = relative_difference(
-                found[name].astype(np.float32), expected[name].astype(np.float32)
+                actual[name].astype(np.float32), expected[name].astype(np.float32)
             )
             if not difference <= tolerance:
                 yield Divergence(name, makers[name], difference)

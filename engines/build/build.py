@@ -38,8 +38,8 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Again:
-    """A bundle's model recorded again: with which plan, how to write it, and its graphs alone."""
+class Requantization:
+    """The bundle's model in another precision: its plan, how to write it, and its graphs alone."""
 
     name: str
     plan: PrecisionPlan
@@ -51,10 +51,10 @@ class Again:
 class Request:
     """What is to be built.
 
-    context: positions of the KV cache, None for the bundle's. tiles: the most tiles that a image
+    context: positions of the KV cache, None for the bundle's. tiles: the most tiles that an image
     is cut into, None for all that the model knows. bisect: on divergence, look for the first op.
-    again: the model in another precision than the bundle's. accept_loss: the relative rms error
-    against the float model that is accepted, None for the precision's own limit.
+    requantization: the model in another precision than the bundle's. accept_loss: the relative rms
+    error against the float model that is accepted, None for the precision's own limit.
     """
 
     target: Target
@@ -63,23 +63,23 @@ class Request:
     made_by: str
     tiles: int | None = None
     bisect: bool = False
-    again: Again | None = None
+    requantization: Requantization | None = None
     accept_loss: float | None = None
 
     def plan(self, bundle: Bundle) -> PrecisionPlan:
         """The plan of the engine."""
-        return self.again.plan if self.again else bundle.manifest.plan
+        return self.requantization.plan if self.requantization else bundle.manifest.plan
 
     @property
     def precision(self) -> str | None:
-        """The name of the precision that is asked for, None for the bundle's own."""
-        return self.again.name if self.again else None
+        """The name of the requested precision, None for the bundle's own."""
+        return self.requantization.name if self.requantization else None
 
 
 def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[Engine, bool]:
-    """Build the bundle `path` into the engine `out`; returns it and whether work was needed.
+    """Build the bundle `path` into the engine `out`; returns it, and whether it was built now.
 
-    An engine of the same bundle, target and context that already stands at `out` is kept.
+    An engine of the same bundle, target and context that already exists at `out` is kept.
     Raises UnsupportedError, BuildError, AccuracyError, TargetMismatch, BundleError, OutputError.
     """
     started = time.perf_counter()
@@ -88,9 +88,9 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
     backend = _backend_here(request.target, path, out)
     recover(out)
-    found = existing(bundle, out, request, context, model)
-    if found is not None and not request.force:
-        return found, False
+    current = existing(bundle, out, request, context, model)
+    if current is not None and not request.force:
+        return current, False
     refuse_source(out, path)
     refuse_existing(out, force=request.force)
     progress("checking the bundle's files")
@@ -98,14 +98,14 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     require_space(out, _new_bytes(bundle, request))
     memory.require_component(bundle, request.plan(bundle), request.target)
     with writing(out, force=request.force) as folder, ExitStack() as stack:
-        used = bundle
-        if request.again is not None:
-            used = stack.enter_context(_recorded_again(request.again, folder))
-        compiled, files = _compile(used, backend, folder, request.target, progress)
+        source = bundle
+        if request.requantization is not None:
+            source = stack.enter_context(_requantized(request.requantization, folder))
+        compiled, files = _compile(source, backend, folder, request.target, progress)
         errors = check.check(
-            used, compiled, backend, folder, allowed, progress, bisect=request.bisect
+            source, compiled, backend, folder, allowed, progress, bisect=request.bisect
         )
-        made = Engine(
+        engine = Engine(
             manifest.FORMAT,
             request.made_by,
             str(request.target),
@@ -114,12 +114,12 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
             context,
             request.tiles,
             request.precision,
-            used.manifest.dtype,
+            source.manifest.dtype,
             model,
             tuple(c.record for c in compiled),
-            used.manifest.edges,
+            source.manifest.edges,
             files,
-            used.manifest.plan,
+            source.manifest.plan,
             tuple(decision for c in compiled for decision in c.lowering),
             Built(
                 time.perf_counter() - started,
@@ -129,37 +129,37 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
                 request.accept_loss,
             ),
         )
-        manifest.write(folder, made)
-    return made, True
+        manifest.write(folder, engine)
+    return engine, True
 
 
 @contextmanager
-def _recorded_again(again: Again, folder: Path) -> Iterator[Bundle]:
-    """A bundle that lives inside the engine's folder as long as the engine is being made."""
-    place = folder / "bundle"
+def _requantized(requantization: Requantization, folder: Path) -> Iterator[Bundle]:
+    """A temporary bundle in the engine's folder, removed once the engine is built."""
+    path = folder / "bundle"
     try:
-        again.write(place)
-        yield Bundle.open(place)
+        requantization.write(path)
+        yield Bundle.open(path)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def existing(
     bundle: Bundle, out: Path, request: Request, context: int, model: Mapping[str, Any]
 ) -> Engine | None:
-    """The engine at `out` if it is the one that building would give again."""
+    """The engine at `out`, if a build with this request would give the same one."""
     if not (out / manifest.DESCRIPTION).exists():
         return None
     try:
-        found = manifest.read(out)
-        manifest.check(out, found)
-    except Exception:  # a damaged or foreign engine is not the one that is asked for
+        engine = manifest.read(out)
+        manifest.check(out, engine)
+    except Exception:  # a damaged or foreign engine is not the requested one
         return None
-    wanted = (bundle.sha256, str(request.target), context, model, request.precision)
-    has = (found.bundle_sha256, found.target, found.context, found.model, found.precision)
+    requested = (bundle.sha256, str(request.target), context, model, request.precision)
+    actual = (engine.bundle_sha256, engine.target, engine.context, engine.model, engine.precision)
     allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
-    good = all(loss <= allowed for loss in found.build.precision_losses.values())
-    return found if has == wanted and good else None
+    accurate = all(loss <= allowed for loss in engine.build.precision_losses.values())
+    return engine if actual == requested and accurate else None
 
 
 def lowering(bundle: Bundle, request: Request) -> list[Decision]:
@@ -172,14 +172,14 @@ def lowering(bundle: Bundle, request: Request) -> list[Decision]:
         raise MissingExtra("onnx", "export", purpose="reading a bundle's graphs") from None
     from edgevlm.engines.lowering.lower import decide
 
-    again = request.again.graphs() if request.again else {}
-    found: list[Decision] = []
+    requantized = request.requantization.graphs() if request.requantization else {}
+    decisions: list[Decision] = []
     for record in bundle.manifest.components:
-        model = again.get(record.name) or onnx.load(
+        model = requantized.get(record.name) or onnx.load(
             str(bundle.path / record.graph), load_external_data=False
         )
-        found += decide(record.name, model, request.target)
-    return found
+        decisions += decide(record.name, model, request.target)
+    return decisions
 
 
 def lint(graphs: Mapping[str, onnx.ModelProto], target: Target) -> None:
@@ -191,20 +191,20 @@ def lint(graphs: Mapping[str, onnx.ModelProto], target: Target) -> None:
 
 
 def settled(bundle: Bundle, request: Request) -> tuple[int, Mapping[str, Any]]:
-    """Context and model of the engine asked for. Raises ConfigError where they cannot be."""
+    """Context and model of the requested engine. Raises ConfigError where they cannot be."""
     return _context(bundle, request.context), _model(bundle, request.tiles)
 
 
-def _context(bundle: Bundle, asked: int | None) -> int:
+def _context(bundle: Bundle, requested: int | None) -> int:
     limit: int = bundle.model.lm.config.context
-    if asked is None:
+    if requested is None:
         return limit
-    if not 1 <= asked <= limit:
+    if not 1 <= requested <= limit:
         raise ConfigError(
-            f"--max-context {asked} does not fit: the bundle's tables have {limit} positions",
+            f"--max-context {requested} does not fit: the bundle's tables have {limit} positions",
             hint=f"choose 1 to {limit}, or export again with a larger --max-context",
         )
-    return asked
+    return requested
 
 
 def _model(bundle: Bundle, tiles: int | None) -> Mapping[str, Any]:
@@ -236,9 +236,10 @@ def _backend_here(target: Target, path: Path, out: Path) -> Backend:
 
 
 def _new_bytes(bundle: Bundle, request: Request) -> int:
-    """Disk that the work takes beyond what links share with the bundle, at most."""
-    if request.again is not None:
-        return memory.weights_bytes(bundle.model, request.again.plan, 4) + 64_000_000
+    """The most disk space that a build takes, not counting files linked to the bundle's."""
+    if request.requantization is not None:
+        plan = request.requantization.plan
+        return memory.weights_bytes(bundle.model, plan, 4) + 64_000_000
     dtype = bundle.manifest.dtype
     upcast = capabilities.of(request.target).computes_in(dtype) != dtype
     weights = memory.weights_bytes(bundle.model, bundle.manifest.plan, 4) if upcast else 0
@@ -248,18 +249,18 @@ def _new_bytes(bundle: Bundle, request: Request) -> int:
 def _compile(
     bundle: Bundle, backend: Backend, folder: Path, target: Target, progress: Progress
 ) -> tuple[list[Compiled], dict[str, FileRecord]]:
-    parts, files = [], {}
+    components, files = [], {}
     for record in bundle.manifest.components:
         progress(f"{record.name}: lowering for {target}")
         compiled = backend.compile(bundle, record, folder, target)
         for note in compiled.notes:
             progress(f"{record.name}: {note}")
-        parts.append(compiled)
+        components.append(compiled)
         for name in compiled.files:
-            known = bundle.manifest.files.get(name)
-            same = known is not None and (folder / name).samefile(bundle.path / name)
-            files[name] = known if known and same else record_file(folder / name)
+            original = bundle.manifest.files.get(name)
+            linked = original is not None and (folder / name).samefile(bundle.path / name)
+            files[name] = original if original and linked else record_file(folder / name)
     files |= {name: record_file(folder / name) for name in backend.extras(folder)}
     (folder / TOKENIZER).write_bytes((bundle.path / TOKENIZER).read_bytes())
     files[TOKENIZER] = bundle.manifest.files[TOKENIZER]
-    return parts, files
+    return components, files

@@ -1,9 +1,9 @@
-"""Whether an engine answers as it should: its kernels, and the precision of its weights.
+"""Check an engine's accuracy: that of its kernels, and that of its weights' precision.
 
 Kernels: the engine against the reference on the same, possibly rounded, weights. Precision: the
 engine against the reference on the float weights. Both are relative root mean square errors over
-all golden calls of a component, those of logits after taking each row's mean away. Golden calls
-are random, which is harder on a trained model than text is.
+all golden calls of a component; logits are compared after subtracting the mean of each row. Golden
+calls are random, which is harder on a trained model than text is.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Errors:
 def allowed_loss(plan: PrecisionPlan, accept: float | None) -> float:
     """The largest loss that a build with this plan accepts.
 
-    accept: what the user accepts instead. Raises ConfigError where it has no meaning.
+    accept: the value of --accept-loss. Raises ConfigError if it is invalid or has no effect.
     """
     if accept is None:
         return max((MAX_LOSS[precision] for precision in plan.precisions), default=0.0)
@@ -75,21 +75,21 @@ def check(
     Raises AccuracyError naming the first component whose kernels are beyond their tolerance (with
     `bisect`, its first op too) or whose precision costs more than `allowed`.
     """
-    every = goldens.load(bundle.path / GOLDENS)
-    if bundle.manifest.plan.precisions and not all(golden.float_outputs for golden in every):
+    all_calls = goldens.load(bundle.path / GOLDENS)
+    if bundle.manifest.plan.precisions and not all(golden.float_outputs for golden in all_calls):
         raise BundleError(
             f"{bundle.path} is quantized and lacks the float model's answers",
             hint="quantize the float bundle again",
         )
     errors = Errors({}, {})
-    for part in compiled:
-        name, limit = part.record.name, tolerance(part)
+    for component in compiled:
+        name, limit = component.record.name, tolerance(component)
         progress(f"{name}: comparing with the reference")
-        calls = [golden for golden in every if golden.component == name]
-        answers = _answers(bundle, part, backend, folder, calls)
+        calls = [golden for golden in all_calls if golden.component == name]
+        answers = _answers(bundle, component, backend, folder, calls)
         error = _error(answers, [golden.outputs for golden in calls])
         if not error <= limit:
-            op = _first_op(bundle, part, folder, calls, limit) if bisect else ""
+            op = _first_op(bundle, component, folder, calls, limit) if bisect else ""
             raise _wrong_kernels(name, error, limit, op, bisect=bisect)
         errors.kernels[name] = error
         if all(golden.float_outputs for golden in calls):
@@ -100,10 +100,10 @@ def check(
     return errors
 
 
-def tolerance(part: Compiled) -> float:
+def tolerance(component: Compiled) -> float:
     """The largest error that a component's kernels may have."""
-    decodes = any(port.updates for port in part.record.outputs)
-    return (DECODER_TOLERANCE if decodes else TOLERANCE)[part.precision]
+    decodes = any(port.updates for port in component.record.outputs)
+    return (DECODER_TOLERANCE if decodes else TOLERANCE)[component.precision]
 
 
 @dataclass(frozen=True)
@@ -115,26 +115,26 @@ class _Answer:
 
 
 def _answers(
-    bundle: Bundle, part: Compiled, backend: Backend, folder: Path, calls: list[Golden]
+    bundle: Bundle, component: Compiled, backend: Backend, folder: Path, calls: list[Golden]
 ) -> list[dict[str, _Answer]]:
     """What the engine answers to each call."""
     options = RunnerOptions(context=AXES["context"])
-    runner = backend.open(folder, part.record, bundle.manifest.model, options)
-    found = []
+    runner = backend.open(folder, component.record, bundle.manifest.model, options)
+    answers = []
     try:
         state = runner.new_state()
         for golden in calls:
             outputs = runner.run(golden.inputs, state)
-            found.append(
+            answers.append(
                 {n: _Answer(outputs[n].shape, goldens.sampled(outputs[n])) for n in golden.outputs}
             )
     finally:
         runner.close()
-    return found
+    return answers
 
 
 def _error(answers: list[dict[str, _Answer]], expected: Iterable[Mapping[str, Array]]) -> float:
-    """Of the worst output, over all calls."""
+    """The relative rms error of the worst output, over all calls."""
     by_output: dict[str, list[tuple[Array, Array]]] = {}
     for answer, outputs in zip(answers, expected, strict=True):
         for name, values in outputs.items():
@@ -171,14 +171,14 @@ def _lossy(name: str, loss: float, allowed: float) -> AccuracyError:
 
 
 def _first_op(
-    bundle: Bundle, part: Compiled, folder: Path, calls: list[Golden], limit: float
+    bundle: Bundle, component: Compiled, folder: Path, calls: list[Golden], limit: float
 ) -> str:
-    """Where the compiled graph first leaves the portable one, as the end of an error."""
-    if part.record.graph not in part.files:
+    """Where the compiled graph first diverges, as the last words of an error message."""
+    if component.record.graph not in component.files:
         return "; this backend has no graph to search"
     from edgevlm.engines.build.bisect import first_divergence
 
-    found = first_divergence(bundle, part.record, folder, calls, limit)
-    if found is None:
+    divergence = first_divergence(bundle, component.record, folder, calls, limit)
+    if divergence is None:
         return "; no tensor that both graphs name differs, so the portable graph itself does"
-    return f"; first at {found.tensor}, made by {found.op}: {found.difference:.3g}"
+    return f"; first at {divergence.tensor}, made by {divergence.op}: {divergence.difference:.3g}"

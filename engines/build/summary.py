@@ -1,4 +1,4 @@
-"""What the verbs say about engines: what would be built, was built, or stands on disk."""
+"""What the verbs print about engines: those to build, just built, or on disk."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ def _floor_lines(time: Floors) -> list[str]:
     ]
 
 
-def built_engine(made: Engine, out: Path, worked: bool, explain: bool) -> Result:
-    """What `build` made or found."""
+def built_engine(engine: Engine, out: Path, written: bool, explain: bool) -> Result:
+    """The engine that `build` wrote, or kept if not `written`."""
     following = shlex.join(
         ["edgevlm", "run", str(out), "What is in the image?", "--image", "PHOTO.jpg"]
     )
-    if worked:
-        line = f"{out}: built for {made.target} in {made.build.seconds:.1f} s"
+    if written:
+        line = f"{out}: built for {engine.target} in {engine.build.seconds:.1f} s"
     else:
-        line = f"{out}: already built ({made.build.seconds:.1f} s saved)"
-    lines = [*component_lines(made), *(_explained(list(made.lowering)) if explain else [])]
-    lines += [f"{line}; {_errors(made)}"]
-    data = _engine_data(made, out) | {"already_built": not worked, "next": following}
+        line = f"{out}: already built ({engine.build.seconds:.1f} s saved)"
+    lines = [*component_lines(engine), *(_explained(list(engine.lowering)) if explain else [])]
+    lines += [f"{line}; {_errors(engine)}"]
+    data = _engine_data(engine, out) | {"already_built": not written, "next": following}
     return data, lines, following
 
 
@@ -76,37 +76,39 @@ def _explained(decisions: list[Decision]) -> list[str]:
     return ["", *table(("component", "op", "count", "action", "into", "why"), rows), ""]
 
 
-def _engine_data(made: Engine, out: Path) -> dict[str, Any]:
-    data: dict[str, Any] = to_plain(made)
+def _engine_data(engine: Engine, out: Path) -> dict[str, Any]:
+    data: dict[str, Any] = to_plain(engine)
     del data["model"]
     return {"kind": "engine", "engine": str(out)} | data
 
 
 def inspect_engine(path: Path) -> tuple[Any, list[str]]:
     """What an engine holds."""
-    made = manifest.read(path)
-    data = _engine_data(made, path)
-    precision = made.precision or made.dtype
-    heading = f"engine for {made.target} of {made.bundle}, {precision}, context {made.context}"
+    engine = manifest.read(path)
+    data = _engine_data(engine, path)
+    precision = engine.precision or engine.dtype
+    heading = (
+        f"engine for {engine.target} of {engine.bundle}, {precision}, context {engine.context}"
+    )
     rows = [
-        (name, f"{error:.1e}", percent(made.build.precision_losses.get(name)))
-        for name, error in made.build.kernel_differences.items()
+        (name, f"{error:.1e}", percent(engine.build.precision_losses.get(name)))
+        for name, error in engine.build.kernel_differences.items()
     ]
-    lines = [heading, *component_lines(made), *plan_lines(made.plan), ""]
+    lines = [heading, *component_lines(engine), *plan_lines(engine.plan), ""]
     lines += table(("relative rms error", "of kernels", "of the precision"), rows)
-    return data, [*lines, _errors(made)]
+    return data, [*lines, _errors(engine)]
 
 
-def _errors(made: Engine) -> str:
-    """Both figures of the worst component, as people read them."""
-    kernels, losses = made.build.kernel_differences, made.build.precision_losses
+def _errors(engine: Engine) -> str:
+    """The errors of the worst component, as text."""
+    kernels, losses = engine.build.kernel_differences, engine.build.precision_losses
     text = f"kernels right to {max(kernels.values(), default=0.0):.1e}"
     if not losses:
         return text
     name = max(losses, key=lambda component: losses[component])
-    accepted = made.build.accepted_loss
+    accepted = engine.build.accepted_loss
     note = "" if accepted is None else f"; {percent(accepted)} was accepted"
-    precision = made.precision or "this precision"
+    precision = engine.precision or "this precision"
     return f"{text}; {precision} costs {percent(losses[name])} (rms, {name}) against float{note}"
 
 

@@ -1,7 +1,7 @@
 """What each target can do: the opset that it reads, what it computes in, and a row for every op.
 
 An op without a row is not supported there, and the build says so by name instead of finding out on
-the device. The rows of a backend stand in a file of their own, which needs onnx; what a target
+the device. The rows of a backend are in a file of their own, which needs onnx; what a target
 computes in is known without it.
 """
 
@@ -133,5 +133,5 @@ def of(target: Target) -> Capabilities:
 
 
 def _holds(since: Version, version: Version) -> bool:
-    """The one place where versions are compared."""
+    """Whether `version` is at least `since`; an empty version is the newest release."""
     return not version or version >= since

@@ -1,4 +1,4 @@
-"""A graph being lowered: nodes in, nodes out, with the few edits that lowering needs."""
+"""Edits of a graph while it is lowered: new nodes, shared helpers, constants."""
 
 from __future__ import annotations
 
@@ -53,28 +53,28 @@ class Rewriter:
         return name
 
     def as_bytes(self, name: str, shape: tuple[int, ...]) -> str:
-        """A stored tensor as bytes of another shape; returns the second name of its content."""
-        again = f"{name}.bytes"
-        if again not in self._constants:
+        """A second tensor with the bytes of a stored one, in another shape; returns its name."""
+        alias = f"{name}.bytes"
+        if alias not in self._constants:
             tensor = onnx.TensorProto()
             tensor.CopyFrom(next(t for t in self.model.graph.initializer if t.name == name))
-            tensor.name, tensor.data_type = again, onnx.TensorProto.UINT8
+            tensor.name, tensor.data_type = alias, onnx.TensorProto.UINT8
             del tensor.dims[:]
             tensor.dims.extend(shape)
-            self._constants[again] = tensor
-        return again
+            self._constants[alias] = tensor
+        return alias
 
     def finish(self, nodes: list[onnx.NodeProto]) -> None:
-        """Put the new nodes into the model, drop what nobody uses, and order the rest."""
+        """Put the new nodes into the model, drop what is unused, and sort the rest."""
         graph = self.model.graph
         graph.initializer.extend(self._constants.values())
         outputs = {value.name for value in graph.output}
         kept = _used([*self.shared.values(), *nodes], outputs)
         del graph.node[:]
         graph.node.extend(_ordered(kept, self._known()))
-        named = {name for node in kept for name in node.input}
-        spare = [t for t in graph.initializer if t.name not in named]
-        for tensor in spare:
+        inputs = {name for node in kept for name in node.input}
+        unused = [t for t in graph.initializer if t.name not in inputs]
+        for tensor in unused:
             graph.initializer.remove(tensor)
         called = {(node.domain, node.op_type) for node in kept}
         functions = [f for f in self.model.functions if (f.domain, f.name) in called]
@@ -107,14 +107,14 @@ def _ordered(nodes: list[onnx.NodeProto], known: set[str]) -> list[onnx.NodeProt
     """Topological order that otherwise keeps the given one."""
     ready, waiting, result = set(known), list(nodes), list[onnx.NodeProto]()
     while waiting:
-        later = []
+        postponed = []
         for node in waiting:
             if all(name in ready for name in node.input):
                 result.append(node)
                 ready.update(node.output)
             else:
-                later.append(node)
-        if len(later) == len(waiting):
-            raise AssertionError(f"the graph has a cycle or a hole at {later[0].name}")
-        waiting = later
+                postponed.append(node)
+        if len(postponed) == len(waiting):
+            raise AssertionError(f"the graph has a cycle or a hole at {postponed[0].name}")
+        waiting = postponed
     return result

@@ -55,7 +55,7 @@ def lower_component(component: str, model: onnx.ModelProto, target: Target) -> L
     lowered = onnx.inliner.inline_local_functions(model) if model.functions else model
     for opset in lowered.opset_import:
         if not opset.domain:
-            # What has a row there has in a newer opset more types and options; none is used.
+            # In newer opsets the target's ops only have more types and options; none is used.
             opset.version = min(opset.version, capabilities.of(target).opset)
     check_allowed(component, lowered, target)
     return Lowered(lowered, tuple(decisions))
@@ -70,20 +70,20 @@ def _chosen(
     component: str, model: onnx.ModelProto, target: Target, rows: Mapping[str, Row]
 ) -> list[Row]:
     """The row of every node."""
-    found, missing = list[Row](), set[str]()
+    chosen, missing = list[Row](), set[str]()
     for node in model.graph.node:
         first = rows.get(op_name(node))
         row = first.choose(node) if first else None
         if row is None:
             missing.add(op_name(node))
         else:
-            found.append(row)
+            chosen.append(row)
     if missing:
         raise UnsupportedError(
             f"{component} uses ops that {target} has no lowering for: {', '.join(sorted(missing))}",
             hint="build for another target (edgevlm doctor lists those of this machine)",
         )
-    return found
+    return chosen
 
 
 def _decisions(component: str, model: onnx.ModelProto, chosen: list[Row]) -> list[Decision]:
@@ -102,18 +102,18 @@ def upcast(model: onnx.ModelProto) -> bool:
     must set the external tensors' offsets anew.
     """
     graph = model.graph
-    found = False
+    changed = False
     for value in [*graph.input, *graph.output, *graph.value_info]:
         if value.type.tensor_type.elem_type in _LOW_PRECISION:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
-            found = True
+            changed = True
     for tensor in graph.initializer:
-        found |= _upcast_tensor(tensor)
+        changed |= _upcast_tensor(tensor)
     for node in graph.node:
         for attr in node.attribute:
             if node.op_type == "Cast" and attr.name == "to" and attr.i in _LOW_PRECISION:
                 attr.i = TensorProto.FLOAT
-    return found
+    return changed
 
 
 def _upcast_tensor(tensor: onnx.TensorProto) -> bool:
@@ -128,9 +128,9 @@ def _upcast_tensor(tensor: onnx.TensorProto) -> bool:
 
 def check_allowed(component: str, model: onnx.ModelProto, target: Target) -> None:
     """Raise UnsupportedError if a lowered graph still holds an op that the target lacks."""
-    every = [(op, row) for op, first in rows_of(target).items() for row in first.alternatives()]
-    allowed = {op for op, row in every if row.action == "keep"}
-    allowed |= {row.into for _, row in every if row.into}
-    left = sorted({op_name(n) for n in model.graph.node} - allowed)
-    if left:
-        raise UnsupportedError(f"{component}: {', '.join(left)} remained after lowering")
+    rows = [(op, row) for op, first in rows_of(target).items() for row in first.alternatives()]
+    allowed = {op for op, row in rows if row.action == "keep"}
+    allowed |= {row.into for _, row in rows if row.into}
+    unsupported = sorted({op_name(n) for n in model.graph.node} - allowed)
+    if unsupported:
+        raise UnsupportedError(f"{component}: {', '.join(unsupported)} remained after lowering")

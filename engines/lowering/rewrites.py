@@ -91,7 +91,7 @@ def rotary_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
 
 
 def _every_position(x: str, r: Rewriter) -> str:
-    """0, 1, … for every row of [B, S, ...], as [B, S]: once per graph."""
+    """Positions 0, 1, … of every row of [B, S, ...], as [B, S]; made once per graph."""
     zero, one = (r.constant(f"position.{n}", np.asarray(n, np.int64)) for n in (0, 1))
     sizes = r.once("Shape", [x], "position.sizes", start=0, end=2)
     length = r.once("Gather", [sizes, one], "position.length", axis=0)
@@ -126,7 +126,7 @@ def windowed(node: onnx.NodeProto) -> bool:
 
 
 def group_query_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
-    """GroupQueryAttention rotates, writes the cache in place and masks by length by itself."""
+    """GroupQueryAttention rotates, writes the cache in place and masks by length."""
     q, k, v, key, value, cos, sin, positions, _ = node.input
     return [_attend(node, r, [q, k, v, key, value, *_lengths(positions, r), cos, sin], rotary=1)]
 
@@ -157,7 +157,7 @@ def _attend(node: onnx.NodeProto, r: Rewriter, inputs: list[str], rotary: int) -
 
 
 def _lengths(positions: str, r: Rewriter) -> list[str]:
-    """Cached tokens after this call less one, per row, and the largest total: once per graph."""
+    """Per row the cached tokens after this call, minus one; the largest total. Once per graph."""
     last = r.constant("gqa.last", np.asarray([-1], np.int64))
     end = r.constant("gqa.end", np.asarray([np.iinfo(np.int64).max], np.int64))
     axis = r.constant("gqa.axis", np.asarray([1], np.int64))

@@ -1,4 +1,4 @@
-"""Profiling: where each millisecond goes, beside the time the machine could not go below."""
+"""Profiling: the time of every stage and layer, beside the roofline's floor."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is measured. image None takes a generated one of 640 x 480."""
+class ProfileRequest:
+    """What is measured. image: None for a generated one of 640 x 480."""
 
     image: Path | None = None
     prompt_tokens: int = 32
@@ -91,34 +91,37 @@ class Profile:
     spans: tuple[Span, ...]
 
 
-def profile_all(folders: Sequence[Path], plan: Plan, progress: Progress) -> list[Profile]:
-    """Measure several engines; all are looked at before the first is measured."""
-    plan.check()
+def profile_all(
+    folders: Sequence[Path], request: ProfileRequest, progress: Progress
+) -> list[Profile]:
+    """Measure several engines; all are checked before the first is measured."""
+    request.check()
     for folder in folders:
         manifest.check(folder, manifest.read(folder))
-    return [profile(folder, plan, progress) for folder in folders]
+    return [profile(folder, request, progress) for folder in folders]
 
 
-def profile(folder: Path, plan: Plan, progress: Progress) -> Profile:
+def profile(folder: Path, request: ProfileRequest, progress: Progress) -> Profile:
     """Open an engine and measure it: warm-up runs first, then `runs` timed ones."""
     memory.forget_peak()
-    with Session.open(folder, threads=plan.threads) as session:
+    with Session.open(folder, threads=request.threads) as session:
         progress(
-            f"opened in {session.load_ms:.0f} ms; {plan.warmup} warm-up and {plan.runs} timed runs"
+            f"opened in {session.load_ms:.0f} ms; {request.warmup} warm-up "
+            f"and {request.runs} timed runs"
         )
         state = session.new_state()
-        for _ in range(plan.warmup):
-            _run(session, state, plan, 0)
+        for _ in range(request.warmup):
+            _run(session, state, request, 0)
         runs = []
-        for number in range(plan.runs):
-            runs.append(_run(session, state, plan, number))
+        for number in range(request.runs):
+            runs.append(_run(session, state, request, number))
             progress(
                 f"run {number + 1}: first token {runs[-1].first_ms:.0f} ms, "
                 f"then {runs[-1].latency_ms:.2f} ms a token"
             )
         resident = memory.peak_rss_mb()
         peaks = backends.backend(session.engine.parsed_target()).peaks(folder)
-    layers = _layers(folder, plan) if plan.layers else ()
+    layers = _layers(folder, request) if request.layers else ()
     return _summarise(folder, session, runs, peaks, resident, layers)
 
 
@@ -135,24 +138,24 @@ class _Run:
         return float(np.mean(self.decode_ms))
 
 
-def _run(session: Session, state: State, plan: Plan, number: int) -> _Run:
+def _run(session: Session, state: State, request: ProfileRequest, number: int) -> _Run:
     """One question with a fixed number of answer tokens: the end-of-answer id does not count."""
     clock = Clock()
     with clock.time("image_decode"):
-        image = _image(plan, number)
+        image = _image(request, number)
     features = session.encode([image], clock)
-    ids = _token_ids(session, plan.prompt_tokens)
+    ids = _token_ids(session, request.prompt_tokens)
     sequence = prompts.assemble(Prompt((ids[:1], ids[1:])), features.indices)
-    if sequence.length + plan.max_tokens > session.engine.context:
+    if sequence.length + request.max_tokens > session.engine.context:
         raise InputError(
-            f"{sequence.length} prompt tokens and {plan.max_tokens} more do not fit into the "
+            f"{sequence.length} prompt tokens and {request.max_tokens} more do not fit into the "
             f"engine's context of {session.engine.context}",
             hint="lower --prompt-tokens or --max-tokens",
         )
     with clock.time("prefill"):
         token = int(session.prefill(sequence, features.rows, state).argmax())
     first, steps = clock.now_ms(), []
-    for step in range(plan.max_tokens - 1):
+    for step in range(request.max_tokens - 1):
         begin = clock.now_ms()
         token = int(session.decode(token, sequence.length + step, state).argmax())
         steps.append(clock.now_ms() - begin)
@@ -160,9 +163,9 @@ def _run(session: Session, state: State, plan: Plan, number: int) -> _Run:
     return _Run(clock.spans, steps, first, sequence.length, sequence.image_tokens)
 
 
-def _image(plan: Plan, number: int) -> LoadedImage:
-    if plan.image is not None:
-        return preprocess.load(plan.image)
+def _image(request: ProfileRequest, number: int) -> LoadedImage:
+    if request.image is not None:
+        return preprocess.load(request.image)
     from PIL import Image
 
     pixels = np.random.default_rng(number).integers(0, 256, (480, 640, 3), np.uint8)
@@ -174,16 +177,16 @@ def _token_ids(session: Session, count: int) -> tuple[int, ...]:
     return tuple(int(i) for i in np.random.default_rng(0).integers(0, vocab, count))
 
 
-def _layers(folder: Path, plan: Plan) -> tuple[LayerShare, ...]:
-    """A run of its own: timing every node slows the others down."""
-    with Session.open(folder, threads=plan.threads, profile=True) as session:
-        _run(session, session.new_state(), plan, 0)
-        found = [
+def _layers(folder: Path, request: ProfileRequest) -> tuple[LayerShare, ...]:
+    """The time of every node, from a separate run, because timing nodes slows a run down."""
+    with Session.open(folder, threads=request.threads, profile=True) as session:
+        _run(session, session.new_state(), request, 0)
+        shares = [
             LayerShare(component, layer.name, layer.op, layer.total_ms, layer.calls)
-            for component, layers in session.layers().items()
-            for layer in layers
+            for component, nodes in session.layers().items()
+            for layer in nodes
         ]
-    return tuple(sorted(found, key=lambda layer: -layer.ms))
+    return tuple(sorted(shares, key=lambda layer: -layer.ms))
 
 
 # -- summary ---------------------------------------------------------------------------------
@@ -209,7 +212,7 @@ def _summarise(
     stages = {stage: _spread(values) for stage, values in samples.items()}
     medians = {stage: spread.p50_ms for stage, spread in stages.items()}
     size = memory.element_bytes(session.engine.parsed_target(), session.engine.dtype)
-    made, encoders = session.engine, [f"encoder.{part.name}" for part in session.model.encoders]
+    encoders = [f"encoder.{encoder.name}" for encoder in session.model.encoders]
     views = max(sum(span.stage == name for span in runs[0].spans) for name in encoders)
     work = Work(views, runs[0].image_tokens, runs[0].prompt_tokens)
     first = float(np.median([run.first_ms for run in runs]))
@@ -228,7 +231,7 @@ def _summarise(
         prompt_tokens=runs[0].prompt_tokens,
         image_tokens=runs[0].image_tokens,
         generated_tokens=generated,
-        roofline=roofline(session.model, made.plan, peaks, work, medians, size),
+        roofline=roofline(session.model, session.engine.plan, peaks, work, medians, size),
         device=_device(session),
         samples={stage: [round(ms, 3) for ms in values] for stage, values in samples.items()},
         layers=layers,
@@ -242,14 +245,14 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def _device(session: Session) -> dict[str, str]:
-    made = session.engine
+    engine = session.engine
     return {
-        "target": made.target,
+        "target": engine.target,
         "processor": _processor(),
         "threads": str(session.threads),
         "system": f"{platform.system()} {platform.release()}",
         "backend": ".".join(map(str, installed("onnxruntime"))),
-        "precision": made.precision or made.dtype,
+        "precision": engine.precision or engine.dtype,
         "python": platform.python_version(),
     }
 

@@ -44,8 +44,8 @@ def result(profiles: Sequence[Profile], layers: int) -> tuple[Any, list[str]]:
     data = to_plain(profiles[0])
     if len(profiles) > 1:
         data["compared"] = [to_plain(p) for p in profiles[1:]]
-    found = [line for p in profiles for line in [p.engine, *lines(p, layers), ""]]
-    return data, found + (comparison(profiles) if len(profiles) > 1 else [])
+    text = [line for p in profiles for line in [p.engine, *lines(p, layers), ""]]
+    return data, text + (comparison(profiles) if len(profiles) > 1 else [])
 
 
 def lines(p: Profile, layers: int) -> list[str]:
@@ -59,14 +59,14 @@ def lines(p: Profile, layers: int) -> list[str]:
             floor = (f"{bound.floor_ms:.3g}", f"{bound.reached:.0%} ({bound.limited_by})")
         share = "" if stage == "decode" else f"{spread.p50_ms / p.time_to_first_token_ms:.0%}"
         rows.append((stage, spread.p50_ms, spread.p90_ms, spread.p99_ms, share, *floor))
-    found = table(
+    text = table(
         ("stage", "p50 ms", "p90 ms", "p99 ms", "of first token", "floor ms", "reached"), rows
     )
-    found += ["", *_totals(p)]
+    text += ["", *_totals(p)]
     if layers and p.layers:
         top = [(s.component, s.name, s.op, s.calls, s.ms) for s in p.layers[:layers]]
-        found += ["", *table(("component", "layer", "op", "calls", "ms"), top)]
-    return found
+        text += ["", *table(("component", "layer", "op", "calls", "ms"), top)]
+    return text
 
 
 def _totals(p: Profile) -> list[str]:
@@ -239,5 +239,5 @@ def _histogram(values: Sequence[float], bins: int = 40) -> str:
     return _svg(970, 130, bars + axis)
 
 
-def _svg(width: int, height: int, parts: Sequence[str]) -> str:
-    return f"<svg width='{width}' height='{height}' role='img'>{''.join(parts)}</svg>"
+def _svg(width: int, height: int, elements: Sequence[str]) -> str:
+    return f"<svg width='{width}' height='{height}' role='img'>{''.join(elements)}</svg>"

@@ -75,8 +75,7 @@ def roofline(
 ) -> Roofline:
     """Every stage's floor, and how near its measured median came (0 where there is none).
 
-    size: bytes of a weight that the plan leaves in float, and of an entry of the
-    KV cache.
+    size: bytes of a weight that the plan leaves in float, and of an element of the KV cache.
     """
     bounds = [
         _bound(_traffic(stage, calls, counter, plan, size), peaks, measured_ms)
@@ -126,7 +125,7 @@ def question(model: ModelConfig, size: tuple[int, int] = (640, 480), text: int =
     if rules.arrangement is not None:
         tokens = len(arrange(rules.arrangement, views, grid, size).rows)
     else:
-        merger = next(part for part in components.components(model) if part.name == "merger")
+        merger = next(c for c in components.components(model) if c.name == "merger")
         tokens = outputs(merger, image_axes(model, views, 1))["features"].shape[0]
     return Work(views, tokens, tokens + text)
 
@@ -136,21 +135,21 @@ def _stages(model: ModelConfig, work: Work) -> list[tuple[str, int, Count]]:
     step after the prompt, whose token attends to the prompt and to itself.
     """
     axes = image_axes(model, work.views, work.image_tokens)
-    encoders = {f"encoder.{part.name}" for part in model.encoders}
-    found = []
-    for part in components.components(model):
-        if part.name in encoders:
-            found.append((part.name, work.views, count(part, axes | {"tiles": 1})))
-        elif part.name == model.lm.name:
+    encoders = {f"encoder.{encoder.name}" for encoder in model.encoders}
+    stages = []
+    for component in components.components(model):
+        if component.name in encoders:
+            stages.append((component.name, work.views, count(component, axes | {"tiles": 1})))
+        elif component.name == model.lm.name:
             for stage, length, rows in (
                 ("prefill", work.prompt_tokens, work.prompt_tokens),
                 ("decode", 1, work.prompt_tokens + 1),
             ):
                 lengths = {"sequence": length, "context": rows}
-                found.append((stage, 1, count(part, axes | lengths)))
+                stages.append((stage, 1, count(component, axes | lengths)))
         else:
-            found.append((part.name, 1, count(part, axes)))
-    return found
+            stages.append((component.name, 1, count(component, axes)))
+    return stages
 
 
 @dataclass(frozen=True)

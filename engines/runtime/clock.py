@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Span:
-    """A stage's stretch of time, in ms since the clock started."""
+    """The interval of a stage, in ms since the clock started."""
 
     stage: str
     start_ms: float
@@ -18,7 +18,7 @@ class Span:
 
 
 class Clock:
-    """Starts with the reply; collects spans."""
+    """Collects the spans of one reply, from its start."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -30,14 +30,14 @@ class Clock:
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
-        """The block is a span of `stage`."""
+        """Record the block as a span of `stage`."""
         begin = self.now_ms()
         yield
         self.spans.append(Span(stage, begin, self.now_ms() - begin))
 
     def totals_ms(self) -> dict[str, float]:
         """Milliseconds per stage, several spans added up."""
-        found: dict[str, float] = {}
+        totals: dict[str, float] = {}
         for span in self.spans:
-            found[span.stage] = found.get(span.stage, 0.0) + span.ms
-        return found
+            totals[span.stage] = totals.get(span.stage, 0.0) + span.ms
+        return totals

@@ -39,7 +39,7 @@ class Turns:
     def __exit__(self, *exception: object) -> None:
         with self._guard:
             if self._waiting:
-                self._waiting.popleft().release()  # taken still, by the next thread
+                self._waiting.popleft().release()  # still taken, now by the next thread
             else:
                 self._taken = False
 
@@ -48,14 +48,14 @@ class Turns:
             waits = turn in self._waiting
             if waits:
                 self._waiting.remove(turn)
-        if not waits:  # the turn had just come
+        if not waits:  # the turn was granted just before
             self.__exit__()
 
 
 class StatePool:
     """States that replies take in turn. A state is made when there are not enough, up to `most`.
 
-    check(made) is called before a further one is made; it may refuse.
+    check(made) is called with the number of states before another one is made; it may raise.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class StatePool:
 
     def take(self) -> State:
         """A state that no other reply holds. Raises InputError when all are held."""
-        found = self._pop() or self._new()
-        if found is None:
-            gc.collect()  # abandoned replies that an exception or a circle keeps alive
-            found = self._pop()
-        if found is None:
+        state = self._pop() or self._new()
+        if state is None:
+            gc.collect()  # abandoned replies that an exception or a reference cycle keeps alive
+            state = self._pop()
+        if state is None:
             raise InputError(
                 f"{self._most} replies of this session are open, and it holds no more at once",
                 hint="read one to its end or close it, or open the session with more replies",
             )
-        return found
+        return state
 
     def give(self, state: State) -> None:
         """Return a state. Takes no lock: a garbage collection may call it anywhere."""

@@ -63,16 +63,16 @@ def estimate(
     return _with_weights(bundle.model, weights, context, size)
 
 
-def of_engine(made: Engine) -> Estimate:
+def of_engine(engine: Engine) -> Estimate:
     """The same for an engine on disk; the weights are those of its files."""
-    weights = sum(made.files[c.weights].nbytes for c in made.components)
-    size = element_bytes(made.parsed_target(), made.dtype)
-    return _with_weights(made.parsed_model(), weights, made.context, size)
+    weights = sum(engine.files[c.weights].nbytes for c in engine.components)
+    size = element_bytes(engine.parsed_target(), engine.dtype)
+    return _with_weights(engine.parsed_model(), weights, engine.context, size)
 
 
 def _with_weights(model: ModelConfig, weights: int, context: int, size: int) -> Estimate:
     axes = {"batch": 1, "context": context}
-    cache = sum(state_elements(part, axes) for part in components.components(model))
+    cache = sum(state_elements(component, axes) for component in components.components(model))
     scores = model.lm.config.num_heads * min(context, PREFILL_CHUNK) * context
     activations = 2 * _largest(model, context) + scores
     return Estimate(weights, cache * size, activations * size, context)
@@ -84,19 +84,20 @@ def weights_bytes(model: ModelConfig, plan: PrecisionPlan, size: int) -> int:
 
 
 def _largest(model: ModelConfig, context: int) -> int:
-    """Elements that an op reads and writes at most, for one image of as many views as it can
-    have, read in chunks. Encoders see one view at a time, the rest all views.
+    """The most elements that an op reads and writes, for one image with as many views as the
+    model allows and a prompt read in chunks. Encoders see one view at a time, the rest all views.
     """
     tiling = model.images.tiling
     points = tiling.pinpoints if tiling else ()
     views = 1 + max((w * h // tiling.tile**2 for w, h in points if tiling), default=0)
     lengths = {"context": context, "sequence": min(context, PREFILL_CHUNK)}
     axes = image_axes(model, views, context) | lengths
-    encoders = {f"encoder.{part.name}" for part in model.encoders}
+    view = axes | {"tiles": 1}
+    encoders = {f"encoder.{encoder.name}" for encoder in model.encoders}
     return max(
         cost.activation_elements
-        for part in components.components(model)
-        for cost in count(part, axes | {"tiles": 1} if part.name in encoders else axes).costs
+        for component in components.components(model)
+        for cost in count(component, view if component.name in encoders else axes).costs
         if cost.op not in _FUSED
     )
 
@@ -125,8 +126,8 @@ def forget_peak() -> None:
 
 def available_bytes() -> int | None:
     """Memory that this process may still take, None where the system does not report it."""
-    found = [n for n in (_free(), _left_in_container(Path("/sys/fs/cgroup"))) if n is not None]
-    return min(found, default=None)
+    limits = [n for n in (_free(), _left_in_container(Path("/sys/fs/cgroup"))) if n is not None]
+    return min(limits, default=None)
 
 
 def _free() -> int | None:

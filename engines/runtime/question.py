@@ -50,14 +50,14 @@ class Question:
                 "history is one text, expected a list of turns",
                 hint="turns alternate: user, assistant, user, assistant",
             )
-        lone = isinstance(self.stop, str)
+        single_stop = isinstance(self.stop, str)
         return CheckedQuestion(
             _text(self.prompt, "prompt"),
             _images(self.images),
             _max_tokens(self.max_tokens),
             self.sampling,
             _text(self.template, "template"),
-            _texts([self.stop] if lone else self.stop, "stop"),
+            _texts([self.stop] if single_stop else self.stop, "stop"),
             _texts(self.history, "history"),
         )
 
@@ -100,13 +100,13 @@ def _texts(values: object, name: str) -> tuple[str, ...]:
 def _images(values: object) -> tuple[ImageSource, ...]:
     if values is None:
         return ()
-    given = [values] if _is_image(values) else values
-    if not isinstance(given, Sequence):
+    images = [values] if _is_image(values) else values
+    if not isinstance(images, Sequence):
         raise InputError(f"images is {_shown(values)}, expected a list; each is {_KINDS}")
-    for number, image in enumerate(given, 1):
+    for number, image in enumerate(images, 1):
         if not _is_image(image):
             raise InputError(f"image {number} is {_shown(image)}, expected {_KINDS}")
-    return tuple(given)
+    return tuple(images)
 
 
 def _shown(value: object) -> str:

@@ -1,4 +1,4 @@
-"""A reply in the making: a stream of tokens, and afterwards the answer with its timings."""
+"""A reply: a stream of tokens, then the answer with its timings."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Reply:
         self._notes: tuple[str, ...] = ()
         self._sequence: PromptSequence | None = None
         self._begun = self._closed = self._done = False
-        # Weak: a reply that held its iterator would be a circle, and its state be released late.
+        # Weak: a reply that held its iterator would form a cycle and release its state late.
         self._iterator: weakref.ref[Generator[Token, None, None]] | None = None
 
     def __iter__(self) -> Iterator[Token]:
@@ -99,24 +99,24 @@ class Reply:
         self._closed = True
         tokens = self._iterator() if self._iterator else None
         if tokens is not None:
-            with suppress(ValueError):  # another thread computes a token: it stops behind that
+            with suppress(ValueError):  # another thread is computing a token and stops after it
                 tokens.close()
 
     def _tokens(self) -> Generator[Token, None, None]:
         session = self._session
         sequence, features = self._read()
         self._sequence = sequence
-        most = min(self._question.max_tokens, session.engine.context - sequence.length + 1)
+        limit = min(self._question.max_tokens, session.engine.context - sequence.length + 1)
         state = session.states.take()
         try:
             with self._clock.time("prefill"):
                 logits = session.prefill(sequence, features, state)
-            token, last = self._next(logits, last=most == 1)
+            token, last = self._next(logits, last=limit == 1)
             while not (last or self._closed):
                 yield token
                 position = sequence.length + len(self._ids) - 1
                 logits = session.decode(token.id, position, state)
-                token, last = self._next(logits, last=len(self._ids) + 1 == most)
+                token, last = self._next(logits, last=len(self._ids) + 1 == limit)
         finally:
             session.states.give(state)
         if last:
@@ -124,7 +124,7 @@ class Reply:
             yield token
 
     def _next(self, logits: Array, *, last: bool) -> tuple[Token, bool]:
-        """The next token, and whether it is the last: as `last` tells, or as it turns out."""
+        """The next token, and whether it is the last: by `last`, an end token or a stop string."""
         token = self._sample(logits)
         self._ids.append(token)
         self._times_ms.append(self._clock.now_ms())
@@ -155,10 +155,10 @@ class Reply:
             self._text.add_stop(rendered.stop)
         with clock.time("tokenize"):
             prompt = prompts.tokenize(rules, session.tokenizer, rendered.text)
-        again = rules.reuse_last and 0 < len(images) == prompt.images - 1
-        prompts.check_slots(prompt, len(images) + again)
+        reused = rules.reuse_last and 0 < len(images) == prompt.images - 1
+        prompts.check_slots(prompt, len(images) + reused)
         features = session.encode(images, clock, tiles=rendered.tiles)
-        indices = [*features.indices, *(features.indices[-1:] * again)]
+        indices = [*features.indices, *(features.indices[-1:] * reused)]
         sequence = prompts.assemble(prompt, indices)
         if rules.cut is not None and sequence.length > rules.cut:
             self._notes += (f"the prompt's {sequence.length} tokens were cut to {rules.cut}",)

@@ -32,14 +32,14 @@ def gather(given: Question, file: Path | None) -> list[Question]:
         raise InputError(f"{file} cannot be read: {refused.strerror}") from None
     except UnicodeDecodeError as odd:
         raise InputError(f"{file} cannot be read as UTF-8: {odd.reason}") from None
-    found = [
+    questions = [
         _question(line, f"{file} line {number}", given, file.parent)
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
-    if not found:
+    if not questions:
         raise InputError(f"{file} holds no request")
-    return found
+    return questions
 
 
 def _question(line: str, where: str, given: Question, folder: Path) -> Question:
@@ -51,9 +51,9 @@ def _question(line: str, where: str, given: Question, folder: Path) -> Question:
         raise InputError(f"{where} is not a JSON object")
     keys = "prompt (or messages), images (or image), max_tokens, template, stop"
     try:
-        settled = sorted(BOOKKEEPING & set(data))  # a Reader takes them for a model's own
-        if settled:
-            raise InputError(f"{where}: {', '.join(settled)} cannot be set for one request")
+        bookkeeping = sorted(BOOKKEEPING & set(data))  # keys that a Reader skips
+        if bookkeeping:
+            raise InputError(f"{where}: {', '.join(bookkeeping)} cannot be set for one request")
         question = _read(Reader(data, where), given, folder)
     except ToolkitError as odd:
         raise InputError(odd.message, hint=f"a request has the keys: {keys}") from None
@@ -86,10 +86,10 @@ def _read(r: Reader, given: Question, folder: Path) -> Question:
 
 
 def _texts(r: Reader, key: str) -> list[str]:
-    found = r.take(key, list, [])
-    if not all(isinstance(item, str) for item in found):
-        raise InputError(f"{r.where}: {key} = {found!r}, expected a list of texts")
-    return found
+    texts = r.take(key, list, [])
+    if not all(isinstance(item, str) for item in texts):
+        raise InputError(f"{r.where}: {key} = {texts!r}, expected a list of texts")
+    return texts
 
 
 def _turns(r: Reader) -> tuple[str, list[str]]:

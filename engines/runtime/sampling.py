@@ -1,7 +1,7 @@
-"""From logits to a token: greedy, or drawn after temperature, top-k and top-p, from a seed.
+"""From logits to a token: greedy, or drawn from a seed after temperature, top-k and top-p.
 
-A vocabulary has 152,000 rows and a token should cost less than a millisecond, so nothing sorts
-them all: thresholds select what survives, in float32; what survives, if it is a few thousand, is
+A vocabulary has 152,000 rows and a token should cost less than a millisecond, so they are
+never all sorted: thresholds select candidates in float32, and up to a few thousand candidates are
 weighed in float64.
 """
 
@@ -18,13 +18,13 @@ from edgevlm.toolkit.errors import AccuracyError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
 
 Sampler = Callable[[Array], int]
-_FEW = 4096  # that many are sorted, and weighed in float64
+_EXACT = 4096  # up to so many are sorted, and weighed in float64
 _LIKELY = 1024  # the best that are tried as a nucleus before a threshold is searched
 _BLOCK = 512  # weights that are summed at a time when one is drawn
 _INTERVAL = 1 << 18  # bits of float32 weights: a 32nd of an octave
 _STRIDE = 32  # every 32nd weight tells roughly where the smallest one kept lies
-# In float32 a temperature beyond these is 0 or infinite; at them all but equals weigh nothing,
-# or all weigh the same.
+# Temperatures beyond these are 0 or infinite in float32. At the smaller one only the largest logits
+# have a weight, at the larger one all have the same.
 _TEMPERATURES = 1e-30, 1e30
 
 
@@ -82,8 +82,8 @@ def sampler(sampling: Sampling) -> Sampler:
 
     def sample(logits: Array) -> int:
         ids, weights = survivors(logits, sampling)
-        found = draw(weights, generator.random())
-        return found if ids is None else int(ids[found])
+        index = draw(weights, generator.random())
+        return index if ids is None else int(ids[index])
 
     return sample
 
@@ -119,7 +119,7 @@ def survivors(logits: Array, sampling: Sampling) -> tuple[Array | None, Array]:
         return ids, weights
     total = float(weights.sum(dtype=np.float64))
     target = sampling.top_p * total * (1 - 1e-12)  # sums of the same weights round apart
-    if len(values) > _FEW:
+    if len(values) > _EXACT:
         likely = best(values, _LIKELY) if target < _LIKELY else np.arange(0)  # no weight exceeds 1
         exact = _weights(values[likely], top, sampling.temperature)
         if exact.sum() < target:
@@ -127,15 +127,15 @@ def survivors(logits: Array, sampling: Sampling) -> tuple[Array | None, Array]:
     else:
         likely, exact = np.arange(len(values)), weights
     kept = _smallest(values[likely], exact, target)
-    found = likely[kept]
-    return (found if ids is None else ids[found]), exact[kept]
+    nucleus = likely[kept]
+    return (nucleus if ids is None else ids[nucleus]), exact[kept]
 
 
 def _weights(values: Array, top: Array, temperature: float) -> Array:
     """exp((value - top) / temperature), at most 1: float64 for a few, float32 for many."""
     least, most = _TEMPERATURES
-    kind = np.float64 if len(values) <= _FEW else np.float32
-    with np.errstate(over="ignore", under="ignore"):  # beyond the smallest number is nothing
+    kind = np.float64 if len(values) <= _EXACT else np.float32
+    with np.errstate(over="ignore", under="ignore"):  # an underflow is 0
         scaled = values.astype(kind) - kind(top)
         scaled /= kind(min(max(temperature, least), most))
         return np.asarray(np.exp(scaled, out=scaled))
@@ -146,10 +146,10 @@ def best(values: Array, count: int) -> Array:
     ids = np.flatnonzero(values >= _floor(values, count))
     if len(ids) == count:
         return ids
-    found = values[ids]
-    last = np.partition(found, len(found) - count)[len(found) - count]
-    kept = found > last
-    kept[np.flatnonzero(found == last)[: count - int(kept.sum())]] = True
+    candidates = values[ids]
+    last = np.partition(candidates, len(candidates) - count)[len(candidates) - count]
+    kept = candidates > last
+    kept[np.flatnonzero(candidates == last)[: count - int(kept.sum())]] = True
     return np.asarray(ids[kept])
 
 
@@ -172,9 +172,8 @@ def _smallest(values: Array, weights: Array, target: float) -> Array:
 
     Nucleus sampling (Holtzman et al., arXiv 1904.09751).
     """
-    if (
-        not len(values) or values.min() == values.max()
-    ):  # ties are in order, and each weighs the same
+    if not len(values) or values.min() == values.max():
+        # Ties are in order, and each has the same weight.
         return np.arange(min(len(values), math.ceil(target / max(weights[0], 1e-300))))
     order = np.argsort(-values, kind="stable")
     count = int(np.searchsorted(weights[order].cumsum(), target)) + 1
@@ -197,9 +196,9 @@ def _nucleus(values: Array, weights: Array, total: float, target: float) -> Arra
             low, high = (middle, high) if reached else (low, middle)
     above = weights >= _from_bits(high)
     between = np.flatnonzero((weights >= _from_bits(low)) & ~above)
-    left = target - float((weights * above).sum(dtype=np.float64))
-    if left > 0 and len(between):
-        kept = _smallest(values[between], weights[between].astype(np.float64), left)
+    remaining = target - float((weights * above).sum(dtype=np.float64))
+    if remaining > 0 and len(between):
+        kept = _smallest(values[between], weights[between].astype(np.float64), remaining)
         above[between[kept]] = True
     return weights * above
 
@@ -214,8 +213,8 @@ def _guesses(weights: Array, target: float) -> list[int]:
     first = min(int(np.searchsorted(ends, target / _STRIDE)), len(sample) - 1)
     reached = float(np.dot(weights, weights >= sample[first]))
     index = int(np.searchsorted(ends, ends[first] + (target - reached) / _STRIDE))
-    near = (min(max(round(index * part), 0), len(sample) - 1) for part in (0.98, 1.02))
-    return [_bits(sample[i]) for i in near]
+    positions = (min(max(round(index * factor), 0), len(sample) - 1) for factor in (0.98, 1.02))
+    return [_bits(sample[i]) for i in positions]
 
 
 def _bits(value: float) -> int:
@@ -233,8 +232,10 @@ def draw(weights: Array, uniform: float) -> int:
     ends = np.append(sums, weights[whole:].sum()).cumsum(dtype=np.float64)
     point = uniform * ends[-1]
     block = min(int(np.searchsorted(ends, point, "right")), len(ends) - 1)
-    part = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
-    index = int(np.searchsorted(part, point - (ends[block - 1] if block else 0.0), "right"))
-    if index < len(part):
+    sums_in_block = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+    index = int(
+        np.searchsorted(sums_in_block, point - (ends[block - 1] if block else 0.0), "right")
+    )
+    if index < len(sums_in_block):
         return block * _BLOCK + index
     return int(np.flatnonzero(weights[: (block + 1) * _BLOCK])[-1])  # sums round apart

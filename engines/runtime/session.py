@@ -1,7 +1,7 @@
 """The runtime: an engine opened once that answers many questions. No model-specific code, no torch.
 
-A question goes: decode images, tokenize, preprocess, encoders, merger, prefill, then one token
-per decode step. `Reply` streams it; `Answer` is its text and where each millisecond went.
+The stages of a question: decode images, tokenize, preprocess, encoders, merger, prefill, then one
+token per decode step. `Reply` streams it; `Answer` has its text and the time of every stage.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from edgevlm.toolkit.target import threads_here
 from edgevlm.toolkit.text.prompts import PromptSequence
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 
-REPLIES = 8  # that one session has open at once, unless told otherwise
+REPLIES = 8  # the most that one session has open at once by default
 _MOST_THREADS = 4  # per processor
 
 
@@ -44,13 +44,13 @@ class Session:
     """An engine with its components loaded; a context manager that releases them.
 
     Several replies may be open at once, each with a KV state of its own, also in several threads:
-    components run for one of them at a time, in turns.
+    a component runs for one of them at a time, in turns.
     """
 
     def __init__(
         self,
         folder: Path,
-        made: Engine,
+        engine: Engine,
         runners: dict[str, Runner],
         load_ms: float,
         *,
@@ -59,18 +59,18 @@ class Session:
         replies: int = REPLIES,
     ) -> None:
         self.folder = folder
-        self.engine = made
-        self.model = made.parsed_model()
+        self.engine = engine
+        self.model = engine.parsed_model()
         self.load_ms = load_ms
         rules = self.model.prompts
         self.tokenizer = Tokenizer.open(folder / TOKENIZER, doubled_blank=rules.doubled_blank)
-        self.vision = Vision(self.model, made, runners, together=together)
+        self.vision = Vision(self.model, engine, runners, together=together)
         self.threads = threads or threads_here()
         self._runners = runners
         self._lm = runners[self.model.lm.name]
-        self.states = StatePool(self._lm.new_state, replies, partial(_require_state, made))
+        self.states = StatePool(self._lm.new_state, replies, partial(_require_state, engine))
         self._turns, self._closed = Turns(), False
-        # What every decode step reads beside its token: one feature row that nothing points at.
+        # Every decode step takes feature rows too: a single one that no position refers to.
         width: int = self.model.lm.config.hidden_size
         self._no_features = np.zeros((1, width), np.float32)
         self._columns: dict[int, tuple[Array, Array]] = {}
@@ -86,31 +86,37 @@ class Session:
     ) -> Session:
         """Load an engine that can have `replies` replies open at once.
 
-        threads: 0 takes one for each processor; more than four times as many are refused. What
-        was opened is closed if something else cannot be. Raises BundleError, TargetMismatch,
+        threads: 0 takes one for each processor; more than four times as many are refused. If
+        one component cannot be opened, the others are closed. Raises BundleError, TargetMismatch,
         MissingExtra, OutOfMemory, BuildError or InputError.
         """
         cores = _threads(threads)
         if replies < 1:
             raise InputError(f"a session with {replies} replies answers nothing")
         started, folder = time.perf_counter(), Path(folder)
-        made = manifest.read(folder)
-        manifest.check(folder, made)
-        memory.require(memory.of_engine(made), f"opening {folder}")
-        backend = backends.backend(made.parsed_target())
-        encoders = len(made.parsed_model().encoders)
+        engine = manifest.read(folder)
+        manifest.check(folder, engine)
+        memory.require(memory.of_engine(engine), f"opening {folder}")
+        backend = backends.backend(engine.parsed_target())
+        encoders = len(engine.parsed_model().encoders)
         together = side_by_side(encoders, cores)
-        shared = RunnerOptions(made.context, cores // encoders if together else threads, profile)
-        alone = RunnerOptions(made.context, threads, profile)
+        shared = RunnerOptions(engine.context, cores // encoders if together else threads, profile)
+        alone = RunnerOptions(engine.context, threads, profile)
         with ExitStack() as opened:
             runners: dict[str, Runner] = {}
-            for record in made.components:
+            for record in engine.components:
                 options = shared if record.name.startswith("encoder.") else alone
-                runners[record.name] = backend.open(folder, record, made.model, options)
+                runners[record.name] = backend.open(folder, record, engine.model, options)
                 opened.callback(runners[record.name].close)
             load_ms = 1000 * (time.perf_counter() - started)
             session = cls(
-                folder, made, runners, load_ms, together=together, threads=threads, replies=replies
+                folder,
+                engine,
+                runners,
+                load_ms,
+                together=together,
+                threads=threads,
+                replies=replies,
             )
             opened.pop_all()
         return session
@@ -190,10 +196,10 @@ class Session:
             return np.asarray(self._lm.run(inputs, state)["logits"][:, 0])
 
     def _column(self, slots: int) -> tuple[Array, Array]:
-        """For each slot: no feature row, and the only position as the one to score."""
-        made = np.full((slots, 1), -1, np.int64), np.zeros((slots, 1), np.int64)
-        self._columns[slots] = made
-        return made
+        """For each slot: no feature row, and the only position to score."""
+        column = np.full((slots, 1), -1, np.int64), np.zeros((slots, 1), np.int64)
+        self._columns[slots] = column
+        return column
 
     def layers(self) -> dict[str, list[LayerTime]]:
         """Time per node of every component; for a session opened with profile=True."""
@@ -226,10 +232,10 @@ class Session:
             raise InputError("the session is closed", hint=f"open {self.folder} again")
 
 
-def _require_state(made: Engine, held: int) -> None:
-    """Opening the engine has counted one state; others must fit into what is free now."""
+def _require_state(engine: Engine, held: int) -> None:
+    """Opening the engine counted one state; each further one must fit into the free memory."""
     if held:
-        needed = replace(memory.of_engine(made), weights_bytes=0, activations_bytes=0)
+        needed = replace(memory.of_engine(engine), weights_bytes=0, activations_bytes=0)
         memory.require(needed, f"the KV cache of reply {held + 1}")
 
 

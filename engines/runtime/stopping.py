@@ -1,4 +1,4 @@
-"""Where an answer's text ends: before the first stop string, however it came in tokens."""
+"""Where an answer's text ends: before the first stop string, which may span several tokens."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class StoppingText:
         if self.stopped:
             return ""
         text = self._held + new
-        found = [(text.find(s) + len(s), text.find(s)) for s in self._stops if s in text]
-        if found:  # the one that is complete first, however the text came in tokens
-            self.stopped, self._held, out = True, "", text[: min(found)[1]]
+        matches = [(text.find(s) + len(s), text.find(s)) for s in self._stops if s in text]
+        if matches:  # the stop string that ends first, wherever its tokens end
+            self.stopped, self._held, out = True, "", text[: min(matches)[1]]
         else:
             keep = 0 if final else max((_overlap(text, s) for s in self._stops), default=0)
             self._held, out = text[len(text) - keep :], text[: len(text) - keep]

@@ -23,7 +23,7 @@ from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.vlm.components import Edge
 from edgevlm.toolkit.vlm.config import ModelConfig
 
-CORES_PER_ENCODER = 4  # fewer, and two encoders side by side only slow each other down
+CORES_PER_ENCODER = 4  # with fewer, encoders that run side by side slow each other down
 
 
 def side_by_side(encoders: int, threads: int) -> bool:
@@ -43,14 +43,14 @@ class Vision:
     """The components before the language model."""
 
     def __init__(
-        self, model: ModelConfig, made: Engine, runners: Mapping[str, Runner], *, together: bool
+        self, model: ModelConfig, engine: Engine, runners: Mapping[str, Runner], *, together: bool
     ) -> None:
         self._model = model
         self._runners = runners
-        self._sources = {edge.target: edge.source for edge in made.edges}
-        before = [r for r in made.components if r.name != model.lm.name]
-        self._encoders = [r for r in before if _sees_pixels(r, made.edges)]
-        self._after = [r for r in before if r not in self._encoders]
+        self._sources = {edge.target: edge.source for edge in engine.edges}
+        before_lm = [r for r in engine.components if r.name != model.lm.name]
+        self._encoders = [r for r in before_lm if _sees_pixels(r, engine.edges)]
+        self._after = [r for r in before_lm if r not in self._encoders]
         self._output = self._sources[f"{model.lm.name}:features"]
         width: int = model.lm.config.hidden_size
         self._none = Features(np.zeros((1, width), np.float32), ())
@@ -64,10 +64,10 @@ class Vision:
             return self._none
         rows, indices, start = [], [], 0
         for image in images:
-            own, order = self._one(image, len(images), clock, tiles)
-            rows.append(own)
+            features, order = self._image(image, len(images), clock, tiles)
+            rows.append(features)
             indices.append(order + start)
-            start += len(own)
+            start += len(features)
         return Features(np.concatenate(rows), tuple(indices))
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class Vision:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _one(
+    def _image(
         self, image: LoadedImage, count: int, clock: Clock, tiles: bool
     ) -> tuple[Array, Array]:
         with clock.time("preprocess"):
@@ -101,29 +101,32 @@ class Vision:
                 padded = True
             else:
                 views = tiling.cut(image.rgb, rules.tiling)
-        found = []
+        pixels = []
         for view in views.images:
-            own = {n: r.padded() if padded else r for n, r in rules.encoders.items()}
-            found.append(
-                {f"images.{n}": preprocess.preprocess(view, r)[None] for n, r in own.items()}
+            encoder_rules = {n: r.padded() if padded else r for n, r in rules.encoders.items()}
+            pixels.append(
+                {
+                    f"images.{n}": preprocess.preprocess(view, r)[None]
+                    for n, r in encoder_rules.items()
+                }
             )
-        return views, found
+        return views, pixels
 
     def _encoded(self, pixels: list[dict[str, Array]], clock: Clock) -> dict[str, Array]:
         """Every encoder's outputs, the views of an image on the first axis."""
-        found: dict[str, list[Array]] = {}
+        outputs: dict[str, list[Array]] = {}
         for view in pixels:
             values: dict[str, Array] = dict(view)
             if self._pool is None:
                 for record in self._encoders:
                     self._run(record, values, clock)
             else:
-                done = [self._pool.submit(self._run, r, values, clock) for r in self._encoders]
-                for waiting in done:
-                    waiting.result()
+                futures = [self._pool.submit(self._run, r, values, clock) for r in self._encoders]
+                for future in futures:
+                    future.result()
             for name in values.keys() - view.keys():
-                found.setdefault(name, []).append(np.array(values[name]))
-        return {name: np.concatenate(parts) for name, parts in found.items()}
+                outputs.setdefault(name, []).append(np.array(values[name]))
+        return {name: np.concatenate(arrays) for name, arrays in outputs.items()}
 
     def _run(self, record: ComponentRecord, values: dict[str, Array], clock: Clock) -> None:
         inputs = {p.name: values[self._sources[f"{record.name}:{p.name}"]] for p in record.inputs}

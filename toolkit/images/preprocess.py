@@ -114,10 +114,8 @@ def read_preprocess(r: Reader) -> Preprocess:
     r.choice("do_convert_rgb", [True], True)
     r.choice("aspect_ratio_setting", ["anyres"], "anyres")
     short, exact = _read_size(r.raw("size"), r.where)
-    crops, crop_size = (
-        r.take("do_center_crop", bool, kind.startswith(_CROPPING)),
-        r.raw("crop_size"),
-    )
+    crops = r.take("do_center_crop", bool, kind.startswith(_CROPPING))
+    crop_size = r.raw("crop_size")
     crop = _read_crop(crop_size, r.where) if crops else None
     std = _three(r.raw("image_std"), f"{r.where}: image_std")
     if min(std) <= 0:
@@ -169,8 +167,8 @@ def _side(value: Any, where: str) -> int:
 
 def _three(value: Any, where: str) -> tuple[float, float, float]:
     numbers = value if isinstance(value, list) else []
-    fine = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
-    if len(numbers) != 3 or not fine:
+    valid = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+    if len(numbers) != 3 or not valid:
         raise ConfigError(f"{where} = {value!r}, expected three numbers")
     return float(numbers[0]), float(numbers[1]), float(numbers[2])
 
@@ -227,7 +225,7 @@ def _given(image: Image | Array, name: str, upright: bool) -> LoadedImage:
         _refuse_odd_sizes((image.shape[1], image.shape[0]), name)
         return _to_rgb(Image.fromarray(np.ascontiguousarray(image)), upright)
     _refuse_odd_sizes(image.size, name)
-    return _to_rgb(image if upright else image.copy(), upright)  # upright: a copy anyway
+    return _to_rgb(image if upright else image.copy(), upright)  # exif_transpose copies too
 
 
 def _why_unreadable(source: object, name: str, refused: Exception) -> str:
@@ -339,16 +337,16 @@ def _filter(name: Resample) -> Any:
 
 def _centre_crop(pixels: Array, size: tuple[int, int]) -> Array:
     """The centre of size (height, width); zeros pad smaller images, as in the originals."""
-    for axis, wanted in enumerate(size):
-        have = pixels.shape[axis]
-        if have < wanted:
-            before = -(-(wanted - have) // 2)
+    for axis, length in enumerate(size):
+        available = pixels.shape[axis]
+        if available < length:
+            before = -(-(length - available) // 2)
             pad = [(0, 0)] * pixels.ndim
-            pad[axis] = (before, wanted - have - before)
+            pad[axis] = (before, length - available - before)
             pixels = np.pad(pixels, pad)
-        elif have > wanted:
-            first = (have - wanted) // 2
-            pixels = pixels.take(range(first, first + wanted), axis)
+        elif available > length:
+            first = (available - length) // 2
+            pixels = pixels.take(range(first, first + length), axis)
     return pixels
 
 

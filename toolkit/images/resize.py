@@ -13,32 +13,32 @@ def bicubic(table: Array, size: tuple[int, int], *, antialias: bool) -> Array:
     Without antialias: cubic convolution (Keys, 1981) with a = -0.75, edges repeated. With it:
     a = -0.5, the kernel stretched when shrinking and renormalised at the edges.
     """
-    for axis, wanted in enumerate(size):
-        have = table.shape[axis]
-        if antialias or have != wanted:
-            weights = (_smooth if antialias else _plain)(have, wanted)
+    for axis, after in enumerate(size):
+        before = table.shape[axis]
+        if antialias or before != after:
+            weights = (_smooth if antialias else _plain)(before, after)
             table = np.moveaxis(np.tensordot(weights, table, ([1], [axis])), 0, axis)
     return table.astype(np.float32)
 
 
-def _plain(have: int, wanted: int) -> Array:
-    points = (np.arange(wanted) + 0.5) * (have / wanted) - 0.5
+def _plain(before: int, after: int) -> Array:
+    points = (np.arange(after) + 0.5) * (before / after) - 0.5
     low = np.floor(points).astype(int)
-    matrix = np.zeros((wanted, have))
+    matrix = np.zeros((after, before))
     for tap in range(-1, 3):
-        columns = np.clip(low + tap, 0, have - 1)
-        np.add.at(matrix, (np.arange(wanted), columns), _cubic(points - low - tap, -0.75))
+        columns = np.clip(low + tap, 0, before - 1)
+        np.add.at(matrix, (np.arange(after), columns), _cubic(points - low - tap, -0.75))
     return matrix
 
 
-def _smooth(have: int, wanted: int) -> Array:
-    scale = have / wanted
+def _smooth(before: int, after: int) -> Array:
+    scale = before / after
     stretch = max(scale, 1.0)
-    centres = (np.arange(wanted) + 0.5) * scale
-    matrix = np.zeros((wanted, have))
+    centres = (np.arange(after) + 0.5) * scale
+    matrix = np.zeros((after, before))
     for row, centre in enumerate(centres):
         first = max(int(centre - 2 * stretch + 0.5), 0)
-        last = min(int(centre + 2 * stretch + 0.5), have)
+        last = min(int(centre + 2 * stretch + 0.5), before)
         columns = np.arange(first, last)
         weights = _cubic((columns - centre + 0.5) / stretch, -0.5)
         matrix[row, first:last] = weights / weights.sum()

@@ -233,7 +233,7 @@ def _pooled(index: Array) -> ArrangedTokens:
 
 def _shrunk(index: Array, size: tuple[int, int]) -> ArrangedTokens:
     """Bilinear resizing to `size` (rows, columns), align_corners off, no antialias."""
-    y, x = (_neighbours(have, wanted) for have, wanted in zip(index.shape, size, strict=True))
+    y, x = (_neighbours(before, after) for before, after in zip(index.shape, size, strict=True))
     rows = np.stack([index[np.ix_(y[a], x[b])] for a in (0, 1) for b in (0, 1)], -1)
     far = y[2][:, None], x[2][None, :]
     near = 1 - far[0], 1 - far[1]
@@ -241,8 +241,8 @@ def _shrunk(index: Array, size: tuple[int, int]) -> ArrangedTokens:
     return ArrangedTokens(rows, np.stack(weights, -1).astype(np.float32))
 
 
-def _neighbours(have: int, wanted: int) -> tuple[Array, Array, Array]:
+def _neighbours(before: int, after: int) -> tuple[Array, Array, Array]:
     """Lower and upper index for each output position, and the weight of the upper one."""
-    points = np.maximum((np.arange(wanted) + 0.5) * (have / wanted) - 0.5, 0)
-    low = np.minimum(points.astype(np.int64), have - 1)
-    return low, np.minimum(low + 1, have - 1), points - low
+    points = np.maximum((np.arange(after) + 0.5) * (before / after) - 0.5, 0)
+    low = np.minimum(points.astype(np.int64), before - 1)
+    return low, np.minimum(low + 1, before - 1), points - low

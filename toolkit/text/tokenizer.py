@@ -95,7 +95,7 @@ class TextStream:
         now = self._tokenizer.decode(self._ids[self._settled :])
         if now.startswith(before):
             return before, now
-        # Next to bytes that are no character, decoding replaces bytes that were one.
+        # Beside invalid bytes, decoding may also replace bytes that formed a character before.
         return "", self._tokenizer.decode(self._ids[self._printed :])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edgevlm.engines.profiling.profile import Plan, profile
+from edgevlm.engines.profiling.profile import ProfileRequest, profile
 from tests.conftest import HERE
 from tests.pipeline import engine_of, silent
 
@@ -17,9 +17,9 @@ from tests.pipeline import engine_of, silent
 )
 def test_every_stage_has_a_floor(checkpoint: str, encoder: str, views: int, tmp_path: Path) -> None:
     engine = engine_of(HERE / "goldens" / checkpoint, tmp_path)
-    found = profile(engine, Plan(runs=1, warmup=0, max_tokens=3), silent)
-    bounds = {bound.stage: bound for bound in found.roofline.stages}
+    result = profile(engine, ProfileRequest(runs=1, warmup=0, max_tokens=3), silent)
+    bounds = {bound.stage: bound for bound in result.roofline.stages}
     assert set(bounds) == {f"encoder.{encoder}", "merger", "prefill", "decode"}
     assert all(bound.floor_ms > 0 for bound in bounds.values())
-    assert sum(span.stage == f"encoder.{encoder}" for span in found.spans) == views
-    assert found.image_tokens > 0
+    assert sum(span.stage == f"encoder.{encoder}" for span in result.spans) == views
+    assert result.image_tokens > 0

@@ -227,7 +227,7 @@ def test_ties_and_the_search_for_a_threshold_in_small(
     logits = np.asarray(values, np.float32)
     setting = Sampling(0.9, top_k, top_p)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_FEW", 2)
+        patch.setattr(module, "_EXACT", 2)
         patch.setattr(module, "_LIKELY", 3)
         patch.setattr(module, "_STRIDE", 2)
         patch.setattr(module, "_BLOCK", 4)
