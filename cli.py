@@ -211,22 +211,30 @@ def run(
         Optional[Path],
         typer.Option("--input", help="A file of requests, one JSON object per line."),
     ] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option(help="With --input: a new file; gets each answer as it comes, one a line."),
+    ] = None,
     threads: Threads = 0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Ask an engine a question about images; the answer streams."""
-    from edgevlm.engines.runtime import request_file
+    from edgevlm.engines.runtime import batch, request_file
     from edgevlm.engines.runtime.sampling import Sampling
     from edgevlm.engines.runtime.session import Question, Session
 
     console = _console(as_json, quiet)
     sampling = Sampling(temperature, top_k, top_p, seed)
     given = Question(prompt or "", image or (), max_tokens, sampling, template, stop or ())
-    questions = request_file.gather(given, input_file)
+    batch.check_output(output, many=input_file is not None)
+    requests = request_file.gather(given, input_file)
     with Session.open(engine, threads=threads) as session:
-        request_file.answer_all(session, questions, console, many=input_file is not None)
+        if input_file is None:
+            batch.answer_one(session, given, console)
+        else:
+            batch.answer_all(session, requests, console, output)
 
 
 @app.command()
