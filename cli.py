@@ -42,7 +42,7 @@ System = Annotated[
 ]
 Tower = Annotated[
     Optional[Path],
-    typer.Option(help="The vision tower's folder, if not the one that config.json names."),
+    typer.Option(help="The vision tower's folder or model id, if not the one of config.json."),
 ]
 IgnoreKey = Annotated[
     Optional[list[str]], typer.Option(help="A key of config.json to ignore. Repeatable.")
@@ -109,6 +109,7 @@ def export(
         ignore_keys=ignore_key or (),
         quirks=quirk or (),
         max_context=max_context,
+        offline=offline,
     )
     model = api.open_source(
         source,
@@ -122,13 +123,7 @@ def export(
         console.result(*summary.planned_bundle(model, dtype, out))
         return
     api.write_source(
-        model,
-        source,
-        out,
-        dtype=dtype,
-        target=for_target,
-        force=force,
-        progress=console.step,
+        model, source, out, dtype=dtype, target=for_target, force=force, progress=console.step
     )
     console.result(*summary.written_bundle(out, peak_rss_mb()))
 
