@@ -134,9 +134,14 @@ def test_inspecting_downloads_nothing(hub: Path, tmp_path: Path) -> None:
 # -- bundles and engines -----------------------------------------------------------------------
 
 
-def test_bundles_and_engines_of_links_work(ready: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", ["relative", "absolute"])
+def test_bundles_and_engines_of_links_work(links: str, ready: Path, tmp_path: Path) -> None:
     bundle = cached(tmp_path / "hub", "org/bundle", ready / "bundle")
     engine = cached(tmp_path / "hub", "org/engine", ready / "engine-cpu")
+    for file in [*bundle.iterdir(), *engine.iterdir()] if links == "absolute" else []:
+        blob = file.resolve()
+        file.unlink()
+        file.symlink_to(blob)
     question = Question("What?", max_tokens=4)
     with Session.open(ready / "engine-cpu") as session:
         expected = session.answer(question).token_ids

@@ -75,14 +75,22 @@ def load(source: ImageSource, *, upright: bool = True) -> LoadedImage:
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"image {name} does not exist") from None
+        raise InputError(f"image {name:.300} does not exist", hint=_if_address(name)) from None
     except IsADirectoryError:
         raise InputError(f"image {name} is a folder") from None
     except (UnidentifiedImageError, Image.DecompressionBombError) as refused:
         raise _unreadable(source, name, refused) from None
     except Exception as broken:  # a damaged file makes Pillow's decoders raise anything
-        reason = str(broken) or type(broken).__name__
-        raise InputError(f"image {name} cannot be decoded: {reason}") from None
+        stated = getattr(broken, "strerror", None) or str(broken)  # strerror: without the name
+        reason = stated or type(broken).__name__
+        raise InputError(
+            f"image {name:.300} cannot be decoded: {reason}", hint=_if_address(name)
+        ) from None
+
+
+def _if_address(name: str) -> str:
+    address = name.startswith("data:") or "://" in name
+    return "addresses are not read: download the image, and give its file" if address else ""
 
 
 def _formats() -> list[str]:
@@ -122,9 +130,11 @@ def _unreadable(source: object, name: str, refused: Exception) -> InputError:
     elif isinstance(source, (str, PathLike)):
         size = Path(source).stat().st_size
         with Path(source).open("rb") as file:
-            start = file.read(64)
+            start = file.read(64 if size else 0)
     else:
         return InputError(f"image {name} cannot be decoded: {refused}")
+    if size == 0 and isinstance(source, (str, PathLike)) and not Path(source).is_file():
+        return InputError(f"image {name} is a device or a pipe, not a file", hint="give a file")
     if size == 0:
         return InputError(f"image {name} is empty (0 bytes)")
     if "DecompressionBomb" in type(refused).__name__:

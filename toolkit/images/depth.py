@@ -99,11 +99,11 @@ def to_bytes(image: Image, depth: Depth) -> tuple[Array, str]:
     if values.dtype == np.int32 and depth.bits == 32 and not depth.signed:
         values = values.view(np.uint32)
     if image.mode == "F":
-        grey, note = _floats(values.astype(np.float64), depth)
+        grey, note = _floats(values, depth)
     elif depth.signed or depth.bits in (None, 32):
         grey, note = _unbounded(values.astype(np.int64), depth)
     else:
-        grey, note = _unsigned(values.astype(np.int64), depth)
+        grey, note = _unsigned(values, depth)
     return (255 - grey if depth.inverted else grey), note
 
 

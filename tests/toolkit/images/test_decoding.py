@@ -244,6 +244,26 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
             load(tmp_path / name)
 
 
+ADDRESSES = (
+    "https://example.com/a.jpg",
+    "data:image/png;base64," + "iVBORw" * 999,
+    "file:///a.png",
+)
+
+
+@pytest.mark.parametrize("name", ADDRESSES, ids=lambda name: name[:12])
+def test_addresses_are_not_read(name: str) -> None:
+    with pytest.raises(InputError, match="does not exist|name too long") as refused:
+        load(name)
+    assert len(refused.value.message) < 400
+    assert "download" in refused.value.hint
+
+
+def test_a_device_is_no_image() -> None:
+    with pytest.raises(InputError, match="is a device or a pipe"):
+        load(os.devnull)
+
+
 POSTSCRIPT = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\n(x) print\nshowpage\n"
 )
