@@ -33,8 +33,12 @@ def read_options(
     ignore_keys: Sequence[str] = (),
     quirks: Sequence[str] = (),
     max_context: int | None = None,
+    offline: bool = False,
 ) -> Options:
-    """How a checkpoint is to be read; torch files too, where torch is installed."""
+    """How a checkpoint is to be read; torch files too, where torch is installed.
+
+    vision_tower: a folder, a weight file or a model id. offline: download no tower.
+    """
     from edgevlm.toolkit.checkpoints.layouts.source import Options
     from edgevlm.training import torch_files
 
@@ -45,6 +49,7 @@ def read_options(
         max_context,
         torch_files.reader(),
         tuple(quirks),
+        offline,
     )
 
 
@@ -105,6 +110,7 @@ def export_bundle(
         ignore_keys=ignore_keys,
         quirks=quirks,
         max_context=max_context,
+        offline=offline,
     )
     model = open_source(
         source,

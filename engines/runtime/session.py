@@ -30,7 +30,7 @@ from edgevlm.engines.runtime.reply import Token as Token
 from edgevlm.engines.runtime.vision import Features, Vision, side_by_side
 from edgevlm.toolkit.bundle.manifest import TOKENIZER
 from edgevlm.toolkit.errors import InputError
-from edgevlm.toolkit.images.preprocess import LoadedImage
+from edgevlm.toolkit.images.decode import LoadedImage
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import threads_here
 from edgevlm.toolkit.text.prompts import PromptSequence

@@ -10,8 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from edgevlm.toolkit.bundle import source
+from edgevlm.toolkit.bundle import source as bundle_source
 from edgevlm.toolkit.bundle.manifest import MANIFEST
+from edgevlm.toolkit.checkpoints import hub
 from edgevlm.toolkit.checkpoints.layouts import quirks
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, random_source, with_context
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
@@ -48,7 +49,7 @@ def load(folder: Path, options: Options) -> Source:
     Raises ConfigError, CheckpointError or BundleError.
     """
     if (folder / MANIFEST).exists():
-        return quirks.keep(source.load(folder, options), {}, options.quirks)
+        return quirks.keep(bundle_source.load(folder, options), {}, options.quirks)
     if not (folder / "config.json").exists():
         kind = "has no config.json" if folder.is_dir() else "does not exist"
         raise CheckpointError(f"{folder} {kind}; a checkpoint is a folder with one")
@@ -57,7 +58,20 @@ def load(folder: Path, options: Options) -> Source:
     if not isinstance(stated, (str, type(None))):
         raise ConfigError(f"{folder / 'config.json'}: model_type = {stated!r}, expected a name")
     name = options.system or _detect(folder, config, options)
-    return quirks.keep(find(name).load(folder, config, options), config, options.quirks)
+    source = _named(find(name).load(folder, config, options), folder)
+    return quirks.keep(source, config, options.quirks)
+
+
+def _named(source: Source, folder: Path) -> Source:
+    """A model from the hub's cache under its own name; its folder is called by a revision."""
+    found = hub.origin_in_cache(folder)
+    if found is None:
+        return source
+    name, revision = found
+    model = replace(source.model, name=name.split("/")[-1])
+    return replace(
+        source, model=model, origin={**source.origin, "model_id": name, "revision": revision}
+    )
 
 
 def _detect(folder: Path, config: Mapping[str, Any], options: Options) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints import hub
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
@@ -17,7 +18,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
 )
 from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from edgevlm.toolkit.checkpoints.weights import Checkpoint, TensorSource, open_checkpoint
-from edgevlm.toolkit.errors import CheckpointError, ConfigError
+from edgevlm.toolkit.errors import CheckpointError, ConfigError, ToolkitError
 from edgevlm.toolkit.images.preprocess import Preprocess, read_preprocess
 from edgevlm.toolkit.models.encoders import unireplknet
 from edgevlm.toolkit.strict import MOST_LAYERS, Reader, read_json
@@ -40,18 +41,28 @@ def find(name: str, folder: Path, options: Options) -> Path:
     """The tower that `mm_vision_tower` names: a folder with config.json, or a weight file.
 
     --vision-tower decides if it is given; else the tower is looked for inside the checkpoint,
-    beside it, and from the current folder. Raises CheckpointError if it is not found.
+    beside it, from the current folder, and, if its name is a model id, in the hub's cache; unless
+    `options.offline`, it is downloaded then. Raises CheckpointError if it is not found.
     """
-    if options.vision_tower is not None:
-        return options.vision_tower
+    chosen = options.vision_tower
+    if chosen is not None:
+        is_path = chosen.exists() or not hub.is_model_id(str(chosen))
+        return chosen if is_path else hub.locate_tower(str(chosen), offline=options.offline)
     base = Path(name).name
     for path in (folder / name, folder.parent / name, Path(name), folder / base,
                  folder.parent / base):  # fmt: skip
         if path.is_file() or (path / "config.json").exists():
             return path
+    reason, download = "", ""
+    if hub.is_model_id(name):
+        try:
+            return hub.locate_tower(name, offline=options.offline)
+        except ToolkitError as missing:
+            reason, download = f" ({missing.message})", f"; or: {missing.hint}"
     raise CheckpointError(
-        f"the vision tower {name!r} that {folder / 'config.json'} names is not on this machine",
-        hint=f"put its folder beside {folder}, or name it: --vision-tower FOLDER",
+        f"the vision tower {name!r} that {folder / 'config.json'} names is not on this machine"
+        + reason,
+        hint=f"put its folder beside {folder}, or name it: --vision-tower FOLDER{download}",
     )
 
 
