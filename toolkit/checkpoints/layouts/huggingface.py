@@ -57,10 +57,42 @@ class HuggingFaceRules:
     ties_by_text: bool = True
 
 
+CLASSES = {
+    "LlavaForConditionalGeneration": "llava",
+    "LlavaNextForConditionalGeneration": "llava_next",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+}
+
+
+def names_class(config: Mapping[str, Any]) -> bool:
+    """Whether `architectures` names one of transformers' classes, or model_type belongs to one."""
+    classes = config.get("architectures")
+    named = isinstance(classes, list) and classes[:1] and str(classes[0]) in CLASSES
+    return bool(named) or config.get("model_type") in ("llava_next", "llava_onevision")
+
+
 def matches(config: Mapping[str, Any], *kinds: str) -> bool:
-    """Whether a config.json is of this layout and of one of these model types."""
-    nested = "text_config" in config and "mm_vision_tower" not in config
-    return nested and config.get("model_type") in kinds
+    """Whether a config.json is of this layout and of one of these model types.
+
+    Keys of LLaVA's own layout beside text_config are leftovers that transformers' classes do not
+    read, if `architectures` names such a class.
+    """
+    plain = "mm_vision_tower" not in config or names_class(config)
+    return "text_config" in config and plain and config.get("model_type") in kinds
+
+
+def require(config: Mapping[str, Any], folder: Path, system: str, *kinds: str) -> None:
+    """Raise ConfigError stating what a folder lacks that `system` was chosen for, if it does."""
+    if matches(config, *kinds):
+        return
+    lacks = [] if "text_config" in config else ["text_config (Hugging Face's layout)"]
+    lacks += [] if "mm_vision_tower" in config else ["mm_vision_tower (LLaVA's own)"]
+    reason = f"lacks {' and '.join(lacks)}" if lacks else f"is not {' or '.join(kinds)}"
+    kind = config.get("architectures") or config.get("model_type")
+    raise ConfigError(
+        f"{folder / 'config.json'} ({kind!r}) is no checkpoint of system {system!r}: it {reason}",
+        hint="leave --system out: the system follows from config.json",
+    )
 
 
 def one_view(r: Reader, encoder: ComponentConfig, rule: Preprocess) -> ImageRules:

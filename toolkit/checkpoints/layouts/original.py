@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
-from edgevlm.toolkit.checkpoints.layouts import image_rules, towers
+from edgevlm.toolkit.checkpoints.layouts import huggingface, image_rules, towers
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
@@ -28,6 +28,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     with_context,
 )
 from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint
+from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.recipes import Recipe, keep
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import Reader
@@ -75,8 +76,37 @@ class OriginalRules:
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of this layout."""
-    return "mm_vision_tower" in config and config.get("model_type") in language_models.LLAVA_TYPES
+    """Whether a config.json is of this layout: a vision tower beside a LLaVA class or model_type.
+
+    The originals' loader takes the class and never looks at model_type, which may be the language
+    model's own. Hugging Face's classes may carry the same keys; they do not read them.
+    """
+    if "mm_vision_tower" not in config or huggingface.names_class(config):
+        return False
+    by_type = config.get("model_type") in language_models.LLAVA_TYPES
+    return by_type or language_models.llava_class(config) is not None
+
+
+def require(config: Mapping[str, Any], folder: Path, system: str) -> None:
+    """Raise ConfigError stating what a folder lacks that `system` was chosen for, if it does."""
+    if is_original(config):
+        return
+    where = folder / "config.json"
+    if huggingface.names_class(config) or "mm_vision_tower" not in config:
+        kind = config.get("architectures") or config.get("model_type")
+        raise ConfigError(
+            f"{where} ({kind!r}) is not of LLaVA's own layout, which system {system!r} reads: it "
+            f"lacks {missing_keys(config)}",
+            hint="leave --system out: the system follows from config.json",
+        )
+    language_models.kind_in_llava(config)
+
+
+def missing_keys(config: Mapping[str, Any]) -> str:
+    """What keeps a config.json from being of this layout."""
+    if "mm_vision_tower" not in config:
+        return "mm_vision_tower"
+    return f"one of the classes {', '.join(language_models.LLAVA_CLASSES)} in architectures"
 
 
 def names_mlcd(config: Mapping[str, Any]) -> bool:
@@ -86,8 +116,9 @@ def names_mlcd(config: Mapping[str, Any]) -> bool:
 
 def load(folder: Path, config: Mapping[str, Any], options: Options, rules: OriginalRules) -> Source:
     """Read a checkpoint. Raises ConfigError and CheckpointError naming what does not fit."""
+    require(config, folder, rules.system)
     kind = language_models.kind_in_llava(config)
-    if kind == "qwen2":  # its original class ignores this key
+    if language_models.ignores_rope_scaling(config):
         config = {**config, "rope_scaling": None}
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     lm = ComponentConfig("lm", kind, models.lm(kind).Config.read(r))
