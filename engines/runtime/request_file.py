@@ -11,7 +11,8 @@ from typing import Any
 
 from edgevlm.engines.runtime.session import Answer, Question, Session
 from edgevlm.toolkit.errors import InputError, ToolkitError
-from edgevlm.toolkit.strict import BOOKKEEPING, Reader, to_plain
+from edgevlm.toolkit.inert_keys import BOOKKEEPING
+from edgevlm.toolkit.strict import Reader, to_plain
 from edgevlm.toolkit.terminal.console import Console
 
 

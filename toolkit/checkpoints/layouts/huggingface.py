@@ -111,8 +111,7 @@ def load(
     towers.check_size(rule, encoder, str(folder))
     images = rules.images(r, encoder, rule)
     token, ties = _image_token(r), r.take("tie_word_embeddings", bool, False)
-    r.skip("image_seq_length", "ignore_index", "vocab_size", "video_token_index",
-           "video_token_id")  # fmt: skip
+    r.ignore(str(config["model_type"]))
     r.done()
     text, _ = read_tokenizer(folder, slow=False)
     check_tokenizer(text, lm.config.vocab_size, str(folder))
@@ -147,6 +146,7 @@ def _read_lm(r: Reader) -> ComponentConfig:
     known = language_models.MODEL_TYPES
     kind = known[text.choice("model_type", list(known), "llama")]
     config = models.lm(kind).Config.read(text)
+    text.ignore("text")
     text.done()
     return ComponentConfig("lm", kind, config)
 

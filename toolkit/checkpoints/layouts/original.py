@@ -38,25 +38,6 @@ from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 IN_CHECKPOINT = "model.vision_tower.vision_tower."
 
-# Keys that training scripts write and that do not change an image's answer: bookkeeping, training
-# switches, video settings, resamplers (the originals build them but never apply them to images),
-# and keys of Hugging Face's layout that some releases have in addition.
-TRAINING_KEYS = (
-    "add_faster_video add_time_instruction faster_token_stride force_sample freeze_backbone "
-    "freeze_mm_mlp_adapter freeze_mm_vision_resampler ignore_index image_crop_resolution "
-    "image_split_resolution image_token_index max_sequence_length mm_mask_drop_mode "
-    "mm_mask_drop_ratio mm_mask_drop_ratio_lower mm_mask_drop_ratio_upper "
-    "mm_mask_drop_skip_percentage mm_newline_position mm_perceiver_depth mm_perceiver_ff_mult "
-    "mm_perceiver_latents mm_perceiver_pretrained mm_projector_lr mm_qformer_depth "
-    "mm_qformer_latents mm_qformer_pretrained mm_spatial_pool_out_channels "
-    "mm_resampler_type mm_spatial_pool_mode mm_spatial_pool_stride mm_tunable_parts "
-    "mm_vision_tower_lr ms_cross_attn_lr pos_skipping_range projector_hidden_act text_config "
-    "tokenizer_model_max_length tokenizer_padding_side tune_entire_model tune_mm_mlp_adapter "
-    "tune_mm_vision_resampler tune_vision_tower tune_vit_from_layer use_mm_proj use_pos_skipping "
-    "vision_config vision_feature_layer vision_feature_select_strategy vision_tower_lr "
-    "vision_tower_pretrained"
-).split()
-
 
 @dataclass(frozen=True)
 class OriginalRules:
@@ -130,12 +111,10 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     ends_rows = images.arrangement is not None and images.arrangement.newline
     spare = ["model.image_newline"] * ("unpad" in str(config.get("mm_patch_merge_type")))
     wins = _tower_wins(r, rules)
-    r.choice("s2", [False], False)
-    r.skip("s2_scales")
     wrapped = r.take("mm_use_im_start_end", bool, False)
     extra = ["<im_patch>"] * r.take("mm_use_im_patch_token", bool, True)
     extra += ["<im_start>", "<im_end>"] * wrapped
-    r.skip(*TRAINING_KEYS)
+    r.ignore("original")
     r.done()
 
     text, doubled = read_tokenizer(folder, slow=True)

@@ -111,7 +111,7 @@ def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tup
         if kind in getattr(models.encoder(name), "MODEL_TYPES", ()):
             reader = Reader(config, where, options.ignore_keys)
             reader = reader.sub("vision_config") if nested else reader
-            reader.skip("tie_word_embeddings", "vocab_size")  # a tower has no vocabulary
+            reader.ignore("tower")
             return name, reader
     known = [t for n in models.kinds("encoders") for t in models.encoder(n).MODEL_TYPES]
     raise ConfigError(
