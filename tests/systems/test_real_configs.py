@@ -309,9 +309,11 @@ REFUSED: dict[str, tuple[Config, str]] = {
     "soft caps in text_config": (
         _HF | {"text_config": _TEXT | {"attn_logit_softcapping": 50.0}}, "attn_logit_softcapping"
     ),
-    "a sliding Llama": (_HF | {"text_config": _TEXT | {"sliding_window": 4096}}, "sliding_window"),
+    "a sliding Llama": (_HF | {"text_config": _TEXT | {"sliding_window": 4}}, "sliding_window = 4"),
     "a sliding Qwen2": (_QWEN | {"use_sliding_window": True}, "use_sliding_window = true"),
-    "sliding layers": (_QWEN | {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+    "sliding layers": (
+        _QWEN | {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"
+    ),
     "a tower of FastVLM": (
         _QWEN | {"architectures": ["LlavaQwen2ForCausalLM"], "model_type": "llava_qwen2",
                  "mm_vision_tower": "mobileclip_l_1024"},

@@ -20,6 +20,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     below,
     check,
     check_tokenizer,
+    embed_from_head,
     find_prefix,
     read_encoder,
     read_eos,
@@ -157,10 +158,13 @@ def _tied(
     """The language model with its output tied to its embedding, or not.
 
     transformers 5 reads tie_word_embeddings from the whole configuration; version 4 read
-    it from text_config, and then stored no head.
+    it from text_config, and then stored one of the two.
     """
-    head = any(key.endswith("lm_head.weight") for key in checkpoint.keys())  # noqa: SIM118
-    by_text = lm.config.tied and (rules.ties_by_text or not head)
+    keys = checkpoint.keys()
+    both = all(
+        any(key.endswith(end) for key in keys) for end in ("lm_head.weight", "embed_tokens.weight")
+    )
+    by_text = lm.config.tied and (rules.ties_by_text or not both)
     return replace(lm, config=replace(lm.config, tied=ties or by_text))
 
 
@@ -274,14 +278,15 @@ def _lm_tensors(lm: ComponentConfig, checkpoint: Checkpoint) -> ComponentTensors
     """The language model's tensors, in either generation of names."""
     file = models.lm(lm.kind)
     table = file.names(lm.config)
-    if "model.language_model.embed_tokens.weight" in checkpoint:
-        new = "model.language_model."
+    new = "model.language_model."
+    if any(key.startswith(new) for key in checkpoint.keys()):  # noqa: SIM118
         table = {
             name: Recipe(tuple(s.replace("model.", new, 1) for s in r.sources), r.make)
             for name, r in table.items()
         }
-        return ComponentTensors(table, file.shapes(lm.config), checkpoint)
-    return _below_first(table, file.shapes(lm.config), checkpoint, "language_model.", "")
+    else:
+        table = below(table, find_prefix(table, checkpoint, "language_model.", ""))
+    return ComponentTensors(embed_from_head(table, checkpoint), file.shapes(lm.config), checkpoint)
 
 
 def _unused(lm: ComponentConfig, encoder: ComponentConfig) -> list[str]:

@@ -22,6 +22,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     below,
     check,
     check_tokenizer,
+    embed_from_head,
     find_prefix,
     read_eos,
     read_tokenizer,
@@ -179,7 +180,9 @@ def _tensors(
         table["newline"] = keep("model.image_newline")
         shapes["newline"] = (lm.config.hidden_size,)
     return {
-        "lm": ComponentTensors(file.names(lm.config), file.shapes(lm.config), checkpoint),
+        "lm": ComponentTensors(
+            embed_from_head(file.names(lm.config), checkpoint), file.shapes(lm.config), checkpoint
+        ),
         "merger": ComponentTensors(table, shapes, checkpoint),
     }
 
