@@ -10,7 +10,8 @@ from typing import Any
 
 from edgevlm.engines.runtime.question import Question
 from edgevlm.toolkit.errors import InputError, ToolkitError
-from edgevlm.toolkit.strict import BOOKKEEPING, Reader
+from edgevlm.toolkit.inert_keys import BOOKKEEPING
+from edgevlm.toolkit.strict import Reader
 
 
 @dataclass(frozen=True)

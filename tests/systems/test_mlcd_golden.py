@@ -195,3 +195,26 @@ def _without_newline(folder: Path) -> None:
     del tensors["model.image_newline"]
     (folder / "model.safetensors").unlink()
     save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llava", None])
+def test_the_class_is_read_from_architectures(
+    built: tuple[Golden, Session], tmp_path: Path, model_type: str | None
+) -> None:
+    """Published checkpoints carry the language model's own model_type beside the LLaVA class."""
+    golden, _ = built
+    folder = tmp_path / "mlcd-checkpoint"
+    folder.mkdir()
+    for file in golden.folder.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((golden.folder / "config.json").read_text())
+    config |= {"model_type": model_type, "architectures": ["LlavaQwenForCausalLM"]}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    source = systems.load(folder, Options())
+    assert (source.model.system, source.model.lm.kind) == ("mlcd", "qwen2")
+    if model_type == "qwen2":
+        session = Session.open(engine_of(folder, tmp_path))
+        question = Question(golden.meta["prompt_one_image"], golden.images[:1], 24, template="none")
+        expected = golden.outputs["one_image.greedy_ids"].tolist()
+        assert list(session.answer(question).token_ids) == expected

@@ -28,12 +28,6 @@ _PROCESSORS = (
     "CLIPImageProcessor", "CLIPFeatureExtractor", "SiglipImageProcessor", "LlavaImageProcessor",
     "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor", "BitImageProcessor",
 )  # fmt: skip
-# Keys that are read elsewhere or do not affect a single image.
-_IDLE_KEYS = (
-    "_valid_processor_keys auto_map data_format default_to_square device disable_grouping "
-    "feature_extractor_type image_grid_pinpoints image_seq_length "
-    "input_data_format pad_size processor_class return_tensors size_divisor"
-).split()
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 
 
@@ -86,7 +80,7 @@ class ImageRules:
 
 def read_preprocess(r: Reader) -> Preprocess:
     """From a preprocessor_config.json of CLIPImageProcessor or SiglipImageProcessor."""
-    r.skip(*_IDLE_KEYS)
+    r.ignore("preprocessing")
     kind = r.take("image_processor_type", str, "CLIPImageProcessor")
     if not kind.startswith(_PROCESSORS):
         raise ConfigError(

@@ -13,10 +13,11 @@ from typing import Any, Protocol, cast
 from edgevlm.toolkit.bundle import source as bundle_source
 from edgevlm.toolkit.bundle.manifest import MANIFEST
 from edgevlm.toolkit.checkpoints import hub
-from edgevlm.toolkit.checkpoints.layouts import quirks
+from edgevlm.toolkit.checkpoints.layouts import original, quirks, towers
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, random_source, with_context
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.strict import read_json
+from edgevlm.toolkit.vlm import language_models
 from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.presets import tokenizer
 
@@ -78,16 +79,32 @@ def _detect(folder: Path, config: Mapping[str, Any], options: Options) -> str:
     claiming = [name for name in names() if find(name).claims(folder, config, options)]
     if len(claiming) == 1:
         return claiming[0]
-    kind = config.get("model_type")
     if not claiming:
         raise CheckpointError(
-            f"{folder} (model_type {kind!r}) is of no system that edgevlm knows",
-            hint=f"known: {', '.join(names())}; choose one with --system if it is one of them",
+            f"{folder} is of no system that edgevlm knows: {_why_none(folder, config, options)}",
+            hint=f"known: {', '.join(names())} (docs/systems.md)",
         )
     raise CheckpointError(
-        f"{folder} (model_type {kind!r}) could be any of: {', '.join(claiming)}",
+        f"{folder} (model_type {config.get('model_type')!r}) could be any of: "
+        f"{', '.join(claiming)}",
         hint=f"say which: --system {claiming[0]}",
     )
+
+
+def _why_none(folder: Path, config: Mapping[str, Any], options: Options) -> str:
+    """What a folder is that no system claims: its class, and the first thing that does not fit."""
+    model_type, classes = config.get("model_type"), config.get("architectures")
+    stated = f"model_type {model_type!r}, architectures {classes!r}"
+    if original.is_original(config):
+        tower = towers.kind_of(config, folder, options)
+        return f"no system has a tower of kind {tower!r} ({config['mm_vision_tower']!r}) in LLaVA"
+    if "video" in f"{model_type} {classes}".lower():
+        return f"{stated} is a model of videos"
+    if "mm_vision_tower" in config or "text_config" in config:
+        return f"{stated} is not implemented"
+    if model_type in language_models.MODEL_TYPES:
+        return f"{stated} is a language model alone, without a vision tower"
+    return f"{stated} is not implemented, and it names no mm_vision_tower and no text_config"
 
 
 def check_weights(name: str, random: bool) -> None:

@@ -20,6 +20,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     below,
     check,
     check_tokenizer,
+    embed_from_head,
     find_prefix,
     read_encoder,
     read_eos,
@@ -57,10 +58,42 @@ class HuggingFaceRules:
     ties_by_text: bool = True
 
 
+CLASSES = {
+    "LlavaForConditionalGeneration": "llava",
+    "LlavaNextForConditionalGeneration": "llava_next",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+}
+
+
+def names_class(config: Mapping[str, Any]) -> bool:
+    """Whether `architectures` names one of transformers' classes, or model_type belongs to one."""
+    classes = config.get("architectures")
+    named = isinstance(classes, list) and classes[:1] and str(classes[0]) in CLASSES
+    return bool(named) or config.get("model_type") in ("llava_next", "llava_onevision")
+
+
 def matches(config: Mapping[str, Any], *kinds: str) -> bool:
-    """Whether a config.json is of this layout and of one of these model types."""
-    nested = "text_config" in config and "mm_vision_tower" not in config
-    return nested and config.get("model_type") in kinds
+    """Whether a config.json is of this layout and of one of these model types.
+
+    Keys of LLaVA's own layout beside text_config are leftovers that transformers' classes do not
+    read, if `architectures` names such a class.
+    """
+    plain = "mm_vision_tower" not in config or names_class(config)
+    return "text_config" in config and plain and config.get("model_type") in kinds
+
+
+def require(config: Mapping[str, Any], folder: Path, system: str, *kinds: str) -> None:
+    """Raise ConfigError stating what a folder lacks that `system` was chosen for, if it does."""
+    if matches(config, *kinds):
+        return
+    lacks = [] if "text_config" in config else ["text_config (Hugging Face's layout)"]
+    lacks += [] if "mm_vision_tower" in config else ["mm_vision_tower (LLaVA's own)"]
+    reason = f"lacks {' and '.join(lacks)}" if lacks else f"is not {' or '.join(kinds)}"
+    kind = config.get("architectures") or config.get("model_type")
+    raise ConfigError(
+        f"{folder / 'config.json'} ({kind!r}) is no checkpoint of system {system!r}: it {reason}",
+        hint="leave --system out: the system follows from config.json",
+    )
 
 
 def one_view(r: Reader, encoder: ComponentConfig, rule: Preprocess) -> ImageRules:
@@ -79,8 +112,7 @@ def load(
     towers.check_size(rule, encoder, str(folder))
     images = rules.images(r, encoder, rule)
     token, ties = _image_token(r), r.take("tie_word_embeddings", bool, False)
-    r.skip("image_seq_length", "ignore_index", "vocab_size", "video_token_index",
-           "video_token_id")  # fmt: skip
+    r.ignore(str(config["model_type"]))
     r.done()
     text, _ = read_tokenizer(folder, slow=False)
     check_tokenizer(text, lm.config.vocab_size, str(folder))
@@ -115,6 +147,7 @@ def _read_lm(r: Reader) -> ComponentConfig:
     known = language_models.MODEL_TYPES
     kind = known[text.choice("model_type", list(known), "llama")]
     config = models.lm(kind).Config.read(text)
+    text.ignore("text")
     text.done()
     return ComponentConfig("lm", kind, config)
 
@@ -125,10 +158,13 @@ def _tied(
     """The language model with its output tied to its embedding, or not.
 
     transformers 5 reads tie_word_embeddings from the whole configuration; version 4 read
-    it from text_config, and then stored no head.
+    it from text_config, and then stored one of the two.
     """
-    head = any(key.endswith("lm_head.weight") for key in checkpoint.keys())  # noqa: SIM118
-    by_text = lm.config.tied and (rules.ties_by_text or not head)
+    keys = checkpoint.keys()
+    both = all(
+        any(key.endswith(end) for key in keys) for end in ("lm_head.weight", "embed_tokens.weight")
+    )
+    by_text = lm.config.tied and (rules.ties_by_text or not both)
     return replace(lm, config=replace(lm.config, tied=ties or by_text))
 
 
@@ -242,14 +278,15 @@ def _lm_tensors(lm: ComponentConfig, checkpoint: Checkpoint) -> ComponentTensors
     """The language model's tensors, in either generation of names."""
     file = models.lm(lm.kind)
     table = file.names(lm.config)
-    if "model.language_model.embed_tokens.weight" in checkpoint:
-        new = "model.language_model."
+    new = "model.language_model."
+    if any(key.startswith(new) for key in checkpoint.keys()):  # noqa: SIM118
         table = {
             name: Recipe(tuple(s.replace("model.", new, 1) for s in r.sources), r.make)
             for name, r in table.items()
         }
-        return ComponentTensors(table, file.shapes(lm.config), checkpoint)
-    return _below_first(table, file.shapes(lm.config), checkpoint, "language_model.", "")
+    else:
+        table = below(table, find_prefix(table, checkpoint, "language_model.", ""))
+    return ComponentTensors(embed_from_head(table, checkpoint), file.shapes(lm.config), checkpoint)
 
 
 def _unused(lm: ComponentConfig, encoder: ComponentConfig) -> list[str]:

@@ -108,6 +108,19 @@ def find_prefix(table: Mapping[str, Recipe], checkpoint: Checkpoint, *prefixes: 
     )
 
 
+def embed_from_head(table: Mapping[str, Recipe], checkpoint: Checkpoint) -> dict[str, Recipe]:
+    """A tied language model's table, its embedding read from lm_head where only that is stored.
+
+    Both are one tensor, of which a file may hold either name.
+    """
+    recipe = table["embed.weight"]
+    (embed,) = recipe.sources
+    for head in ("lm_head.weight", embed.replace("model.embed_tokens", "lm_head", 1)):
+        if "head.weight" not in table and embed not in checkpoint and head in checkpoint:
+            return {**table, "embed.weight": replace(recipe, sources=(head,))}
+    return dict(table)
+
+
 def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tuple[str, Reader]:
     """The encoder file for a tower's configuration, and a reader over its section of it."""
     kind, nested = config.get("model_type"), "vision_config" in config
@@ -115,7 +128,7 @@ def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tup
         if kind in getattr(models.encoder(name), "MODEL_TYPES", ()):
             reader = Reader(config, where, options.ignore_keys)
             reader = reader.sub("vision_config") if nested else reader
-            reader.skip("tie_word_embeddings", "vocab_size")  # a tower has no vocabulary
+            reader.ignore("tower")
             return name, reader
     known = [t for n in models.kinds("encoders") for t in models.encoder(n).MODEL_TYPES]
     raise ConfigError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from edgevlm.toolkit import models
@@ -37,6 +38,41 @@ class Tower:
     unused: tuple[str, ...]
 
 
+# Towers that published checkpoints name and edgevlm has no file for: a pattern in the name, and
+# what it is. They come without a folder of their own, so no config.json can say it.
+_FOREIGN = {
+    r"mobileclip": "MobileCLIP (FastVLM's FastViT)",
+    r"imagebind": "ImageBind",
+    r"eva[-_]?(02|clip)": "EVA-CLIP",
+    r"intern[-_]?vit": "InternViT",
+    r"languagebind": "LanguageBind (video)",
+    r"openclip|open_clip_hub": "OpenCLIP in its own format",
+}
+
+
+def name_in(config: Mapping[str, Any], where: str) -> str:
+    """The value of `mm_vision_tower`. Raises ConfigError unless it is a name."""
+    name = config.get("mm_vision_tower")
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(
+            f"{where}: mm_vision_tower = {name!r}, expected the name or folder of a vision tower",
+            hint="set it to the tower that the checkpoint was trained with, such as "
+            "openai/clip-vit-large-patch14-336",
+        )
+    return name
+
+
+def _refuse_foreign(name: str, folder: Path) -> None:
+    """Raise ConfigError for a tower whose name says that it is of a kind we do not implement."""
+    for pattern, kind in _FOREIGN.items():
+        if re.search(pattern, name, re.IGNORECASE):
+            raise ConfigError(
+                f"{folder / 'config.json'}: the vision tower {name!r} is {kind}, which edgevlm "
+                "does not implement",
+                hint=f"implemented: {', '.join(models.kinds('encoders'))}",
+            )
+
+
 def find(name: str, folder: Path, options: Options) -> Path:
     """The tower that `mm_vision_tower` names: a folder with config.json, or a weight file.
 
@@ -48,11 +84,12 @@ def find(name: str, folder: Path, options: Options) -> Path:
     if chosen is not None:
         is_path = chosen.exists() or not hub.is_model_id(str(chosen))
         return chosen if is_path else hub.locate_tower(str(chosen), offline=options.offline)
-    base = Path(name).name
+    base = PureWindowsPath(name).name  # either separator: it may be a path of the trainer's machine
     for path in (folder / name, folder.parent / name, Path(name), folder / base,
                  folder.parent / base):  # fmt: skip
         if path.is_file() or (path / "config.json").exists():
             return path
+    _refuse_foreign(name, folder)
     reason, download = "", ""
     if hub.is_model_id(name):
         try:
@@ -68,7 +105,7 @@ def find(name: str, folder: Path, options: Options) -> Path:
 
 def kind_of(config: Mapping[str, Any], folder: Path, options: Options) -> str:
     """The encoder file for the tower of a LLaVA configuration."""
-    tower = find(str(config["mm_vision_tower"]), folder, options)
+    tower = find(name_in(config, str(folder / "config.json")), folder, options)
     if tower.is_file():
         return "unireplknet"
     return read_encoder(read_json(tower / "config.json"), str(tower / "config.json"), options)[0]
@@ -76,7 +113,7 @@ def kind_of(config: Mapping[str, Any], folder: Path, options: Options) -> str:
 
 def open_tower(folder: Path, r: Reader, options: Options, choose: Callable[[Taps], Taps]) -> Tower:
     """The tower that config.json names, with the levels that it selects."""
-    tower = find(r.take("mm_vision_tower", str), folder, options)
+    tower = find(name_in({"mm_vision_tower": r.raw("mm_vision_tower")}, r.where), folder, options)
     if tower.is_file():
         return _open_file(tower, r, options)
     path = tower / "config.json"
