@@ -7,7 +7,7 @@ mean what they mean in the package `tokenizers`. The order of the files is that 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,27 +117,30 @@ def _named(config: Mapping[str, Any], path: Path) -> tuple[AddedToken, ...]:
 
 
 def with_declared(
-    data: Mapping[str, Any], declared: Declared, where: str, *, any_id: bool
+    data: Mapping[str, Any], declared: Declared, where: str, *, slow: bool
 ) -> dict[str, Any]:
     """The tokenizer.json `data` with all declared tokens.
 
-    any_id: a missing token may get an id behind a gap; otherwise it must be the next free one,
-    which is what the fast loader gives it. Raises ConfigError if a token's ids contradict.
+    slow: a slow tokenizer reads them. It gives a missing token the stated id even behind a gap. A
+    fast one takes the next free id, and a token that tokenizer.json calls special stays special.
+    Raises ConfigError if a token's ids contradict.
     """
     known = contents(data)
-    missing: dict[str, int] = {}
+    size = len(known)
     added = {item["content"]: item for item in data.get("added_tokens") or []}
     for number, token in sorted(declared.ids.items()):
-        _check_id(token.content, number, known, where, any_id=any_id)
+        _check_id(token.content, number, known, where, slow=slow)
         if token.content not in known:
-            missing[token.content] = known[token.content] = number
-        if declared.wins or token.content not in added:
-            added[token.content] = token.entry(number)
+            known[token.content] = number
+        before = added.get(token.content)
+        if declared.wins or before is None:
+            special = token.special or bool(before and before["special"] and not slow)
+            added[token.content] = replace(token, special=special).entry(number)
     for token in declared.named:
         if token.content not in known:
-            missing[token.content] = known[token.content] = following(known)
+            known[token.content] = following(known)
         added.setdefault(token.content, token.entry(known[token.content]))
-    return _with_entries(data, added.values(), missing)
+    return _with_entries(data, added.values(), len(known) > size)
 
 
 def contents(data: Mapping[str, Any]) -> dict[str, int]:
@@ -154,14 +157,14 @@ def following(known: Mapping[str, int]) -> int:
 
 
 def _check_id(
-    content: str, number: int, known: Mapping[str, int], where: str, *, any_id: bool
+    content: str, number: int, known: Mapping[str, int], where: str, *, slow: bool
 ) -> None:
     has = known.get(content)
     if has == number:
         return
     if has is None:
         has = following(known)
-        if number not in known.values() and (any_id or number == has):
+        if number not in known.values() and (slow or number == has):
             return
     raise ConfigError(
         f"{where} gives {content!r} the id {number}, by the tokenizer's own file it has {has}",
@@ -170,12 +173,13 @@ def _check_id(
 
 
 def _with_entries(
-    data: Mapping[str, Any], added: Iterable[Mapping[str, Any]], missing: Mapping[str, int]
+    data: Mapping[str, Any], added: Iterable[Mapping[str, Any]], new: bool
 ) -> dict[str, Any]:
-    """A tokenizer.json with these added tokens. New ones enter the model's vocabulary too: the
-    package `tokenizers` keeps an added token's id behind a gap only so."""
+    """A tokenizer.json with these added tokens. If some are new, all of them enter the model's
+    vocabulary: the package `tokenizers` numbers those that it lacks anew, from its size."""
     out = {**data, "added_tokens": sorted(added, key=lambda item: int(item["id"]))}
     model = data.get("model") or {}
-    if missing and isinstance(model.get("vocab"), dict):
-        out["model"] = {**model, "vocab": {**model["vocab"], **missing}}
+    if new and isinstance(model.get("vocab"), dict):
+        ids = {item["content"]: item["id"] for item in out["added_tokens"]}
+        out["model"] = {**model, "vocab": {**model["vocab"], **ids}}
     return out

@@ -136,7 +136,7 @@ def read_model(path: Path) -> Model:
 
 def _piece(data: int | bytes) -> Piece:
     fields = dict(_fields(bytes(data)))
-    score = struct.unpack("<f", fields.get(2, bytes(4)))[0]
+    score = struct.unpack("<f", bytes(fields.get(2, bytes(4))))[0]
     return Piece(bytes(fields[1]).decode(), float(score), int(fields.get(3, _NORMAL)))
 
 
@@ -230,7 +230,7 @@ def _normalizer(model: Model, rules: SentencePieceRules) -> dict[str, Any]:
 
 
 def _decoders(rules: SentencePieceRules) -> list[dict[str, Any]]:
-    listed = [
+    listed: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": BLANK}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},

@@ -81,8 +81,10 @@ class Tokenizer:
             return list(self._inner.encode(text, add_special_tokens=special).ids)
         ids = list(self._inner.encode("", add_special_tokens=True).ids) if special else []
         for part in self._steps.parts(text):
-            merged = isinstance(part, str)
-            ids += self._inner.encode(part, add_special_tokens=False).ids if merged else [part]
+            if isinstance(part, str):
+                ids += self._inner.encode(part, add_special_tokens=False).ids
+            else:
+                ids.append(part)
         return ids
 
     def check_rows(self, ids: Sequence[int]) -> None:

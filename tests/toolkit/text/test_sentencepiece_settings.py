@@ -61,7 +61,7 @@ LINES = [
 ] * 40
 TEXTS = [
     "the image", "a  dog", "<|im_start|>user\nwhat<|im_end|>", "ﬁne ＡＢＣ", " cat ", "", " ",
-    "   ", "<|im_start|>", " <|im_end|> ", "a<|im_sta", "\tthe\u3000\u00a0cat", "e\u0301", 
+    "   ", "<|im_start|>", " <|im_end|> ", "a<|im_sta", "\tthe\u3000\u00a0cat", "e\u0301",
     "\u1100\u1161",
     "ｶﾞ", "½", f"{BLANK}a", f" {BLANK} a", "x\u200by", "🙂", "\x07", "<0x41>", "İß", "\u0345ﷺ",
 ]  # fmt: skip

@@ -42,7 +42,7 @@ def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, SentencePieceRules
             "merges.txt)",
             hint="copy the tokenizer files of the language model into the folder",
         )
-    return _text(data, declared, str(settings), any_id=slow or not path.exists()), None
+    return _text(data, declared, str(settings), slow=slow or not path.exists()), None
 
 
 def _fast(text: str, rules: SentencePieceRules, model: Path) -> str:
@@ -71,9 +71,9 @@ def _reset(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "truncation": None, "padding": None}
 
 
-def _text(data: dict[str, Any], declared: Declared, where: str, *, any_id: bool) -> str:
+def _text(data: dict[str, Any], declared: Declared, where: str, *, slow: bool) -> str:
     try:
-        data = added_tokens.with_declared(data, declared, where, any_id=any_id)
+        data = added_tokens.with_declared(data, declared, where, slow=slow)
     except (AttributeError, KeyError, TypeError, ValueError) as odd:
         raise _unreadable(odd) from odd
     return json.dumps(data, ensure_ascii=False)
@@ -86,7 +86,7 @@ def _unreadable(odd: Exception) -> ConfigError:
 def add_tokens(text: str, extra: Sequence[str]) -> str:
     """The tokenizer with the special tokens that the originals' loader adds."""
     declared = Declared({}, tuple(map(AddedToken, extra)))
-    return _text(json.loads(text), declared, "the loader", any_id=True)
+    return _text(json.loads(text), declared, "the loader", slow=True)
 
 
 def check_tokenizer(text: str, vocab: int, where: str, needed: Sequence[str] = ()) -> int:
