@@ -63,7 +63,9 @@ class Session:
         self.model = engine.parsed_model()
         self.load_ms = load_ms
         rules = self.model.prompts
-        self.tokenizer = Tokenizer.open(folder / TOKENIZER, doubled_blank=rules.doubled_blank)
+        self.tokenizer = Tokenizer.open(
+            folder / TOKENIZER, rules.sentencepiece, self.model.lm.config.vocab_size
+        )
         self.vision = Vision(self.model, engine, runners, together=together)
         self.threads = threads or threads_here()
         self._runners = runners

@@ -1,4 +1,4 @@
-"""Folders as training runs leave them answer as transformers does: leftover keys, one tied tensor."""
+"""Folders as training leaves them answer as transformers does: leftover keys, a tied tensor."""
 
 from __future__ import annotations
 

@@ -19,14 +19,13 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     Source,
     below,
     check,
-    check_tokenizer,
     embed_from_head,
     find_prefix,
     read_encoder,
     read_eos,
-    read_tokenizer,
     with_context,
 )
+from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import check_tokenizer, read_tokenizer
 from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess, read_preprocess
@@ -116,7 +115,7 @@ def load(
     r.done()
     text, _ = read_tokenizer(folder, slow=False)
     check_tokenizer(text, lm.config.vocab_size, str(folder))
-    placeholder = token_of(text, token)
+    image_text = _image_text(folder, text, token)
 
     checkpoint = open_checkpoint(folder, options.torch_reader)
     lm = _tied(lm, ties, rules, checkpoint)
@@ -134,8 +133,7 @@ def load(
             language_models.row(lm.kind).template,
             "token",
             read_eos(folder, config["text_config"], lm.kind),
-            placeholder=placeholder,
-            image_text=placeholder,
+            image_text=image_text,
         ),
     )
     weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}
@@ -202,6 +200,20 @@ def _image_token(r: Reader) -> int:
     if not isinstance(number, int):
         raise ConfigError(f"{r.where} names no image_token_index")
     return number
+
+
+def _image_text(folder: Path, tokenizer: str, number: int) -> str:
+    """The name of the image token. Raises ConfigError if the processor has another one."""
+    name, path = token_of(tokenizer, number), folder / "processor_config.json"
+    stated = read_json(path).get("image_token") if path.exists() else None
+    stated = stated.get("content") if isinstance(stated, dict) else stated
+    if stated not in (None, name):
+        raise ConfigError(
+            f"{path}: image_token = {stated!r}, and the id {number}, which stands for images in "
+            f"config.json, is {name!r}",
+            hint="set image_token or image_token_index to what the model was trained with",
+        )
+    return name
 
 
 def read_processor(folder: Path, options: Options) -> Preprocess:

@@ -18,15 +18,17 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
     Source,
-    add_tokens,
     below,
     check,
-    check_tokenizer,
     embed_from_head,
     find_prefix,
     read_eos,
-    read_tokenizer,
     with_context,
+)
+from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import (
+    add_tokens,
+    check_tokenizer,
+    read_tokenizer,
 )
 from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint
 from edgevlm.toolkit.errors import ConfigError
@@ -118,9 +120,10 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     r.ignore("original")
     r.done()
 
-    text, doubled = read_tokenizer(folder, slow=True)
-    text = add_tokens(text, extra, lm.config.vocab_size)
-    rows = check_tokenizer(text, lm.config.vocab_size, str(folder))
+    text, pieces = read_tokenizer(folder, slow=True)
+    text = add_tokens(text, extra)
+    around = ["<im_start>", "<im_end>"] * wrapped
+    rows = check_tokenizer(text, lm.config.vocab_size, str(folder), around)
     checkpoint = open_checkpoint(folder, options.torch_reader)
     tensors = _tensors(lm, merger, ends_rows, checkpoint)
     inside = _tower_inside(tower, checkpoint) if wins else None
@@ -146,7 +149,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
             "pieces",
             read_eos(folder, config, kind),
             image_text=image_text,
-            doubled_blank=doubled,
+            sentencepiece=pieces,
         ),
     )
     origin = {"layout": "llava", "tower": str(config["mm_vision_tower"])}

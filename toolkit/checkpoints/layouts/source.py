@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from edgevlm.toolkit.models.recipes import Recipe
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.strict import Reader, read_json
-from edgevlm.toolkit.text.tokenizer import Tokenizer, from_sentencepiece
 from edgevlm.toolkit.vlm import language_models
 from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, components
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
@@ -135,70 +133,6 @@ def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tup
         f"{where}: model_type = {kind!r} is not an encoder we implement",
         hint=f"implemented: {', '.join(sorted(known))}",
     )
-
-
-def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, bool]:
-    """The text of a tokenizer.json, and whether it needs `doubled_blank` (see Tokenizer).
-
-    slow: the system uses sentencepiece's own tokenizer where the folder has its model file; fast
-    tokenizers converted by older transformers tokenize differently after special tokens.
-    """
-    path, model = folder / "tokenizer.json", folder / "tokenizer.model"
-    settings = folder / "tokenizer_config.json"
-    config = read_json(settings) if settings.exists() else {}
-    older = folder / "added_tokens.json"
-    if older.exists() and not config.get("added_tokens_decoder"):
-        config["added_tokens_decoder"] = {n: token for token, n in read_json(older).items()}
-    if model.exists() and (slow or not path.exists()):
-        return from_sentencepiece(model, config)
-    if not path.exists():
-        raise CheckpointError(
-            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)",
-            hint="copy the tokenizer files of the language model into the folder",
-        )
-    read_json(path)  # refuses what is no JSON object
-    return path.read_text(encoding="utf-8"), False
-
-
-def add_tokens(text: str, extra: Sequence[str], vocab: int) -> str:
-    """The tokenizer with the tokens that the originals' loader adds, while the model has rows."""
-    try:
-        return _with_tokens(json.loads(text), extra, vocab)
-    except (AttributeError, KeyError, TypeError) as odd:
-        raise ConfigError(
-            f"the tokenizer cannot be read: {odd} in its added_tokens or vocab"
-        ) from odd
-
-
-def _with_tokens(data: dict[str, Any], extra: Sequence[str], vocab: int) -> str:
-    data.setdefault("added_tokens", [])
-    known = {token["content"] for token in data["added_tokens"]}
-    ids = [token["id"] for token in data.get("added_tokens", [])]
-    ids += list(data.get("model", {}).get("vocab", {}).values())
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    following = max(ids, default=-1) + 1
-    for token in extra:
-        if token not in known and following < vocab:
-            entry = {"id": following, "content": token, **flags, "special": True}
-            data["added_tokens"].append(entry)
-            following += 1
-    return json.dumps(data, ensure_ascii=False)
-
-
-def check_tokenizer(text: str, vocab: int, where: str) -> int:
-    """The number of ids that the tokenizer knows; CheckpointError if the model has fewer rows."""
-    import tokenizers
-
-    try:
-        size = Tokenizer(tokenizers.Tokenizer.from_str(text)).size
-    except Exception as broken:  # the package raises bare Exception
-        raise ConfigError(f"{where}: the tokenizer cannot be read: {broken}") from None
-    if size > vocab:
-        raise CheckpointError(
-            f"{where}: the tokenizer knows ids up to {size - 1}, the model has {vocab} rows",
-            hint="the tokenizer belongs to another model",
-        )
-    return size
 
 
 def read_eos(folder: Path, config: Mapping[str, Any], kind: str) -> tuple[int, ...]:
