@@ -13,6 +13,7 @@ from typing import Any
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.layouts import towers
+from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
@@ -22,7 +23,6 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     check_tokenizer,
     find_prefix,
     read_encoder,
-    read_eos,
     read_tokenizer,
     with_context,
 )
@@ -101,9 +101,12 @@ def load(
         PromptRules(
             language_models.row(lm.kind).template,
             "token",
-            read_eos(folder, config["text_config"], lm.kind),
+            read_eos(folder, config, lm.kind, text, config["text_config"]),
             placeholder=placeholder,
             image_text=placeholder,
+        ),
+        read_rules(
+            folder, config, lm.config.vocab_size, options.ignore_keys, config["text_config"]
         ),
     )
     weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}

@@ -14,6 +14,7 @@ from typing import Any
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.layouts import image_rules, towers
+from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
@@ -23,7 +24,6 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     check,
     check_tokenizer,
     find_prefix,
-    read_eos,
     read_tokenizer,
     with_context,
 )
@@ -133,10 +133,11 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         PromptRules(
             language_models.row(kind).template,
             "pieces",
-            read_eos(folder, config, kind),
+            read_eos(folder, config, kind, text),
             image_text=image_text,
             doubled_blank=doubled,
         ),
+        read_rules(folder, config, lm.config.vocab_size, options.ignore_keys),
     )
     origin = {"layout": "llava", "tower": str(config["mm_vision_tower"])}
     origin["tower_weights"] = "checkpoint" if inside else "tower folder"
