@@ -34,8 +34,9 @@ class StoppingText:
 
     def push(self, token: int) -> str:
         """The text that is certain to belong to the answer after this token."""
-        new = self._stream.push(token)
-        return self._release(new, self._names.get(token, ""), final=False)
+        new, name = self._stream.push(token), self._names.get(token, "")
+        new += self._stream.finish() if name else ""  # no character goes on behind the name
+        return self._release(new, name, final=False)
 
     def finish(self) -> str:
         """What was held back; nothing after a stop string."""

@@ -254,11 +254,12 @@ def test_published_files_are_read(tmp_path: Path) -> None:
 
 def test_every_key_of_the_installed_transformers_is_known(tmp_path: Path) -> None:
     """Its own defaults and a saved file are read; none of its keys is called unknown."""
-    keys = transformers.GenerationConfig().to_dict()
+    theirs: Any = transformers.GenerationConfig
+    keys = theirs().to_dict()
     assert rules_of(tmp_path, dict.fromkeys(keys)) == GenerationRules()
-    transformers.GenerationConfig(repetition_penalty=1.25).save_pretrained(tmp_path)
+    theirs(repetition_penalty=1.25).save_pretrained(tmp_path)
     assert rules_of(tmp_path, None).repetition_penalty == 1.25
-    defaults = transformers.GenerationConfig._get_default_generation_params()
+    defaults = theirs._get_default_generation_params()
     defaults.pop("max_length")
     assert rules_of(tmp_path, defaults) == GenerationRules()
 
@@ -328,6 +329,21 @@ def test_ends_come_in_the_order_of_transformers(
         stated = top if top is not None else text
         expected = [2] if stated is None else stated if isinstance(stated, list) else [stated]
         assert list(found) == expected
+
+
+def test_the_tokenizer_names_the_end_where_nothing_else_does(tmp_path: Path) -> None:
+    tokenizer = json.loads((HERE / "goldens/mlcd_llavanext_e2e/tokenizer.json").read_text())
+    text, end = json.dumps(tokenizer), {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
+    assert generation.read_eos(tmp_path, {}, "qwen2", text) == ()
+    for token in ("<|im_end|>", {"content": "<|im_end|>", "special": True}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        ids = generation.read_eos(tmp_path, {}, "qwen2", text)
+        assert ids == (end["<|im_end|>"],)
+    assert generation.read_eos(tmp_path, {"eos_token_id": 3}, "qwen2", text) == (3,)
+    assert generation.read_eos(tmp_path, {}, "llama", text) == (2,)
+    assert generation.read_eos(tmp_path, {"eos_token_id": None}, "llama", text) == ids
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|nowhere|>"}')
+    assert generation.read_eos(tmp_path, {}, "qwen2", text) == ()
 
 
 # -- what users see ----------------------------------------------------------------------------
