@@ -55,6 +55,14 @@ RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="Random weights for a preset, drawn from --seed.")
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+RepetitionPenalty = Annotated[
+    Optional[float],
+    typer.Option(help="Divide the scores of tokens seen by this; default: the model's; 1 is off."),
+]
+NoRepeatNgram = Annotated[
+    Optional[int],
+    typer.Option(help="Repeat no run of N tokens; default: the model's; 0 is off."),
+]
 For = Annotated[
     Optional[str], typer.Option("--for", help="Check against this target; no device needed.")
 ]
@@ -196,6 +204,8 @@ def run(
     ] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from the K likeliest tokens; 0 is off.")] = 0,
     seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")] = None,
+    repetition_penalty: RepetitionPenalty = None,
+    no_repeat_ngram: NoRepeatNgram = None,
     template: Annotated[
         str, typer.Option(help="auto, none (PROMPT is raw text with <image>) or a name.")
     ] = "auto",
@@ -221,7 +231,7 @@ def run(
     from edgevlm.engines.runtime.session import Question, Session
 
     console = _console(as_json, quiet)
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty, no_repeat_ngram)
     given = Question(prompt or "", image or (), max_tokens, sampling, template, stop or ())
     batch.check_output(output, many=input_file is not None)
     requests = request_file.gather(given, input_file)

@@ -17,7 +17,12 @@ from edgevlm.engines.runtime.memory import estimate
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.strict import to_plain
 from edgevlm.toolkit.terminal.console import human_bytes, table
-from edgevlm.toolkit.terminal.summary import Result, component_lines, plan_lines
+from edgevlm.toolkit.terminal.summary import (
+    Result,
+    component_lines,
+    generation_lines,
+    plan_lines,
+)
 
 
 def planned_engine(path: Path, request: builder.Request, explain: bool) -> Result:
@@ -79,6 +84,7 @@ def _explained(decisions: list[Decision]) -> list[str]:
 def _engine_data(engine: Engine, out: Path) -> dict[str, Any]:
     data: dict[str, Any] = to_plain(engine)
     del data["model"]
+    data["generation"] = engine.parsed_model().generation.stated()
     return {"kind": "engine", "engine": str(out)} | data
 
 
@@ -94,7 +100,8 @@ def inspect_engine(path: Path) -> tuple[Any, list[str]]:
         (name, f"{error:.1e}", percent(engine.build.precision_losses.get(name)))
         for name, error in engine.build.kernel_differences.items()
     ]
-    lines = [heading, *component_lines(engine), *plan_lines(engine.plan), ""]
+    lines = [heading, *component_lines(engine), *plan_lines(engine.plan)]
+    lines += [*generation_lines(engine.parsed_model()), ""]
     lines += table(("relative rms error", "of kernels", "of the precision"), rows)
     return data, [*lines, _errors(engine)]
 

@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING, Literal
 
 from edgevlm.engines.runtime.clock import Clock
 from edgevlm.engines.runtime.memory import peak_rss_mb
+from edgevlm.engines.runtime.processors import (
+    Processors,
+    counted_ids,
+    sampling_notes,
+    settled,
+)
 from edgevlm.engines.runtime.question import Question
 from edgevlm.engines.runtime.sampling import sampler
 from edgevlm.engines.runtime.stopping import StoppingText
@@ -68,7 +74,8 @@ class Reply:
         self._sample = sampler(self._question.sampling)
         self._ids: list[int] = []
         self._times_ms: list[float] = []
-        self._text = StoppingText(session.tokenizer, self._question.stop)
+        stops = (*self._question.stop, *session.model.generation.stop_strings)
+        self._text = StoppingText(session.tokenizer, stops)
         self._finish: Finish = "length"
         self._notes: tuple[str, ...] = ()
         self._sequence: PromptSequence | None = None
@@ -106,6 +113,7 @@ class Reply:
         session = self._session
         sequence, features = self._read()
         self._sequence = sequence
+        self._processors = self._made_processors(sequence)
         limit = min(self._question.max_tokens, session.engine.context - sequence.length + 1)
         state = session.states.take()
         try:
@@ -123,9 +131,25 @@ class Reply:
             self._done = True
             yield token
 
+    def _made_processors(self, sequence: PromptSequence) -> Processors:
+        """What changes the logits of this reply, by the checkpoint's rules and the question's."""
+        session = self._session
+        prompts, rules = session.model.prompts, session.model.generation
+        seen: list[int] = []
+        if prompts.splice == "token":  # the originals hand embeddings to `generate`, not ids
+            seen = counted_ids(sequence, session.tokenizer.id_of(prompts.placeholder))
+        return Processors(
+            settled(rules, self._question.sampling),
+            seen,
+            sequence.length,
+            prompts.eos,
+            session.model.lm.config.vocab_size,
+        )
+
     def _next(self, logits: Array, *, last: bool) -> tuple[Token, bool]:
         """The next token, and whether it is the last: by `last`, an end token or a stop string."""
-        token = self._sample(logits)
+        token = self._sample(self._processors.process(logits))
+        self._processors.add(token)
         self._ids.append(token)
         self._times_ms.append(self._clock.now_ms())
         ended = token in self._session.model.prompts.eos
@@ -149,6 +173,7 @@ class Reply:
             for note in image.notes
         )
         rules = session.model.prompts
+        self._notes += sampling_notes(session.model.generation, question.sampling)
         turns = [*question.history, question.prompt]
         rendered = prompts.render(rules, turns, len(images), question.template)
         if rendered.stop is not None:

@@ -30,12 +30,18 @@ _TEMPERATURES = 1e-30, 1e30
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_k 0 and top_p 1 keep everything; seed None differs each time."""
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep everything; seed None differs each time.
+
+    repetition_penalty (1 is off) and no_repeat_ngram (0 is off) count at every temperature; None
+    takes the checkpoint's.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram: int | None = None
 
     def check(self) -> None:
         """Raise ConfigError for values without a meaning."""
@@ -48,6 +54,10 @@ class Sampling:
             raise ConfigError(f"--top-k {self.top_k} is negative")
         if self.seed is not None and self.seed < 0:
             raise ConfigError(f"--seed {self.seed} is negative")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(f"--repetition-penalty {self.repetition_penalty} is not above 0")
+        if self.no_repeat_ngram is not None and self.no_repeat_ngram < 0:
+            raise ConfigError(f"--no-repeat-ngram {self.no_repeat_ngram} is negative")
         if self.temperature == 0 and (self.top_k, self.top_p) != (0, 1.0):
             raise ConfigError(
                 "--top-k and --top-p have no effect at --temperature 0",
@@ -55,11 +65,12 @@ class Sampling:
             )
 
     def _check_types(self) -> None:
-        for name, convert in (("temperature", float), ("top_p", float)):
-            _converted(name, getattr(self, name), convert)
-        for name in ("top_k", "seed"):
-            if name == "top_k" or self.seed is not None:
-                _converted(name, getattr(self, name), operator.index)
+        optional = ("seed", "repetition_penalty", "no_repeat_ngram")
+        numbers = ("temperature", "top_p", "repetition_penalty")
+        for name in ("temperature", "top_p", "top_k", *optional):
+            value = getattr(self, name)
+            if name not in optional or value is not None:
+                _converted(name, value, float if name in numbers else operator.index)
 
 
 def _converted(name: str, value: object, convert: Callable[..., object]) -> None:

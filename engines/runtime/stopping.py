@@ -1,4 +1,9 @@
-"""Where an answer's text ends: before the first stop string, which may span several tokens."""
+"""Where an answer's text ends: before the first stop string, which may span several tokens.
+
+Special tokens are no part of the text, yet a stop string may contain one, as "<|im_end|>" does.
+Those are matched by their ids: where such a token comes, its name takes part in the comparison and
+is left out of what is released.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +17,44 @@ class StoppingText:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._stream = TextStream(tokenizer)
-        self._stops = [s for s in stop if s]
+        self._special = tokenizer.special_tokens
+        self._stops: list[str] = []
+        self._names: dict[int, str] = {}  # of the special tokens inside stop strings
         self._held = ""
+        self._hidden: list[bool] = []  # for each character held: is it of a special token's name
         self.text = ""
         self.stopped = False
+        for text in stop:
+            self.add_stop(text)
 
     def add_stop(self, stop: str) -> None:
         """One more stop string (the template's)."""
         self._stops += [stop] if stop else []
+        self._names |= {i: name for i, name in self._special.items() if name and name in stop}
 
     def push(self, token: int) -> str:
         """The text that is certain to belong to the answer after this token."""
-        return self._release(self._stream.push(token), final=False)
+        new, name = self._stream.push(token), self._names.get(token, "")
+        new += self._stream.finish() if name else ""  # no character goes on behind the name
+        return self._release(new, name, final=False)
 
     def finish(self) -> str:
         """What was held back; nothing after a stop string."""
-        return self._release(self._stream.finish(), final=True)
+        return self._release(self._stream.finish(), "", final=True)
 
-    def _release(self, new: str, *, final: bool) -> str:
+    def _release(self, new: str, name: str, *, final: bool) -> str:
         if self.stopped:
             return ""
-        text = self._held + new
+        text = self._held + new + name
+        hidden = [*self._hidden, *[False] * len(new), *[True] * len(name)]
         matches = [(text.find(s) + len(s), text.find(s)) for s in self._stops if s in text]
         if matches:  # the stop string that ends first, wherever its tokens end
-            self.stopped, self._held, out = True, "", text[: min(matches)[1]]
+            self.stopped, end, keep = True, min(matches)[1], 0
         else:
             keep = 0 if final else max((_overlap(text, s) for s in self._stops), default=0)
-            self._held, out = text[len(text) - keep :], text[: len(text) - keep]
+            end = len(text) - keep
+        self._held, self._hidden = text[len(text) - keep :], hidden[len(text) - keep :]
+        out = "".join(c for c, h in zip(text[:end], hidden, strict=False) if not h)
         self.text += out
         return out
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.layouts import towers
+from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
     Source,
     check,
-    read_eos,
     with_context,
 )
 from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import (
@@ -77,6 +77,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     checkpoint = open_checkpoint(folder, options.torch_reader)
     tensors["merger"] = ComponentTensors(table, shapes, checkpoint)
     check([tensors["merger"]], comm.unused(merger.config))
+    lm_config = read_json(lm_folder / "config.json")
     model = ModelConfig(
         folder.resolve().name,
         "comm",
@@ -87,10 +88,11 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
         PromptRules(
             template,
             "pieces",
-            read_eos(lm_folder, read_json(lm_folder / "config.json"), lm.kind),
+            read_eos(lm_folder, lm_config, lm.kind, text),
             image_text="<im_start><image><im_end>" if wrapped else "<image>",
             sentencepiece=pieces,
         ),
+        read_rules(lm_folder, lm_config, lm.config.vocab_size, options.ignore_keys),
     )
     weights = {c.name: tensors[c.name].weights() for c in components.components(model)}
     return Source(model, weights, text, {"layout": "comm"})

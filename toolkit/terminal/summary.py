@@ -18,6 +18,8 @@ from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.strict import read_json, to_plain
 from edgevlm.toolkit.terminal.console import human_bytes, human_count, table
 from edgevlm.toolkit.vlm.components import components
+from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm.generation import described
 
 Result = tuple[Any, list[str], str]
 
@@ -46,10 +48,12 @@ def planned_bundle(source: Source, dtype: str, out: Path) -> Result:
         "dtype": dtype,
         "components": sizes,
         "bytes": total,
+        "generation": source.model.generation.stated(),
     }
     rows = [(s["name"], human_count(s["params"]), human_bytes(s["bytes"])) for s in sizes]
     lines = [
         *table(("component", "parameters", "on disk"), rows),
+        *generation_lines(source.model),
         f"would write {human_bytes(total)} to {out}",
     ]
     return data, lines, ""
@@ -62,7 +66,8 @@ def written_bundle(out: Path, peak_rss_mb: float) -> Result:
     nbytes = sum(f.nbytes for f in bundle.manifest.files.values())
     data |= {"bytes": nbytes, "peak_rss_mb": round(peak_rss_mb, 1)}
     following = shlex.join(["edgevlm", "build", str(out), f"{out}-engine"])
-    lines = [*component_lines(bundle.manifest), f"{out}: {human_bytes(nbytes)}"]
+    lines = [*component_lines(bundle.manifest), *generation_lines(bundle.model)]
+    lines += [f"{out}: {human_bytes(nbytes)}"]
     return data | {"next": following}, lines, following
 
 
@@ -81,6 +86,7 @@ def _bundle_data(bundle: Bundle) -> dict[str, Any]:
         "edges": [to_plain(e) for e in m.edges],
         "functions": dict(m.functions),
         "plan": to_plain(m.plan),
+        "generation": bundle.model.generation.stated(),
     }
 
 
@@ -120,6 +126,12 @@ def plan_lines(plan: PrecisionPlan) -> list[str]:
     return [f"weights: {', '.join([plan.default, *rules])} ({plan.method})"]
 
 
+def generation_lines(model: ModelConfig) -> list[str]:
+    """What the checkpoint says about choosing tokens; no line if it says nothing."""
+    text = described(model.generation)
+    return [f"generation: {text}"] if text else []
+
+
 def inspect_bundle(path: Path) -> tuple[Any, list[str]]:
     """What a bundle holds."""
     bundle = Bundle.open(path)
@@ -129,6 +141,7 @@ def inspect_bundle(path: Path) -> tuple[Any, list[str]]:
     heading = f"bundle of {bundle.model.name} ({bundle.model.system}), {m.dtype}, opset {m.opset}"
     functions = ", ".join(m.functions) or "none"
     lines = [heading, *component_lines(m), *plan_lines(m.plan)]
+    lines += generation_lines(bundle.model)
     lines += [f"functions: {functions}", f"source: {origin}"]
     return _bundle_data(bundle), [*lines, f"made by: {m.made_by}"]
 

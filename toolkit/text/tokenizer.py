@@ -75,6 +75,12 @@ class Tokenizer:
         number: int | None = self._inner.token_to_id(token)
         return number
 
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """The tokens that `decode` leaves out, by id."""
+        added = self._inner.get_added_tokens_decoder()
+        return {number: token.content for number, token in added.items() if token.special}
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of `text`; special: whether to add the tokens that surround a text (BOS)."""
         if self._steps is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.images.preprocess import ImageRules
 from edgevlm.toolkit.strict import from_plain, to_plain
 from edgevlm.toolkit.text.prompts import PromptRules
+from edgevlm.toolkit.vlm.generation import GenerationRules
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ModelConfig:
     lm: ComponentConfig
     images: ImageRules
     prompts: PromptRules
+    generation: GenerationRules = field(default_factory=GenerationRules)
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
@@ -55,4 +57,5 @@ def from_json(data: dict[str, Any], where: str) -> ModelConfig:
         typed(outline.lm, models.lm(outline.lm.kind).Config),
         outline.images,
         outline.prompts,
+        outline.generation,
     )

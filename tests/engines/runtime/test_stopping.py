@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -17,11 +18,12 @@ STOPS = st.lists(st.text("ab#\n", min_size=1, max_size=4), max_size=3)
 class Words:
     """A tokenizer whose ids are given pieces of text: any cut of a text can be tried."""
 
-    def __init__(self, pieces: list[str]) -> None:
+    def __init__(self, pieces: list[str], special: tuple[str, ...] = ()) -> None:
         self._pieces = pieces
+        self.special_tokens = {i: p for i, p in enumerate(pieces) if p in special}
 
     def decode(self, ids: list[int]) -> str:
-        return "".join(self._pieces[i] for i in ids)
+        return "".join(self._pieces[i] for i in ids if i not in self.special_tokens)
 
 
 def cut(text: str, cuts: list[int]) -> list[str]:
@@ -29,9 +31,11 @@ def cut(text: str, cuts: list[int]) -> list[str]:
     return [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
 
-def released_by(pieces: list[str], stops: list[str]) -> tuple[list[str], StoppingText]:
+def released_by(
+    pieces: list[str], stops: list[str], special: tuple[str, ...] = ()
+) -> tuple[list[str], StoppingText]:
     """What each token releases, and what finishing does; ends where the answer ends."""
-    tokenizer: object = Words(pieces)
+    tokenizer: object = Words(pieces, special)
     assert hasattr(tokenizer, "decode")
     stopping = StoppingText(tokenizer, stops)  # type: ignore[arg-type]
     released = []
@@ -94,6 +98,33 @@ def test_an_empty_stop_string_stops_nothing() -> None:
     stopping = StoppingText(BYTES, [])
     stopping.add_stop("")
     assert "".join(stopping.push(token) for token in BYTES.encode("ab")) == "ab"
+
+
+WITH_SPECIAL = ["yes", "<|end|>", "no", "<|end|>", "\n", "<|pad|>", "x"]
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "stopped"),
+    [
+        ([], "yesno\nx", False),
+        (["<|end|>"], "yes", True),
+        (["<|end|>\n"], "yesno", True),
+        (["<|end|>no"], "yes", True),
+        (["no<|end|>"], "yes", True),
+        (["s<|end|>"], "ye", True),
+        (["x", "<|pad|>"], "yesno\n", True),
+        (["<|end|><|end|>"], "yesno\nx", False),
+        (["<|end|>no\n"], "yesno\nx", False),
+        (["<|other|>"], "yesno\nx", False),
+        (["<|pad|>x and more"], "yesno\nx", False),
+    ],
+)
+def test_a_special_token_inside_a_stop_string_is_matched_by_its_id(
+    stops: list[str], text: str, stopped: bool
+) -> None:
+    """The token of that name ends the answer, and no special token is part of the text."""
+    released, stopping = released_by(WITH_SPECIAL, stops, ("<|end|>", "<|pad|>"))
+    assert ("".join(released), stopping.text, stopping.stopped) == (text, text, stopped)
 
 
 def test_characters_of_several_tokens_and_stops_of_several_bytes() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.layouts import towers
+from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
@@ -22,7 +23,6 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     embed_from_head,
     find_prefix,
     read_encoder,
-    read_eos,
     with_context,
 )
 from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import check_tokenizer, read_tokenizer
@@ -132,8 +132,11 @@ def load(
         PromptRules(
             language_models.row(lm.kind).template,
             "token",
-            read_eos(folder, config["text_config"], lm.kind),
+            read_eos(folder, config, lm.kind, text, config["text_config"]),
             image_text=image_text,
+        ),
+        read_rules(
+            folder, config, lm.config.vocab_size, options.ignore_keys, config["text_config"]
         ),
     )
     weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}

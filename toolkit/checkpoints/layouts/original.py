@@ -14,6 +14,7 @@ from typing import Any
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.layouts import huggingface, image_rules, towers
+from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
@@ -22,7 +23,6 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     check,
     embed_from_head,
     find_prefix,
-    read_eos,
     with_context,
 )
 from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import (
@@ -147,10 +147,11 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         PromptRules(
             language_models.row(kind).template,
             "pieces",
-            read_eos(folder, config, kind),
+            read_eos(folder, config, kind, text),
             image_text=image_text,
             sentencepiece=pieces,
         ),
+        read_rules(folder, config, lm.config.vocab_size, options.ignore_keys),
     )
     origin = {"layout": "llava", "tower": str(config["mm_vision_tower"])}
     origin["tower_weights"] = "checkpoint" if inside else "tower folder"

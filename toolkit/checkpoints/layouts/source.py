@@ -19,8 +19,7 @@ from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.models.recipes import Recipe
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.strict import Reader, read_json
-from edgevlm.toolkit.vlm import language_models
+from edgevlm.toolkit.strict import Reader
 from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, components
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
@@ -133,22 +132,6 @@ def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tup
         f"{where}: model_type = {kind!r} is not an encoder we implement",
         hint=f"implemented: {', '.join(sorted(known))}",
     )
-
-
-def read_eos(folder: Path, config: Mapping[str, Any], kind: str) -> tuple[int, ...]:
-    """End-of-answer ids: from generation_config.json, else config.json, else its class's default.
-
-    An empty tuple if there is none. kind: the language model's file.
-    """
-    path = folder / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
-    default = language_models.row(kind).default_eos
-    stated = generation.get("eos_token_id", config.get("eos_token_id", default))
-    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
-    if not all(type(number) is int and number >= 0 for number in ids):
-        where = path if "eos_token_id" in generation else folder / "config.json"
-        raise ConfigError(f"{where}: eos_token_id = {stated!r}, expected an id or a list of ids")
-    return tuple(ids)
 
 
 def with_context(lm: ComponentConfig, limit: int | None) -> ComponentConfig:
