@@ -127,7 +127,7 @@ def test_a_request_file_is_refused_by_line(case: str, ready: Path, tmp_path: Pat
 GOOD_AND_BAD: list[dict[str, Any]] = [
     {"prompt": "What is 1?", "id": "q1"},
     {"prompt": "What is 2?", "image": "cut.png", "id": {"n": 2}},
-    {"prompt": "<image> What is 3?"},
+    {"prompt": "<image> What is 3?", "id": "\ud800"},
     {"prompt": "What is 4?", "image": str(IMAGE), "id": 4},
 ]
 
@@ -143,11 +143,11 @@ def test_a_batch_answers_what_it_can(ready: Path, tmp_path: Path) -> None:
     entries = given["answers"]
     assert given["failed"] == 2
     assert [(e["line"], e["id"], "error" in e) for e in entries] == [
-        (1, "q1", False), (2, {"n": 2}, True), (3, None, True), (4, 4, False)
+        (1, "q1", False), (2, {"n": 2}, True), (3, "\ud800", True), (4, 4, False)
     ]  # fmt: skip
     assert [json.loads(line) for line in kept.read_text().splitlines()] == entries
     assert 'failed: line 2 (id {"n": 2}): image ' in ran.err
-    assert "failed: line 3: " in ran.err
+    assert "failed: line 3 (id " in ran.err
     alone = edgevlm("run", engine, "What is 4?", "--image", IMAGE, "--max-tokens", 4, "--json")
     assert json.loads(alone.out)["token_ids"] == entries[3]["token_ids"]
     text = edgevlm(*ask)

@@ -108,7 +108,8 @@ def _written(output: Path | None) -> Iterator[TextIO | None]:
         yield None
         return
     try:
-        file = output.open("x", encoding="utf-8")
+        # Half a character in an id is written as JSON's own escape.
+        file = output.open("x", encoding="utf-8", errors="backslashreplace")
     except OSError as refused:
         raise OutputError(f"{output} cannot be written: {refused.strerror}") from None
     with file:
