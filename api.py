@@ -33,6 +33,7 @@ def read_options(
     ignore_keys: Sequence[str] = (),
     quirks: Sequence[str] = (),
     max_context: int | None = None,
+    base: str | Path | None = None,
 ) -> Options:
     """How a checkpoint is to be read; torch files too, where torch is installed."""
     from edgevlm.toolkit.checkpoints.layouts.source import Options
@@ -45,6 +46,7 @@ def read_options(
         max_context,
         torch_files.reader(),
         tuple(quirks),
+        None if base is None else Path(base),
     )
 
 
@@ -80,6 +82,7 @@ def export_bundle(
     max_context: int | None = None,
     system: str | None = None,
     vision_tower: str | Path | None = None,
+    base: str | Path | None = None,
     ignore_keys: Sequence[str] = (),
     quirks: Sequence[str] = (),
     random_weights: bool = False,
@@ -102,6 +105,7 @@ def export_bundle(
     options = read_options(
         system=system,
         vision_tower=vision_tower,
+        base=base,
         ignore_keys=ignore_keys,
         quirks=quirks,
         max_context=max_context,

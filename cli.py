@@ -44,6 +44,10 @@ Tower = Annotated[
     Optional[Path],
     typer.Option(help="The vision tower's folder, if not the one that config.json names."),
 ]
+Base = Annotated[
+    Optional[Path],
+    typer.Option(help="The base model's folder, for a LoRA adapter or a projector alone."),
+]
 IgnoreKey = Annotated[
     Optional[list[str]], typer.Option(help="A key of config.json to ignore. Repeatable.")
 ]
@@ -79,6 +83,7 @@ def export(
     max_context: Context = None,
     system: System = None,
     vision_tower: Tower = None,
+    base: Base = None,
     ignore_key: IgnoreKey = None,
     quirk: Quirk = None,
     random_weights: RandomWeights = False,
@@ -106,6 +111,7 @@ def export(
     options = api.read_options(
         system=system,
         vision_tower=vision_tower,
+        base=base,
         ignore_keys=ignore_key or (),
         quirks=quirk or (),
         max_context=max_context,
@@ -122,13 +128,7 @@ def export(
         console.result(*summary.planned_bundle(model, dtype, out))
         return
     api.write_source(
-        model,
-        source,
-        out,
-        dtype=dtype,
-        target=for_target,
-        force=force,
-        progress=console.step,
+        model, source, out, dtype=dtype, target=for_target, force=force, progress=console.step
     )
     console.result(*summary.written_bundle(out, peak_rss_mb()))
 

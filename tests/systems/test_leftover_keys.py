@@ -1,4 +1,4 @@
-"""Folders as training runs leave them answer as transformers does: leftover keys, one tied tensor."""
+"""Folders as training runs leave them answer as transformers does: leftover keys, tied weights."""
 
 from __future__ import annotations
 

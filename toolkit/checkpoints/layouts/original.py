@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints import partial
 from edgevlm.toolkit.checkpoints.layouts import huggingface, image_rules, towers
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
@@ -28,7 +29,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     read_tokenizer,
     with_context,
 )
-from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint
+from edgevlm.toolkit.checkpoints.weights import Checkpoint
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.recipes import Recipe, keep
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -118,10 +119,11 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     r.ignore("original")
     r.done()
 
-    text, doubled = read_tokenizer(folder, slow=True)
+    home = options.base or folder  # a part's folder has no tokenizer
+    text, doubled = read_tokenizer(home, slow=True)
     text = add_tokens(text, extra, lm.config.vocab_size)
     rows = check_tokenizer(text, lm.config.vocab_size, str(folder))
-    checkpoint = open_checkpoint(folder, options.torch_reader)
+    checkpoint = partial.open_joined(folder, options.base, options.torch_reader)
     tensors = _tensors(lm, merger, ends_rows, checkpoint)
     inside = _tower_inside(tower, checkpoint) if wins else None
     in_folder = [*tensors.values(), *([inside] if inside else [])]
@@ -144,7 +146,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         PromptRules(
             language_models.row(kind).template,
             "pieces",
-            read_eos(folder, config, kind),
+            read_eos(home, config, kind),
             image_text=image_text,
             doubled_blank=doubled,
         ),

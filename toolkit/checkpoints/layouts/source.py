@@ -29,7 +29,10 @@ from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 @dataclass(frozen=True)
 class Options:
-    """How to read a checkpoint: the choices that the command line offers."""
+    """How to read a checkpoint: the choices that the command line offers.
+
+    base: the folder of the base model of a LoRA adapter or of a projector alone.
+    """
 
     system: str | None = None
     vision_tower: Path | None = None
@@ -37,6 +40,7 @@ class Options:
     max_context: int | None = None
     torch_reader: TorchReader | None = None
     quirks: tuple[str, ...] = ()
+    base: Path | None = None
 
 
 @dataclass(frozen=True)
