@@ -34,6 +34,7 @@ def read_options(
     quirks: Sequence[str] = (),
     max_context: int | None = None,
     offline: bool = False,
+    base: str | Path | None = None,
 ) -> Options:
     """How a checkpoint is to be read; torch files too, where torch is installed.
 
@@ -50,6 +51,7 @@ def read_options(
         torch_files.reader(),
         tuple(quirks),
         offline,
+        None if base is None else Path(base),
     )
 
 
@@ -85,6 +87,7 @@ def export_bundle(
     max_context: int | None = None,
     system: str | None = None,
     vision_tower: str | Path | None = None,
+    base: str | Path | None = None,
     ignore_keys: Sequence[str] = (),
     quirks: Sequence[str] = (),
     random_weights: bool = False,
@@ -107,6 +110,7 @@ def export_bundle(
     options = read_options(
         system=system,
         vision_tower=vision_tower,
+        base=base,
         ignore_keys=ignore_keys,
         quirks=quirks,
         max_context=max_context,

@@ -44,6 +44,10 @@ Tower = Annotated[
     Optional[Path],
     typer.Option(help="The vision tower's folder or model id, if not the one of config.json."),
 ]
+Base = Annotated[
+    Optional[Path],
+    typer.Option(help="The base model's folder, for a LoRA adapter or a projector alone."),
+]
 IgnoreKey = Annotated[
     Optional[list[str]], typer.Option(help="A key of config.json to ignore. Repeatable.")
 ]
@@ -87,6 +91,7 @@ def export(
     max_context: Context = None,
     system: System = None,
     vision_tower: Tower = None,
+    base: Base = None,
     ignore_key: IgnoreKey = None,
     quirk: Quirk = None,
     random_weights: RandomWeights = False,
@@ -114,6 +119,7 @@ def export(
     options = api.read_options(
         system=system,
         vision_tower=vision_tower,
+        base=base,
         ignore_keys=ignore_key or (),
         quirks=quirk or (),
         max_context=max_context,

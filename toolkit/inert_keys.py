@@ -151,6 +151,13 @@ GROUPS: Mapping[str, Group] = {
         "settings of its use as a backbone; layer_norm_eps is that of the unused final norm",
         "layer_norm_eps out_features out_indices stage_names",
     ),
+    "lora": _group(
+        "bookkeeping of PEFT, and how the adapter was made; its tensors' names say what it changes",
+        "base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules "
+        "inference_mode layers_pattern layers_to_transform loftq_config lora_dropout "
+        "megatron_config megatron_core peft_version auto_mapping qalora_group_size revision "
+        "runtime_config target_modules task_type",
+    ),
     "preprocessing": _group(
         "read elsewhere, or not read by the image processors of CLIP, SigLIP and LLaVA",
         "_valid_processor_keys auto_map crop_pct data_format default_to_square device "
@@ -180,6 +187,7 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     "dinov2": ("tower", "dinov2"),
     "convnext": ("tower", "convnext"),
     "preprocessing": ("preprocessing",),
+    "lora": ("lora",),
 }
 BOOKKEEPING = frozenset().union(
     *(GROUPS[name].keys for name in ("bookkeeping", "generation", "dropout"))

@@ -1,4 +1,4 @@
-"""Folders as training leaves them answer as transformers does: leftover keys, a tied tensor."""
+"""Folders as training leaves them answer as transformers does: leftover keys, tied weights."""
 
 from __future__ import annotations
 

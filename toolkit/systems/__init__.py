@@ -12,9 +12,10 @@ from typing import Any, Protocol, cast
 
 from edgevlm.toolkit.bundle import source as bundle_source
 from edgevlm.toolkit.bundle.manifest import MANIFEST
-from edgevlm.toolkit.checkpoints import hub
+from edgevlm.toolkit.checkpoints import hub, partial
 from edgevlm.toolkit.checkpoints.layouts import original, quirks, towers
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, random_source, with_context
+from edgevlm.toolkit.checkpoints.weights import FLOAT_WEIGHTS, refuse_pointer
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.strict import read_json
 from edgevlm.toolkit.vlm import language_models
@@ -51,10 +52,9 @@ def load(folder: Path, options: Options) -> Source:
     """
     if (folder / MANIFEST).exists():
         return quirks.keep(bundle_source.load(folder, options), {}, options.quirks)
-    if not (folder / "config.json").exists():
-        kind = "has no config.json" if folder.is_dir() else "does not exist"
-        raise CheckpointError(f"{folder} {kind}; a checkpoint is a folder with one")
-    config = read_json(folder / "config.json")
+    if options.base is None:
+        partial.refuse_alone(folder)
+    config = _config(folder, options)
     stated = config.get("model_type")
     if not isinstance(stated, (str, type(None))):
         raise ConfigError(f"{folder / 'config.json'}: model_type = {stated!r}, expected a name")
@@ -73,6 +73,34 @@ def _named(source: Source, folder: Path) -> Source:
     return replace(
         source, model=model, origin={**source.origin, "model_id": name, "revision": revision}
     )
+
+
+def _config(folder: Path, options: Options) -> dict[str, Any]:
+    """config.json of the folder, or of the base where an adapter has none of its own.
+
+    Raises CheckpointError for files that a clone without git-lfs lacks, and ConfigError for
+    weights that another program quantized.
+    """
+    home = folder
+    if options.base is not None and not (folder / "config.json").exists():
+        home = options.base
+    if not (home / "config.json").exists():
+        kind = "has no config.json" if home.is_dir() else "does not exist"
+        raise CheckpointError(f"{home} {kind}; a checkpoint is a folder with one")
+    for name in ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        for place in {home, options.base or folder}:
+            refuse_pointer(place / name)
+    config = read_json(home / "config.json")
+    for section in (config, config.get("text_config")):
+        made = section.get("quantization_config") if isinstance(section, dict) else None
+        if made and "quantization_config" not in options.ignore_keys:
+            method = made.get("quant_method") if isinstance(made, dict) else made
+            raise ConfigError(
+                f"{home} holds weights that another program quantized: quantization_config names "
+                f"{method!r}",
+                hint=FLOAT_WEIGHTS,
+            )
+    return config
 
 
 def _detect(folder: Path, config: Mapping[str, Any], options: Options) -> str:
@@ -132,6 +160,7 @@ def preset(name: str, seed: int, options: Options) -> Source:
     for_checkpoints = {
         "--system": options.system,
         "--vision-tower": options.vision_tower,
+        "--base": options.base,
         "--ignore-key": options.ignore_keys,
         "--quirk": options.quirks,
     }

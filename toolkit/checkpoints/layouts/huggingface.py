@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints import partial
 from edgevlm.toolkit.checkpoints.layouts import towers
 from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
@@ -26,7 +27,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     with_context,
 )
 from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import check_tokenizer, read_tokenizer
-from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint
+from edgevlm.toolkit.checkpoints.weights import Checkpoint
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess, read_preprocess
 from edgevlm.toolkit.models.mergers import mlp
@@ -107,17 +108,18 @@ def load(
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     lm, encoder = _read_lm(r), _read_encoder(r, options, rules)
     merger = _read_projector(r, encoder, lm)
-    rule = read_processor(folder, options)
+    home = options.base or folder  # an adapter's folder has neither processor nor tokenizer
+    rule = read_processor(home, options)
     towers.check_size(rule, encoder, str(folder))
     images = rules.images(r, encoder, rule)
     token, ties = _image_token(r), r.take("tie_word_embeddings", bool, False)
     r.ignore(str(config["model_type"]))
     r.done()
-    text, _ = read_tokenizer(folder, slow=False)
+    text, _ = read_tokenizer(home, slow=False)
     check_tokenizer(text, lm.config.vocab_size, str(folder))
     image_text = _image_text(folder, text, token)
 
-    checkpoint = open_checkpoint(folder, options.torch_reader)
+    checkpoint = partial.open_joined(folder, options.base, options.torch_reader)
     lm = _tied(lm, ties, rules, checkpoint)
     newline = images.arrangement is not None and images.arrangement.newline
     tensors = _tensors(lm, encoder, merger, newline, checkpoint)
@@ -132,12 +134,10 @@ def load(
         PromptRules(
             language_models.row(lm.kind).template,
             "token",
-            read_eos(folder, config, lm.kind, text, config["text_config"]),
+            read_eos(home, config, lm.kind, text, config["text_config"]),
             image_text=image_text,
         ),
-        read_rules(
-            folder, config, lm.config.vocab_size, options.ignore_keys, config["text_config"]
-        ),
+        read_rules(home, config, lm.config.vocab_size, options.ignore_keys, config["text_config"]),
     )
     weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}
     return Source(model, weights, text, {"layout": "huggingface"})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints import partial
 from edgevlm.toolkit.checkpoints.layouts import huggingface, image_rules, towers
 from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
@@ -30,7 +31,7 @@ from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import (
     check_tokenizer,
     read_tokenizer,
 )
-from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint
+from edgevlm.toolkit.checkpoints.weights import Checkpoint
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.recipes import Recipe, keep
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -120,11 +121,12 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     r.ignore("original")
     r.done()
 
-    text, pieces = read_tokenizer(folder, slow=True)
+    home = options.base or folder  # a part's folder has no tokenizer
+    text, pieces = read_tokenizer(home, slow=True)
     text = add_tokens(text, extra)
     around = ["<im_start>", "<im_end>"] * wrapped
     rows = check_tokenizer(text, lm.config.vocab_size, str(folder), around)
-    checkpoint = open_checkpoint(folder, options.torch_reader)
+    checkpoint = partial.open_joined(folder, options.base, options.torch_reader)
     tensors = _tensors(lm, merger, ends_rows, checkpoint)
     inside = _tower_inside(tower, checkpoint) if wins else None
     in_folder = [*tensors.values(), *([inside] if inside else [])]
@@ -147,11 +149,11 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         PromptRules(
             language_models.row(kind).template,
             "pieces",
-            read_eos(folder, config, kind, text),
+            read_eos(home, config, kind, text),
             image_text=image_text,
             sentencepiece=pieces,
         ),
-        read_rules(folder, config, lm.config.vocab_size, options.ignore_keys),
+        read_rules(home, config, lm.config.vocab_size, options.ignore_keys),
     )
     origin = {"layout": "llava", "tower": str(config["mm_vision_tower"])}
     origin["tower_weights"] = "checkpoint" if inside else "tower folder"

@@ -29,6 +29,7 @@ class Options:
     """How to read a checkpoint: the choices that the command line offers.
 
     vision_tower: a folder, a weight file or a model id. offline: download no tower.
+    base: the folder of the base model of a LoRA adapter or of a projector alone.
     """
 
     system: str | None = None
@@ -38,6 +39,7 @@ class Options:
     torch_reader: TorchReader | None = None
     quirks: tuple[str, ...] = ()
     offline: bool = True
+    base: Path | None = None
 
 
 @dataclass(frozen=True)

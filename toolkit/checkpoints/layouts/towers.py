@@ -17,8 +17,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     find_prefix,
     read_encoder,
 )
-from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
-from edgevlm.toolkit.checkpoints.weights import Checkpoint, TensorSource, open_checkpoint
+from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint, open_file
 from edgevlm.toolkit.errors import CheckpointError, ConfigError, ToolkitError
 from edgevlm.toolkit.images.preprocess import Preprocess, read_preprocess
 from edgevlm.toolkit.models.encoders import unireplknet
@@ -169,16 +168,7 @@ def tensors_in(
 def _open_file(path: Path, r: Reader, options: Options) -> Tower:
     """UniRepLKNet: sizes come from the weights; select layer and select feature have no effect."""
     r.skip("mm_vision_select_layer", "mm_vision_select_feature")
-    source: TensorSource
-    if path.suffix == ".safetensors":
-        source = SafetensorsFile(path)
-    elif options.torch_reader is not None:
-        source = options.torch_reader(path)
-    else:
-        raise CheckpointError(
-            f"{path} is a torch file; reading it needs torch",
-            hint="pip install 'edgevlm[train]'",
-        )
+    source = open_file(path, options.torch_reader)
     keys = list(source.keys())
     checkpoint = Checkpoint(dict.fromkeys(keys, source), str(path))
     config = unireplknet.Config.of({key: source.shape(key) for key in keys}, str(path))
