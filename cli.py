@@ -207,6 +207,10 @@ def run(
     stop: Annotated[
         Optional[list[str]], typer.Option(help="End the answer before this text. Repeatable.")
     ] = None,
+    literal: Annotated[
+        bool,
+        typer.Option("--literal", help="PROMPT is text alone: no control tokens, no <image>."),
+    ] = False,
     input_file: Annotated[
         Optional[Path],
         typer.Option("--input", help="A file of requests, one JSON object per line."),
@@ -223,7 +227,9 @@ def run(
 
     console = _console(as_json, quiet)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    given = Question(prompt or "", image or (), max_tokens, sampling, template, stop or ())
+    given = Question(
+        prompt or "", image or (), max_tokens, sampling, template, stop or (), literal=literal
+    )
     questions = request_file.gather(given, input_file)
     with Session.open(engine, threads=threads) as session:
         request_file.answer_all(session, questions, console, many=input_file is not None)

@@ -150,11 +150,12 @@ class Reply:
         )
         rules = session.model.prompts
         turns = [*question.history, question.prompt]
-        rendered = prompts.render(rules, turns, len(images), question.template)
+        literal = session.tokenizer if question.literal else None
+        rendered = prompts.render(rules, turns, len(images), question.template, literal)
         if rendered.stop is not None:
             self._text.add_stop(rendered.stop)
         with clock.time("tokenize"):
-            prompt = prompts.tokenize(rules, session.tokenizer, rendered.text)
+            prompt = prompts.tokenize(rules, session.tokenizer, rendered)
         reused = rules.reuse_last and 0 < len(images) == prompt.images - 1
         prompts.check_slots(prompt, len(images) + reused)
         features = session.encode(images, clock, tiles=rendered.tiles)

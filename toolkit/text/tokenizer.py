@@ -6,8 +6,9 @@ converts a sentencepiece model (the only tokenizer file of the first LLaVA relea
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, *, doubled_blank: bool = False) -> None:
         self._inner = inner
         self._doubled_blank = doubled_blank
+        self._rewritten: tuple[str, Tokenizer] | None = None
 
     @classmethod
     def open(cls, path: Path, *, doubled_blank: bool = False) -> Tokenizer:
@@ -49,6 +51,23 @@ class Tokenizer:
         """The id of one token; None if the vocabulary lacks it."""
         number: int | None = self._inner.token_to_id(token)
         return number
+
+    def added(self) -> dict[str, bool]:
+        """The added tokens, and whether each is special."""
+        tokens = self._inner.get_added_tokens_decoder().values()
+        return {token.content: token.special for token in tokens}
+
+    def rewritten(self, key: str, edit: Callable[[str], str]) -> Tokenizer:
+        """This tokenizer with its tokenizer.json edited; the one of the last key is kept."""
+        import tokenizers
+
+        known = self._rewritten
+        if known is None or known[0] != key:
+            other = copy.copy(self)
+            other._inner = tokenizers.Tokenizer.from_str(edit(self._inner.to_str()))
+            other._rewritten = None
+            self._rewritten = known = (key, other)
+        return known[1]
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of `text`; special: whether to add the tokens that surround a text (BOS)."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
-from edgevlm.toolkit.checkpoints.layouts import towers
+from edgevlm.toolkit.checkpoints.layouts import conversation, towers
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
@@ -84,7 +84,8 @@ def load(
     r.done()
     text, _ = read_tokenizer(folder, slow=False)
     check_tokenizer(text, lm.config.vocab_size, str(folder))
-    placeholder = token_of(text, token)
+    image_text = token_of(text, token)
+    prompts = conversation.huggingface(folder, config, lm.kind, text)
 
     checkpoint = open_checkpoint(folder, options.torch_reader)
     lm = _tied(lm, ties, rules, checkpoint)
@@ -99,15 +100,16 @@ def load(
         with_context(lm, options.max_context),
         images,
         PromptRules(
-            language_models.row(lm.kind).template,
+            prompts.template,
             "token",
             read_eos(folder, config["text_config"], lm.kind),
-            placeholder=placeholder,
-            image_text=placeholder,
+            image_text=image_text,
+            chat_template=prompts.chat_template,
+            special_tokens=prompts.special_tokens,
         ),
     )
     weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}
-    return Source(model, weights, text, {"layout": "huggingface"})
+    return Source(model, weights, text, {"layout": "huggingface", "template": prompts.origin})
 
 
 def _read_lm(r: Reader) -> ComponentConfig:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
-from edgevlm.toolkit.checkpoints.layouts import image_rules, towers
+from edgevlm.toolkit.checkpoints.layouts import conversation, image_rules, towers
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
@@ -122,6 +122,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         f"encoder.{tower.encoder.name}": inside or tower.tensors,
         "lm": replace(tensors["lm"], table=lm_table),
     }
+    prompts = conversation.original(folder, config, kind, text)
     image_text = "<im_start><image><im_end>" if wrapped else "<image>"
     model = ModelConfig(
         folder.resolve().name,
@@ -131,7 +132,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         with_context(lm, options.max_context),
         images,
         PromptRules(
-            language_models.row(kind).template,
+            prompts.template,
             "pieces",
             read_eos(folder, config, kind),
             image_text=image_text,
@@ -139,6 +140,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         ),
     )
     origin = {"layout": "llava", "tower": str(config["mm_vision_tower"])}
+    origin["template"] = prompts.origin
     origin["tower_weights"] = "checkpoint" if inside else "tower folder"
     weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}
     return Source(model, weights, text, origin)
