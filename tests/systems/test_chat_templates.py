@@ -25,6 +25,8 @@ from tests.systems.test_huggingface import IMAGE, clip_processor
 
 GOLDEN = HERE / "goldens/e2e_llava15/llava-v1.5-tiny"
 MLCD = HERE / "goldens/mlcd_llavanext_e2e"
+# A published template writes '<\s>', which transformers reads with a warning.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
 HF: Any = transformers  # its classes have no types
 TOKENS = ["<image>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>",
           "<|start_header_id|>", "<|end_header_id|>", "<|user|>", "<|assistant|>"]  # fmt: skip
@@ -103,6 +105,36 @@ CHAT: dict[str, tuple[str, bool]] = {
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
         False,
     ),
+    "OneVision's": (
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+        "{{ '<image>' }}{% endfor %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+        "{{ '\n' + content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        True,
+    ),
+    "LLaVA-NeXT's with Mistral": (
+        "{% for message in messages %}{% if message['role'] == 'system' %}"
+        "{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}"
+        "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+        "{{ '<image>\n' }}{% endfor %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+        "{{ content['text'] }}{% endfor %}{{' [/INST]' }}"
+        "{% elif message['role'] == 'assistant' %}"
+        r"{{ ' ' + message['content'][0]['text'] + '<\s> '}}{% else %}"
+        "{{ raise_exception('Only user and assistant roles are supported!') }}"
+        "{% endif %}{% endfor %}",
+        True,
+    ),
+    "lists in questions, texts in answers": (
+        "{% for message in messages %}{% if message['role'] == 'user' %}<|user|>"
+        + _PARTS
+        + "{% else %}{{ '<|assistant|>' + message['content'] }}{% endif %}{% endfor %}"
+        "<|assistant|>",
+        True,
+    ),
     "loops that break, JSON, a namespace": (
         "{%- set ns = namespace(found=false) -%}\n{%- for message in messages %}\n"
         "    {%- if loop.index0 > 8 %}{% break %}{% endif %}\n"
@@ -166,6 +198,11 @@ def rules_of(folder: Path, kind: str = "llama") -> tuple[PromptRules, Tokenizer]
     return rules, Tokenizer.open(folder / "tokenizer.json")
 
 
+def picture() -> Any:
+    with Image.open(IMAGE) as opened:
+        return opened.convert("RGB")
+
+
 def messages(turns: list[str], images: int, *, lists: bool) -> list[dict[str, Any]]:
     """The conversation as a user of transformers writes it."""
     found: list[dict[str, Any]] = []
@@ -174,15 +211,26 @@ def messages(turns: list[str], images: int, *, lists: bool) -> list[dict[str, An
         shown = images if number == 0 else 0
         content: Any = "<image>\n" * shown + text
         if lists:
-            content = [{"type": "image", "image": Image.open(IMAGE)} for _ in range(shown)]
+            content = [{"type": "image", "image": picture()} for _ in range(shown)]
             content.append({"type": "text", "text": text})
         found.append({"role": role, "content": content})
     return found
 
 
+def test_answers_may_be_texts_among_lists(tmp_path: Path) -> None:
+    """The form of messages that its users give this template; they cannot give it lists alone."""
+    name = "lists in questions, texts in answers"
+    processor = save(tmp_path, "llama", CHAT[name][0])
+    rules, tokenizer = rules_of(tmp_path)
+    asked = messages(TURNS[1], 1, lists=True)
+    asked[1]["content"] = TURNS[1][1]
+    text = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert prompts.render(rules, TURNS[1], 1, "auto").text == text
+
+
 def expected(processor: Any, turns: list[str], images: int, *, lists: bool) -> list[list[int]]:
     """transformers' ids between the images."""
-    pictures = {"images": [Image.open(IMAGE)] * images} if images and not lists else {}
+    pictures = {"images": [picture()] * images} if images and not lists else {}
     found = processor.apply_chat_template(
         messages(turns, images, lists=lists),
         tokenize=True,
@@ -223,7 +271,7 @@ def test_ids_equal_those_of_transformers(name: str, kind: str, tmp_path: Path) -
         with pytest.raises(Exception, match="'bos_token' is undefined"):
             expected(processor, ["Q"], 0, lists=lists)
         return
-    for turns in TURNS:
+    for turns in TURNS[:1] if "texts in answers" in name else TURNS:
         for images in (0, 1, 2):
             rendered = prompts.render(rules, turns, images, "auto")
             found = prompts.tokenize(rules, tokenizer, rendered)
@@ -328,6 +376,8 @@ def test_other_values_are_refused(content: Any, reason: str | None, tmp_path: Pa
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ messages | nothing }}", "nothing"),
+        ("Answer:", "it leaves out a turn"),
+        ("{{ messages[0]['content'][1]['text'] }}", "does not write '<image>' for each image"),
     ],
 )
 def test_a_template_that_fails_is_named(template: str, reason: str) -> None:

@@ -77,6 +77,10 @@ def test_what_a_session_makes_of_control_tokens(tmp_path: Path) -> None:
         assert session.answer(Question("<image>", (), 2, literal=True)).image_tokens == 0
         with pytest.raises(InputError, match="--literal"):
             session.answer(Question(typed, IMAGE, 2, template="none", literal=True))
+    assert kept.notes == (
+        "control tokens in the prompt's text: </s>; --literal reads them as text",
+    )
+    assert literal.notes == ()
     assert kept.image_tokens == literal.image_tokens
     assert literal.prompt_tokens > kept.prompt_tokens + 5  # letters instead of two tokens
     assert without.prompt_tokens < kept.prompt_tokens  # a control character has its own byte

@@ -7,6 +7,7 @@ comes with the weights and is no more trusted than they are.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -72,18 +73,20 @@ def _form(
     """The first form of messages from which the template makes every turn and image slot.
 
     A template that joins contents as texts fails on lists, prints them as Python shows them, or
-    leaves them out. If no form works, the last one says why.
+    leaves them out. Raises InputError where no form works.
     """
     turns = [_TURN.format(number) for number in range(count)]
+    failure: InputError | None = None
     for form in _FORMS:
         try:
             shown = _rendered(template, special_tokens, form(turns, images, slot))
-        except InputError:
+        except InputError as odd:
+            failure = odd
             continue
         whole = all(turn in shown for turn in turns) and shown.count(slot) == images
         if whole and "'type'" not in shown:
             return form
-    return _with_texts
+    raise failure or _refused(f"it leaves out a turn, or does not write {slot!r} for each image")
 
 
 def _rendered(
@@ -98,13 +101,17 @@ def _rendered(
             **special_tokens,
         )
     except Exception as odd:  # a template may raise anything that Python raises
-        raise _refused(odd) from None
+        raise _refused(_said(odd)) from None
 
 
-def _refused(odd: Exception) -> InputError:
+def _said(odd: Exception) -> str:
+    return f"{type(odd).__name__}: {odd}"
+
+
+def _refused(reason: str) -> InputError:
     names = ", ".join(sorted(templates.TEMPLATES))
     return InputError(
-        f"the chat template of the checkpoint cannot be rendered: {type(odd).__name__}: {odd}",
+        f"the chat template of the checkpoint cannot be rendered: {reason}",
         hint=f"choose a conversation template with --template NAME: {names}",
     )
 
@@ -137,9 +144,11 @@ def _compiled(source: str) -> jinja2.Template:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return environment.from_string(source)
+        with warnings.catch_warnings():  # published templates hold escapes that Python deprecates
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return environment.from_string(source)
     except Exception as odd:
-        raise _refused(odd) from None
+        raise _refused(_said(odd)) from None
 
 
 def _to_json(

@@ -25,14 +25,14 @@ def unused_mark(texts: Iterable[str]) -> str:
     return next(chr(code) for code in _CANDIDATES if chr(code) not in taken)
 
 
-def control_tokens(tokenizer: Tokenizer, template: str, image: str) -> tuple[str, ...]:
-    """The tokens that a user's text must not form.
+def control_tokens(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
+    """The tokens by which a text acts on the prompt around it.
 
-    Those are the special ones, the image's, and added tokens in the text of the template. One
-    character alone is no control token: some tokenizers list blanks among the added ones.
+    Those are the special ones, and added tokens in the text of the template. One character alone
+    is no control token: some tokenizers list blanks among the added ones.
     """
     found = {token for token, special in tokenizer.added().items() if special or token in template}
-    return tuple(sorted(token for token in found | {image} if len(token) > 1))
+    return tuple(sorted(token for token in found if len(token) > 1))
 
 
 def broken(text: str, tokens: Sequence[str], mark: str) -> str:

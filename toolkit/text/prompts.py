@@ -124,8 +124,7 @@ def render(
     chosen = templates.find(rules.template if template == "auto" else template)
     mark = None
     if literal is not None:
-        wording = rules.chat_template if own and rules.chat_template else chosen.literals
-        turns, mark = _broken(rules, turns, literal, wording)
+        turns, mark = _broken(rules, turns, literal, _wording(rules, template))
     if own:
         return _by_chat_template(rules, turns, images, mark, slots=literal is None)
     stretches = _stretches(rules, chosen, turns, images, slots=literal is None)
@@ -146,16 +145,35 @@ def _raw(turns: Sequence[str], literal: Tokenizer | None) -> Rendered:
     return Rendered((turns[0],))
 
 
+def _wording(rules: PromptRules, template: str) -> str:
+    """The text that a template brings itself."""
+    if template == "auto":
+        return rules.chat_template or templates.find(rules.template).literals
+    return templates.find(template).literals
+
+
 def _broken(
     rules: PromptRules, turns: Sequence[str], tokenizer: Tokenizer, wording: str
 ) -> tuple[list[str], str | None]:
     """The turns with their control tokens broken by a mark; no mark if there are none."""
-    control = {*literal_text.control_tokens(tokenizer, wording, rules.image_text)}
+    control = literal_text.control_tokens(tokenizer, wording)
+    control = (*control, rules.placeholder, rules.image_text)
     mark = literal_text.unused_mark(turns)
-    shown = [
-        literal_text.broken(text, sorted(control | {rules.placeholder}), mark) for text in turns
-    ]
+    shown = [literal_text.broken(text, control, mark) for text in turns]
     return shown, mark if shown != list(turns) else None
+
+
+def notes_on(
+    rules: PromptRules, turns: Sequence[str], template: str, tokenizer: Tokenizer
+) -> tuple[str, ...]:
+    """A line about control tokens that the turns hold, other than an image's; often none."""
+    if template == "none":
+        return ()
+    control = literal_text.control_tokens(tokenizer, _wording(rules, template))
+    typed = [t for t in control if t not in (rules.placeholder, rules.image_text)]
+    found = [token for token in typed if any(token in text for text in turns)]
+    line = f"control tokens in the prompt's text: {', '.join(found)}; --literal reads them as text"
+    return (line,) if found else ()
 
 
 def _has_slots(rules: PromptRules, turns: Sequence[str]) -> bool:
