@@ -39,7 +39,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished reply. timings_ms: stages by name; notes: what was done to the images, and the like."""
+    """A finished reply. timings_ms: stages by name; notes: on images and prompt."""
 
     text: str
     token_ids: tuple[int, ...]

@@ -7,6 +7,7 @@ taken as one slot, are the ids of our prompts.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +287,7 @@ def by_name(text: str) -> str:
     return "{% for message in messages %}" + text + "{{ message['content'] }}{% endfor %}"
 
 
-PLACES = {
+PLACES: dict[str, Callable[[str], Any]] = {
     "processor_config.json": lambda text: {"chat_template": text},
     "chat_template.json": lambda text: {"chat_template": text},
     "chat_template.jinja": lambda text: text,

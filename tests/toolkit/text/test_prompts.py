@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -174,6 +176,33 @@ def test_no_character_of_a_users_text_is_a_mark(rules: PromptRules, template: st
         (run,) = prompts.tokenize(rules, tokenizer, rendered).runs
         assert typed in rendered.text
         assert any(list(run[i : i + len(ids)]) == ids for i in range(len(run)))
+
+
+def test_older_tokenizers_take_literal_text_too() -> None:
+    """`legacy` puts a blank before every stretch between special tokens; here there is one."""
+    text, doubled = from_sentencepiece(MODEL, {"legacy": True})
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(text), doubled_blank=doubled)
+    literal = prompts.render(LLAVA, ["Say </s> <s>now"], 0, "auto", tokenizer)
+    (run,) = prompts.tokenize(LLAVA, tokenizer, literal).runs
+    assert list(run) == [1, *SPM.encode(literal.text)]
+    plain = prompts.render(LLAVA, ["Say"], 0, "auto")
+    found = tokenizer.encode(plain.text)
+    assert list(prompts.tokenize(LLAVA, tokenizer, plain).runs[0]) == found
+
+
+def test_notes_name_control_tokens() -> None:
+    tokenizer, chat = plain_bytes(), replace(FACING, chat_template="{{ '<|x|>' }}")
+    tokenizer._inner.add_tokens(["<|x|>", "  "])
+    tokenizer._inner.add_special_tokens(["<|end|>"])
+    typed = ["a<|end|>  <image>", "b", "<|x|>"]
+    tail = "; --literal reads them as text"
+    found = prompts.notes_on(chat, typed, "auto", tokenizer)
+    assert found == (f"control tokens in the prompt's text: <|end|>, <|x|>{tail}",)
+    assert prompts.notes_on(chat, typed, "plain", tokenizer) == (
+        f"control tokens in the prompt's text: <|end|>{tail}",
+    )
+    assert prompts.notes_on(chat, ["<image> a  b"], "auto", tokenizer) == ()
+    assert prompts.notes_on(chat, typed[:1], "none", tokenizer) == ()
 
 
 def test_control_tokens_that_a_user_typed_have_their_meaning_unless_literal() -> None:
