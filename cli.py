@@ -218,6 +218,10 @@ def run(
     stop: Annotated[
         Optional[list[str]], typer.Option(help="End the answer before this text. Repeatable.")
     ] = None,
+    literal: Annotated[
+        bool,
+        typer.Option("--literal", help="PROMPT is text alone: no control tokens, no <image>."),
+    ] = False,
     input_file: Annotated[
         Optional[Path],
         typer.Option("--input", help="A file of requests, one JSON object per line."),
@@ -238,7 +242,9 @@ def run(
 
     console = _console(as_json, quiet)
     sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty, no_repeat_ngram)
-    given = Question(prompt or "", image or (), max_tokens, sampling, template, stop or ())
+    given = Question(
+        prompt or "", image or (), max_tokens, sampling, template, stop or (), literal=literal
+    )
     batch.check_output(output, many=input_file is not None)
     requests = request_file.gather(given, input_file)
     with Session.open(engine, threads=threads) as session:

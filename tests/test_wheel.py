@@ -54,7 +54,7 @@ def test_it_is_small_and_carries_its_licence(wheel: Path, files: zipfile.ZipFile
 def test_the_base_install_is_light(files: zipfile.ZipFile) -> None:
     required = re.findall(r"^Requires-Dist: ([\w-]+)([^\n]*)", text_of(files, "METADATA"), re.M)
     base = {name for name, rest in required if "extra ==" not in rest}
-    assert base == {"numpy", "tokenizers", "pillow", "safetensors", "typer", "rich"}
+    assert base == {"numpy", "tokenizers", "pillow", "safetensors", "typer", "rich", "jinja2"}
 
 
 def test_whatever_make_installs_is_pinned(files: zipfile.ZipFile) -> None:

@@ -30,6 +30,8 @@ class Question:
     image or a uint8 array [height, width] or [height, width, 3 or 4]; a lone one need not be in a
     list, and None is none. template: as in prompts.render. stop: texts that end the answer,
     or one text. history: earlier turns of the conversation, user and assistant alternating.
+    literal: whether prompt and history are text alone: control tokens and `<image>` that someone
+    typed there are read as they are written, and images come before the first turn.
     """
 
     prompt: str
@@ -39,6 +41,7 @@ class Question:
     template: str = "auto"
     stop: Sequence[str] = ()
     history: Sequence[str] = ()
+    literal: bool = False
 
     def checked(self) -> CheckedQuestion:
         """The same, its sequences as tuples. Raises InputError or ConfigError with the reason."""
@@ -59,6 +62,7 @@ class Question:
             _text(self.template, "template"),
             _texts([self.stop] if single_stop else self.stop, "stop"),
             _texts(self.history, "history"),
+            _flag(self.literal, "literal"),
         )
 
 
@@ -73,6 +77,7 @@ class CheckedQuestion:
     template: str
     stop: tuple[str, ...]
     history: tuple[str, ...]
+    literal: bool
 
 
 def _text(value: object, name: str) -> str:
@@ -86,6 +91,12 @@ def _text(value: object, name: str) -> str:
             f"index {odd.start}",
             hint="texts must be valid Unicode; was a file read in the wrong encoding?",
         ) from None
+    return value
+
+
+def _flag(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} = {value!r:.80}, expected True or False")
     return value
 
 

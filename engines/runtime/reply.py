@@ -45,7 +45,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished reply. timings_ms: stages by name; notes: what was done to the images."""
+    """A finished reply. timings_ms: stages by name; notes: on images and prompt."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -175,11 +175,15 @@ class Reply:
         rules = session.model.prompts
         self._notes += sampling_notes(session.model.generation, question.sampling)
         turns = [*question.history, question.prompt]
-        rendered = prompts.render(rules, turns, len(images), question.template)
+        tokenizer, template = session.tokenizer, question.template
+        literal = tokenizer if question.literal else None
+        rendered = prompts.render(rules, turns, len(images), template, literal)
+        if literal is None:
+            self._notes += prompts.notes_on(rules, turns, template, tokenizer)
         if rendered.stop is not None:
             self._text.add_stop(rendered.stop)
         with clock.time("tokenize"):
-            prompt = prompts.tokenize(rules, session.tokenizer, rendered.text)
+            prompt = prompts.tokenize(rules, tokenizer, rendered)
         reused = rules.reuse_last and 0 < len(images) == prompt.images - 1
         prompts.check_slots(prompt, len(images) + reused)
         features = session.encode(images, clock, tiles=rendered.tiles)

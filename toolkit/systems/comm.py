@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
-from edgevlm.toolkit.checkpoints.layouts import towers
+from edgevlm.toolkit.checkpoints.layouts import conversation, towers
 from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
@@ -64,9 +64,10 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     merger = _read_merger(r, encoders, lm.config.hidden_size, side)
     images = ImageRules(_preprocessing(r, folders, side, options))
     wrapped = r.take("use_im_start_end", bool, True)
-    template = r.take("template", str, language_models.row(lm.kind).template)
+    stated = r.optional("template", str)
     r.done()
     text, pieces = _tokenizer(lm_folder, lm, wrapped)
+    prompts = conversation.original(lm_folder, config, lm.kind, text, stated)
 
     tensors = {
         f"encoder.{name}": _tower(encoder, folders[name], options)
@@ -86,7 +87,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
         with_context(lm, options.max_context),
         images,
         PromptRules(
-            template,
+            prompts.template,
             "pieces",
             read_eos(lm_folder, lm_config, lm.kind, text),
             image_text="<im_start><image><im_end>" if wrapped else "<image>",
@@ -95,7 +96,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
         read_rules(lm_folder, lm_config, lm.config.vocab_size, options.ignore_keys),
     )
     weights = {c.name: tensors[c.name].weights() for c in components.components(model)}
-    return Source(model, weights, text, {"layout": "comm"})
+    return Source(model, weights, text, {"layout": "comm", "template": prompts.origin})
 
 
 def _find_folder(folder: Path, name: str) -> Path:

@@ -49,11 +49,13 @@ def planned_bundle(source: Source, dtype: str, out: Path) -> Result:
         "components": sizes,
         "bytes": total,
         "generation": source.model.generation.stated(),
+        **_template(source.origin),
     }
     rows = [(s["name"], human_count(s["params"]), human_bytes(s["bytes"])) for s in sizes]
     lines = [
         *table(("component", "parameters", "on disk"), rows),
         *generation_lines(source.model),
+        *template_line(source.origin),
         f"would write {human_bytes(total)} to {out}",
     ]
     return data, lines, ""
@@ -66,7 +68,8 @@ def written_bundle(out: Path, peak_rss_mb: float) -> Result:
     nbytes = sum(f.nbytes for f in bundle.manifest.files.values())
     data |= {"bytes": nbytes, "peak_rss_mb": round(peak_rss_mb, 1)}
     following = shlex.join(["edgevlm", "build", str(out), f"{out}-engine"])
-    lines = [*component_lines(bundle.manifest), *generation_lines(bundle.model)]
+    m = bundle.manifest
+    lines = [*component_lines(m), *template_line(m.source), *generation_lines(bundle.model)]
     lines += [f"{out}: {human_bytes(nbytes)}"]
     return data | {"next": following}, lines, following
 
@@ -118,6 +121,15 @@ def _short(names: list[str]) -> list[str]:
     return names if len(names) <= 6 else [*names[:2], "…", names[-1]]
 
 
+def _template(origin: Mapping[str, Any]) -> dict[str, str]:
+    return {"template": str(origin["template"])} if "template" in origin else {}
+
+
+def template_line(origin: Mapping[str, Any]) -> list[str]:
+    """Which conversation template `auto` is, and why; no line for a preset."""
+    return [f"template: {text}" for text in _template(origin).values()]
+
+
 def plan_lines(plan: PrecisionPlan) -> list[str]:
     """Which weights are quantized; no line if none are."""
     if plan == PrecisionPlan():
@@ -137,11 +149,11 @@ def inspect_bundle(path: Path) -> tuple[Any, list[str]]:
     bundle = Bundle.open(path)
     bundle.check_sizes()
     m = bundle.manifest
-    origin = ", ".join(f"{k} {v}" for k, v in m.source.items())
+    origin = ", ".join(f"{k} {v}" for k, v in m.source.items() if k != "template")
     heading = f"bundle of {bundle.model.name} ({bundle.model.system}), {m.dtype}, opset {m.opset}"
     functions = ", ".join(m.functions) or "none"
     lines = [heading, *component_lines(m), *plan_lines(m.plan)]
-    lines += generation_lines(bundle.model)
+    lines += [*template_line(m.source), *generation_lines(bundle.model)]
     lines += [f"functions: {functions}", f"source: {origin}"]
     return _bundle_data(bundle), [*lines, f"made by: {m.made_by}"]
 
@@ -168,5 +180,6 @@ def inspect_checkpoint(path: Path, torch_reader: TorchReader | None) -> tuple[An
         "system": model.system,
         "model": to_plain(model),
         "components": data["components"],
+        **_template(source.origin),
     }
     return result, [heading, *lines[:-1]]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.text import templates
+from edgevlm.toolkit.text import chat_template, templates
+from edgevlm.toolkit.text import literal as literal_text
 from edgevlm.toolkit.text.sentencepiece_text import SentencePieceRules
+from edgevlm.toolkit.text.templates import Template
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 
 
@@ -19,14 +21,15 @@ from edgevlm.toolkit.text.tokenizer import Tokenizer
 class PromptRules:
     """How a system turns text into tokens.
 
-    template: the default one. splice: "pieces" cuts the text at the placeholder and tokenizes each
-    piece separately, keeping the first BOS only (LLaVA); "token" has a token for the placeholder
-    (Hugging Face). eos: ids that end an answer. placeholder: the text that stands for an image in
-    a raw prompt; image_text: the text that a rendered prompt has instead, under "token" the image
-    token's own name. sentencepiece: the steps before a tokenizer.json made from such a model. cut:
-    prompts end after so many positions; None raises an error if they do not fit. reuse_last: a
-    prompt with one slot more than images uses the last image twice. The last two are quirks, see
-    toolkit/checkpoints/layouts/quirks.py.
+    template: the default one, unless the checkpoint brings a chat_template (Jinja text, rendered
+    with special_tokens: bos_token and the like). splice: "pieces" cuts the text at the placeholder
+    and tokenizes each piece separately, keeping the first BOS only (LLaVA); "token" has a token
+    for the placeholder (Hugging Face). eos: ids that end an answer. placeholder: the text that
+    stands for an image in a user's text; image_text: the text that a rendered prompt has instead,
+    under "token" the image token's own name. sentencepiece: the steps before a tokenizer.json made
+    from such a model. cut: prompts end after so many positions; None raises an error if they do not
+    fit. reuse_last: a prompt with one slot more than images uses the last image twice. The last two
+    are quirks, see toolkit/checkpoints/layouts/quirks.py.
     """
 
     template: str
@@ -37,6 +40,8 @@ class PromptRules:
     sentencepiece: SentencePieceRules | None = None
     cut: int | None = None
     reuse_last: bool = False
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,74 +80,188 @@ class PromptSequence:
 
 @dataclass(frozen=True)
 class Rendered:
-    """The full text of a prompt. stop: text that ends the answer; tiles: see Template."""
+    """A full prompt as text.
 
-    text: str
+    stretches: each is tokenized separately. stop: text that ends the answer; tiles: see Template.
+    mark: the character that breaks control tokens in the turns, see literal.py; None if no turn
+    holds one. brings_bos: whether the text begins with the BOS token if the template has one.
+    """
+
+    stretches: tuple[str, ...]
     stop: str | None = None
     tiles: bool = True
+    mark: str | None = None
+    brings_bos: bool = False
+
+    @property
+    def text(self) -> str:
+        """The prompt as one text, without marks."""
+        text = "".join(self.stretches)
+        return text if self.mark is None else text.replace(self.mark, "")
 
 
-def render(rules: PromptRules, turns: Sequence[str], images: int, template: str) -> Rendered:
+def render(
+    rules: PromptRules,
+    turns: Sequence[str],
+    images: int,
+    template: str,
+    literal: Tokenizer | None = None,
+) -> Rendered:
     """The full prompt for a conversation: turns of user and assistant, the last one the user's.
 
-    template: a name, "auto" for the system's default, or "none" for a single turn that is the
-    whole prompt. Placeholders are put before the first turn unless a turn contains one. Raises
-    InputError for an unknown template or turns that do not end with the user's.
+    template: a name, "auto" for the model's own, or "none" for a single turn that is the whole
+    prompt. Placeholders are put before the first turn unless a turn contains one. literal: the
+    tokenizer if turns are text alone, in which neither control tokens nor placeholders have a
+    meaning. Raises InputError for an unknown template, turns that do not end with the user's, or
+    a chat template that cannot be rendered.
     """
     if template == "none":
-        if len(turns) != 1:
-            raise InputError(
-                "a conversation needs a template to join its turns",
-                hint="leave --template at auto, or give the whole prompt as one text",
-            )
-        return Rendered(turns[0])
+        return _raw(turns, literal)
     if len(turns) % 2 == 0:
         raise InputError(
             f"the conversation has {len(turns)} turns; it must end with the user's question",
             hint="turns alternate: user, assistant, user",
         )
+    own = template == "auto" and rules.chat_template is not None
     chosen = templates.find(rules.template if template == "auto" else template)
-    texts = list(turns)
-    if images and not any(rules.placeholder in text for text in texts):
-        texts[0] = f"{rules.placeholder}\n" * images + texts[0]
+    mark = None
+    if literal is not None:
+        turns, mark = _broken(rules, turns, literal, _wording(rules, template))
+    if own:
+        return _by_chat_template(rules, turns, images, mark, slots=literal is None)
+    stretches = _stretches(rules, chosen, turns, images, slots=literal is None)
+    return Rendered(stretches, chosen.stop, chosen.tiles, mark, chosen.brings_bos)
+
+
+def _raw(turns: Sequence[str], literal: Tokenizer | None) -> Rendered:
+    if len(turns) != 1:
+        raise InputError(
+            "a conversation needs a template to join its turns",
+            hint="leave --template at auto, or give the whole prompt as one text",
+        )
+    if literal is not None:
+        raise InputError(
+            "--literal is for what a user typed; with --template none the prompt is the whole text",
+            hint="leave --template at auto, or drop --literal",
+        )
+    return Rendered((turns[0],))
+
+
+def _wording(rules: PromptRules, template: str) -> str:
+    """The text that a template brings itself."""
+    if template == "auto":
+        return rules.chat_template or templates.find(rules.template).literals
+    return templates.find(template).literals
+
+
+def _broken(
+    rules: PromptRules, turns: Sequence[str], tokenizer: Tokenizer, wording: str
+) -> tuple[list[str], str | None]:
+    """The turns with their control tokens broken by a mark; no mark if there are none."""
+    control = literal_text.control_tokens(tokenizer, wording)
+    control = (*control, rules.placeholder, rules.image_text)
+    mark = literal_text.unused_mark(turns)
+    shown = [literal_text.broken(text, control, mark) for text in turns]
+    return shown, mark if shown != list(turns) else None
+
+
+def notes_on(
+    rules: PromptRules, turns: Sequence[str], template: str, tokenizer: Tokenizer
+) -> tuple[str, ...]:
+    """A line about control tokens that the turns hold, other than an image's; often none."""
+    if template == "none":
+        return ()
+    control = literal_text.control_tokens(tokenizer, _wording(rules, template))
+    typed = [t for t in control if t not in (rules.placeholder, rules.image_text)]
+    found = [token for token in typed if any(token in text for text in turns)]
+    line = f"control tokens in the prompt's text: {', '.join(found)}; --literal reads them as text"
+    return (line,) if found else ()
+
+
+def _has_slots(rules: PromptRules, turns: Sequence[str]) -> bool:
+    return any(name in text for text in turns for name in (rules.placeholder, rules.image_text))
+
+
+def _by_chat_template(
+    rules: PromptRules, turns: Sequence[str], images: int, mark: str | None, *, slots: bool
+) -> Rendered:
+    assert rules.chat_template is not None
+    in_front = 0 if slots and _has_slots(rules, turns) else images
+    texts = (
+        [text.replace(rules.placeholder, rules.image_text) for text in turns] if slots else turns
+    )
+    tokens = rules.special_tokens
+    text = chat_template.render(rules.chat_template, tokens, texts, in_front, rules.image_text)
+    bos = tokens.get("bos_token")
+    return Rendered((text,), mark=mark, brings_bos=bos is not None and text.startswith(bos))
+
+
+def _stretches(
+    rules: PromptRules, chosen: Template, turns: Sequence[str], images: int, *, slots: bool
+) -> tuple[str, ...]:
+    """The texts between the template's cuts; what a user typed is never cut."""
     shown = rules.image_text + chosen.after_image
-    texts = [text.replace(rules.placeholder, shown) for text in texts]
-    return Rendered(chosen.render(texts), chosen.stop, chosen.tiles)
+    in_front = 0 if slots and _has_slots(rules, turns) else images
+    stretches = [""]
+    for i, span in enumerate(chosen.spans(turns)):
+        if i % 2 == 0:
+            _add(stretches, span)
+            continue
+        if i == 1:
+            _add(stretches, f"{shown}\n" * in_front)
+        first, *others = span.split(rules.placeholder) if slots else [span]
+        stretches[-1] += first
+        for text in others:
+            _add(stretches, shown)
+            stretches[-1] += text
+    return tuple(stretches)
 
 
-def tokenize(rules: PromptRules, tokenizer: Tokenizer, text: str) -> Prompt:
-    """Token ids of a rendered prompt, cut at its image slots.
+def _add(stretches: list[str], own: str) -> None:
+    """Continue with text of the template, in which cuts have their meaning."""
+    first, *others = own.split(templates.CUT)
+    stretches[-1] += first
+    stretches += others
 
-    Raises InputError if the model has no embedding for a token of the prompt.
+
+def tokenize(rules: PromptRules, tokenizer: Tokenizer, prompt: str | Rendered) -> Prompt:
+    """Token ids of a rendered prompt or of a raw text, cut at its image slots.
+
+    Each stretch and, with splice "pieces", each text between images is tokenized separately; the
+    first alone gets the tokens that begin a text, unless it brings its own BOS. With "token", a
+    prompt may say `<image>`, whatever the token's own name is. Raises InputError if the model has
+    no embedding for a token of the prompt.
     """
-    prompt = (_pieces if rules.splice == "pieces" else _around_token)(rules, tokenizer, text)
-    for run in prompt.runs:
-        tokenizer.check_rows(run)
-    return prompt
-
-
-def _around_token(rules: PromptRules, tokenizer: Tokenizer, text: str) -> Prompt:
-    """Pieces between image tokens. A prompt says `<image>`, whatever the token's own name is."""
-    image = tokenizer.id_of(rules.image_text)
+    rendered = Rendered((prompt,)) if isinstance(prompt, str) else prompt
+    pieces = rules.splice == "pieces"
+    image = None if pieces else tokenizer.id_of(rules.image_text)
     runs: list[list[int]] = [[]]
-    for token in tokenizer.encode(text.replace(rules.placeholder, rules.image_text)):
-        if token == image:
-            runs.append([])
-        else:
-            runs[-1].append(token)
+    started = False
+    for stretch in rendered.stretches:
+        texts = (
+            stretch.split(rules.placeholder)
+            if pieces
+            else [stretch.replace(rules.placeholder, rules.image_text)]
+        )
+        for number, text in enumerate(texts):
+            if number:
+                runs.append([])
+            for token in _ids(tokenizer, text, rendered, started):
+                if token == image:
+                    runs.append([])
+                else:
+                    runs[-1].append(token)
+            started = True
+    for run in runs:
+        tokenizer.check_rows(run)
     return Prompt(tuple(map(tuple, runs)))
 
 
-def _pieces(rules: PromptRules, tokenizer: Tokenizer, text: str) -> Prompt:
-    """Pieces between images, and between templates.CUT within them, are tokenized separately."""
-    bos = len(tokenizer.encode("", special=True))
-    runs: list[tuple[int, ...]] = []
-    for piece in text.split(rules.placeholder):
-        ids: list[int] = []
-        for stretch in piece.split(templates.CUT):
-            ids += tokenizer.encode(stretch)[bos if runs or ids else 0 :]
-        runs.append(tuple(ids))
-    return Prompt(tuple(runs))
+def _ids(tokenizer: Tokenizer, text: str, rendered: Rendered, started: bool) -> list[int]:
+    special = not (started or rendered.brings_bos)
+    if rendered.mark is None:
+        return tokenizer.encode(text, special=special)
+    return literal_text.encode(tokenizer, text, rendered.mark, special=special)
 
 
 def check_slots(prompt: Prompt, images: int) -> None:

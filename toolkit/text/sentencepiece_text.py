@@ -11,8 +11,8 @@ from __future__ import annotations
 import base64
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgevlm.toolkit.text.added_tokens import AddedToken
@@ -77,6 +77,10 @@ class TextSteps:
     rules: SentencePieceRules
     added: Mapping[str, tuple[int, AddedToken]]
     charsmap: Charsmap | None
+
+    def renamed(self, rename: Callable[[str], str]) -> TextSteps:
+        """The same steps where the added tokens are written in another form."""
+        return replace(self, added={rename(name): token for name, token in self.added.items()})
 
     def parts(self, text: str) -> Iterator[int | str]:
         """Ids of added tokens, and between them stretches ready for merging."""

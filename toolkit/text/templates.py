@@ -1,7 +1,8 @@
 """Conversation templates: the exact strings that the published models were trained with.
 
-Source: the conversation tables of haotian-liu/LLaVA, alibaba/conv-llava, yuecao0119/MMFuser and
-deepglint/unicom (mlcd_vl). Trailing and missing blanks are as in the originals; they matter.
+Source: the conversation tables of haotian-liu/LLaVA, LLaVA-VL/LLaVA-NeXT, alibaba/conv-llava,
+yuecao0119/MMFuser and deepglint/unicom (mlcd_vl). Trailing and missing blanks are as in the
+originals; they matter.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal
 from edgevlm.toolkit.errors import InputError
 
 Style = Literal["single", "two", "chatml", "llama2", "plain"]
-CUT = "\x1f"  # in a rendered prompt: the texts before and after it are tokenized separately
+CUT = "\x1f"  # within a template's own text: what is before and after it is tokenized separately
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Template:
     """`roles`, `sep` and `sep2` as in the originals; `stop` is text that ends an answer.
 
     generate: whether the prompt ends with the assistant's role. tiles: whether images are cut
-    into tiles if the model has a tiling. after_image: text after every image.
+    into tiles if the model has a tiling. after_image: text after every image. strip: whether
+    blanks around a turn are removed. brings_bos: whether the text begins with the BOS token.
     """
 
     style: Style
@@ -34,10 +36,33 @@ class Template:
     generate: bool = True
     tiles: bool = True
     after_image: str = ""
+    strip: bool = False
+    brings_bos: bool = False
+
+    def spans(self, turns: Sequence[str]) -> list[str]:
+        """The prompt for alternating turns, user first, up to the beginning of the next answer.
+
+        Spans at even indices are the template's own text, those at odd indices are the turns.
+        """
+        head, tail = _ENDS[self.style](self)
+        spans = [head]
+        for i, text in enumerate(turns):
+            before, after = _AROUND[self.style](self, i)
+            spans[-1] += before
+            spans += [text.strip() if self.strip else text, after]
+        spans[-1] += tail
+        if self.style == "llama2":
+            spans[0] = spans[0].lstrip(self.sep) if self.sep else spans[0]
+        return spans
 
     def render(self, turns: Sequence[str]) -> str:
-        """The prompt for alternating turns, user first, up to the beginning of the next answer."""
-        return _STYLES[self.style](self, turns)
+        """The spans as one text."""
+        return "".join(self.spans(turns))
+
+    @property
+    def literals(self) -> str:
+        """The texts that the template itself brings, joined by null characters."""
+        return "\0".join((self.system, *self.roles, self.sep, self.sep2, self.stop))
 
 
 def find(name: str) -> Template:
@@ -48,44 +73,30 @@ def find(name: str) -> Template:
     raise InputError(f"there is no template {name!r}", hint=f"known: {', '.join(close)}")
 
 
-def _single(t: Template, turns: Sequence[str]) -> str:
-    rendered = "".join(f"{t.roles[i % 2]}: {text}{t.sep}" for i, text in enumerate(turns))
-    return f"{t.system}{t.sep}{rendered}{t.roles[1]}:"
+# What precedes the first turn and what follows the last one.
+_ENDS: dict[Style, Callable[[Template], tuple[str, str]]] = {
+    "single": lambda t: (t.system + t.sep, f"{t.roles[1]}:"),
+    "two": lambda t: (t.system + t.sep, f"{t.roles[1]}:"),
+    "chatml": lambda t: (t.system + t.sep, t.roles[1] if t.generate else ""),
+    "llama2": lambda t: ("", ""),
+    "plain": lambda t: (t.system, ""),
+}
 
 
-def _two(t: Template, turns: Sequence[str]) -> str:
-    ends = (t.sep, t.sep2)
-    rendered = "".join(f"{t.roles[i % 2]}: {text}{ends[i % 2]}" for i, text in enumerate(turns))
-    return f"{t.system}{t.sep}{rendered}{t.roles[1]}:"
+def _llama2(t: Template, i: int) -> tuple[str, str]:
+    if i % 2:
+        return " ", f" {t.sep2}"
+    system = f"<<SYS>>\n{t.system}\n<</SYS>>\n\n" if i == 0 and t.system else ""
+    return f"{t.sep}[INST] {system}", " [/INST]"
 
 
-def _chatml(t: Template, turns: Sequence[str]) -> str:
-    rendered = "".join(f"{t.roles[i % 2]}{text}{t.sep}" for i, text in enumerate(turns))
-    return f"{t.system}{t.sep}{rendered}{t.roles[1] if t.generate else ''}"
-
-
-def _llama2(t: Template, turns: Sequence[str]) -> str:
-    rendered = ""
-    for i, text in enumerate(turns):
-        if i % 2:
-            rendered += f" {text} {t.sep2}"
-            continue
-        system = f"<<SYS>>\n{t.system}\n<</SYS>>\n\n" if i == 0 and t.system else ""
-        rendered += f"{t.sep}[INST] {system}{text} [/INST]"
-    return rendered.lstrip(t.sep) if t.sep else rendered
-
-
-def _plain(t: Template, turns: Sequence[str]) -> str:
-    ends = (t.sep, t.sep2)
-    return t.system + "".join(f"{text}{ends[i % 2]}" for i, text in enumerate(turns))
-
-
-_STYLES: dict[Style, Callable[[Template, Sequence[str]], str]] = {
-    "single": _single,
-    "two": _two,
-    "chatml": _chatml,
+# What surrounds turn i.
+_AROUND: dict[Style, Callable[[Template, int], tuple[str, str]]] = {
+    "single": lambda t, i: (f"{t.roles[i % 2]}: ", t.sep),
+    "two": lambda t, i: (f"{t.roles[i % 2]}: ", (t.sep, t.sep2)[i % 2]),
+    "chatml": lambda t, i: (t.roles[i % 2], t.sep),
     "llama2": _llama2,
-    "plain": _plain,
+    "plain": lambda t, i: ("", (t.sep, t.sep2)[i % 2]),
 }
 
 _ASSISTANT = (
@@ -103,6 +114,14 @@ _LLAVA_LLAMA_2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual "
     "content that the user provides, and assist the user with a variety of tasks using natural "
     "language."
+)
+_VISUAL = "Answer the questions about the visual content that the user provides."
+_FORMAT = (
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+_ORCA = (
+    "You are MistralOrca, a large language model trained by Alignment Lab AI. Write out your "
+    "reasoning step-by-step to be sure you get the right answers!"
 )
 _META_LLAMA_2 = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
@@ -137,6 +156,14 @@ def _im(system: str, end: str = "<|im_end|>") -> Template:
     return Template("chatml", f"<|im_start|>system\n{system}", roles, end, end, "<|im_end|>")
 
 
+def _llama_3(system: str) -> Template:
+    """Llama-3's chat template, which removes blanks around turns and writes the BOS token."""
+    head, end = "<|start_header_id|>{}<|end_header_id|>\n\n".format, "<|eot_id|>"
+    first = f"<|begin_of_text|>{head('system')}{system}"
+    roles = (head("user"), head("assistant"))
+    return Template("chatml", first, roles, end, end, end, strip=True, brings_bos=True)
+
+
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": _vicuna(_ASSISTANT.format(who="user")),
     "v1": _vicuna(_ASSISTANT.format(who="user")),
@@ -144,9 +171,24 @@ TEMPLATES: dict[str, Template] = {
     "llava_v0": _v0(_ASSISTANT.format(who="human")),
     "v0_mmtag": _v0(_MMTAG),
     "v1_mmtag": _vicuna(_MMTAG),
+    "llava_v0_mmtag": _v0(_MMTAG),
+    "llava_v1_mmtag": _vicuna(_MMTAG),
     "llama_2": _inst(_META_LLAMA_2, "<s>"),
     "llava_llama_2": _inst(_LLAVA_LLAMA_2, "<s>"),
+    "llava_llama_2_simple": _inst(_VISUAL, "<s>"),
+    "llava_llama_2_mmtag": _inst(_VISUAL + _FORMAT, "<s>"),
+    "llava_llama_3": _llama_3(_LLAVA_LLAMA_2),
     "mistral_instruct": _inst("", ""),
+    "llava_mistral_instruct": _inst("", ""),
+    "mistral_orca": _im(_ORCA),
+    "mistral_zephyr": Template(
+        "chatml",
+        "<|system|>\nYou are a helpful AI assistant.",
+        ("<|user|>\n", "<|assistant|>\n"),
+        "</s>",
+        "</s>",
+        "</s>",
+    ),
     "mpt": _im(_MPT),
     "chatml_direct": _im("Answer the questions."),
     "mistral_direct": _im("Answer the questions."),
@@ -166,4 +208,5 @@ TEMPLATES: dict[str, Template] = {
         after_image=f"{CUT}\n{CUT}",
     ),
     "plain": Template("plain", "", ("", ""), "\n", "", "\n"),
+    "v0_plain": Template("plain", "", ("", ""), "\n", "", "\n"),
 }

@@ -6,8 +6,9 @@ the tokenizer.json was made from a sentencepiece model.
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ class Tokenizer:
         rows: int | None = None,
     ) -> None:
         self._inner, self._steps, self._rows = inner, steps, rows
+        self._rewritten: tuple[str, Tokenizer] | None = None
 
     @classmethod
     def open(
@@ -80,6 +82,29 @@ class Tokenizer:
         """The tokens that `decode` leaves out, by id."""
         added = self._inner.get_added_tokens_decoder()
         return {number: token.content for number, token in added.items() if token.special}
+
+    def added(self) -> dict[str, bool]:
+        """The added tokens, and whether each is special."""
+        tokens = self._inner.get_added_tokens_decoder().values()
+        return {token.content: token.special for token in tokens}
+
+    def rewritten(
+        self, key: str, edit: Callable[[str], str], rename: Callable[[str], str]
+    ) -> Tokenizer:
+        """This tokenizer with its tokenizer.json edited and its added tokens renamed to match.
+
+        The one of the last key is kept.
+        """
+        import tokenizers
+
+        known = self._rewritten
+        if known is None or known[0] != key:
+            other = copy.copy(self)
+            other._inner = tokenizers.Tokenizer.from_str(edit(self._inner.to_str()))
+            other._steps = self._steps and self._steps.renamed(rename)
+            other._rewritten = None
+            self._rewritten = known = (key, other)
+        return known[1]
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of `text`; special: whether to add the tokens that surround a text (BOS)."""

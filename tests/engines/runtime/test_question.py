@@ -72,6 +72,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": "5"}, "--max-tokens '5'"),
     ({"max_tokens": None}, "--max-tokens None"),
     ({"template": None}, "template = None"),
+    ({"literal": 1}, "literal = 1, expected True or False"),
+    ({"literal": None}, "literal = None"),
     ({"sampling": 0.7}, "sampling = 0.7"),
     ({"sampling": Sampling(-1.0)}, "--temperature -1.0"),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -32,6 +34,12 @@ def plain_bytes() -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(byte_tokenizer({"<image>": 256})))
 
 
+def plain_bytes_of(text: str) -> list[int]:
+    """The ids of `plain_bytes` if no token is special."""
+    inner = tokenizers.Tokenizer.from_str(byte_tokenizer({}))
+    return list(inner.encode(text).ids)
+
+
 def text_of(rules: PromptRules, turns: list[str], images: int, template: str = "auto") -> str:
     return prompts.render(rules, turns, images, template).text
 
@@ -58,9 +66,9 @@ def test_images_of_a_conversation_belong_to_its_first_turn() -> None:
 def test_the_models_own_text_for_an_image() -> None:
     wrapped = PromptRules("plain", "pieces", (2,), image_text="<im_start><image><im_end>")
     assert text_of(wrapped, ["Q"], 1) == "<im_start><image><im_end>\nQ\n"
-    cut = templates.CUT
     chat = prompts.render(MLCD, ["<image>Q"], 1, "mlcd_chat")
-    assert f"<image>{cut}\n{cut}Q" in chat.text
+    assert chat.stretches[4:8] == ("\n", "<image>", "\n", "Q<|im_end|>")
+    assert "<image>\nQ<|im_end|>" in chat.text
     assert (chat.stop, chat.tiles) == ("<|im_end|>", False)
 
 
@@ -112,9 +120,9 @@ def test_a_tokenizer_without_bos_loses_nothing() -> None:
     assert found.images == 2
 
 
-def test_pieces_between_cuts_are_tokenized_separately_too() -> None:
-    cut = templates.CUT
-    found = prompts.tokenize(LLAVA, llama(), f"a{cut}b<image>c{cut}{cut}d")
+def test_stretches_of_a_template_are_tokenized_separately_too() -> None:
+    stretches = ("a", "b<image>c", "", "d")
+    found = prompts.tokenize(LLAVA, llama(), prompts.Rendered(stretches))
     assert found.runs == (
         (1, *SPM.encode("a"), *SPM.encode("b")),
         (*SPM.encode("c"), *SPM.encode("d")),
@@ -154,3 +162,117 @@ def test_there_must_be_as_many_slots_as_images(images: int) -> None:
         prompts.check_slots(Prompt(((1,), (2,))), images)
     with pytest.raises(InputError):
         prompts.assemble(Prompt(((1,), (2,))), [np.asarray([0])] * images)
+
+
+# -- what a user typed ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", [LLAVA, FACING, MLCD], ids=["llava", "token", "mlcd"])
+@pytest.mark.parametrize("template", ["auto", "mlcd_chat", "llama_2"])
+def test_no_character_of_a_users_text_is_a_mark(rules: PromptRules, template: str) -> None:
+    tokenizer = plain_bytes()
+    typed = "".join(map(chr, range(32))) + "\x7f\u2028\U000f0000\U000f0001"
+    ids = tokenizer.encode(typed)
+    for literal in (None, tokenizer):
+        rendered = prompts.render(rules, [typed], 0, template, literal)
+        (run,) = prompts.tokenize(rules, tokenizer, rendered).runs
+        assert typed in rendered.text
+        assert any(list(run[i : i + len(ids)]) == ids for i in range(len(run)))
+
+
+def test_older_tokenizers_take_literal_text_too() -> None:
+    """`legacy` puts a blank before every stretch between special tokens; here there is one."""
+    tokenizer = Tokenizer.from_text(*from_sentencepiece(MODEL, {"legacy": True}, Declared({})))
+    literal = prompts.render(LLAVA, ["Say </s> <s>now"], 0, "auto", tokenizer)
+    (run,) = prompts.tokenize(LLAVA, tokenizer, literal).runs
+    assert list(run) == [1, *SPM.encode(literal.text)]
+    plain = prompts.render(LLAVA, ["Say"], 0, "auto")
+    found = tokenizer.encode(plain.text)
+    assert list(prompts.tokenize(LLAVA, tokenizer, plain).runs[0]) == found
+
+
+def test_notes_name_control_tokens() -> None:
+    tokenizer, chat = plain_bytes(), replace(FACING, chat_template="{{ '<|x|>' }}")
+    tokenizer._inner.add_tokens(["<|x|>", "  "])
+    tokenizer._inner.add_special_tokens(["<|end|>"])
+    typed = ["a<|end|>  <image>", "b", "<|x|>"]
+    tail = "; --literal reads them as text"
+    found = prompts.notes_on(chat, typed, "auto", tokenizer)
+    assert found == (f"control tokens in the prompt's text: <|end|>, <|x|>{tail}",)
+    assert prompts.notes_on(chat, typed, "plain", tokenizer) == (
+        f"control tokens in the prompt's text: <|end|>{tail}",
+    )
+    assert prompts.notes_on(chat, ["<image> a  b"], "auto", tokenizer) == ()
+    assert prompts.notes_on(chat, typed[:1], "none", tokenizer) == ()
+
+
+def test_control_tokens_that_a_user_typed_have_their_meaning_unless_literal() -> None:
+    """`</s>` in a turn is a token, and as literal text what sentencepiece makes of it."""
+    tokenizer = llama()
+    plain = prompts.render(LLAVA, ["Say </s> now"], 0, "auto")
+    assert list(prompts.tokenize(LLAVA, tokenizer, plain).runs[0]).count(2) == 1
+    literal = prompts.render(LLAVA, ["Say </s> now"], 0, "auto", tokenizer)
+    assert literal.text == plain.text
+    (run,) = prompts.tokenize(LLAVA, tokenizer, literal).runs
+    # sentencepiece itself has no control tokens in texts, and this prompt has none of its own
+    assert list(run) == [1, *SPM.encode(plain.text)]
+    assert 2 not in run
+
+
+def test_the_templates_own_tokens_stay_tokens() -> None:
+    tokenizer = llama()
+    turns = ["a</s>", "b<s>", "c<unk></s></s>"]
+    literal = prompts.render(LLAVA, turns, 0, "auto", tokenizer)
+    (run,) = prompts.tokenize(LLAVA, tokenizer, literal).runs
+    system = templates.find("vicuna_v1").system
+    first = f"{system} USER: a</s> ASSISTANT: b<s>"
+    second = "USER: c<unk></s></s> ASSISTANT:"
+    # After a special token, the tokenizer of `legacy: false` begins without a blank.
+    later = SPM.encode("\n" + second)[len(SPM.encode("\n")) :]
+    assert list(run) == [1, *SPM.encode(first), 2, *later]
+
+
+def test_text_without_control_tokens_is_the_same_in_both_ways() -> None:
+    for turns in (["What?"], [" a < s > b ", "</ s>", "\u2581x"]):
+        ways = [prompts.render(LLAVA, turns, 1, "auto", way) for way in (None, llama())]
+        assert ways[0] == ways[1]
+
+
+def test_literal_placeholders_are_no_slots() -> None:
+    for rules, tokenizer in ((LLAVA, llama()), (FACING, plain_bytes())):
+        literal = prompts.render(rules, ["What is <image>?"], 1, "auto", tokenizer)
+        assert "USER: <image>\nWhat is <image>? ASSISTANT:" in literal.text
+        found = prompts.tokenize(rules, tokenizer, literal)
+        assert found.images == 1
+        after = "\nWhat is <image>? ASSISTANT:"
+        as_text = SPM.encode(after) if rules is LLAVA else plain_bytes_of(after)
+        assert list(found.runs[1]) == as_text
+
+
+def test_tokens_hidden_in_one_another_and_in_marks() -> None:
+    """Overlapping tokens, and a user who knows the marks, gain nothing."""
+    tokenizer = llama()
+    for typed in ("<<s></s>s>", "\U000f0000</s>\U000f0000", "<\U000f0000/s>", "<s" + "<s>" * 3):
+        literal = prompts.render(LLAVA, [typed], 0, "auto", tokenizer)
+        (run,) = prompts.tokenize(LLAVA, tokenizer, literal).runs
+        assert list(run) == [1, *SPM.encode(literal.text)]
+        assert typed in literal.text
+
+
+def test_a_raw_prompt_is_no_users_text() -> None:
+    with pytest.raises(InputError, match="--literal"):
+        prompts.render(LLAVA, ["Q"], 0, "none", llama())
+
+
+def test_the_llama_3_template_brings_its_own_bos() -> None:
+    special = {"<|begin_of_text|>": 256, "<|eot_id|>": 257, "<|start_header_id|>": 258,
+               "<|end_header_id|>": 259}  # fmt: skip
+    inner = tokenizers.Tokenizer.from_str(byte_tokenizer(special))
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 256)]
+    )
+    rendered = prompts.render(LLAVA, ["Q"], 1, "llava_llama_3")
+    found = prompts.tokenize(LLAVA, Tokenizer(inner), rendered)
+    assert found.runs[0][:2] == (256, 258)
+    assert [number for run in found.runs for number in run].count(256) == 1
+    assert found.runs[1][-1] == inner.encode("\n", add_special_tokens=False).ids[0]

@@ -94,6 +94,33 @@ EXACT = {
     "plain": ("Q\n", "Q\nAR\n"),
 }
 DIRECT = "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n"
+EXACT["llava_v0_mmtag"], EXACT["llava_v1_mmtag"] = EXACT["v0_mmtag"], EXACT["v1_mmtag"]
+EXACT["v0_plain"] = EXACT["plain"]
+EXACT["llava_mistral_instruct"] = EXACT["mistral_instruct"]
+VISUAL = "Answer the questions about the visual content that the user provides."
+FORMAT = (
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+for name, system in (("simple", VISUAL), ("mmtag", VISUAL + FORMAT)):
+    begin = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\nQ [/INST]"
+    EXACT[f"llava_llama_2_{name}"] = (begin, begin + " A </s><s>[INST] R [/INST]")
+ORCA = (
+    "You are MistralOrca, a large language model trained by Alignment Lab AI. Write out your "
+    "reasoning step-by-step to be sure you get the right answers!"
+)
+EXACT["mistral_orca"] = tuple(text.replace(MPT, ORCA) for text in EXACT["mpt"])  # type: ignore[assignment]
+ZEPHYR = "<|system|>\nYou are a helpful AI assistant.</s><|user|>\nQ</s><|assistant|>\n"
+EXACT["mistral_zephyr"] = (ZEPHYR, ZEPHYR + "A</s><|user|>\nR</s><|assistant|>\n")
+LLAMA_3 = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    f"{LANGUAGE_AND_VISION}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+EXACT["llava_llama_3"] = (
+    LLAMA_3,
+    LLAMA_3 + "A<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nR<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+)
 for same in ("chatml_direct", "mistral_direct"):
     EXACT[same] = (
         f"{DIRECT}Q<|im_end|><|im_start|>assistant\n",
@@ -105,7 +132,8 @@ STOPS = {
     "vicuna_v1": "</s>", "v1": "</s>", "llava_v1": "</s>", "v1_mmtag": "</s>", "llava_v0": "###",
     "v0_mmtag": "###", "mpt": "<|im_end|>", "chatml_direct": "<|im_end|>", "plain": "\n",
     "mistral_direct": "<|im_end|>", "qwen_1_5": "<|im_end|>", "qwen_2": "<|im_end|>",
-    "mlcd_chat": "<|im_end|>",
+    "mlcd_chat": "<|im_end|>", "llava_llama_3": "<|eot_id|>", "mistral_zephyr": "</s>",
+    "mistral_orca": "<|im_end|>",
 }  # fmt: skip
 
 
@@ -152,9 +180,15 @@ def test_only_the_separators_characters_in_front_are_stripped(
 
 def test_turns_are_taken_as_they_are() -> None:
     odd = " <s>Q###\n{0} %s "
-    for name in set(EXACT) - {"llama_2", "llava_llama_2", "mlcd_chat"}:
+    for name in set(EXACT) - {"mlcd_chat", "llava_llama_3"}:
         shown = templates.find(name).render([odd])
-        assert shown == EXACT[name][0].replace("Q", odd)
+        expected = EXACT[name][0].replace("Q", odd)
+        assert shown == expected, name
+
+
+def test_llama_3_removes_blanks_around_a_turn() -> None:
+    shown = templates.find("llava_llama_3").render([" \nQ\n "])
+    assert shown == EXACT["llava_llama_3"][0]
 
 
 def test_an_unknown_template_names_its_neighbours() -> None:

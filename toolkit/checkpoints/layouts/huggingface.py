@@ -13,7 +13,7 @@ from typing import Any
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints import partial
-from edgevlm.toolkit.checkpoints.layouts import towers
+from edgevlm.toolkit.checkpoints.layouts import conversation, towers
 from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
@@ -118,6 +118,7 @@ def load(
     text, _ = read_tokenizer(home, slow=False)
     check_tokenizer(text, lm.config.vocab_size, str(folder))
     image_text = _image_text(folder, text, token)
+    prompts = conversation.huggingface(home, config, lm.kind, text)
 
     checkpoint = partial.open_joined(folder, options.base, options.torch_reader)
     lm = _tied(lm, ties, rules, checkpoint)
@@ -132,15 +133,17 @@ def load(
         with_context(lm, options.max_context),
         images,
         PromptRules(
-            language_models.row(lm.kind).template,
+            prompts.template,
             "token",
             read_eos(home, config, lm.kind, text, config["text_config"]),
             image_text=image_text,
+            chat_template=prompts.chat_template,
+            special_tokens=prompts.special_tokens,
         ),
         read_rules(home, config, lm.config.vocab_size, options.ignore_keys, config["text_config"]),
     )
     weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}
-    return Source(model, weights, text, {"layout": "huggingface"})
+    return Source(model, weights, text, {"layout": "huggingface", "template": prompts.origin})
 
 
 def _read_lm(r: Reader) -> ComponentConfig:

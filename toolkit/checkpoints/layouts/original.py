@@ -14,7 +14,7 @@ from typing import Any
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints import partial
-from edgevlm.toolkit.checkpoints.layouts import huggingface, image_rules, towers
+from edgevlm.toolkit.checkpoints.layouts import conversation, huggingface, image_rules, towers
 from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
@@ -138,6 +138,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         f"encoder.{tower.encoder.name}": inside or tower.tensors,
         "lm": replace(tensors["lm"], table=lm_table),
     }
+    prompts = conversation.original(folder, config, kind, text)
     image_text = "<im_start><image><im_end>" if wrapped else "<image>"
     model = ModelConfig(
         folder.resolve().name,
@@ -147,7 +148,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         with_context(lm, options.max_context),
         images,
         PromptRules(
-            language_models.row(kind).template,
+            prompts.template,
             "pieces",
             read_eos(home, config, kind, text),
             image_text=image_text,
@@ -156,6 +157,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         read_rules(home, config, lm.config.vocab_size, options.ignore_keys),
     )
     origin = {"layout": "llava", "tower": str(config["mm_vision_tower"])}
+    origin["template"] = prompts.origin
     origin["tower_weights"] = "checkpoint" if inside else "tower folder"
     weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}
     return Source(model, weights, text, origin)

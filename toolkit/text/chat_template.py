@@ -1,0 +1,164 @@
+"""The chat template of a checkpoint: Jinja text that makes a prompt from messages.
+
+It is rendered as transformers renders it (apply_chat_template), in Jinja's sandbox: a template
+comes with the weights and is no more trusted than they are.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from edgevlm.toolkit.errors import InputError
+from edgevlm.toolkit.text import templates
+
+if TYPE_CHECKING:
+    import jinja2
+
+Messages = list[dict[str, Any]]
+_TURN = "turn {} of the conversation"
+
+
+def render(
+    source: str, special_tokens: Mapping[str, str], turns: Sequence[str], images: int, slot: str
+) -> str:
+    """The prompt up to the beginning of the next answer.
+
+    turns: user and assistant, the user first and last. images: how many belong in front of the
+    first turn. slot: the text of an image, for templates that know text alone. special_tokens:
+    bos_token and the like. Raises InputError if the template cannot be rendered.
+    """
+    template = _compiled(source)
+    form = _form(template, special_tokens, len(turns), images, slot)
+    return _rendered(template, special_tokens, form(turns, images, slot))
+
+
+def _with_parts(turns: Sequence[str], images: int, slot: str) -> Messages:
+    """Every turn as a list of images and texts, as processors of vision models take it."""
+    messages = []
+    for number, text in enumerate(turns):
+        shown = [{"type": "image"}] * images if number == 0 else []
+        messages.append(_message(number, [*shown, {"type": "text", "text": text}]))
+    return messages
+
+
+def _with_plain_answers(turns: Sequence[str], images: int, slot: str) -> Messages:
+    """Questions as lists, answers as texts."""
+    messages = _with_parts(turns, images, slot)
+    for message, text in zip(messages[1::2], turns[1::2], strict=True):
+        message["content"] = text
+    return messages
+
+
+def _with_texts(turns: Sequence[str], images: int, slot: str) -> Messages:
+    """Every turn as a text, images as slots before the first."""
+    first = f"{slot}\n" * images + turns[0]
+    return [_message(number, text) for number, text in enumerate([first, *turns[1:]])]
+
+
+def _message(number: int, content: Any) -> dict[str, Any]:
+    return {"role": "assistant" if number % 2 else "user", "content": content}
+
+
+_FORMS = (_with_parts, _with_plain_answers, _with_texts)
+
+
+def _form(
+    template: jinja2.Template, special_tokens: Mapping[str, str], count: int, images: int, slot: str
+) -> Any:
+    """The first form of messages from which the template makes every turn and image slot.
+
+    A template that joins contents as texts fails on lists, prints them as Python shows them, or
+    leaves them out. Raises InputError where no form works.
+    """
+    turns = [_TURN.format(number) for number in range(count)]
+    failure: InputError | None = None
+    for form in _FORMS:
+        try:
+            shown = _rendered(template, special_tokens, form(turns, images, slot))
+        except InputError as odd:
+            failure = odd
+            continue
+        whole = all(turn in shown for turn in turns) and shown.count(slot) == images
+        if whole and "'type'" not in shown:
+            return form
+    raise failure or _refused(f"it leaves out a turn, or does not write {slot!r} for each image")
+
+
+def _rendered(
+    template: jinja2.Template, special_tokens: Mapping[str, str], messages: Messages
+) -> str:
+    try:
+        return template.render(
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            **special_tokens,
+        )
+    except Exception as odd:  # a template may raise anything that Python raises
+        raise _refused(_said(odd)) from None
+
+
+def _said(odd: Exception) -> str:
+    return f"{type(odd).__name__}: {odd}"
+
+
+def _refused(reason: str) -> InputError:
+    names = ", ".join(sorted(templates.TEMPLATES))
+    return InputError(
+        f"the chat template of the checkpoint cannot be rendered: {reason}",
+        hint=f"choose a conversation template with --template NAME: {names}",
+    )
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+    """The template in transformers' environment. Raises InputError for text that is none."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks answers for training; here its body is rendered."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        with warnings.catch_warnings():  # published templates hold escapes that Python deprecates
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return environment.from_string(source)
+    except Exception as odd:
+        raise _refused(_said(odd)) from None
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without the escapes for HTML that Jinja's own filter writes."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
