@@ -17,7 +17,7 @@ from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.text import prompts
 from tests.conftest import HERE
 from tests.pipeline import engine_of
-from tests.systems.test_chat_templates import CHAT
+from tests.systems.chat_templates import CHAT
 from tests.systems.test_huggingface import IMAGE, expected_ids, save
 
 GOLDEN = HERE / "goldens/e2e_llava15"
