@@ -99,6 +99,11 @@ CHAT: dict[str, tuple[str, bool]] = {
         "{% endif %}{% endfor %}",
         True,
     ),
+    "contents as JSON, and a word of lists": (
+        "Answer like {'type': 'text'}.\n{% for message in messages %}{{ message['role'] }}: "
+        "{{ message['content'] | tojson }}\n{% endfor %}",
+        False,
+    ),
     "lists in questions, texts in answers": (
         "{% for message in messages %}{% if message['role'] == 'user' %}<|user|>"
         + _PARTS
