@@ -15,9 +15,10 @@ from edgevlm.toolkit import systems
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.text import prompts
+from edgevlm.toolkit.vlm.config import from_json, to_json
 from tests.conftest import HERE
 from tests.pipeline import engine_of
-from tests.systems.test_chat_templates import CHAT
+from tests.systems.chat_templates import CHAT
 from tests.systems.test_huggingface import IMAGE, expected_ids, save
 
 GOLDEN = HERE / "goldens/e2e_llava15"
@@ -39,6 +40,9 @@ def test_auto_is_the_chat_template_from_folder_to_answer(tmp_path: Path) -> None
     assert answer.prompt_tokens == same.prompt_tokens != other.prompt_tokens
     again = systems.load(tmp_path / "bundle", Options())  # as a build records it again
     assert again.model.prompts.chat_template == CHATML
+    older = to_json(again.model)
+    del older["prompts"]["chat_template"], older["prompts"]["special_tokens"]
+    assert from_json(older, "older").prompts.chat_template is None
     line = "template: the checkpoint's chat template (chat_template.json)"
     for path in (folder, tmp_path / "bundle"):
         assert line in api.inspect(path)[1]

@@ -19,6 +19,7 @@ _PACKAGES = {
     "safetensors": "",
     "typer": "",
     "rich": "",
+    "jinja2": "",
     "onnxruntime": "cpu",
     "onnxruntime-gpu": "gpu",
     "tensorrt": "tensorrt",

@@ -7,6 +7,7 @@ comes with the weights and is no more trusted than they are.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 _TURN = "turn {} of the conversation"
+_PRINTED = re.compile("""['"]text['"]: *['"]turn 0""")  # a list of contents, as Python or as JSON
 
 
 def render(
@@ -84,7 +86,7 @@ def _form(
             failure = odd
             continue
         whole = all(turn in shown for turn in turns) and shown.count(slot) == images
-        if whole and "'type'" not in shown:
+        if whole and not _PRINTED.search(shown):
             return form
     raise failure or _refused(f"it leaves out a turn, or does not write {slot!r} for each image")
 

@@ -203,7 +203,7 @@ def _stretches(
     shown = rules.image_text + chosen.after_image
     in_front = 0 if slots and _has_slots(rules, turns) else images
     stretches = [""]
-    for i, span in enumerate(chosen.spans(turns)):
+    for i, span in enumerate(chosen.spans(turns, images_first=in_front > 0)):
         if i % 2 == 0:
             _add(stretches, span)
             continue

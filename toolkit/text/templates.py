@@ -39,17 +39,20 @@ class Template:
     strip: bool = False
     brings_bos: bool = False
 
-    def spans(self, turns: Sequence[str]) -> list[str]:
+    def spans(self, turns: Sequence[str], *, images_first: bool = False) -> list[str]:
         """The prompt for alternating turns, user first, up to the beginning of the next answer.
 
         Spans at even indices are the template's own text, those at odd indices are the turns.
+        images_first: whether images will stand at the beginning of the first turn.
         """
         head, tail = _ENDS[self.style](self)
         spans = [head]
         for i, text in enumerate(turns):
             before, after = _AROUND[self.style](self, i)
             spans[-1] += before
-            spans += [text.strip() if self.strip else text, after]
+            if self.strip:
+                text = text.rstrip() if images_first and i == 0 else text.strip()
+            spans += [text, after]
         spans[-1] += tail
         if self.style == "llama2":
             spans[0] = spans[0].lstrip(self.sep) if self.sep else spans[0]

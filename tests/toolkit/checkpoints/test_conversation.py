@@ -34,7 +34,11 @@ CASES: list[tuple[tuple[str, str, tuple[str, ...], str | None], str, str]] = [
     (("llava-v1.6-mistral-lora", "llama", LLAMA, None), "mistral_instruct", "'mistral' in"),
     (("mine", "llama", LLAMA, "meta-llama/Llama-2-7b-chat-hf"), "llava_llama_2",
      "'llama-2' in _name_or_path"),
-    (("mine", "llama", LLAMA, "lmsys/vicuna-7b-v1.5"), "vicuna_v1", "'v1' in _name_or_path"),
+    (("mine", "llama", LLAMA, "lmsys/vicuna-7b-v1.5"), "vicuna_v1", "'vicuna' in _name_or_path"),
+    (("llama3-llava-next-8b", "llama", LLAMA, None), "llava_llama_3", "'llama3' in the folder's"),
+    (("mine", "llama", LLAMA, "meta-llama/Llama-3.1-8B"), "llava_llama_3", "'llama-3' in _name"),
+    (("mine-v0.2", "llama", LLAMA, None), "vicuna_v1", "neither tokens nor names decide"),
+    (("llava-llama-30b", "llama", LLAMA, None), "vicuna_v1", "neither tokens nor names decide"),
     (("mine", "llama", LLAMA, None), "vicuna_v1", "neither tokens nor names decide"),
     (("llava-mmfuser", "llama", LLAMA, None), "vicuna_v1", "neither tokens nor names decide"),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +21,11 @@ _OF_CLASS = {"LlamaTokenizer": _LLAMA, "CodeLlamaTokenizer": _LLAMA, "Qwen2Token
 # Words in names of folders and base models, as the originals' programs look for them. Those
 # programs take "v1" for llava_v1; the models of that name were trained with vicuna_v1.
 _BY_NAME = (
-    ("llama-2", "llava_llama_2"),
-    ("mistral", "mistral_instruct"),
-    ("v1", "vicuna_v1"),
-    ("vicuna", "vicuna_v1"),
-    ("v0", "llava_v0"),
+    (r"llama-?3(?!\d)", "llava_llama_3"),
+    (r"llama-2(?!\d)", "llava_llama_2"),
+    (r"mistral", "mistral_instruct"),
+    (r"v1|vicuna", "vicuna_v1"),
+    (r"v0$", "llava_v0"),
 )
 
 
@@ -70,9 +71,9 @@ def original(
     known_as = {"the folder's name": folder.resolve().name}
     known_as["_name_or_path in config.json"] = str(config.get("_name_or_path") or "")
     for where, name in known_as.items():
-        for word, template in _BY_NAME:
-            if word in name.lower():
-                return Conversation(template, f"{word!r} in {where}")
+        for words, template in _BY_NAME:
+            if word := re.search(words, name.lower()):
+                return Conversation(template, f"{word[0]!r} in {where}")
     return Conversation(row.template, f"usual for {kind}; neither tokens nor names decide")
 
 
