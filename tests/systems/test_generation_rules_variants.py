@@ -107,16 +107,15 @@ def test_originals_apply_the_rules_to_the_answer_alone(tmp_path: Path) -> None:
         ids = session.tokenizer.encode(PROMPT)
         free = list(session.answer(question).token_ids)
         assert free == by_embeddings(checkpoint, ids)
-    for number, extra in enumerate(
-        (
-            {"repetition_penalty": 1.5},
-            {"no_repeat_ngram_size": 1},
-            {"no_repeat_ngram_size": 2, "suppress_tokens": free[:1]},
-            {"bad_words_ids": [[ids[-1], free[0]], free[7:9]]},
-            {"eos_token_id": free[9], "min_length": len(ids) + 11},
-            {"eos_token_id": free[9], "min_new_tokens": 10, "begin_suppress_tokens": free[:1]},
-        )
-    ):
+    cases: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2, "suppress_tokens": free[:1]},
+        {"bad_words_ids": [[ids[-1], free[0]], free[7:9]]},
+        {"eos_token_id": free[9], "min_length": len(ids) + 11},
+        {"eos_token_id": free[9], "min_new_tokens": 10, "begin_suppress_tokens": free[:1]},
+    ]
+    for number, extra in enumerate(cases):
         (checkpoint / "generation_config.json").write_text(json.dumps(plain | extra))
         work = tmp_path / str(number)
         work.mkdir()
