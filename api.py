@@ -33,8 +33,13 @@ def read_options(
     ignore_keys: Sequence[str] = (),
     quirks: Sequence[str] = (),
     max_context: int | None = None,
+    offline: bool = False,
+    base: str | Path | None = None,
 ) -> Options:
-    """How a checkpoint is to be read; torch files too, where torch is installed."""
+    """How a checkpoint is to be read; torch files too, where torch is installed.
+
+    vision_tower: a folder, a weight file or a model id. offline: download no tower.
+    """
     from edgevlm.toolkit.checkpoints.layouts.source import Options
     from edgevlm.training import torch_files
 
@@ -45,6 +50,8 @@ def read_options(
         max_context,
         torch_files.reader(),
         tuple(quirks),
+        offline,
+        None if base is None else Path(base),
     )
 
 
@@ -80,6 +87,7 @@ def export_bundle(
     max_context: int | None = None,
     system: str | None = None,
     vision_tower: str | Path | None = None,
+    base: str | Path | None = None,
     ignore_keys: Sequence[str] = (),
     quirks: Sequence[str] = (),
     random_weights: bool = False,
@@ -102,9 +110,11 @@ def export_bundle(
     options = read_options(
         system=system,
         vision_tower=vision_tower,
+        base=base,
         ignore_keys=ignore_keys,
         quirks=quirks,
         max_context=max_context,
+        offline=offline,
     )
     model = open_source(
         source,

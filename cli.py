@@ -42,7 +42,11 @@ System = Annotated[
 ]
 Tower = Annotated[
     Optional[Path],
-    typer.Option(help="The vision tower's folder, if not the one that config.json names."),
+    typer.Option(help="The vision tower's folder or model id, if not the one of config.json."),
+]
+Base = Annotated[
+    Optional[Path],
+    typer.Option(help="The base model's folder, for a LoRA adapter or a projector alone."),
 ]
 IgnoreKey = Annotated[
     Optional[list[str]], typer.Option(help="A key of config.json to ignore. Repeatable.")
@@ -87,6 +91,7 @@ def export(
     max_context: Context = None,
     system: System = None,
     vision_tower: Tower = None,
+    base: Base = None,
     ignore_key: IgnoreKey = None,
     quirk: Quirk = None,
     random_weights: RandomWeights = False,
@@ -114,9 +119,11 @@ def export(
     options = api.read_options(
         system=system,
         vision_tower=vision_tower,
+        base=base,
         ignore_keys=ignore_key or (),
         quirks=quirk or (),
         max_context=max_context,
+        offline=offline,
     )
     model = api.open_source(
         source,
@@ -130,13 +137,7 @@ def export(
         console.result(*summary.planned_bundle(model, dtype, out))
         return
     api.write_source(
-        model,
-        source,
-        out,
-        dtype=dtype,
-        target=for_target,
-        force=force,
-        progress=console.step,
+        model, source, out, dtype=dtype, target=for_target, force=force, progress=console.step
     )
     console.result(*summary.written_bundle(out, peak_rss_mb()))
 
@@ -221,22 +222,30 @@ def run(
         Optional[Path],
         typer.Option("--input", help="A file of requests, one JSON object per line."),
     ] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option(help="With --input: a new file; gets each answer as it comes, one a line."),
+    ] = None,
     threads: Threads = 0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Ask an engine a question about images; the answer streams."""
-    from edgevlm.engines.runtime import request_file
+    from edgevlm.engines.runtime import batch, request_file
     from edgevlm.engines.runtime.sampling import Sampling
     from edgevlm.engines.runtime.session import Question, Session
 
     console = _console(as_json, quiet)
     sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty, no_repeat_ngram)
     given = Question(prompt or "", image or (), max_tokens, sampling, template, stop or ())
-    questions = request_file.gather(given, input_file)
+    batch.check_output(output, many=input_file is not None)
+    requests = request_file.gather(given, input_file)
     with Session.open(engine, threads=threads) as session:
-        request_file.answer_all(session, questions, console, many=input_file is not None)
+        if input_file is None:
+            batch.answer_one(session, given, console)
+        else:
+            batch.answer_all(session, requests, console, output)
 
 
 @app.command()

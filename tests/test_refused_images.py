@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from edgevlm.toolkit.errors import InputError
-from edgevlm.toolkit.images import preprocess
+from edgevlm.toolkit.images import decode
 from tests.refusals import IMAGE, edgevlm, refuses
 
 
@@ -94,7 +94,7 @@ def test_noise_in_any_format_is_refused_or_read() -> None:
             indices = generator.integers(0, min(len(bad), 400), 6)
             bad[indices] = generator.integers(0, 256, 6)
             try:
-                assert preprocess.load(bad.tobytes()).rgb.mode == "RGB"
+                assert decode.load(bad.tobytes()).rgb.mode == "RGB"
             except InputError as error:
                 refused += 1
                 assert error.message.startswith("image given in memory ")
@@ -148,7 +148,7 @@ def test_an_unusual_image_is_used_and_noted(case: str, ready: Path, tmp_path: Pa
     make, note, size = UNUSUAL[case]
     image = tmp_path / "image"
     make(image)
-    loaded = preprocess.load(image).rgb
+    loaded = decode.load(image).rgb
     assert loaded.size == size
     if case != "16 bits":  # the first frame, the ink and the palette are all red
         assert np.abs(np.asarray(loaded)[5, 5].astype(int) - (255, 0, 0)).max() <= 2

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.refusals import IMAGE, edgevlm, refuses
+from tests.refusals import IMAGE, check_contract, edgevlm, refuses
 
 RUN: list[tuple[tuple[object, ...], str]] = [
     ((), "there is no PROMPT"),
@@ -108,8 +108,84 @@ def test_a_request_file_is_refused_by_line(case: str, ready: Path, tmp_path: Pat
     data, reason = FILES[case]
     file = tmp_path / "requests.jsonl"
     file.write_bytes(data)
-    error, _ = refuses(tmp_path, "run", ready / "engine-cpu", "--input", file, "--json")
-    assert reason in error
+    ask = ("run", ready / "engine-cpu", "--input", file, "--json")
+    if reason == "holds no request":
+        assert reason in refuses(tmp_path, *ask)[0]
+        return
+    ran = edgevlm(*ask)
+    assert ran.code == 1
+    error, hint = check_contract(ran.err)
+    entries = json.loads(ran.out)["answers"]
+    assert error == f"1 of {len(entries)} requests failed"
+    assert hint
+    assert reason in entries[-1]["error"]["message"]
+    (listed,) = [line for line in ran.err.splitlines() if line.startswith("failed: line ")]
+    assert reason in listed
+    assert all("text" in entry for entry in entries[:-1])
+
+
+GOOD_AND_BAD: list[dict[str, Any]] = [
+    {"prompt": "What is 1?", "id": "q1"},
+    {"prompt": "What is 2?", "image": "cut.png", "id": {"n": 2}},
+    {"prompt": "<image> What is 3?", "id": "\ud800"},
+    {"prompt": "What is 4?", "image": str(IMAGE), "id": 4},
+]
+
+
+def test_a_batch_answers_what_it_can(ready: Path, tmp_path: Path) -> None:
+    file, kept, engine = tmp_path / "r.jsonl", tmp_path / "kept.jsonl", ready / "engine-cpu"
+    (tmp_path / "cut.png").write_bytes(IMAGE.read_bytes()[:300])
+    file.write_text("\n".join(map(json.dumps, GOOD_AND_BAD)))
+    ask = ("run", engine, "--input", file, "--max-tokens", 4)
+    ran = edgevlm(*ask, "--json", "--output", kept)
+    assert ran.code == 1
+    given = json.loads(ran.out)
+    entries = given["answers"]
+    assert given["failed"] == 2
+    assert [(e["line"], e["id"], "error" in e) for e in entries] == [
+        (1, "q1", False), (2, {"n": 2}, True), (3, "\ud800", True), (4, 4, False)
+    ]  # fmt: skip
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == entries
+    assert 'failed: line 2 (id {"n": 2}): image ' in ran.err
+    assert "failed: line 3 (id " in ran.err
+    alone = edgevlm("run", engine, "What is 4?", "--image", IMAGE, "--max-tokens", 4, "--json")
+    assert json.loads(alone.out)["token_ids"] == entries[3]["token_ids"]
+    text = edgevlm(*ask)
+    assert text.code == 1
+    assert text.out == f"{entries[0]['text']}\n\n\n{entries[3]['text']}\n"
+    refused = edgevlm(*ask, "--output", kept)
+    assert (refused.code, refused.out) == (1, "")
+    assert f"{kept} exists" in refused.err
+
+
+def test_a_killed_batch_keeps_its_answers(
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgevlm.engines.runtime.session import Session
+
+    file, kept, whole, seen = tmp_path / "r", tmp_path / "kept", Session.ask, []
+    file.write_text('{"prompt": "a", "id": "x"}\n{"prompt": "b"}\n')
+
+    def ask(self: Session, question: Any) -> Any:
+        if question.prompt == "b":
+            seen.append(kept.read_text())
+            raise KeyboardInterrupt
+        return whole(self, question)
+
+    monkeypatch.setattr(Session, "ask", ask)
+    words = ("--input", file, "--output", kept, "--max-tokens", 2)
+    assert edgevlm("run", ready / "engine-cpu", *words).code == 130
+    assert json.loads(seen[0])["id"] == "x"
+    assert kept.read_text() == seen[0]
+
+
+def test_an_output_that_cannot_be_is_refused(ready: Path, tmp_path: Path) -> None:
+    file = tmp_path / "r"
+    file.write_text('{"prompt": "a"}')
+    run = ("run", ready / "engine-cpu")
+    assert "--input" in refuses(tmp_path, *run, "What?", "--output", tmp_path / "o")[1]
+    for output, reason in ((tmp_path / "no/o", "is not a folder"), (file, "exists")):
+        assert reason in refuses(tmp_path, *run, "--input", file, "--output", output)[0]
 
 
 def test_a_request_file_that_is_none_is_refused(ready: Path, tmp_path: Path) -> None:

@@ -15,32 +15,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edgevlm.toolkit import inert_keys
 from edgevlm.toolkit.errors import ConfigError
 
 V = TypeVar("V")
 _REQUIRED: Any = object()
 # Layers are listed before a file is opened: a wrong number must not take minutes.
 MOST_LAYERS = 4096
-
-# Keys that transformers writes into every config.json and that do not change a forward pass:
-# generation defaults, bookkeeping, training switches.
-BOOKKEEPING = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
-    _name_or_path add_cross_attention attn_implementation
-    architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens bos_token_id
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
-    do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    id2label initializer_factor initializer_range is_decoder is_encoder_decoder label2id
-    length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
-    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
-    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
-    transformers.js_config transformers_version typical_p use_bfloat16 use_cache
-    """.split()
-)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,7 +45,7 @@ class Reader:
 
     def __init__(self, data: Mapping[str, Any], where: str, allow: Iterable[str] = ()) -> None:
         self._data = dict(data)
-        self._open = set(data) - BOOKKEEPING
+        self._open = set(data) - inert_keys.BOOKKEEPING
         self._allow = set(allow)
         self.where = where
 
@@ -148,8 +129,12 @@ class Reader:
         return self._data.get(key) is not None
 
     def skip(self, *keys: str) -> None:
-        """Mark keys that are known and do not change what the model computes."""
+        """Mark keys that are read elsewhere."""
         self._open.difference_update(keys)
+
+    def ignore(self, name: str) -> None:
+        """Mark the keys that cannot change a number for a class of toolkit/inert_keys.py."""
+        self._open.difference_update(inert_keys.inert(name))
 
     def given(self, key: str) -> bool:
         """Whether `key` is present, even if it is null."""
@@ -157,12 +142,21 @@ class Reader:
 
     def done(self) -> None:
         """Refuse every key that was neither taken nor skipped."""
-        unknown = sorted(self._open - self._allow)
+        left = self._open - self._allow
+        decisive = sorted(k for k in left if inert_keys.decides(k, self._data[k]))
+        if decisive:
+            stated = ", ".join(f"{key} = {self._data[key]!r}"[:200] for key in decisive)
+            raise ConfigError(
+                f"{self.where}: {stated} changes what the model computes and is not implemented",
+                hint="take a checkpoint without it",
+            )
+        unknown = sorted(left - inert_keys.DECISIVE.keys())
         if unknown:
             flags = " ".join(f"--ignore-key {key}" for key in unknown)
             raise ConfigError(
                 f"{self.where} has unknown keys: {', '.join(unknown)}",
-                hint=f"if none of them changes what the model computes, add {flags}",
+                hint="search the code that the checkpoint was trained with for each name; only if "
+                f"its model never reads it when it answers, add {flags}",
             )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from edgevlm.engines.backends import Compiled, LayerTime, Peaks, RunnerOptions, probes, sessions
 from edgevlm.engines.backends.bindings import Bindings
-from edgevlm.engines.backends.common import link
+from edgevlm.engines.backends.common import place
 from edgevlm.engines.backends.state import Allocation, State, check, zeros
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import (
@@ -68,7 +68,7 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
         notes.append(f"{dtype} upcast to {computed}: this processor has no half kernels")
         _upcast_weights(bundle, record, folder, model)
     else:
-        link(bundle.path / record.weights, folder / record.weights)
+        place(bundle.path / record.weights, folder / record.weights)
     (folder / record.graph).write_bytes(model.SerializeToString())
     rounds_inputs = any(node.op_type == "MatMulNBits" for node in model.graph.node)
     return Compiled(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from edgevlm.engines.backends import Compiled, LayerTime, Peaks, RunnerOptions
-from edgevlm.engines.backends.common import best_seconds, link
+from edgevlm.engines.backends.common import best_seconds, place
 from edgevlm.engines.backends.state import State, check, zeros
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord, Tensors
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
@@ -24,8 +24,8 @@ def here() -> Target:
 
 
 def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Target) -> Compiled:
-    """Link the weights; there is no graph to compile."""
-    link(bundle.path / record.weights, folder / record.weights)
+    """Copy the weights; there is no graph to compile."""
+    place(bundle.path / record.weights, folder / record.weights)
     return Compiled(record, (record.weights,))
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import onnx
 
 Progress = Callable[[str], None]
+_GRAPHS_BYTES = 64_000_000  # graphs, tokenizer and manifest are smaller together
 
 
 @dataclass(frozen=True)
@@ -236,14 +237,16 @@ def _backend_here(target: Target, path: Path, out: Path) -> Backend:
 
 
 def _new_bytes(bundle: Bundle, request: Request) -> int:
-    """The most disk space that a build takes, not counting files linked to the bundle's."""
-    if request.requantization is not None:
-        plan = request.requantization.plan
-        return memory.weights_bytes(bundle.model, plan, 4) + 64_000_000
+    """The most disk space that a build takes: the engine's weights, and little else.
+
+    File systems that share the blocks of copies need less.
+    """
     dtype = bundle.manifest.dtype
     upcast = capabilities.of(request.target).computes_in(dtype) != dtype
-    weights = memory.weights_bytes(bundle.model, bundle.manifest.plan, 4) if upcast else 0
-    return weights + 64_000_000
+    if request.requantization is None and not upcast:
+        files = bundle.manifest.files
+        return sum(files[c.weights].nbytes for c in bundle.manifest.components) + _GRAPHS_BYTES
+    return memory.weights_bytes(bundle.model, request.plan(bundle), 4) + _GRAPHS_BYTES
 
 
 def _compile(

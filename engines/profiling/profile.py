@@ -17,8 +17,8 @@ from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock, Span
 from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit.errors import InputError
-from edgevlm.toolkit.images import preprocess
-from edgevlm.toolkit.images.preprocess import LoadedImage
+from edgevlm.toolkit.images import decode
+from edgevlm.toolkit.images.decode import LoadedImage
 from edgevlm.toolkit.target import installed
 from edgevlm.toolkit.text import prompts
 from edgevlm.toolkit.text.prompts import Prompt
@@ -165,7 +165,7 @@ def _run(session: Session, state: State, request: ProfileRequest, number: int) -
 
 def _image(request: ProfileRequest, number: int) -> LoadedImage:
     if request.image is not None:
-        return preprocess.load(request.image)
+        return decode.load(request.image)
     from PIL import Image
 
     pixels = np.random.default_rng(number).integers(0, 256, (480, 640, 3), np.uint8)

@@ -20,7 +20,7 @@ from edgevlm.engines.runtime.question import Question
 from edgevlm.engines.runtime.sampling import sampler
 from edgevlm.engines.runtime.stopping import StoppingText
 from edgevlm.toolkit.errors import InputError
-from edgevlm.toolkit.images import preprocess
+from edgevlm.toolkit.images import decode
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.text import prompts
 from edgevlm.toolkit.text.prompts import PromptSequence
@@ -166,7 +166,7 @@ class Reply:
         session, question, clock = self._session, self._question, self._clock
         with clock.time("image_decode"):
             upright = session.model.images.upright
-            images = [preprocess.load(source, upright=upright) for source in question.images]
+            images = [decode.load(source, upright=upright) for source in question.images]
         self._notes = tuple(
             f"image {number}: {note}"
             for number, image in enumerate(images, 1)

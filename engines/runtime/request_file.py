@@ -2,54 +2,80 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-import sys
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgevlm.engines.runtime.session import Answer, Question, Session
+from edgevlm.engines.runtime.question import Question
 from edgevlm.toolkit.errors import InputError, ToolkitError
-from edgevlm.toolkit.strict import BOOKKEEPING, Reader, to_plain
-from edgevlm.toolkit.terminal.console import Console
+from edgevlm.toolkit.inert_keys import BOOKKEEPING
+from edgevlm.toolkit.strict import Reader
 
 
-def gather(given: Question, file: Path | None) -> list[Question]:
-    """The questions to answer. A line of `file` may set prompt, images, max_tokens, template.
+@dataclass(frozen=True)
+class Request:
+    """One line of a request file: its question, or the reason why there is none.
 
-    Other settings come from the command line; image paths are relative to the file.
+    line: counted from 1; 0 for the command line. id: what the line calls itself, any JSON value.
+    """
+
+    question: Question | None
+    line: int = 0
+    id: Any = None
+    refused: ToolkitError | None = None
+
+
+def gather(given: Question, file: Path | None) -> list[Request]:
+    """What is to be answered. A line of `file` may set prompt, images, max_tokens, template, stop.
+
+    Other settings come from the command line; image paths are relative to the file. A line that
+    is no request is kept with its reason. Raises InputError where there is nothing to answer.
     """
     if file is None:
         if not given.prompt:
             raise InputError("there is no PROMPT", hint='edgevlm run ENGINE "What is this?"')
-        return [given]
+        return [Request(given)]
     if given.prompt or given.images:
         raise InputError("--input brings its own prompts and images: drop PROMPT and --image")
+    given.checked()  # what is wrong with the command line is wrong with every request
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as refused:
         raise InputError(f"{file} cannot be read: {refused.strerror}") from None
-    except UnicodeDecodeError as odd:
-        raise InputError(f"{file} cannot be read as UTF-8: {odd.reason}") from None
-    questions = [
-        _question(line, f"{file} line {number}", given, file.parent)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
+    requests = [
+        _request(line, number, file, given) for number, line in enumerate(lines, 1) if line.strip()
     ]
-    if not questions:
+    if not requests:
         raise InputError(f"{file} holds no request")
-    return questions
+    return requests
 
 
-def _question(line: str, where: str, given: Question, folder: Path) -> Question:
+def _request(line: bytes, number: int, file: Path, given: Question) -> Request:
+    where, name = f"{file} line {number}", None
     try:
-        data = json.loads(line)
+        data = _object(line, where)
+        name = data.get("id")
+        return Request(_question(data, where, given, file.parent), number, name)
+    except ToolkitError as refused:
+        return Request(None, number, name, refused)
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        data = json.loads(line.decode())
+    except UnicodeDecodeError as odd:
+        raise InputError(f"{where} cannot be read as UTF-8: {odd.reason}") from None
     except (ValueError, RecursionError) as broken:
         raise InputError(f"{where} is not JSON: {broken}") from None
     if not isinstance(data, dict):
         raise InputError(f"{where} is not a JSON object")
-    keys = "prompt (or messages), images (or image), max_tokens, template, stop"
+    return data
+
+
+def _question(data: dict[str, Any], where: str, given: Question, folder: Path) -> Question:
+    keys = "prompt (or messages), images (or image), max_tokens, template, stop, id"
     try:
         bookkeeping = sorted(BOOKKEEPING & set(data))  # keys that a Reader skips
         if bookkeeping:
@@ -107,38 +133,3 @@ def _turns(r: Reader) -> tuple[str, list[str]]:
     if len(turns) % 2 == 0:
         raise InputError(f"{r.where}: messages do not end with the user's")
     return turns[-1], turns[:-1]
-
-
-def answer_all(
-    session: Session, questions: list[Question], console: Console, *, many: bool
-) -> None:
-    """Answer and print: streaming text, or one JSON object (`answers` holds many)."""
-    answers = []
-    for question in questions:
-        reply = session.ask(question)
-        for token in reply:
-            console.stream(token.text)
-        answers.append(reply.answer)
-        console.stream("\n")
-        for note in reply.answer.notes:
-            console.note(note)
-    if console.as_json:
-        data: Any = {"answers": [_data(a) for a in answers]} if many else _data(answers[0])
-        console.result(data, ())
-    elif not console.quiet:
-        print(_closing(answers, session.load_ms), file=sys.stderr)
-
-
-def _data(answer: Answer) -> Mapping[str, Any]:
-    data: Mapping[str, Any] = to_plain(answer)
-    return data
-
-
-def _closing(answers: list[Answer], load_ms: float) -> str:
-    last = answers[-1]
-    first, latency = (last.timings_ms[k] for k in ("time_to_first_token", "inter_token_latency"))
-    return (
-        f"\n{last.prompt_tokens} tokens in ({last.image_tokens} image), {len(last.token_ids)} out; "
-        f"loaded in {load_ms:.0f} ms, first token after {first:.0f} ms, "
-        f"then {latency:.2f} ms a token; {last.peak_rss_mb:.0f} MB"
-    )

@@ -30,7 +30,7 @@ from edgevlm.engines.runtime.reply import Token as Token
 from edgevlm.engines.runtime.vision import Features, Vision, side_by_side
 from edgevlm.toolkit.bundle.manifest import TOKENIZER
 from edgevlm.toolkit.errors import InputError
-from edgevlm.toolkit.images.preprocess import LoadedImage
+from edgevlm.toolkit.images.decode import LoadedImage
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import threads_here
 from edgevlm.toolkit.text.prompts import PromptSequence
@@ -63,7 +63,9 @@ class Session:
         self.model = engine.parsed_model()
         self.load_ms = load_ms
         rules = self.model.prompts
-        self.tokenizer = Tokenizer.open(folder / TOKENIZER, doubled_blank=rules.doubled_blank)
+        self.tokenizer = Tokenizer.open(
+            folder / TOKENIZER, rules.sentencepiece, self.model.lm.config.vocab_size
+        )
         self.vision = Vision(self.model, engine, runners, together=together)
         self.threads = threads or threads_here()
         self._runners = runners

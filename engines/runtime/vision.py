@@ -17,7 +17,7 @@ from edgevlm.engines.manifest import Engine
 from edgevlm.engines.runtime.clock import Clock
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.images import preprocess, tiling
-from edgevlm.toolkit.images.preprocess import LoadedImage
+from edgevlm.toolkit.images.decode import LoadedImage
 from edgevlm.toolkit.images.tiling import ArrangedTokens, Views
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.vlm.components import Edge

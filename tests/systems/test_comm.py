@@ -122,7 +122,7 @@ def test_comm_is_the_papers_formula_and_answers_token_for_token(tmp_path: Path) 
     session = Session.open(engine)
     features = expected_features(clip, dino, w)
     from edgevlm.engines.runtime.clock import Clock
-    from edgevlm.toolkit.images.preprocess import load
+    from edgevlm.toolkit.images.decode import load
 
     found = session.vision.encode([load(IMAGE)], Clock()).rows
     np.testing.assert_allclose(found, features.numpy(), atol=2e-5 * float(features.abs().max()))
@@ -146,7 +146,7 @@ def test_encoders_side_by_side_give_the_same(
     from edgevlm.engines.runtime import session as sessions
     from edgevlm.engines.runtime import vision
     from edgevlm.engines.runtime.clock import Clock
-    from edgevlm.toolkit.images.preprocess import load
+    from edgevlm.toolkit.images.decode import load
 
     write(tmp_path / "comm")
     engine = engine_of(tmp_path / "comm", tmp_path)

@@ -15,7 +15,7 @@ import transformers
 from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.checkpoints.layouts.source import Options
-from edgevlm.toolkit.images import preprocess
+from edgevlm.toolkit.images import decode, preprocess
 from tests.conftest import HERE
 from tests.pipeline import ask, engine_of
 
@@ -183,7 +183,7 @@ def test_text_alone_equals_that_of_transformers(tmp_path: Path) -> None:
 def test_features_equal_those_of_transformers(tmp_path: Path) -> None:
     model = save(tmp_path / "checkpoint", "grouped heads")
     session = Session.open(engine_of(tmp_path / "checkpoint", tmp_path))
-    image = preprocess.load(IMAGE)
+    image = decode.load(IMAGE)
     (rule,) = session.model.images.encoders.values()
     pixels = torch.from_numpy(preprocess.preprocess(image.rgb, rule)[None])
     with torch.no_grad():

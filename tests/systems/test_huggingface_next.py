@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 
 from edgevlm.engines.runtime.session import Question, Session
-from edgevlm.toolkit.images import preprocess, tiling
+from edgevlm.toolkit.images import decode, preprocess, tiling
 from tests.pipeline import engine_of
 from tests.systems.test_huggingface import CLIP, LLAMA, add_tokenizer, scatter
 
@@ -132,7 +132,7 @@ def test_views_are_bit_equal(onevision: bool, tmp_path: Path) -> None:
     assert rules.tiling is not None
     (rule,) = rules.encoders.values()
     for path in images(tmp_path, *SIZES):
-        image = preprocess.load(path).rgb
+        image = decode.load(path).rgb
         views = tiling.cut(image, rules.tiling)
         found = np.stack([preprocess.preprocess(view, rule) for view in views.images])
         expected = processor(onevision)([image], return_tensors="np")["pixel_values"][0]

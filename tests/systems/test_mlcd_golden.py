@@ -14,7 +14,7 @@ from edgevlm.toolkit import systems
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.toolkit.images import preprocess, tiling
+from edgevlm.toolkit.images import decode, preprocess, tiling
 from edgevlm.toolkit.images.tiling import TokenArrangement
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -97,7 +97,7 @@ def test_pixels_of_all_views_are_bit_equal(built: tuple[Golden, Session]) -> Non
     assert rules.tiling is not None
     (rule,) = rules.encoders.values()
     for number, path in enumerate(golden.images):
-        image = preprocess.load(path).rgb
+        image = decode.load(path).rgb
         views = tiling.cut(image, rules.tiling)
         assert views.grid == tuple(golden.meta[f"image{number}_grid_tiles_wh"])
         found = np.stack([preprocess.preprocess(view, rule) for view in views.images])
@@ -111,11 +111,11 @@ def test_features_are_near(built: tuple[Golden, Session]) -> None:
     from edgevlm.engines.runtime.clock import Clock
 
     for number, path in enumerate(golden.images):
-        found = session.vision.encode([preprocess.load(path)], Clock())
+        found = session.vision.encode([decode.load(path)], Clock())
         expected = golden.outputs[f"image{number}.projected"].reshape(-1, 64)
         near(found.rows[:-1], expected)
         near(found.rows[found.indices[0]], golden.outputs[f"image{number}.merged_tokens"])
-        single = session.vision.encode([preprocess.load(path)], Clock(), tiles=False)
+        single = session.vision.encode([decode.load(path)], Clock(), tiles=False)
         near(single.rows[single.indices[0]], golden.outputs[f"image{number}.single_view_tokens"])
 
 
@@ -184,7 +184,7 @@ def test_other_merge_types_from_checkpoint_to_answer(
 
     session = Session.open(engine_of(folder, tmp_path))
     for number, path in enumerate(golden.images):
-        found = session.vision.encode([preprocess.load(path)], Clock())
+        found = session.vision.encode([decode.load(path)], Clock())
         near(found.rows[found.indices[0]], golden.outputs[f"image{number}.{name}"])
 
 
@@ -195,3 +195,26 @@ def _without_newline(folder: Path) -> None:
     del tensors["model.image_newline"]
     (folder / "model.safetensors").unlink()
     save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llava", None])
+def test_the_class_is_read_from_architectures(
+    built: tuple[Golden, Session], tmp_path: Path, model_type: str | None
+) -> None:
+    """Published checkpoints carry the language model's own model_type beside the LLaVA class."""
+    golden, _ = built
+    folder = tmp_path / "mlcd-checkpoint"
+    folder.mkdir()
+    for file in golden.folder.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((golden.folder / "config.json").read_text())
+    config |= {"model_type": model_type, "architectures": ["LlavaQwenForCausalLM"]}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    source = systems.load(folder, Options())
+    assert (source.model.system, source.model.lm.kind) == ("mlcd", "qwen2")
+    if model_type == "qwen2":
+        session = Session.open(engine_of(folder, tmp_path))
+        question = Question(golden.meta["prompt_one_image"], golden.images[:1], 24, template="none")
+        expected = golden.outputs["one_image.greedy_ids"].tolist()
+        assert list(session.answer(question).token_ids) == expected

@@ -12,7 +12,7 @@ import pytest
 
 from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit.bundle.manifest import Bundle
-from edgevlm.toolkit.images import preprocess
+from edgevlm.toolkit.images import decode, preprocess
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
 from edgevlm.toolkit.text import prompts
@@ -67,7 +67,7 @@ def test_pixels_are_bit_equal(built: tuple[Golden, Path]) -> None:
     golden, engine = built
     session = Session.open(engine)
     (rule,) = session.model.images.encoders.values()
-    pixels = preprocess.preprocess(preprocess.load(golden.image).rgb, rule)
+    pixels = preprocess.preprocess(decode.load(golden.image).rgb, rule)
     assert np.array_equal(pixels[None], golden.outputs["pixel_values"])
 
 
@@ -97,7 +97,7 @@ def test_features_and_logits_are_near(built: tuple[Golden, Path]) -> None:
     bundle = Bundle.open(engine.parent / "bundle")
     parts = {p.name: p for p in components.components(bundle.model)}
     session = Session.open(engine)
-    found = session.vision.encode([preprocess.load(golden.image)], _clock())
+    found = session.vision.encode([decode.load(golden.image)], _clock())
     features, rows = found.rows, found.indices
     near(features, golden.outputs["projector_output"])
     (encoder,) = [p for n, p in parts.items() if n.startswith("encoder.")]
@@ -123,7 +123,7 @@ def test_two_images_in_their_order(built: tuple[Golden, Path], tmp_path: Path) -
     mirrored = tmp_path / "mirrored.png"
     ImageOps.mirror(Image.open(golden.image)).save(mirrored)
     session = Session.open(engine)
-    images = [preprocess.load(golden.image), preprocess.load(mirrored)]
+    images = [decode.load(golden.image), decode.load(mirrored)]
     features = session.vision.encode(images, _clock())
     sequence = _sequence(session, golden.case["prompt_two_images"], features.indices)
     expected = golden.outputs["logits_two_images_last"].reshape(-1)

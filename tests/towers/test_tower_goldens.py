@@ -13,7 +13,8 @@ from edgevlm.engines.lowering.lower import lower
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from edgevlm.toolkit.checkpoints.weights import Checkpoint, Recipes, check_tables
-from edgevlm.toolkit.images.preprocess import load, preprocess, read_preprocess
+from edgevlm.toolkit.images.decode import load
+from edgevlm.toolkit.images.preprocess import preprocess, read_preprocess
 from edgevlm.toolkit.models.encoders import convnext, mlcd, unireplknet
 from edgevlm.toolkit.models.mergers import comm, mmfuser
 from edgevlm.toolkit.models.recipes import Recipe

@@ -204,7 +204,7 @@ class Bundle:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that travels with the bundle."""
         rules = self.model.prompts
-        return Tokenizer.open(self.path / TOKENIZER, doubled_blank=rules.doubled_blank)
+        return Tokenizer.open(self.path / TOKENIZER, rules.sentencepiece)
 
 
 def read_manifest(file: Path) -> Manifest:

@@ -19,6 +19,8 @@ def load(folder: Path, options: Options) -> Source:
             f"{folder} is a bundle of system {bundle.model.system}, not {options.system}",
             hint="leave --system out",
         )
+    if options.base is not None:
+        raise ConfigError(f"{folder} is a bundle; --base is for checkpoints", hint="leave it out")
     lm = with_context(bundle.model.lm, options.max_context)
     model = type(bundle.model)(**{**vars(bundle.model), "lm": lm})
     weights = {component.name: bundle.tensors(component.name) for component in components(model)}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from edgevlm.toolkit.errors import CheckpointError, MissingExtra
 
-_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
+_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+_WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def locate(source: str, *, revision: str | None, offline: bool) -> Path:
@@ -19,14 +20,52 @@ def locate(source: str, *, revision: str | None, offline: bool) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
-    names_model = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith((".", "/"))
-    if folder.exists() or not names_model:
+    if folder.exists() or not is_model_id(source):
         kind = "is not a folder" if folder.exists() else "does not exist"
         raise CheckpointError(
             f"{source} {kind}, and it is not a model id (ORGANISATION/NAME)",
             hint="give a checkpoint folder, a model id, or preset:NAME --random-weights",
         )
     return _from_hub(source, revision, offline or os.environ.get("HF_HUB_OFFLINE") == "1")
+
+
+def is_model_id(text: str) -> bool:
+    """Whether a text has the form ORGANISATION/NAME."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", text)) and not text.startswith((".", "/"))
+
+
+def locate_tower(name: str, *, offline: bool) -> Path:
+    """The folder of the model `name` with its weights: from the local cache, or downloaded.
+
+    What is in the cache is taken as it is, because several systems ask for a tower in turn.
+    Raises CheckpointError if it is not there and cannot be fetched.
+    """
+    try:
+        folder = _from_hub(name, None, True)
+    except CheckpointError:
+        if offline:
+            raise
+        return locate(name, revision=None, offline=False)
+    if (folder / "config.json").exists() and any(any(folder.glob(glob)) for glob in _WEIGHTS):
+        return folder
+    if offline:
+        raise CheckpointError(
+            f"{name} is in the local cache without its weights ({folder})",
+            hint="without --offline they are downloaded",
+        )
+    return locate(name, revision=None, offline=False)
+
+
+def origin_in_cache(folder: Path) -> tuple[str, str] | None:
+    """Model id and revision of a folder of the hub's cache, models--ORG--NAME/snapshots/REVISION.
+
+    None for any other folder.
+    """
+    *_, model, snapshots, revision = ("", "", "", *folder.resolve().parts)
+    parts = model.split("--")
+    if snapshots != "snapshots" or parts[0] != "models" or len(parts) < 2:
+        return None
+    return "/".join(parts[1:]), revision
 
 
 def _from_hub(name: str, revision: str | None, offline: bool) -> Path:

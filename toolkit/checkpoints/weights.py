@@ -22,6 +22,10 @@ from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
+FLOAT_WEIGHTS = (
+    "take the float checkpoint that it was made from; edgevlm build --precision int4 (or int8) "
+    "quantizes it"
+)
 _FETCH = "the download or copy is incomplete; fetch the checkpoint again"
 
 
@@ -61,6 +65,39 @@ class Checkpoint:
         return self._sources[key].read(key)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError if a file is the pointer that a clone without git-lfs leaves."""
+    if not path.is_file() or path.stat().st_size > 1024:
+        return
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise CheckpointError(
+                f"{path} ({path.stat().st_size} bytes) is a Git LFS pointer, not the file itself",
+                hint=f"git -C {path.parent} lfs pull   (git-lfs must be installed)",
+            )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has the weight files of a model, or an index of them."""
+    stems = ("model.safetensors", "pytorch_model.bin")
+    return any((folder / (stem + end)).exists() for stem in stems for end in ("", ".index.json"))
+
+
+def open_file(path: Path, torch_reader: TorchReader | None) -> TensorSource:
+    """The tensors of one file, safetensors or torch. Raises CheckpointError."""
+    refuse_pointer(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if torch_reader is None:
+        raise CheckpointError(
+            f"{path} is a torch file; reading it needs torch", hint="pip install 'edgevlm[train]'"
+        )
+    return torch_reader(path)
+
+
 def open_checkpoint(folder: Path, torch_reader: TorchReader | None = None) -> Checkpoint:
     """The weights in `folder`: safetensors first, else torch files through `torch_reader`.
 
@@ -76,9 +113,42 @@ def open_checkpoint(folder: Path, torch_reader: TorchReader | None = None) -> Ch
                 f"{folder} holds torch files only ({files[0].name}); reading them needs torch",
                 hint="pip install 'edgevlm[train]'",
             )
+        for file in files:
+            refuse_pointer(file)
         return _join(folder, [read(file) for file in files])
-    raise CheckpointError(
-        f"{folder} holds no weights (model.safetensors, pytorch_model.bin or shards of them)"
+    raise _no_weights(folder)
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    """The error for a folder without weight files, naming what it has in their place."""
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    steps = [name for name in found if name.startswith("global_step")]
+    if steps or "zero_to_fp32.py" in found:
+        return CheckpointError(
+            f"{folder} holds DeepSpeed's partitions ({', '.join(steps[:3])}), not whole weights",
+            hint=f"cd {folder} && python zero_to_fp32.py . pytorch_model.bin",
+        )
+    foreign = [name for name in found if name.endswith((".gguf", ".pth", ".msgpack", ".h5"))]
+    if foreign:
+        return CheckpointError(
+            f"{folder} holds weights in a format that edgevlm does not read: {foreign[0]}",
+            hint="take the checkpoint as safetensors",
+        )
+    shards = [name for name in found if name.endswith((".safetensors", ".bin"))]
+    if any("-of-" in name for name in shards):
+        return CheckpointError(
+            f"{folder} holds shards ({shards[0]}) without their index ({_index_of(shards[0])})",
+            hint=_FETCH,
+        )
+    return CheckpointError(
+        f"{folder} holds no weights (model.safetensors, pytorch_model.bin or shards of them)",
+        hint=_FETCH,
+    )
+
+
+def _index_of(shard: str) -> str:
+    return ("model.safetensors" if shard.endswith("safetensors") else "pytorch_model.bin") + (
+        ".index.json"
     )
 
 
@@ -160,6 +230,8 @@ def check_tables(
     needed = {s for table, _ in tables for recipe in table.values() for s in recipe.sources}
     stored = set(checkpoint.keys())
     globs = tuple(unused)
+    _refuse_placeholders(sorted(needed & stored), checkpoint)
+    _refuse_quantized(stored, checkpoint)
     missing = sorted(needed - stored)
     extra = sorted(k for k in stored - needed if not any(fnmatchcase(k, g) for g in globs))
     faults = [*_listed("missing", missing), *_listed("unexpected", extra)]
@@ -169,6 +241,27 @@ def check_tables(
         raise CheckpointError(
             f"{checkpoint.where} does not fit the model its config describes: {'; '.join(faults)}",
             hint="check that config and weights belong together, and that every file arrived",
+        )
+
+
+def _refuse_placeholders(keys: Iterable[str], checkpoint: Checkpoint) -> None:
+    empty = [key for key in keys if 0 in checkpoint.shape(key)]
+    if empty:
+        raise CheckpointError(
+            f"{checkpoint.where} holds empty tensors, as DeepSpeed ZeRO-3 leaves them: "
+            f"{', '.join(_listed('empty', empty))}",
+            hint="in the folder of the training run: python zero_to_fp32.py . pytorch_model.bin; "
+            "or train with stage3_gather_16bit_weights_on_model_save",
+        )
+
+
+def _refuse_quantized(keys: Iterable[str], checkpoint: Checkpoint) -> None:
+    marks = (".qweight", ".qzeros", ".SCB", ".absmax", ".quant_map", ".weight_scale_inv")
+    found = sorted(key for key in keys if key.endswith(marks))
+    if found:
+        raise CheckpointError(
+            f"{checkpoint.where} holds weights that another program quantized: {found[0]}",
+            hint=FLOAT_WEIGHTS,
         )
 
 

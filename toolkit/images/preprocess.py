@@ -1,23 +1,20 @@
-"""From image files to pixel tensors: preprocessing as data, executed by Pillow and NumPy.
+"""From RGB images to pixel tensors: preprocessing as data, executed by Pillow and NumPy.
 
 The result is bit-equal to what the originals feed their towers (Hugging Face's PIL processors
-after LLaVA's own aspect handling). `LoadedImage.notes` states what was done to unusual files.
+after LLaVA's own aspect handling).
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import BytesIO
-from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from edgevlm.toolkit.errors import ConfigError, InputError
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.images.decode import MAX_SIDE
 from edgevlm.toolkit.images.tiling import Tiling, TokenArrangement
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import Reader
@@ -25,22 +22,12 @@ from edgevlm.toolkit.strict import Reader
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PIXELS = 100_000_000  # a 30000 x 30000 image would take 2.7 GB decoded
-MAX_SIDE = 16_384  # padding to a square of this side already takes 0.8 GB
-MAX_RATIO = 200  # beyond this, resizing the short edge makes an image of hundreds of megapixels
-_ORIENTATION = 0x0112  # the EXIF tag
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _CROPPING = ("CLIP", "LlavaNext", "LlavaImage", "Bit")
 _PROCESSORS = (
     "CLIPImageProcessor", "CLIPFeatureExtractor", "SiglipImageProcessor", "LlavaImageProcessor",
     "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor", "BitImageProcessor",
 )  # fmt: skip
-# Keys that are read elsewhere or do not affect a single image.
-_IDLE_KEYS = (
-    "_valid_processor_keys auto_map data_format default_to_square device disable_grouping "
-    "feature_extractor_type image_grid_pinpoints image_seq_length "
-    "input_data_format pad_size processor_class return_tensors size_divisor"
-).split()
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 
 
@@ -91,17 +78,9 @@ class ImageRules:
     upright: bool = True
 
 
-@dataclass(frozen=True)
-class LoadedImage:
-    """A decoded RGB image; `notes` states what was done to get it."""
-
-    rgb: Image
-    notes: tuple[str, ...] = ()
-
-
 def read_preprocess(r: Reader) -> Preprocess:
     """From a preprocessor_config.json of CLIPImageProcessor or SiglipImageProcessor."""
-    r.skip(*_IDLE_KEYS)
+    r.ignore("preprocessing")
     kind = r.take("image_processor_type", str, "CLIPImageProcessor")
     if not kind.startswith(_PROCESSORS):
         raise ConfigError(
@@ -171,122 +150,6 @@ def _three(value: Any, where: str) -> tuple[float, float, float]:
     if len(numbers) != 3 or not valid:
         raise ConfigError(f"{where} = {value!r}, expected three numbers")
     return float(numbers[0]), float(numbers[1]), float(numbers[2])
-
-
-# -- decoding ------------------------------------------------------------------------------
-
-
-def load(
-    source: str | PathLike[str] | bytes | bytearray | Image | Array, *, upright: bool = True
-) -> LoadedImage:
-    """Decode a file, its bytes, a PIL image or a uint8 array to RGB. Raises InputError.
-
-    Orientation from EXIF is applied if `upright`, transparency dropped, CMYK and palettes are
-    converted, 16-bit greys scaled to 8 bits; an animation gives its first frame. Arrays are
-    [height, width] or [height, width, 3 or 4], RGB.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    name = str(source) if isinstance(source, (str, PathLike)) else "given in memory"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns where we refuse
-            if isinstance(source, (Image.Image, np.ndarray)):
-                return _given(source, name, upright)
-            with Image.open(
-                source if isinstance(source, (str, PathLike)) else BytesIO(source)
-            ) as file:
-                _refuse_odd_sizes(file.size, name)
-                return _to_rgb(file, upright)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"image {name} does not exist") from None
-    except IsADirectoryError:
-        raise InputError(f"image {name} is a folder") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError) as refused:
-        raise InputError(_why_unreadable(source, name, refused)) from None
-    except Exception as broken:  # a damaged file makes Pillow's decoders raise anything
-        reason = str(broken) or type(broken).__name__
-        raise InputError(f"image {name} cannot be decoded: {reason}") from None
-
-
-def _given(image: Image | Array, name: str, upright: bool) -> LoadedImage:
-    """A decoded image; the caller's own object stays as it is."""
-    from PIL import Image
-
-    if isinstance(image, np.ndarray):
-        shaped = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
-        if image.dtype != np.uint8 or not shaped:
-            raise InputError(
-                f"an image was given as an array {list(image.shape)} of {image.dtype}, expected "
-                "uint8 [height, width] or [height, width, 3 or 4]"
-            )
-        _refuse_odd_sizes((image.shape[1], image.shape[0]), name)
-        return _to_rgb(Image.fromarray(np.ascontiguousarray(image)), upright)
-    _refuse_odd_sizes(image.size, name)
-    return _to_rgb(image if upright else image.copy(), upright)  # exif_transpose copies too
-
-
-def _why_unreadable(source: object, name: str, refused: Exception) -> str:
-    if isinstance(source, (bytes, bytearray)):
-        size = len(source)
-    elif isinstance(source, (str, PathLike)):
-        size = Path(source).stat().st_size
-    else:
-        return f"image {name} cannot be decoded: {refused}"
-    if size == 0:
-        return f"image {name} is empty (0 bytes)"
-    if "DecompressionBomb" in type(refused).__name__:
-        return f"image {name} is too large: {str(refused).split(',')[0]}"
-    return f"image {name} ({size} bytes) is not an image that Pillow can read"
-
-
-def _refuse_odd_sizes(size: tuple[int, int], name: str) -> None:
-    width, height = size
-    if width * height > MAX_PIXELS or max(size) > MAX_SIDE:
-        raise InputError(
-            f"image {name} is {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} "
-            f"megapixels and {MAX_SIDE} a side",
-            hint="scale it down first; encoders take a few hundred pixels a side",
-        )
-    if min(size) < 2:
-        raise InputError(
-            f"image {name} is {width} x {height} pixels; both sides must have at least 2"
-        )
-    if max(size) > MAX_RATIO * min(size):
-        raise InputError(
-            f"image {name} is {width} x {height} pixels, an aspect beyond {MAX_RATIO}:1",
-            hint="cut it into pieces and give them as several images",
-        )
-
-
-def _to_rgb(file: Image, upright: bool) -> LoadedImage:
-    from PIL import ImageOps
-
-    notes = []
-    if getattr(file, "is_animated", False):
-        notes.append(f"animation: first of {getattr(file, 'n_frames', 1)} frames used")
-    if file.getexif().get(_ORIENTATION) in range(2, 9):  # read first: loading a TIFF drops it
-        notes.append(f"EXIF orientation {'applied' if upright else 'ignored'}")
-    shown = ImageOps.exif_transpose(file) if upright else file
-    if shown.mode in ("I;16", "I;16B", "I;16L", "I"):
-        notes.append("16-bit grey scaled to 8 bits")
-        values = np.asarray(shown).astype(np.int64)
-        return LoadedImage(_grey(np.clip(values >> 8, 0, 255).astype(np.uint8)), tuple(notes))
-    if shown.mode in ("CMYK", "P", "PA"):
-        kind = "CMYK" if shown.mode == "CMYK" else "palette"
-        notes.append(f"{kind} converted to RGB")
-    if shown.has_transparency_data:
-        notes.append("alpha dropped")
-        shown.info.pop("transparency", None)
-    return LoadedImage(shown.convert("RGB"), tuple(notes))
-
-
-def _grey(pixels: Array) -> Image:
-    from PIL import Image
-
-    return Image.fromarray(pixels).convert("RGB")
 
 
 # -- preprocessing -------------------------------------------------------------------------

@@ -10,12 +10,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from edgevlm.toolkit.bundle import source
+from edgevlm.toolkit.bundle import source as bundle_source
 from edgevlm.toolkit.bundle.manifest import MANIFEST
-from edgevlm.toolkit.checkpoints.layouts import quirks
+from edgevlm.toolkit.checkpoints import hub, partial
+from edgevlm.toolkit.checkpoints.layouts import original, quirks, towers
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, random_source, with_context
+from edgevlm.toolkit.checkpoints.weights import FLOAT_WEIGHTS, refuse_pointer
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.strict import read_json
+from edgevlm.toolkit.vlm import language_models
 from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.presets import tokenizer
 
@@ -48,32 +51,88 @@ def load(folder: Path, options: Options) -> Source:
     Raises ConfigError, CheckpointError or BundleError.
     """
     if (folder / MANIFEST).exists():
-        return quirks.keep(source.load(folder, options), {}, options.quirks)
-    if not (folder / "config.json").exists():
-        kind = "has no config.json" if folder.is_dir() else "does not exist"
-        raise CheckpointError(f"{folder} {kind}; a checkpoint is a folder with one")
-    config = read_json(folder / "config.json")
+        return quirks.keep(bundle_source.load(folder, options), {}, options.quirks)
+    if options.base is None:
+        partial.refuse_alone(folder)
+    config = _config(folder, options)
     stated = config.get("model_type")
     if not isinstance(stated, (str, type(None))):
         raise ConfigError(f"{folder / 'config.json'}: model_type = {stated!r}, expected a name")
     name = options.system or _detect(folder, config, options)
-    return quirks.keep(find(name).load(folder, config, options), config, options.quirks)
+    source = _named(find(name).load(folder, config, options), folder)
+    return quirks.keep(source, config, options.quirks)
+
+
+def _named(source: Source, folder: Path) -> Source:
+    """A model from the hub's cache under its own name; its folder is called by a revision."""
+    found = hub.origin_in_cache(folder)
+    if found is None:
+        return source
+    name, revision = found
+    model = replace(source.model, name=name.split("/")[-1])
+    return replace(
+        source, model=model, origin={**source.origin, "model_id": name, "revision": revision}
+    )
+
+
+def _config(folder: Path, options: Options) -> dict[str, Any]:
+    """config.json of the folder, or of the base where an adapter has none of its own.
+
+    Raises CheckpointError for files that a clone without git-lfs lacks, and ConfigError for
+    weights that another program quantized.
+    """
+    home = folder
+    if options.base is not None and not (folder / "config.json").exists():
+        home = options.base
+    if not (home / "config.json").exists():
+        kind = "has no config.json" if home.is_dir() else "does not exist"
+        raise CheckpointError(f"{home} {kind}; a checkpoint is a folder with one")
+    for name in ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        for place in {home, options.base or folder}:
+            refuse_pointer(place / name)
+    config = read_json(home / "config.json")
+    for section in (config, config.get("text_config")):
+        made = section.get("quantization_config") if isinstance(section, dict) else None
+        if made and "quantization_config" not in options.ignore_keys:
+            method = made.get("quant_method") if isinstance(made, dict) else made
+            raise ConfigError(
+                f"{home} holds weights that another program quantized: quantization_config names "
+                f"{method!r}",
+                hint=FLOAT_WEIGHTS,
+            )
+    return config
 
 
 def _detect(folder: Path, config: Mapping[str, Any], options: Options) -> str:
     claiming = [name for name in names() if find(name).claims(folder, config, options)]
     if len(claiming) == 1:
         return claiming[0]
-    kind = config.get("model_type")
     if not claiming:
         raise CheckpointError(
-            f"{folder} (model_type {kind!r}) is of no system that edgevlm knows",
-            hint=f"known: {', '.join(names())}; choose one with --system if it is one of them",
+            f"{folder} is of no system that edgevlm knows: {_why_none(folder, config, options)}",
+            hint=f"known: {', '.join(names())} (docs/systems.md)",
         )
     raise CheckpointError(
-        f"{folder} (model_type {kind!r}) could be any of: {', '.join(claiming)}",
+        f"{folder} (model_type {config.get('model_type')!r}) could be any of: "
+        f"{', '.join(claiming)}",
         hint=f"say which: --system {claiming[0]}",
     )
+
+
+def _why_none(folder: Path, config: Mapping[str, Any], options: Options) -> str:
+    """What a folder is that no system claims: its class, and the first thing that does not fit."""
+    model_type, classes = config.get("model_type"), config.get("architectures")
+    stated = f"model_type {model_type!r}, architectures {classes!r}"
+    if original.is_original(config):
+        tower = towers.kind_of(config, folder, options)
+        return f"no system has a tower of kind {tower!r} ({config['mm_vision_tower']!r}) in LLaVA"
+    if "video" in f"{model_type} {classes}".lower():
+        return f"{stated} is a model of videos"
+    if "mm_vision_tower" in config or "text_config" in config:
+        return f"{stated} is not implemented"
+    if model_type in language_models.MODEL_TYPES:
+        return f"{stated} is a language model alone, without a vision tower"
+    return f"{stated} is not implemented, and it names no mm_vision_tower and no text_config"
 
 
 def check_weights(name: str, random: bool) -> None:
@@ -101,6 +160,7 @@ def preset(name: str, seed: int, options: Options) -> Source:
     for_checkpoints = {
         "--system": options.system,
         "--vision-tower": options.vision_tower,
+        "--base": options.base,
         "--ignore-key": options.ignore_keys,
         "--quirk": options.quirks,
     }

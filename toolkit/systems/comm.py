@@ -20,11 +20,13 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
     Source,
-    add_tokens,
     check,
+    with_context,
+)
+from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import (
+    add_tokens,
     check_tokenizer,
     read_tokenizer,
-    with_context,
 )
 from edgevlm.toolkit.checkpoints.weights import open_checkpoint
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
@@ -34,6 +36,7 @@ from edgevlm.toolkit.models.lms import llama
 from edgevlm.toolkit.models.mergers import comm
 from edgevlm.toolkit.strict import MOST_LAYERS, Reader, read_json
 from edgevlm.toolkit.text.prompts import PromptRules
+from edgevlm.toolkit.text.sentencepiece_text import SentencePieceRules
 from edgevlm.toolkit.vlm import components, language_models, presets
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
@@ -63,7 +66,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     wrapped = r.take("use_im_start_end", bool, True)
     template = r.take("template", str, language_models.row(lm.kind).template)
     r.done()
-    text, doubled = _tokenizer(lm_folder, lm, wrapped)
+    text, pieces = _tokenizer(lm_folder, lm, wrapped)
 
     tensors = {
         f"encoder.{name}": _tower(encoder, folders[name], options)
@@ -87,7 +90,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
             "pieces",
             read_eos(lm_folder, lm_config, lm.kind, text),
             image_text="<im_start><image><im_end>" if wrapped else "<image>",
-            doubled_blank=doubled,
+            sentencepiece=pieces,
         ),
         read_rules(lm_folder, lm_config, lm.config.vocab_size, options.ignore_keys),
     )
@@ -209,16 +212,14 @@ def _preprocessing(
     return {"clip": first, "dinov2": replace(first, mean=other.mean, std=other.std)}
 
 
-def _tokenizer(folder: Path, lm: ComponentConfig, wrapped: bool) -> tuple[str, bool]:
-    text, doubled = read_tokenizer(folder, slow=True)
-    text = add_tokens(text, ["<im_start>", "<im_end>"] * wrapped, lm.config.vocab_size)
-    check_tokenizer(text, lm.config.vocab_size, str(folder))
-    if wrapped and '"<im_start>"' not in text:
-        raise ConfigError(
-            f"{folder}: the model has no row for <im_start>, which surrounds images",
-            hint="set use_im_start_end to false in config.json if it was trained without",
-        )
-    return text, doubled
+def _tokenizer(
+    folder: Path, lm: ComponentConfig, wrapped: bool
+) -> tuple[str, SentencePieceRules | None]:
+    around = ["<im_start>", "<im_end>"] * wrapped
+    text, pieces = read_tokenizer(folder, slow=True)
+    text = add_tokens(text, around)
+    check_tokenizer(text, lm.config.vocab_size, str(folder), around)
+    return text, pieces
 
 
 def _preset(name: str, lm: llama.Config) -> ModelConfig:

@@ -12,12 +12,14 @@ from typing import Any
 
 from edgevlm.toolkit.checkpoints.layouts import original, projectors, towers
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.images.preprocess import ImageRules
 from edgevlm.toolkit.models.lms import llama
 from edgevlm.toolkit.models.mergers import mlp
 from edgevlm.toolkit.vlm import presets
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
+_TOWERS = ("convnext", "unireplknet")
 _RULES = original.OriginalRules("convllava", projectors.linears)
 
 
@@ -25,11 +27,19 @@ def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
     """Whether a checkpoint folder is of this system: a convolutional tower."""
     if not original.is_original(config):
         return False
-    return towers.kind_of(config, folder, options) in ("convnext", "unireplknet")
+    return towers.kind_of(config, folder, options) in _TOWERS
 
 
 def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
-    """Read a checkpoint folder."""
+    """Read a checkpoint folder. Raises ConfigError for a tower that is not convolutional."""
+    original.require(config, folder, "convllava")
+    kind = towers.kind_of(config, folder, options)
+    if kind not in _TOWERS:
+        raise ConfigError(
+            f"{folder}: system 'convllava' needs a tower of kind {' or '.join(_TOWERS)}, "
+            f"{config['mm_vision_tower']!r} is {kind}",
+            hint="leave --system out, or name another tower with --vision-tower",
+        )
     return original.load(folder, config, options, _RULES)
 
 

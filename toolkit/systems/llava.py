@@ -37,6 +37,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     """Read a checkpoint folder of either layout."""
     if original.is_original(config):
         return original.load(folder, config, options, _ORIGINAL)
+    huggingface.require(config, folder, "llava", "llava")
     return huggingface.load(folder, config, options, _HUGGINGFACE)
 
 

@@ -42,6 +42,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     """Read a checkpoint folder of any of the layouts."""
     if original.is_original(config):
         return original.load(folder, config, options, _ORIGINAL)
+    huggingface.require(config, folder, "llava_next", "llava_next", "llava_onevision")
     if config["model_type"] == "llava_onevision":
         rules = huggingface.HuggingFaceRules("llava_next", _onevision_images, -1, "full")
     else:

@@ -11,6 +11,7 @@ import numpy as np
 from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.text import templates
+from edgevlm.toolkit.text.sentencepiece_text import SentencePieceRules
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 
 
@@ -21,10 +22,11 @@ class PromptRules:
     template: the default one. splice: "pieces" cuts the text at the placeholder and tokenizes each
     piece separately, keeping the first BOS only (LLaVA); "token" has a token for the placeholder
     (Hugging Face). eos: ids that end an answer. placeholder: the text that stands for an image in
-    a raw prompt; image_text: the text that a rendered prompt has instead. doubled_blank: see
-    Tokenizer. cut: prompts end after so many positions; None raises an error if they do not fit.
-    reuse_last: a prompt with one slot more than images uses the last image twice. The last two
-    are quirks, see toolkit/checkpoints/layouts/quirks.py.
+    a raw prompt; image_text: the text that a rendered prompt has instead, under "token" the image
+    token's own name. sentencepiece: the steps before a tokenizer.json made from such a model. cut:
+    prompts end after so many positions; None raises an error if they do not fit. reuse_last: a
+    prompt with one slot more than images uses the last image twice. The last two are quirks, see
+    toolkit/checkpoints/layouts/quirks.py.
     """
 
     template: str
@@ -32,7 +34,7 @@ class PromptRules:
     eos: tuple[int, ...]
     placeholder: str = "<image>"
     image_text: str = "<image>"
-    doubled_blank: bool = False
+    sentencepiece: SentencePieceRules | None = None
     cut: int | None = None
     reuse_last: bool = False
 
@@ -109,12 +111,21 @@ def render(rules: PromptRules, turns: Sequence[str], images: int, template: str)
 
 
 def tokenize(rules: PromptRules, tokenizer: Tokenizer, text: str) -> Prompt:
-    """Token ids of a rendered prompt, cut at its image slots."""
-    if rules.splice == "pieces":
-        return _pieces(rules, tokenizer, text)
-    image = tokenizer.id_of(rules.placeholder)
+    """Token ids of a rendered prompt, cut at its image slots.
+
+    Raises InputError if the model has no embedding for a token of the prompt.
+    """
+    prompt = (_pieces if rules.splice == "pieces" else _around_token)(rules, tokenizer, text)
+    for run in prompt.runs:
+        tokenizer.check_rows(run)
+    return prompt
+
+
+def _around_token(rules: PromptRules, tokenizer: Tokenizer, text: str) -> Prompt:
+    """Pieces between image tokens. A prompt says `<image>`, whatever the token's own name is."""
+    image = tokenizer.id_of(rules.image_text)
     runs: list[list[int]] = [[]]
-    for token in tokenizer.encode(text):
+    for token in tokenizer.encode(text.replace(rules.placeholder, rules.image_text)):
         if token == image:
             runs.append([])
         else:

@@ -1,7 +1,7 @@
 """The tokenizer: ids from text, and text from ids without splitting a character.
 
-The package `tokenizers` does the work. This file adds what the originals do around it, and
-converts a sentencepiece model (the only tokenizer file of the first LLaVA releases) to its format.
+The package `tokenizers` does the work, behind the steps of toolkit/text/sentencepiece_text.py if
+the tokenizer.json was made from a sentencepiece model.
 """
 
 from __future__ import annotations
@@ -9,36 +9,61 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from edgevlm.toolkit.errors import CheckpointError, ConfigError, MissingExtra
+from edgevlm.toolkit.errors import ConfigError, InputError
+from edgevlm.toolkit.text import sentencepiece_text
+from edgevlm.toolkit.text.sentencepiece_text import SentencePieceRules
 
 if TYPE_CHECKING:
     import tokenizers
 
 _BROKEN = "\ufffd"  # what decoding gives for bytes that are not (yet) a character
-_PREFIX = "\u2581"  # sentencepiece's visible blank
 
 
 class Tokenizer:
     """A tokenizer.json.
 
-    doubled_blank: a leading blank of the text is kept besides the one that sentencepiece adds.
+    steps: what happens to a text before, if the file was made from a sentencepiece model. rows:
+    how many ids the language model has embeddings for; None if that is not known.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, *, doubled_blank: bool = False) -> None:
-        self._inner = inner
-        self._doubled_blank = doubled_blank
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        steps: sentencepiece_text.TextSteps | None = None,
+        rows: int | None = None,
+    ) -> None:
+        self._inner, self._steps, self._rows = inner, steps, rows
 
     @classmethod
-    def open(cls, path: Path, *, doubled_blank: bool = False) -> Tokenizer:
+    def open(
+        cls, path: Path, rules: SentencePieceRules | None = None, rows: int | None = None
+    ) -> Tokenizer:
         """From tokenizer.json. Raises ConfigError if the file cannot be read."""
+        try:
+            return cls.from_text(path.read_text(encoding="utf-8"), rules, rows)
+        except OSError as refused:
+            raise ConfigError(f"{path} cannot be read: {refused.strerror}") from None
+        except (ConfigError, ValueError) as broken:
+            raise ConfigError(f"{path} is not a tokenizer file: {broken}") from None
+
+    @classmethod
+    def from_text(
+        cls, text: str, rules: SentencePieceRules | None = None, rows: int | None = None
+    ) -> Tokenizer:
+        """From the text of a tokenizer.json. Raises ConfigError if it cannot be read."""
         import tokenizers
 
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)), doubled_blank=doubled_blank)
+            steps = None
+            if rules is not None:
+                data = json.loads(text)
+                steps = sentencepiece_text.steps(data, rules)
+                text = json.dumps(sentencepiece_text.runtime_form(data, rules))
+            return cls(tokenizers.Tokenizer.from_str(text), steps, rows)
         except Exception as broken:  # the package raises bare Exception
-            raise ConfigError(f"{path} is not a tokenizer file: {broken}") from None
+            raise ConfigError(f"the tokenizer cannot be read: {broken}") from None
 
     @property
     def size(self) -> int:
@@ -58,9 +83,25 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of `text`; special: whether to add the tokens that surround a text (BOS)."""
-        if self._doubled_blank and text.startswith((" ", _PREFIX)):
-            text = " " + text
-        return list(self._inner.encode(text, add_special_tokens=special).ids)
+        if self._steps is None:
+            return list(self._inner.encode(text, add_special_tokens=special).ids)
+        ids = list(self._inner.encode("", add_special_tokens=True).ids) if special else []
+        for part in self._steps.parts(text):
+            if isinstance(part, str):
+                ids += self._inner.encode(part, add_special_tokens=False).ids
+            else:
+                ids.append(part)
+        return ids
+
+    def check_rows(self, ids: Sequence[int]) -> None:
+        """Raise InputError naming the first token that the model has no embedding for."""
+        for number in ids:
+            if self._rows is not None and number >= self._rows:
+                raise InputError(
+                    f"the prompt contains {self._inner.id_to_token(number)!r}, which the model has "
+                    f"no embedding for (id {number} of {self._rows} rows)",
+                    hint="leave it out of the prompt; the checkpoint was saved without its row",
+                )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""
@@ -105,130 +146,7 @@ class TextStream:
         return "", self._tokenizer.decode(self._ids[self._printed :])
 
 
-# -- sentencepiece ---------------------------------------------------------------------------
-
-
-def from_sentencepiece(model: Path, config: dict[str, Any]) -> tuple[str, bool]:
-    """The text of a tokenizer.json that encodes as the slow Llama tokenizer of `model` does, and
-    whether it needs `doubled_blank` for that.
-
-    `config` is tokenizer_config.json: `legacy` decides whether text after a special token gets
-    a blank of its own. Raises CheckpointError for models other than byte-fallback BPE.
-    """
-    try:
-        import sentencepiece
-    except ImportError:
-        raise MissingExtra("sentencepiece", "export", purpose=f"reading {model.name}") from None
-    try:
-        spm = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
-    except (OSError, RuntimeError) as broken:
-        raise CheckpointError(f"{model} is not a sentencepiece model: {broken}") from None
-    pieces = [spm.id_to_piece(i) for i in range(spm.get_piece_size())]
-    if not any(spm.is_byte(i) for i in range(len(pieces))):
-        raise CheckpointError(f"{model} has no byte pieces; only byte-fallback BPE is implemented")
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    normal = [p for i, p in enumerate(pieces) if not (spm.is_control(i) or spm.is_byte(i))]
-    special = {i: p for i, p in enumerate(pieces) if spm.is_control(i) or spm.is_unknown(i)}
-    special |= _added(config.get("added_tokens_decoder") or {}, model)
-    merges = _merges(normal, vocab, [spm.get_score(i) for i in range(len(pieces))])
-    bos = pieces[spm.bos_id()] if config.get("add_bos_token", True) else None
-    legacy = config.get("legacy") is not False
-    built = _llama_tokenizer(vocab, merges, special, bos, legacy=legacy)
-    return json.dumps(built, ensure_ascii=False), not legacy
-
-
-def _added(table: Any, model: Path) -> dict[int, str]:
-    try:
-        return {
-            int(number): str(item["content"] if isinstance(item, dict) else item)
-            for number, item in table.items()
-        }
-    except (AttributeError, KeyError, ValueError):
-        raise ConfigError(
-            f"{model.parent / 'tokenizer_config.json'}: added_tokens_decoder = {str(table)[:80]}, "
-            "expected tokens by their ids"
-        ) from None
-
-
-def _merges(
-    pieces: Sequence[str], vocab: dict[str, int], scores: Sequence[float]
-) -> list[list[str]]:
-    """BPE merges in order of rank: a piece of higher score is merged first."""
-    ranked = []
-    for piece in pieces:
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in vocab and right in vocab:
-                ranked.append((-scores[vocab[piece]], vocab[left], vocab[right], left, right))
-    ranked.sort(key=lambda merge: merge[:3])
-    return [[left, right] for *_, left, right in ranked]
-
-
-# A blank before every stretch of text between special tokens, even if it starts with one.
-_BLANKS_ALWAYS = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": _PREFIX},
-        {"type": "Replace", "pattern": {"String": " "}, "content": _PREFIX},
-    ],
-}
-# A blank before the text unless it starts with one; `doubled_blank` handles that case.
-_BLANK_FIRST = {
-    "type": "Metaspace",
-    "replacement": _PREFIX,
-    "prepend_scheme": "first",
-    "split": False,
-}
-
-
-def _llama_tokenizer(
-    vocab: dict[str, int],
-    merges: list[list[str]],
-    special: dict[int, str],
-    bos: str | None,
-    *,
-    legacy: bool,
-) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [{"id": i, "content": t, **flags, "special": True} for i, t in sorted(special.items())]
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": _BLANKS_ALWAYS if legacy else None,
-        "pre_tokenizer": None if legacy else _BLANK_FIRST,
-        "post_processor": None if bos is None else _prepend_bos(bos, vocab[bos]),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": _PREFIX}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "unk_token": special.get(0, "<unk>"),
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": vocab | {content: i for i, content in special.items()},
-            "merges": merges,
-        },
-    }
-
-
-def _prepend_bos(bos: str, number: int) -> dict[str, Any]:
-    token = {"SpecialToken": {"id": bos, "type_id": 0}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [token, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [
-            token,
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"Sequence": {"id": "B", "type_id": 1}},
-        ],
-        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
-    }
+# -- tokenizer.json as text ------------------------------------------------------------------
 
 
 def token_of(text: str, number: int) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgevlm.toolkit import models
+from edgevlm.toolkit.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ TABLE = (
     LanguageModel(
         kind="qwen2",
         model_type="qwen2",
-        llava_types=("llava_qwen",),
-        llava_classes=("LlavaQwenForCausalLM",),
+        llava_types=("llava_qwen", "llava_qwen2"),
+        llava_classes=("LlavaQwenForCausalLM", "LlavaQwen2ForCausalLM"),
         template="qwen_1_5",
         default_eos=None,
         special_tokens=_QWEN_TOKENS,
@@ -72,7 +73,7 @@ TABLE = (
 )
 MODEL_TYPES = {row.model_type: row.kind for row in TABLE}
 LLAVA_TYPES = {name: row.kind for row in TABLE for name in row.llava_types}
-_CLASSES = {name: row.kind for row in TABLE for name in row.llava_classes}
+LLAVA_CLASSES = {name: row.kind for row in TABLE for name in row.llava_classes}
 
 
 def row(kind: str) -> LanguageModel:
@@ -80,15 +81,43 @@ def row(kind: str) -> LanguageModel:
     return next(row for row in TABLE if row.kind == kind)
 
 
+def llava_class(config: Mapping[str, Any]) -> str | None:
+    """The class in `architectures` if it is one of LLaVA's; None otherwise."""
+    classes: Sequence[Any] = config.get("architectures") or ()
+    name = str(classes[0]) if isinstance(classes, list) and classes else ""
+    return name if name in LLAVA_CLASSES else None
+
+
 def kind_in_llava(config: Mapping[str, Any]) -> str:
     """The kind that the config.json of a LLaVA checkpoint names.
 
-    "llava" alone is the model_type of any of them; then the class in `architectures` decides.
+    The class in `architectures` decides: LLaVA-NeXT's training leaves the language model's own
+    model_type ("qwen2") in the file whenever it overwrites settings, and "llava" alone is the
+    model_type of any of them. Raises ConfigError if both name one, and not the same.
     """
-    classes: Sequence[Any] = config.get("architectures") or ()
-    named = _CLASSES.get(str(classes[0])) if classes else None
-    model_type = str(config["model_type"])
-    return named if named and model_type == _ANY else LLAVA_TYPES[model_type]
+    name, model_type = llava_class(config), config.get("model_type")
+    known = LLAVA_TYPES if name is None else LLAVA_TYPES | MODEL_TYPES
+    by_type = known.get(str(model_type))
+    if by_type is None and (name is None or model_type is not None):
+        raise ConfigError(
+            f"config.json: architectures {config.get('architectures')!r} and model_type "
+            f"{model_type!r} name no LLaVA class that edgevlm implements",
+            hint=f"implemented: {', '.join(LLAVA_CLASSES)}",
+        )
+    by_name = by_type if name is None else LLAVA_CLASSES[name]
+    if model_type not in (None, _ANY) and by_type != by_name:
+        raise ConfigError(
+            f"config.json: architectures names {name}, model_type {model_type!r} is {by_type}'s",
+            hint="config.json is of two models; correct the one that is not this checkpoint's",
+        )
+    return str(by_name)
+
+
+def ignores_rope_scaling(config: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint's class sets rope_scaling aside, as LlavaQwenForCausalLM does."""
+    if kind_in_llava(config) != "qwen2":
+        return False
+    return "Qwen2" not in (llava_class(config) or "") and config.get("model_type") != "llava_qwen2"
 
 
 def kind_of(config: Any) -> str:

@@ -25,7 +25,7 @@ from edgevlm.toolkit.bundle.goldens import relative_difference
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.toolkit.images import preprocess
+from edgevlm.toolkit.images import decode
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import parse, this_cpu
@@ -86,7 +86,7 @@ def test_the_engine_multiplies_by_the_stored_bytes(kind: str, bundle: Path, tmp_
 def logits(engine: Path) -> Array:
     """After the golden's whole prompt."""
     with Session.open(engine) as session:
-        features = session.encode([preprocess.load(GOLDEN / "image.png")], Clock())
+        features = session.encode([decode.load(GOLDEN / "image.png")], Clock())
         text = json.loads((GOLDEN / "case.json").read_text())["prompt"]
         prompt = prompts.tokenize(session.model.prompts, session.tokenizer, text)
         sequence = prompts.assemble(prompt, features.indices)

@@ -15,7 +15,7 @@ from edgevlm.engines.runtime.question import Question
 from edgevlm.engines.runtime.sampling import Sampling
 from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit.errors import InputError, ToolkitError
-from edgevlm.toolkit.images.preprocess import load
+from edgevlm.toolkit.images.decode import load
 from tests.conftest import HERE
 from tests.pipeline import engine_of
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edgevlm.engines.runtime.request_file import gather
+from edgevlm.engines.runtime.request_file import Request, gather
 from edgevlm.engines.runtime.sampling import Sampling
 from edgevlm.engines.runtime.session import Question
 from edgevlm.toolkit.errors import InputError
@@ -20,12 +20,19 @@ def read(folder: Path, *lines: Any, raw: bytes | None = None) -> list[Question]:
     file = folder / "requests.jsonl"
     text = "\n".join(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines)
     file.write_bytes(text.encode() if raw is None else raw)
-    return gather(GIVEN, file)
+    return [asked(request) for request in gather(GIVEN, file)]
+
+
+def asked(request: Request) -> Question:
+    if request.refused is not None:
+        raise request.refused
+    assert request.question is not None
+    return request.question
 
 
 def test_one_question_from_the_command_line() -> None:
     question = Question("What?", ["a.png"])
-    assert gather(question, None) == [question]
+    assert gather(question, None) == [Request(question)]
     with pytest.raises(InputError, match="no PROMPT"):
         gather(Question(""), None)
 
@@ -140,3 +147,23 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read(tmp_path, raw=b'{"prompt": "\xff"}')
     with pytest.raises(InputError, match=r"no requests|requests\.jsonl"):
         read(tmp_path, "", "  ")
+
+
+def test_a_line_that_is_no_request_leaves_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    bad = [b"{", b'{"prompt": 3, "id": [7]}', b'{"prompt": "\xff"}', b""]
+    lines = [b'{"prompt": "a", "id": "x"}', *bad, b'{"prompt": "b", "id": 0}']
+    file.write_bytes(b"\n".join(lines))
+    found = gather(GIVEN, file)
+    assert [(r.line, r.id) for r in found] == [(1, "x"), (2, None), (3, [7]), (4, None), (6, 0)]
+    assert [r.question.prompt for r in found if r.question] == ["a", "b"]
+    for request, reason in zip(found[1:4], ("is not JSON", "prompt = 3", "as UTF-8"), strict=True):
+        assert request.refused is not None
+        assert f"line {request.line}" in request.refused.message
+        assert reason in request.refused.message
+
+
+def test_a_wrong_command_line_fails_before_any_request(tmp_path: Path) -> None:
+    (tmp_path / "r").write_text('{"prompt": "Q"}')
+    with pytest.raises(InputError, match="--max-tokens 0"):
+        gather(Question("", max_tokens=0), tmp_path / "r")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 import zlib
 from io import BytesIO
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from edgevlm.toolkit.errors import InputError
-from edgevlm.toolkit.images.preprocess import load
+from edgevlm.toolkit.images.decode import load
 from edgevlm.toolkit.ops.vocabulary import Array
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (6, 9, 3)).astype(np.uint8)
@@ -71,8 +72,6 @@ def test_grey_of_sixteen_bits() -> None:
         source = stored(Image.fromarray(values), kind)
         np.testing.assert_array_equal(rgb(source), expected)
         assert load(source).notes == ("16-bit grey scaled to 8 bits",)
-    signed = stored(Image.fromarray(values.astype(np.int32)), "TIFF")
-    np.testing.assert_array_equal(rgb(signed), expected)
 
 
 def test_grey_of_sixteen_bits_is_rotated_too() -> None:
@@ -149,6 +148,19 @@ def test_a_file_is_read_like_its_bytes_and_closed(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     for source in (tmp_path / "a.gif", str(tmp_path / "a.gif")):
         np.testing.assert_array_equal(np.asarray(load(source).rgb), np.asarray(frames[0]))
+
+
+def test_the_first_picture_of_a_phone_is_upright_like_a_plain_jpeg() -> None:
+    """MPO: a JPEG that holds a second picture, such as a preview or a depth map."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image, second = Image.fromarray(PIXELS), Image.fromarray(PIXELS[:4, :4])
+    several = stored(image, "MPO", save_all=True, append_images=[second], exif=exif)
+    np.testing.assert_array_equal(rgb(several), rgb(stored(image, "JPEG", exif=exif)))
+    assert load(several).notes == (
+        "several pictures in one JPEG: first of 2 used",
+        "EXIF orientation applied",
+    )
 
 
 # -- refusals ------------------------------------------------------------------------------
@@ -230,3 +242,74 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=reason):
             load(tmp_path / name)
+
+
+ADDRESSES = (
+    "https://example.com/a.jpg",
+    "data:image/png;base64," + "iVBORw" * 999,
+    "file:///a.png",
+)
+
+
+@pytest.mark.parametrize("name", ADDRESSES, ids=lambda name: name[:12])
+def test_addresses_are_not_read(name: str) -> None:
+    with pytest.raises(InputError, match="does not exist|name too long") as refused:
+        load(name)
+    assert len(refused.value.message) < 400
+    assert "download" in refused.value.hint
+
+
+def test_a_device_is_no_image() -> None:
+    with pytest.raises(InputError, match="is a device or a pipe"):
+        load(os.devnull)
+
+
+POSTSCRIPT = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\n(x) print\nshowpage\n"
+)
+ENDLESS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n1 pop\n"
+
+
+def test_postscript_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands PostScript to Ghostscript, whatever the file's name; here it is not opened."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "photo.jpg").write_bytes(POSTSCRIPT)
+    sources = (tmp_path / "photo.jpg", POSTSCRIPT, ENDLESS + b"%%BeginBinary: -19\nshowpage\n")
+    for source in sources:
+        with pytest.raises(InputError, match="it is PostScript") as refused:
+            load(source)
+        assert refused.value.hint
+    with (
+        Image.open(BytesIO(POSTSCRIPT)) as opened,
+        pytest.raises(InputError, match="format EPS, which is not read"),
+    ):
+        load(opened)
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"%PDF-1.7\n", "PDF"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b'<?xml version="1.0"?><svg/>', "SVG"),
+        (b"\0\0\0\x18ftypheic", "'heic'"),
+        (b"\xd7\xcd\xc6\x9a\0\0", "WMF"),
+        (b"SIMPLE  =", "FITS"),
+    ],
+)
+def test_formats_that_are_not_read_are_named(start: bytes, kind: str) -> None:
+    with pytest.raises(InputError, match=kind):
+        load(start + bytes(99))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["BMP", "JPEG2000", "ICO", "PCX", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP", "AVIF", "JPEG"],
+)
+def test_every_format_of_pixels_is_read(kind: str) -> None:
+    image = Image.new("RGB", (16, 16), (200, 100, 50))
+    assert np.abs(rgb(stored(image, kind)).astype(int) - (200, 100, 50)).max() <= 3

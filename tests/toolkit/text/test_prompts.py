@@ -9,20 +9,22 @@ import tokenizers
 
 from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.text import prompts, templates
+from edgevlm.toolkit.text.added_tokens import Declared
 from edgevlm.toolkit.text.prompts import Prompt, PromptRules
-from edgevlm.toolkit.text.tokenizer import Tokenizer, byte_tokenizer, from_sentencepiece
+from edgevlm.toolkit.text.sentencepiece_model import from_sentencepiece
+from edgevlm.toolkit.text.sentencepiece_text import SentencePieceRules
+from edgevlm.toolkit.text.tokenizer import Tokenizer, byte_tokenizer
 from tests.conftest import HERE
 
 MODEL = HERE / "goldens/e2e_llava15/llava-v1.5-tiny/tokenizer.model"
 SPM = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
-LLAVA = PromptRules("vicuna_v1", "pieces", (2,), doubled_blank=True)
+LLAVA = PromptRules("vicuna_v1", "pieces", (2,), sentencepiece=SentencePieceRules())
 FACING = PromptRules("vicuna_v1", "token", (2,))
 MLCD = PromptRules("qwen_1_5", "pieces", (2,))
 
 
 def llama() -> Tokenizer:
-    text, doubled = from_sentencepiece(MODEL, {"legacy": False})
-    return Tokenizer(tokenizers.Tokenizer.from_str(text), doubled_blank=doubled)
+    return Tokenizer.from_text(*from_sentencepiece(MODEL, {"legacy": False}, Declared({})))
 
 
 def plain_bytes() -> Tokenizer:

@@ -13,11 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
+from edgevlm.toolkit.text.added_tokens import AddedToken, Declared
+from edgevlm.toolkit.text.sentencepiece_model import from_sentencepiece
 from edgevlm.toolkit.text.tokenizer import (
     TextStream,
     Tokenizer,
     byte_tokenizer,
-    from_sentencepiece,
     token_of,
 )
 from tests.conftest import HERE
@@ -25,6 +26,7 @@ from tests.conftest import HERE
 LLAMA = HERE / "goldens/e2e_llava15/llava-v1.5-tiny"
 BYTES = HERE / "goldens/mlcd_llavanext_e2e/tokenizer.json"
 SPM = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA / "tokenizer.model"))
+MODEL, NOTHING = LLAMA / "tokenizer.model", Declared({})
 SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 BLANK = "\u2581"
 
@@ -49,10 +51,7 @@ ANY_TEXT = st.text(
 
 
 def ours(legacy: Any) -> Tokenizer:
-    import tokenizers
-
-    text, doubled = from_sentencepiece(LLAMA / "tokenizer.model", {"legacy": legacy})
-    return Tokenizer(tokenizers.Tokenizer.from_str(text), doubled_blank=doubled)
+    return Tokenizer.from_text(*from_sentencepiece(MODEL, {"legacy": legacy}, NOTHING))
 
 
 TOKENIZERS = {legacy: ours(legacy) for legacy in (True, False)}
@@ -123,19 +122,14 @@ def test_legacy_is_the_default(given: bool | None, means: bool) -> None:
 
 
 def test_bos_may_be_left_out() -> None:
-    import tokenizers
-
     config = {"legacy": False, "add_bos_token": False}
-    text, _ = from_sentencepiece(LLAMA / "tokenizer.model", config)
-    assert tokenizers.Tokenizer.from_str(text).encode("a").ids == SPM.encode("a")
+    tokenizer = Tokenizer.from_text(*from_sentencepiece(MODEL, config, NOTHING))
+    assert tokenizer.encode("a") == SPM.encode("a")
 
 
 def test_added_tokens_are_known() -> None:
-    import tokenizers
-
-    config = {"added_tokens_decoder": {"1000": {"content": "<pad>"}}}
-    text, _ = from_sentencepiece(LLAMA / "tokenizer.model", config)
-    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(text))
+    text, rules = from_sentencepiece(MODEL, {}, Declared({1000: AddedToken("<pad>")}))
+    tokenizer = Tokenizer.from_text(text, rules)
     assert tokenizer.encode("a<pad>")[-1] == 1000
     assert (tokenizer.id_of("<pad>"), tokenizer.id_of("<nope>")) == (1000, None)
     assert tokenizer.size == 1001
@@ -168,9 +162,9 @@ def test_a_byte_tokenizer_has_one_id_for_each_byte(text: str) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
-        from_sentencepiece(tmp_path / "tokenizer.model", {})
+        from_sentencepiece(tmp_path / "tokenizer.model", {}, NOTHING)
     with pytest.raises(CheckpointError, match="missing"):
-        from_sentencepiece(tmp_path / "missing", {})
+        from_sentencepiece(tmp_path / "missing", {}, NOTHING)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         Tokenizer.open(tmp_path / "tokenizer.json")

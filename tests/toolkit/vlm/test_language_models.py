@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgevlm.toolkit import models
+from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.text import templates
 from edgevlm.toolkit.vlm import language_models
 from edgevlm.toolkit.vlm.presets import QWEN_0_5B, VICUNA_7B
@@ -33,17 +34,32 @@ def test_a_row_names_a_template_and_tokens_that_exist(row: language_models.Langu
     assert language_models.kind_of(config) == row.kind
 
 
-def test_the_class_decides_only_for_the_model_type_of_any() -> None:
-    def kind(model_type: str, *classes: str) -> str:
-        return language_models.kind_in_llava(
-            {"model_type": model_type, "architectures": list(classes)}
-        )
+def kind(model_type: str | None, *classes: str) -> str:
+    return language_models.kind_in_llava({"model_type": model_type, "architectures": list(classes)})
 
+
+def test_the_class_decides_where_the_model_type_leaves_it_open() -> None:
     assert kind("llava") == "llama"
     assert kind("llava", "LlavaQwenForCausalLM") == "qwen2"
-    assert kind("llava", "SomethingElse", "LlavaQwenForCausalLM") == "llama"
-    assert kind("llava_mistral", "LlavaQwenForCausalLM") == "mistral"
+    assert kind("llava", "LlamaForCausalLM") == "llama"
+    assert kind("llava_qwen2", "LlavaQwen2ForCausalLM") == "qwen2"
+    assert kind(None, "LlavaMistralForCausalLM") == "mistral"
     assert language_models.kind_in_llava({"model_type": "llava", "architectures": None}) == "llama"
+    for row in language_models.TABLE:  # saved with the language model's own model_type
+        assert kind(row.model_type, row.llava_classes[0]) == row.kind
+
+
+@pytest.mark.parametrize("model_type", ["llava_mistral", "mistral", "llama"])
+def test_a_class_and_a_model_type_that_disagree_are_refused(model_type: str) -> None:
+    with pytest.raises(ConfigError, match=f"LlavaQwenForCausalLM, model_type '{model_type}'"):
+        kind(model_type, "LlavaQwenForCausalLM")
+
+
+@pytest.mark.parametrize("names", [("qwen2", "Qwen2ForCausalLM"), ("llava_gemma",), (None,)])
+def test_names_of_no_llava_class_are_refused(names: tuple[str | None, str]) -> None:
+    with pytest.raises(ConfigError, match="name no LLaVA class") as refused:
+        kind(*names)
+    assert "LlavaQwenForCausalLM" in refused.value.hint
 
 
 def test_presets_find_their_kind() -> None:

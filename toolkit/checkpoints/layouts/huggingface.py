@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints import partial
 from edgevlm.toolkit.checkpoints.layouts import towers
 from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
@@ -20,13 +21,13 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     Source,
     below,
     check,
-    check_tokenizer,
+    embed_from_head,
     find_prefix,
     read_encoder,
-    read_tokenizer,
     with_context,
 )
-from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint
+from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import check_tokenizer, read_tokenizer
+from edgevlm.toolkit.checkpoints.weights import Checkpoint
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess, read_preprocess
 from edgevlm.toolkit.models.mergers import mlp
@@ -57,10 +58,42 @@ class HuggingFaceRules:
     ties_by_text: bool = True
 
 
+CLASSES = {
+    "LlavaForConditionalGeneration": "llava",
+    "LlavaNextForConditionalGeneration": "llava_next",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+}
+
+
+def names_class(config: Mapping[str, Any]) -> bool:
+    """Whether `architectures` names one of transformers' classes, or model_type belongs to one."""
+    classes = config.get("architectures")
+    named = isinstance(classes, list) and classes[:1] and str(classes[0]) in CLASSES
+    return bool(named) or config.get("model_type") in ("llava_next", "llava_onevision")
+
+
 def matches(config: Mapping[str, Any], *kinds: str) -> bool:
-    """Whether a config.json is of this layout and of one of these model types."""
-    nested = "text_config" in config and "mm_vision_tower" not in config
-    return nested and config.get("model_type") in kinds
+    """Whether a config.json is of this layout and of one of these model types.
+
+    Keys of LLaVA's own layout beside text_config are leftovers that transformers' classes do not
+    read, if `architectures` names such a class.
+    """
+    plain = "mm_vision_tower" not in config or names_class(config)
+    return "text_config" in config and plain and config.get("model_type") in kinds
+
+
+def require(config: Mapping[str, Any], folder: Path, system: str, *kinds: str) -> None:
+    """Raise ConfigError stating what a folder lacks that `system` was chosen for, if it does."""
+    if matches(config, *kinds):
+        return
+    lacks = [] if "text_config" in config else ["text_config (Hugging Face's layout)"]
+    lacks += [] if "mm_vision_tower" in config else ["mm_vision_tower (LLaVA's own)"]
+    reason = f"lacks {' and '.join(lacks)}" if lacks else f"is not {' or '.join(kinds)}"
+    kind = config.get("architectures") or config.get("model_type")
+    raise ConfigError(
+        f"{folder / 'config.json'} ({kind!r}) is no checkpoint of system {system!r}: it {reason}",
+        hint="leave --system out: the system follows from config.json",
+    )
 
 
 def one_view(r: Reader, encoder: ComponentConfig, rule: Preprocess) -> ImageRules:
@@ -75,18 +108,18 @@ def load(
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     lm, encoder = _read_lm(r), _read_encoder(r, options, rules)
     merger = _read_projector(r, encoder, lm)
-    rule = read_processor(folder, options)
+    home = options.base or folder  # an adapter's folder has neither processor nor tokenizer
+    rule = read_processor(home, options)
     towers.check_size(rule, encoder, str(folder))
     images = rules.images(r, encoder, rule)
     token, ties = _image_token(r), r.take("tie_word_embeddings", bool, False)
-    r.skip("image_seq_length", "ignore_index", "vocab_size", "video_token_index",
-           "video_token_id")  # fmt: skip
+    r.ignore(str(config["model_type"]))
     r.done()
-    text, _ = read_tokenizer(folder, slow=False)
+    text, _ = read_tokenizer(home, slow=False)
     check_tokenizer(text, lm.config.vocab_size, str(folder))
-    placeholder = token_of(text, token)
+    image_text = _image_text(folder, text, token)
 
-    checkpoint = open_checkpoint(folder, options.torch_reader)
+    checkpoint = partial.open_joined(folder, options.base, options.torch_reader)
     lm = _tied(lm, ties, rules, checkpoint)
     newline = images.arrangement is not None and images.arrangement.newline
     tensors = _tensors(lm, encoder, merger, newline, checkpoint)
@@ -101,13 +134,10 @@ def load(
         PromptRules(
             language_models.row(lm.kind).template,
             "token",
-            read_eos(folder, config, lm.kind, text, config["text_config"]),
-            placeholder=placeholder,
-            image_text=placeholder,
+            read_eos(home, config, lm.kind, text, config["text_config"]),
+            image_text=image_text,
         ),
-        read_rules(
-            folder, config, lm.config.vocab_size, options.ignore_keys, config["text_config"]
-        ),
+        read_rules(home, config, lm.config.vocab_size, options.ignore_keys, config["text_config"]),
     )
     weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}
     return Source(model, weights, text, {"layout": "huggingface"})
@@ -118,6 +148,7 @@ def _read_lm(r: Reader) -> ComponentConfig:
     known = language_models.MODEL_TYPES
     kind = known[text.choice("model_type", list(known), "llama")]
     config = models.lm(kind).Config.read(text)
+    text.ignore("text")
     text.done()
     return ComponentConfig("lm", kind, config)
 
@@ -128,10 +159,13 @@ def _tied(
     """The language model with its output tied to its embedding, or not.
 
     transformers 5 reads tie_word_embeddings from the whole configuration; version 4 read
-    it from text_config, and then stored no head.
+    it from text_config, and then stored one of the two.
     """
-    head = any(key.endswith("lm_head.weight") for key in checkpoint.keys())  # noqa: SIM118
-    by_text = lm.config.tied and (rules.ties_by_text or not head)
+    keys = checkpoint.keys()
+    both = all(
+        any(key.endswith(end) for key in keys) for end in ("lm_head.weight", "embed_tokens.weight")
+    )
+    by_text = lm.config.tied and (rules.ties_by_text or not both)
     return replace(lm, config=replace(lm.config, tied=ties or by_text))
 
 
@@ -169,6 +203,20 @@ def _image_token(r: Reader) -> int:
     if not isinstance(number, int):
         raise ConfigError(f"{r.where} names no image_token_index")
     return number
+
+
+def _image_text(folder: Path, tokenizer: str, number: int) -> str:
+    """The name of the image token. Raises ConfigError if the processor has another one."""
+    name, path = token_of(tokenizer, number), folder / "processor_config.json"
+    stated = read_json(path).get("image_token") if path.exists() else None
+    stated = stated.get("content") if isinstance(stated, dict) else stated
+    if stated not in (None, name):
+        raise ConfigError(
+            f"{path}: image_token = {stated!r}, and the id {number}, which stands for images in "
+            f"config.json, is {name!r}",
+            hint="set image_token or image_token_index to what the model was trained with",
+        )
+    return name
 
 
 def read_processor(folder: Path, options: Options) -> Preprocess:
@@ -245,14 +293,15 @@ def _lm_tensors(lm: ComponentConfig, checkpoint: Checkpoint) -> ComponentTensors
     """The language model's tensors, in either generation of names."""
     file = models.lm(lm.kind)
     table = file.names(lm.config)
-    if "model.language_model.embed_tokens.weight" in checkpoint:
-        new = "model.language_model."
+    new = "model.language_model."
+    if any(key.startswith(new) for key in checkpoint.keys()):  # noqa: SIM118
         table = {
             name: Recipe(tuple(s.replace("model.", new, 1) for s in r.sources), r.make)
             for name, r in table.items()
         }
-        return ComponentTensors(table, file.shapes(lm.config), checkpoint)
-    return _below_first(table, file.shapes(lm.config), checkpoint, "language_model.", "")
+    else:
+        table = below(table, find_prefix(table, checkpoint, "language_model.", ""))
+    return ComponentTensors(embed_from_head(table, checkpoint), file.shapes(lm.config), checkpoint)
 
 
 def _unused(lm: ComponentConfig, encoder: ComponentConfig) -> list[str]:

@@ -13,21 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
-from edgevlm.toolkit.checkpoints.layouts import image_rules, towers
+from edgevlm.toolkit.checkpoints import partial
+from edgevlm.toolkit.checkpoints.layouts import huggingface, image_rules, towers
 from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
     Source,
-    add_tokens,
     below,
     check,
-    check_tokenizer,
+    embed_from_head,
     find_prefix,
-    read_tokenizer,
     with_context,
 )
-from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint
+from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import (
+    add_tokens,
+    check_tokenizer,
+    read_tokenizer,
+)
+from edgevlm.toolkit.checkpoints.weights import Checkpoint
+from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.recipes import Recipe, keep
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import Reader
@@ -36,25 +41,6 @@ from edgevlm.toolkit.vlm import components, language_models
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 IN_CHECKPOINT = "model.vision_tower.vision_tower."
-
-# Keys that training scripts write and that do not change an image's answer: bookkeeping, training
-# switches, video settings, resamplers (the originals build them but never apply them to images),
-# and keys of Hugging Face's layout that some releases have in addition.
-TRAINING_KEYS = (
-    "add_faster_video add_time_instruction faster_token_stride force_sample freeze_backbone "
-    "freeze_mm_mlp_adapter freeze_mm_vision_resampler ignore_index image_crop_resolution "
-    "image_split_resolution image_token_index max_sequence_length mm_mask_drop_mode "
-    "mm_mask_drop_ratio mm_mask_drop_ratio_lower mm_mask_drop_ratio_upper "
-    "mm_mask_drop_skip_percentage mm_newline_position mm_perceiver_depth mm_perceiver_ff_mult "
-    "mm_perceiver_latents mm_perceiver_pretrained mm_projector_lr mm_qformer_depth "
-    "mm_qformer_latents mm_qformer_pretrained mm_spatial_pool_out_channels "
-    "mm_resampler_type mm_spatial_pool_mode mm_spatial_pool_stride mm_tunable_parts "
-    "mm_vision_tower_lr ms_cross_attn_lr pos_skipping_range projector_hidden_act text_config "
-    "tokenizer_model_max_length tokenizer_padding_side tune_entire_model tune_mm_mlp_adapter "
-    "tune_mm_vision_resampler tune_vision_tower tune_vit_from_layer use_mm_proj use_pos_skipping "
-    "vision_config vision_feature_layer vision_feature_select_strategy vision_tower_lr "
-    "vision_tower_pretrained"
-).split()
 
 
 @dataclass(frozen=True)
@@ -75,8 +61,37 @@ class OriginalRules:
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of this layout."""
-    return "mm_vision_tower" in config and config.get("model_type") in language_models.LLAVA_TYPES
+    """Whether a config.json is of this layout: a vision tower beside a LLaVA class or model_type.
+
+    The originals' loader takes the class and never looks at model_type, which may be the language
+    model's own. Hugging Face's classes may carry the same keys; they do not read them.
+    """
+    if "mm_vision_tower" not in config or huggingface.names_class(config):
+        return False
+    by_type = config.get("model_type") in language_models.LLAVA_TYPES
+    return by_type or language_models.llava_class(config) is not None
+
+
+def require(config: Mapping[str, Any], folder: Path, system: str) -> None:
+    """Raise ConfigError stating what a folder lacks that `system` was chosen for, if it does."""
+    if is_original(config):
+        return
+    where = folder / "config.json"
+    if huggingface.names_class(config) or "mm_vision_tower" not in config:
+        kind = config.get("architectures") or config.get("model_type")
+        raise ConfigError(
+            f"{where} ({kind!r}) is not of LLaVA's own layout, which system {system!r} reads: it "
+            f"lacks {missing_keys(config)}",
+            hint="leave --system out: the system follows from config.json",
+        )
+    language_models.kind_in_llava(config)
+
+
+def missing_keys(config: Mapping[str, Any]) -> str:
+    """What keeps a config.json from being of this layout."""
+    if "mm_vision_tower" not in config:
+        return "mm_vision_tower"
+    return f"one of the classes {', '.join(language_models.LLAVA_CLASSES)} in architectures"
 
 
 def names_mlcd(config: Mapping[str, Any]) -> bool:
@@ -86,8 +101,9 @@ def names_mlcd(config: Mapping[str, Any]) -> bool:
 
 def load(folder: Path, config: Mapping[str, Any], options: Options, rules: OriginalRules) -> Source:
     """Read a checkpoint. Raises ConfigError and CheckpointError naming what does not fit."""
+    require(config, folder, rules.system)
     kind = language_models.kind_in_llava(config)
-    if kind == "qwen2":  # its original class ignores this key
+    if language_models.ignores_rope_scaling(config):
         config = {**config, "rope_scaling": None}
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     lm = ComponentConfig("lm", kind, models.lm(kind).Config.read(r))
@@ -99,18 +115,18 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     ends_rows = images.arrangement is not None and images.arrangement.newline
     spare = ["model.image_newline"] * ("unpad" in str(config.get("mm_patch_merge_type")))
     wins = _tower_wins(r, rules)
-    r.choice("s2", [False], False)
-    r.skip("s2_scales")
     wrapped = r.take("mm_use_im_start_end", bool, False)
     extra = ["<im_patch>"] * r.take("mm_use_im_patch_token", bool, True)
     extra += ["<im_start>", "<im_end>"] * wrapped
-    r.skip(*TRAINING_KEYS)
+    r.ignore("original")
     r.done()
 
-    text, doubled = read_tokenizer(folder, slow=True)
-    text = add_tokens(text, extra, lm.config.vocab_size)
-    rows = check_tokenizer(text, lm.config.vocab_size, str(folder))
-    checkpoint = open_checkpoint(folder, options.torch_reader)
+    home = options.base or folder  # a part's folder has no tokenizer
+    text, pieces = read_tokenizer(home, slow=True)
+    text = add_tokens(text, extra)
+    around = ["<im_start>", "<im_end>"] * wrapped
+    rows = check_tokenizer(text, lm.config.vocab_size, str(folder), around)
+    checkpoint = partial.open_joined(folder, options.base, options.torch_reader)
     tensors = _tensors(lm, merger, ends_rows, checkpoint)
     inside = _tower_inside(tower, checkpoint) if wins else None
     in_folder = [*tensors.values(), *([inside] if inside else [])]
@@ -133,11 +149,11 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         PromptRules(
             language_models.row(kind).template,
             "pieces",
-            read_eos(folder, config, kind, text),
+            read_eos(home, config, kind, text),
             image_text=image_text,
-            doubled_blank=doubled,
+            sentencepiece=pieces,
         ),
-        read_rules(folder, config, lm.config.vocab_size, options.ignore_keys),
+        read_rules(home, config, lm.config.vocab_size, options.ignore_keys),
     )
     origin = {"layout": "llava", "tower": str(config["mm_vision_tower"])}
     origin["tower_weights"] = "checkpoint" if inside else "tower folder"
@@ -170,7 +186,9 @@ def _tensors(
         table["newline"] = keep("model.image_newline")
         shapes["newline"] = (lm.config.hidden_size,)
     return {
-        "lm": ComponentTensors(file.names(lm.config), file.shapes(lm.config), checkpoint),
+        "lm": ComponentTensors(
+            embed_from_head(file.names(lm.config), checkpoint), file.shapes(lm.config), checkpoint
+        ),
         "merger": ComponentTensors(table, shapes, checkpoint),
     }
 

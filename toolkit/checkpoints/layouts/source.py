@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,18 @@ from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.models.recipes import Recipe
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.strict import Reader, read_json
-from edgevlm.toolkit.text.tokenizer import Tokenizer, from_sentencepiece
+from edgevlm.toolkit.strict import Reader
 from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, components
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to read a checkpoint: the choices that the command line offers."""
+    """How to read a checkpoint: the choices that the command line offers.
+
+    vision_tower: a folder, a weight file or a model id. offline: download no tower.
+    base: the folder of the base model of a LoRA adapter or of a projector alone.
+    """
 
     system: str | None = None
     vision_tower: Path | None = None
@@ -36,6 +38,8 @@ class Options:
     max_context: int | None = None
     torch_reader: TorchReader | None = None
     quirks: tuple[str, ...] = ()
+    offline: bool = True
+    base: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,19 @@ def find_prefix(table: Mapping[str, Recipe], checkpoint: Checkpoint, *prefixes: 
     )
 
 
+def embed_from_head(table: Mapping[str, Recipe], checkpoint: Checkpoint) -> dict[str, Recipe]:
+    """A tied language model's table, its embedding read from lm_head where only that is stored.
+
+    Both are one tensor, of which a file may hold either name.
+    """
+    recipe = table["embed.weight"]
+    (embed,) = recipe.sources
+    for head in ("lm_head.weight", embed.replace("model.embed_tokens", "lm_head", 1)):
+        if "head.weight" not in table and embed not in checkpoint and head in checkpoint:
+            return {**table, "embed.weight": replace(recipe, sources=(head,))}
+    return dict(table)
+
+
 def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tuple[str, Reader]:
     """The encoder file for a tower's configuration, and a reader over its section of it."""
     kind, nested = config.get("model_type"), "vision_config" in config
@@ -110,77 +127,13 @@ def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tup
         if kind in getattr(models.encoder(name), "MODEL_TYPES", ()):
             reader = Reader(config, where, options.ignore_keys)
             reader = reader.sub("vision_config") if nested else reader
-            reader.skip("tie_word_embeddings", "vocab_size")  # a tower has no vocabulary
+            reader.ignore("tower")
             return name, reader
     known = [t for n in models.kinds("encoders") for t in models.encoder(n).MODEL_TYPES]
     raise ConfigError(
         f"{where}: model_type = {kind!r} is not an encoder we implement",
         hint=f"implemented: {', '.join(sorted(known))}",
     )
-
-
-def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, bool]:
-    """The text of a tokenizer.json, and whether it needs `doubled_blank` (see Tokenizer).
-
-    slow: the system uses sentencepiece's own tokenizer where the folder has its model file; fast
-    tokenizers converted by older transformers tokenize differently after special tokens.
-    """
-    path, model = folder / "tokenizer.json", folder / "tokenizer.model"
-    settings = folder / "tokenizer_config.json"
-    config = read_json(settings) if settings.exists() else {}
-    older = folder / "added_tokens.json"
-    if older.exists() and not config.get("added_tokens_decoder"):
-        config["added_tokens_decoder"] = {n: token for token, n in read_json(older).items()}
-    if model.exists() and (slow or not path.exists()):
-        return from_sentencepiece(model, config)
-    if not path.exists():
-        raise CheckpointError(
-            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)",
-            hint="copy the tokenizer files of the language model into the folder",
-        )
-    read_json(path)  # refuses what is no JSON object
-    return path.read_text(encoding="utf-8"), False
-
-
-def add_tokens(text: str, extra: Sequence[str], vocab: int) -> str:
-    """The tokenizer with the tokens that the originals' loader adds, while the model has rows."""
-    try:
-        return _with_tokens(json.loads(text), extra, vocab)
-    except (AttributeError, KeyError, TypeError) as odd:
-        raise ConfigError(
-            f"the tokenizer cannot be read: {odd} in its added_tokens or vocab"
-        ) from odd
-
-
-def _with_tokens(data: dict[str, Any], extra: Sequence[str], vocab: int) -> str:
-    data.setdefault("added_tokens", [])
-    known = {token["content"] for token in data["added_tokens"]}
-    ids = [token["id"] for token in data.get("added_tokens", [])]
-    ids += list(data.get("model", {}).get("vocab", {}).values())
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    following = max(ids, default=-1) + 1
-    for token in extra:
-        if token not in known and following < vocab:
-            entry = {"id": following, "content": token, **flags, "special": True}
-            data["added_tokens"].append(entry)
-            following += 1
-    return json.dumps(data, ensure_ascii=False)
-
-
-def check_tokenizer(text: str, vocab: int, where: str) -> int:
-    """The number of ids that the tokenizer knows; CheckpointError if the model has fewer rows."""
-    import tokenizers
-
-    try:
-        size = Tokenizer(tokenizers.Tokenizer.from_str(text)).size
-    except Exception as broken:  # the package raises bare Exception
-        raise ConfigError(f"{where}: the tokenizer cannot be read: {broken}") from None
-    if size > vocab:
-        raise CheckpointError(
-            f"{where}: the tokenizer knows ids up to {size - 1}, the model has {vocab} rows",
-            hint="the tokenizer belongs to another model",
-        )
-    return size
 
 
 def with_context(lm: ComponentConfig, limit: int | None) -> ComponentConfig:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints import hub
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
@@ -15,9 +17,8 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     find_prefix,
     read_encoder,
 )
-from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
-from edgevlm.toolkit.checkpoints.weights import Checkpoint, TensorSource, open_checkpoint
-from edgevlm.toolkit.errors import CheckpointError, ConfigError
+from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint, open_file
+from edgevlm.toolkit.errors import CheckpointError, ConfigError, ToolkitError
 from edgevlm.toolkit.images.preprocess import Preprocess, read_preprocess
 from edgevlm.toolkit.models.encoders import unireplknet
 from edgevlm.toolkit.strict import MOST_LAYERS, Reader, read_json
@@ -36,28 +37,74 @@ class Tower:
     unused: tuple[str, ...]
 
 
+# Towers that published checkpoints name and edgevlm has no file for: a pattern in the name, and
+# what it is. They come without a folder of their own, so no config.json can say it.
+_FOREIGN = {
+    r"mobileclip": "MobileCLIP (FastVLM's FastViT)",
+    r"imagebind": "ImageBind",
+    r"eva[-_]?(02|clip)": "EVA-CLIP",
+    r"intern[-_]?vit": "InternViT",
+    r"languagebind": "LanguageBind (video)",
+    r"openclip|open_clip_hub": "OpenCLIP in its own format",
+}
+
+
+def name_in(config: Mapping[str, Any], where: str) -> str:
+    """The value of `mm_vision_tower`. Raises ConfigError unless it is a name."""
+    name = config.get("mm_vision_tower")
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(
+            f"{where}: mm_vision_tower = {name!r}, expected the name or folder of a vision tower",
+            hint="set it to the tower that the checkpoint was trained with, such as "
+            "openai/clip-vit-large-patch14-336",
+        )
+    return name
+
+
+def _refuse_foreign(name: str, folder: Path) -> None:
+    """Raise ConfigError for a tower whose name says that it is of a kind we do not implement."""
+    for pattern, kind in _FOREIGN.items():
+        if re.search(pattern, name, re.IGNORECASE):
+            raise ConfigError(
+                f"{folder / 'config.json'}: the vision tower {name!r} is {kind}, which edgevlm "
+                "does not implement",
+                hint=f"implemented: {', '.join(models.kinds('encoders'))}",
+            )
+
+
 def find(name: str, folder: Path, options: Options) -> Path:
     """The tower that `mm_vision_tower` names: a folder with config.json, or a weight file.
 
     --vision-tower decides if it is given; else the tower is looked for inside the checkpoint,
-    beside it, and from the current folder. Raises CheckpointError if it is not found.
+    beside it, from the current folder, and, if its name is a model id, in the hub's cache; unless
+    `options.offline`, it is downloaded then. Raises CheckpointError if it is not found.
     """
-    if options.vision_tower is not None:
-        return options.vision_tower
-    base = Path(name).name
+    chosen = options.vision_tower
+    if chosen is not None:
+        is_path = chosen.exists() or not hub.is_model_id(str(chosen))
+        return chosen if is_path else hub.locate_tower(str(chosen), offline=options.offline)
+    base = PureWindowsPath(name).name  # either separator: it may be a path of the trainer's machine
     for path in (folder / name, folder.parent / name, Path(name), folder / base,
                  folder.parent / base):  # fmt: skip
         if path.is_file() or (path / "config.json").exists():
             return path
+    _refuse_foreign(name, folder)
+    reason, download = "", ""
+    if hub.is_model_id(name):
+        try:
+            return hub.locate_tower(name, offline=options.offline)
+        except ToolkitError as missing:
+            reason, download = f" ({missing.message})", f"; or: {missing.hint}"
     raise CheckpointError(
-        f"the vision tower {name!r} that {folder / 'config.json'} names is not on this machine",
-        hint=f"put its folder beside {folder}, or name it: --vision-tower FOLDER",
+        f"the vision tower {name!r} that {folder / 'config.json'} names is not on this machine"
+        + reason,
+        hint=f"put its folder beside {folder}, or name it: --vision-tower FOLDER{download}",
     )
 
 
 def kind_of(config: Mapping[str, Any], folder: Path, options: Options) -> str:
     """The encoder file for the tower of a LLaVA configuration."""
-    tower = find(str(config["mm_vision_tower"]), folder, options)
+    tower = find(name_in(config, str(folder / "config.json")), folder, options)
     if tower.is_file():
         return "unireplknet"
     return read_encoder(read_json(tower / "config.json"), str(tower / "config.json"), options)[0]
@@ -65,7 +112,7 @@ def kind_of(config: Mapping[str, Any], folder: Path, options: Options) -> str:
 
 def open_tower(folder: Path, r: Reader, options: Options, choose: Callable[[Taps], Taps]) -> Tower:
     """The tower that config.json names, with the levels that it selects."""
-    tower = find(r.take("mm_vision_tower", str), folder, options)
+    tower = find(name_in({"mm_vision_tower": r.raw("mm_vision_tower")}, r.where), folder, options)
     if tower.is_file():
         return _open_file(tower, r, options)
     path = tower / "config.json"
@@ -121,16 +168,7 @@ def tensors_in(
 def _open_file(path: Path, r: Reader, options: Options) -> Tower:
     """UniRepLKNet: sizes come from the weights; select layer and select feature have no effect."""
     r.skip("mm_vision_select_layer", "mm_vision_select_feature")
-    source: TensorSource
-    if path.suffix == ".safetensors":
-        source = SafetensorsFile(path)
-    elif options.torch_reader is not None:
-        source = options.torch_reader(path)
-    else:
-        raise CheckpointError(
-            f"{path} is a torch file; reading it needs torch",
-            hint="pip install 'edgevlm[train]'",
-        )
+    source = open_file(path, options.torch_reader)
     keys = list(source.keys())
     checkpoint = Checkpoint(dict.fromkeys(keys, source), str(path))
     config = unireplknet.Config.of({key: source.shape(key) for key in keys}, str(path))

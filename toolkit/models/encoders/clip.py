@@ -36,7 +36,7 @@ class Config(vit.SquareImages):
     @classmethod
     def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
         """From a CLIPVisionConfig; `taps` as in hidden_states[...], negative from the end."""
-        r.skip("projection_dim", "dropout")
+        r.ignore("tower")
         config = cls(
             **vit.read(r, ["quick_gelu", "gelu"], patch_size=32, eps=1e-5),
             image_size=r.count("image_size", 224),

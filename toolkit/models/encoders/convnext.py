@@ -35,7 +35,7 @@ class Config:
 
         layer_norm_eps concerns the unused final norm only; all others have 1e-6.
         """
-        r.skip("drop_path_rate", "layer_norm_eps", "out_features", "out_indices", "stage_names")
+        r.ignore("convnext")
         r.choice("num_channels", [3], 3)
         r.choice("hidden_act", ["gelu"], "gelu")
         depths, dims = (tuple(r.take(key, list)) for key in ("depths", "hidden_sizes"))

@@ -50,9 +50,7 @@ class Config(vit.SquareImages):
 
         hidden_states[0] are the embeddings; there is no final norm on any of them.
         """
-        r.skip("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob",
-               "layerscale_value", "out_features", "out_indices", "stage_names",
-               "apply_layernorm", "reshape_hidden_states", "use_mask_token")  # fmt: skip
+        r.ignore("dinov2")
         swiglu, ratio = r.take("use_swiglu_ffn", bool, False), r.take("mlp_ratio", float, 4.0)
         fields = vit.read(r, ["gelu"], patch_size=14, eps=1e-6)
         stored, hidden = r.count("image_size", 224), int(fields["hidden_size"] * ratio)

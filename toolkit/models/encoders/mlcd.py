@@ -41,7 +41,8 @@ class Config:
     @classmethod
     def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
         """From an MLCDVisionConfig."""
-        r.skip("projection_dim", "rope_parameters")
+        r.ignore("tower")
+        r.skip("rope_parameters")
         r.choice("num_key_value_groups", [1], 1)
         rope = r.sub("rope_parameters") if r.has("rope_parameters") else Reader({}, r.where)
         fields = vit.read(

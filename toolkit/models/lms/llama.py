@@ -58,6 +58,7 @@ class Config:
     @classmethod
     def read(cls, r: Reader) -> Config:
         """From a LlamaConfig."""
+        r.ignore("llama")
         bias = r.take("attention_bias", bool, False)
         return read(r, qkv_bias=bias, out_bias=bias, mlp_bias=r.take("mlp_bias", bool, False))
 
@@ -79,7 +80,8 @@ def read(
     `defaults`: what a missing key means, where the three disagree.
     """
     r.choice("hidden_act", ["silu"], "silu")
-    r.skip("pretraining_tp")  # in how many pieces training summed: the same sum
+    if set(r.raw("layer_types") or ()) - {"full_attention"} and window is None:
+        raise ConfigError(f"{r.where}: layer_types = {r.raw('layer_types')!r} is not implemented")
     hidden_size = r.count("hidden_size", 4096)
     num_heads, head_dim = _heads(r, hidden_size)
     theta, scaling = _read_rope(r)

@@ -32,7 +32,7 @@ class Config(llama.Config):
 
         A configuration without the key has the class's default window of 4096.
         """
-        r.skip("attention_bias", "mlp_bias")  # its class reads neither; stored biases are refused
+        r.ignore("mistral")
         window = r.optional("sliding_window", int) if r.given("sliding_window") else 4096
         base = llama.read(
             r, qkv_bias=False, out_bias=False, mlp_bias=False, window=window, defaults=_DEFAULTS

@@ -32,8 +32,7 @@ class Config(llama.Config):
         """From a Qwen2Config."""
         if r.take("use_sliding_window", bool, False):
             raise ConfigError(f"{r.where}: use_sliding_window = true is not implemented")
-        r.skip("sliding_window", "max_window_layers", "layer_types", "use_mrope")
-        r.skip("attention_bias", "mlp_bias")  # its class reads neither
+        r.ignore("qwen2")
         base = llama.read(r, qkv_bias=True, out_bias=False, mlp_bias=False, defaults=_DEFAULTS)
         return cls(**vars(base))
 
