@@ -164,6 +164,24 @@ def test_image_positions_count_as_the_image_token(
     assert list(answer(built, settings, text).token_ids) == expected
 
 
+def test_an_image_token_of_another_name_counts_too(
+    built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As in Llama 3's converted checkpoints, whose image token has a reserved token's name."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(built[0], folder)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"<image>"', '"<|reserved_special_token_69|>"'))
+    settings = PLAIN | {"no_repeat_ngram_size": 1, "repetition_penalty": 1.3}
+    text = PROMPT.removesuffix("\nWhat is in the image? ASSISTANT:")
+    plain = transformers_ids(built[0], PLAIN, text)
+    settings["bad_words_ids"] = [[1000, plain[0]]]
+    expected = transformers_ids(built[0], settings, text)
+    assert expected[0] != plain[0]
+    found = answer((folder, engine_of(folder, tmp_path)), settings, text)
+    assert list(found.token_ids) == expected
+
+
 def test_an_image_repeats_pairs_of_its_own_token(built: tuple[Path, Path]) -> None:
     settings = PLAIN | {"no_repeat_ngram_size": 4, "repetition_penalty": 1.3}
     assert list(answer(built, settings, PROMPT).token_ids) == transformers_ids(
@@ -364,21 +382,3 @@ def test_rules_travel_from_the_checkpoint_to_the_engine(tmp_path: Path) -> None:
         assert [text for text in lines if text == line], path
         shown = data["model"]["generation"] if path == folder else data["generation"]
         assert shown["repetition_penalty"] == 1.1
-
-
-def test_the_originals_count_tokens_of_the_answer_alone(tmp_path: Path) -> None:
-    """They give embeddings to `generate`: no word can begin in the prompt."""
-    shutil.copytree(HERE / "goldens/e2e_llava15", tmp_path / "golden")
-    folder = tmp_path / "golden/llava-v1.5-tiny"
-    engine = engine_of(folder, tmp_path)
-    with Session.open(engine, threads=1) as session:
-        question = Question("Why?", (), 8, template="none")
-        plain = session.answer(question).token_ids
-        last = session.tokenizer.encode("Why?")[-1]
-        for words, same in (([[last, plain[0]]], 8), ([[plain[2], plain[3]]], 3)):
-            write(folder, PLAIN | {"bad_words_ids": words})
-            rules = systems.load(folder, Options()).model.generation
-            session.model = replace(session.model, generation=rules)
-            found = session.answer(question).token_ids
-            assert found[:same] == plain[:same]
-            assert (found == plain) is (same == 8)
