@@ -172,7 +172,7 @@ def test_an_image_token_of_another_name_counts_too(
     shutil.copytree(built[0], folder)
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace('"<image>"', '"<|reserved_special_token_69|>"'))
-    settings = PLAIN | {"no_repeat_ngram_size": 1, "repetition_penalty": 1.3}
+    settings: dict[str, Any] = PLAIN | {"no_repeat_ngram_size": 1, "repetition_penalty": 1.3}
     text = PROMPT.removesuffix("\nWhat is in the image? ASSISTANT:")
     plain = transformers_ids(built[0], PLAIN, text)
     settings["bad_words_ids"] = [[1000, plain[0]]]
@@ -312,6 +312,14 @@ def test_what_is_not_implemented_is_refused_by_name(
         rules_of(tmp_path, {key: value})
     assert reason in refused.value.message
     assert "generation_config.json" in refused.value.message
+
+
+def test_an_unknown_key_is_ignored_on_demand_only(tmp_path: Path) -> None:
+    write(tmp_path, {"chat_format": "chatml", "num_beams": 2})
+    with pytest.raises(ConfigError, match="num_beams = 2"):
+        generation.read_rules(tmp_path, {}, 1000, ("chat_format", "num_beams"))
+    write(tmp_path, {"chat_format": "chatml"})
+    assert generation.read_rules(tmp_path, {}, 1000, ("chat_format",)) == GenerationRules()
 
 
 def test_config_json_counts_where_there_is_no_other_file(tmp_path: Path) -> None:
