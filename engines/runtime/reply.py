@@ -137,7 +137,7 @@ class Reply:
         prompts, rules = session.model.prompts, session.model.generation
         seen: list[int] = []
         if prompts.splice == "token":  # the originals hand embeddings to `generate`, not ids
-            seen = counted_ids(sequence, session.tokenizer.id_of(prompts.placeholder))
+            seen = counted_ids(sequence, session.tokenizer.id_of(prompts.image_text))
         return Processors(
             settled(rules, self._question.sampling),
             seen,

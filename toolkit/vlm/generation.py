@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -50,9 +51,8 @@ def described(rules: GenerationRules) -> str:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, tuple) and len(value) > 4:
-        return f"({len(value)} entries)"
     if isinstance(value, tuple):
-        return str(list(value) if not value or not isinstance(value[0], tuple) else
-                   [list(item) for item in value])  # fmt: skip
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return f"({len(value)} entries)" if len(value) > 4 else json.dumps(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value)

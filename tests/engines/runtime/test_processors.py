@@ -18,6 +18,7 @@ from edgevlm.toolkit.errors import ConfigError, InputError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.text.prompts import PromptSequence
 from edgevlm.toolkit.vlm.generation import GenerationRules
+from tests.engines.runtime.test_sampling import by_transformers, drawn_from
 
 VOCAB = 12
 IDS = st.integers(0, VOCAB - 1)
@@ -86,6 +87,25 @@ def test_every_step_equals_that_of_transformers(
             np.testing.assert_array_equal(ours.process(logits), expected[0].numpy())
         np.testing.assert_array_equal(logits, given_logits)  # the engine's buffer
         ours.add(answer[number] if number < len(answer) else 0)
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(
+    st.lists(IDS, max_size=VOCAB - 1, unique=True),
+    st.sampled_from([0, 1, 3, 9, 100]),
+    st.sampled_from([1.0, 0.9, 0.4]),
+    st.integers(0, 1000),
+)
+def test_what_is_drawn_from_the_rest_is_what_transformers_draws_from(
+    banned: list[int], top_k: int, top_p: float, seed: int
+) -> None:
+    sampling = Sampling(0.8, top_k, top_p, seed)
+    logits = np.random.default_rng(seed).normal(0, 2, VOCAB).astype(np.float32)
+    ours = Processors(GenerationRules(suppress_tokens=tuple(banned)), [], 0, (), VOCAB)
+    left = ours.process(logits)
+    found = drawn_from(left, sampling)
+    assert found == pytest.approx(by_transformers(left, sampling), abs=1e-6)
+    assert not {*banned} & {sampler(sampling)(left), *found}
 
 
 def test_without_rules_the_logits_are_passed_on() -> None:

@@ -165,7 +165,7 @@ def _sampling(r: Reader) -> dict[str, float]:
             continue
         value = r.take(key, float)
         if value not in neutral:
-            found[key] = int(value) if key == "top_k" else value
+            found[key] = value
     return found
 
 
