@@ -368,3 +368,60 @@ def test_the_loader_adds_a_token_of_the_vocabulary_under_its_id(folder: Path) ->
         1001,
     )
     assert tokenizer.decode([1000]) == ""
+
+
+# -- the original layout -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    """The golden LLaVA 1.5 with its tower beside it: 1000 rows, 1000 ids."""
+    shutil.copytree(LLAMA, tmp_path / LLAMA.name)
+    shutil.copytree(LLAMA.parent / "clip-vit-tiny", tmp_path / "clip-vit-tiny")
+    return tmp_path / LLAMA.name
+
+
+def test_an_original_with_more_tokens_than_rows_answers(original: Path, tmp_path: Path) -> None:
+    prompt = "USER: <image>\nWhat is in the image? ASSISTANT:"
+    (tmp_path / "before").mkdir()
+    before = ask(engine_of(original, tmp_path / "before"), prompt, [facing.IMAGE], 8)
+    edit(original / "tokenizer_config.json", pad_token="[PAD]")  # as Vicuna's first versions
+    edit(original / "config.json", mm_use_im_patch_token=True)
+    engine = engine_of(original, tmp_path)
+    assert ask(engine, prompt, [facing.IMAGE], 8).token_ids == before.token_ids
+    for token, number in (("[PAD]", 1000), ("<im_patch>", 1001)):
+        with pytest.raises(InputError, match=rf"no embedding for \(id {number} of 1000 rows\)"):
+            ask(engine, f"USER: {token} ASSISTANT:", [], 8)
+
+
+def test_an_original_without_rows_for_its_image_marks_is_refused(original: Path) -> None:
+    edit(original / "config.json", mm_use_im_start_end=True)
+    with pytest.raises(CheckpointError, match="no row for <im_start>"):
+        systems.load(original, Options())
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_an_original_whose_tokenizer_json_lacks_its_marks(older: bool, tmp_path: Path) -> None:
+    whole = tmp_path / "checkpoint"
+    shutil.copytree(QWEN, whole)
+    data = json.loads((whole / "tokenizer.json").read_text())
+    vocab = {t: n for t, n in data["model"]["vocab"].items() if not t.startswith("<|")}
+    edit(whole / "tokenizer.json", added_tokens=[], model=data["model"] | {"vocab": vocab})
+    if older:
+        edit(whole / "tokenizer_config.json", "added_tokens_decoder")
+    else:
+        (whole / "added_tokens.json").unlink()
+    for text in TEXTS:
+        assert opened(whole, slow=True).encode(text) == opened(QWEN, slow=True).encode(text)
+    assert opened(whole, slow=True).decode([997, 998, 999]) == ""
+
+
+def test_a_token_behind_every_piece_is_refused(folder: Path) -> None:
+    processor = json.loads((folder / "tokenizer.json").read_text())["post_processor"]
+    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    tokens = processor["special_tokens"] | {"</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}}
+    changed = processor | {"single": [*processor["single"], end], "special_tokens": tokens}
+    edit(folder / "tokenizer.json", post_processor=changed)
+    agree(folder)
+    with pytest.raises(ConfigError, match="post_processor ends every text with a token"):
+        read_tokenizer(folder, slow=True)
