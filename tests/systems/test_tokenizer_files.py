@@ -19,7 +19,7 @@ from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import (
     read_tokenizer,
 )
 from edgevlm.toolkit.errors import CheckpointError, ConfigError, InputError
-from edgevlm.toolkit.text.tokenizer import Tokenizer
+from edgevlm.toolkit.text.tokenizer import Tokenizer, token_of
 from tests.conftest import HERE
 from tests.pipeline import ask, engine_of
 from tests.systems import test_huggingface as facing
@@ -151,6 +151,18 @@ def test_tokens_of_the_older_files(folder: Path) -> None:
     agree(folder)
     kept = opened(folder).decode([1000, 1001, 1002])
     assert ("<x>" in kept, "<y>" in kept, "<xx>" in kept) == (True, False, True)
+
+
+@pytest.mark.parametrize("decoder", [{}, {"2": token("</s>")}])
+def test_added_tokens_json_counts_only_without_the_newer_key(
+    decoder: dict[str, Any], folder: Path
+) -> None:
+    edit(folder / "added_tokens.json", **{"<x>": 1000})
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=decoder)
+    agree(folder)
+    assert opened(folder).id_of("<x>") is None
+    with pytest.raises(ConfigError, match="no token with the id 1000"):
+        token_of(read_tokenizer(folder, slow=False)[0], 1000)
 
 
 def test_the_file_of_the_tokenizer_wins_over_added_tokens_json(folder: Path) -> None:

@@ -125,7 +125,9 @@ def _around_token(rules: PromptRules, tokenizer: Tokenizer, text: str) -> Prompt
     """Pieces between image tokens. A prompt says `<image>`, whatever the token's own name is."""
     image = tokenizer.id_of(rules.image_text)
     runs: list[list[int]] = [[]]
-    for token in tokenizer.encode(text.replace(rules.placeholder, rules.image_text)):
+    if rules.placeholder not in rules.image_text:  # a whole prompt that was not rendered
+        text = text.replace(rules.placeholder, rules.image_text)
+    for token in tokenizer.encode(text):
         if token == image:
             runs.append([])
         else:
