@@ -19,7 +19,7 @@ from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import (
     read_tokenizer,
 )
 from edgevlm.toolkit.errors import CheckpointError, ConfigError, InputError
-from edgevlm.toolkit.text.tokenizer import Tokenizer
+from edgevlm.toolkit.text.tokenizer import Tokenizer, token_of
 from tests.conftest import HERE
 from tests.pipeline import ask, engine_of
 from tests.systems import test_huggingface as facing
@@ -151,6 +151,18 @@ def test_tokens_of_the_older_files(folder: Path) -> None:
     agree(folder)
     kept = opened(folder).decode([1000, 1001, 1002])
     assert ("<x>" in kept, "<y>" in kept, "<xx>" in kept) == (True, False, True)
+
+
+@pytest.mark.parametrize("decoder", [{}, {"2": token("</s>")}])
+def test_added_tokens_json_counts_only_without_the_newer_key(
+    decoder: dict[str, Any], folder: Path
+) -> None:
+    edit(folder / "added_tokens.json", **{"<x>": 1000})
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=decoder)
+    agree(folder)
+    assert opened(folder).id_of("<x>") is None
+    with pytest.raises(ConfigError, match="no token with the id 1000"):
+        token_of(read_tokenizer(folder, slow=False)[0], 1000)
 
 
 def test_the_file_of_the_tokenizer_wins_over_added_tokens_json(folder: Path) -> None:
@@ -299,51 +311,7 @@ def test_fast_systems_refuse_what_they_cannot_express(way: str, folder: Path) ->
     assert opened(folder, slow=True).size == 400
 
 
-# -- the image token ---------------------------------------------------------------------------
-
-
-def renamed(tmp_path: Path, name: str) -> tuple[Path, Any]:
-    """A checkpoint in Hugging Face's layout whose image token has another name."""
-    checkpoint = tmp_path / "checkpoint"
-    model = facing.save(checkpoint, "grouped heads")
-    text = (checkpoint / "tokenizer.json").read_text()
-    (checkpoint / "tokenizer.json").write_text(text.replace('"<image>"', json.dumps(name)))
-    return checkpoint, model
-
-
-@pytest.mark.parametrize("name", ["<|image|>", "<|reserved_special_token_2|>"])
-def test_an_image_token_of_another_name(name: str, tmp_path: Path) -> None:
-    checkpoint, model = renamed(tmp_path, name)
-    edit(checkpoint / "processor_config.json", image_token=name)
-    engine = engine_of(checkpoint, tmp_path)
-    expected = facing.expected_ids(
-        model, checkpoint, facing.PROMPT.replace("<image>", name * 16), 12
-    )
-    for prompt in (facing.PROMPT, facing.PROMPT.replace("<image>", name)):
-        found = ask(engine, prompt, [facing.IMAGE], 12)
-        assert list(found.token_ids) == expected
-    assert len(set(expected)) > 3
-
-
-def test_a_processor_with_another_image_token_is_refused(tmp_path: Path) -> None:
-    checkpoint, _ = renamed(tmp_path, "<|image|>")
-    edit(checkpoint / "processor_config.json", image_token="<image>")
-    with pytest.raises(ConfigError, match=r"processor_config\.json: image_token = '<image>'.*1000"):
-        systems.load(checkpoint, Options())
-
-
 # -- rows --------------------------------------------------------------------------------------
-
-
-def test_an_added_token_without_a_row_is_refused_in_a_prompt_only(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "checkpoint"
-    model = facing.save(checkpoint, "grouped heads")  # 1001 rows; the tokenizer gets 1002 ids
-    declare(checkpoint, _1001=token("<late>"))
-    expected = facing.expected_ids(model, checkpoint, facing.PROMPT, 8)
-    engine = engine_of(checkpoint, tmp_path)
-    assert list(ask(engine, facing.PROMPT, [facing.IMAGE], 8).token_ids) == expected
-    with pytest.raises(InputError, match=r"'<late>'.*no embedding for \(id 1001 of 1001 rows\)"):
-        ask(engine, "USER: a <late> b ASSISTANT:", [], 8)
 
 
 def test_the_vocabulary_needs_rows_and_so_do_the_marks_of_images(folder: Path) -> None:
@@ -368,3 +336,60 @@ def test_the_loader_adds_a_token_of_the_vocabulary_under_its_id(folder: Path) ->
         1001,
     )
     assert tokenizer.decode([1000]) == ""
+
+
+# -- the original layout -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    """The golden LLaVA 1.5 with its tower beside it: 1000 rows, 1000 ids."""
+    shutil.copytree(LLAMA, tmp_path / LLAMA.name)
+    shutil.copytree(LLAMA.parent / "clip-vit-tiny", tmp_path / "clip-vit-tiny")
+    return tmp_path / LLAMA.name
+
+
+def test_an_original_with_more_tokens_than_rows_answers(original: Path, tmp_path: Path) -> None:
+    prompt = "USER: <image>\nWhat is in the image? ASSISTANT:"
+    (tmp_path / "before").mkdir()
+    before = ask(engine_of(original, tmp_path / "before"), prompt, [facing.IMAGE], 8)
+    edit(original / "tokenizer_config.json", pad_token="[PAD]")  # as Vicuna's first versions
+    edit(original / "config.json", mm_use_im_patch_token=True)
+    engine = engine_of(original, tmp_path)
+    assert ask(engine, prompt, [facing.IMAGE], 8).token_ids == before.token_ids
+    for token, number in (("[PAD]", 1000), ("<im_patch>", 1001)):
+        with pytest.raises(InputError, match=rf"no embedding for \(id {number} of 1000 rows\)"):
+            ask(engine, f"USER: {token} ASSISTANT:", [], 8)
+
+
+def test_an_original_without_rows_for_its_image_marks_is_refused(original: Path) -> None:
+    edit(original / "config.json", mm_use_im_start_end=True)
+    with pytest.raises(CheckpointError, match="no row for <im_start>"):
+        systems.load(original, Options())
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_an_original_whose_tokenizer_json_lacks_its_marks(older: bool, tmp_path: Path) -> None:
+    whole = tmp_path / "checkpoint"
+    shutil.copytree(QWEN, whole)
+    data = json.loads((whole / "tokenizer.json").read_text())
+    vocab = {t: n for t, n in data["model"]["vocab"].items() if not t.startswith("<|")}
+    edit(whole / "tokenizer.json", added_tokens=[], model=data["model"] | {"vocab": vocab})
+    if older:
+        edit(whole / "tokenizer_config.json", "added_tokens_decoder")
+    else:
+        (whole / "added_tokens.json").unlink()
+    for text in TEXTS:
+        assert opened(whole, slow=True).encode(text) == opened(QWEN, slow=True).encode(text)
+    assert opened(whole, slow=True).decode([997, 998, 999]) == ""
+
+
+def test_a_token_behind_every_piece_is_refused(folder: Path) -> None:
+    processor = json.loads((folder / "tokenizer.json").read_text())["post_processor"]
+    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    tokens = processor["special_tokens"] | {"</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}}
+    changed = processor | {"single": [*processor["single"], end], "special_tokens": tokens}
+    edit(folder / "tokenizer.json", post_processor=changed)
+    agree(folder)
+    with pytest.raises(ConfigError, match="post_processor ends every text with a token"):
+        read_tokenizer(folder, slow=True)

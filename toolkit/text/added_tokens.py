@@ -58,7 +58,7 @@ def read_declared(folder: Path, config: Mapping[str, Any]) -> Declared:
     as one. Raises ConfigError naming the file for tokens that cannot be read.
     """
     where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
-    if config.get("added_tokens_decoder"):
+    if config.get("added_tokens_decoder") is not None:
         ids = _decoder(config["added_tokens_decoder"], where)
         return Declared(ids, _named(config, folder / "tokenizer_config.json"))
     map_path, older = folder / "special_tokens_map.json", folder / "added_tokens.json"

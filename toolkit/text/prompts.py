@@ -238,12 +238,7 @@ def tokenize(rules: PromptRules, tokenizer: Tokenizer, prompt: str | Rendered) -
     runs: list[list[int]] = [[]]
     started = False
     for stretch in rendered.stretches:
-        texts = (
-            stretch.split(rules.placeholder)
-            if pieces
-            else [stretch.replace(rules.placeholder, rules.image_text)]
-        )
-        for number, text in enumerate(texts):
+        for number, text in enumerate(_texts(rules, stretch)):
             if number:
                 runs.append([])
             for token in _ids(tokenizer, text, rendered, started):
@@ -255,6 +250,15 @@ def tokenize(rules: PromptRules, tokenizer: Tokenizer, prompt: str | Rendered) -
     for run in runs:
         tokenizer.check_rows(run)
     return Prompt(tuple(map(tuple, runs)))
+
+
+def _texts(rules: PromptRules, stretch: str) -> list[str]:
+    """What is tokenized by itself: with "pieces" the texts between images, else the whole."""
+    if rules.splice == "pieces":
+        return stretch.split(rules.placeholder)
+    if rules.placeholder in rules.image_text:
+        return [stretch]
+    return [stretch.replace(rules.placeholder, rules.image_text)]
 
 
 def _ids(tokenizer: Tokenizer, text: str, rendered: Rendered, started: bool) -> list[int]:

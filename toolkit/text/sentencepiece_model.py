@@ -33,7 +33,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Model:
-    """What a model file states and a conversion needs; `spec` names are those of the file."""
+    """What a model file states: its pieces, and its settings by the numbers of their fields."""
 
     pieces: tuple[Piece, ...]
     trainer: Mapping[int, int | bytes]
@@ -52,16 +52,15 @@ def from_sentencepiece(
     """
     model = read_model(path)
     _check(model, path)
-    bos = model.trainer.get(41, 1)
     if config.get("add_eos_token"):
         raise ConfigError(
             f"{path.parent / 'tokenizer_config.json'}: add_eos_token = true would end every piece "
             "of a prompt with the end token; it is not implemented",
             hint="set add_eos_token to false if the model answers prompts without it",
         )
-    with_bos = config.get("add_bos_token", True) and isinstance(bos, int) and bos >= 0
-    rules = _rules(model, config, declared)
-    built = _tokenizer(model, _added(model, declared), rules, bos if with_bos else None)
+    rules, added = _rules(model, config, declared), _added(model, declared)
+    bos = _bos(model, config, added) if config.get("add_bos_token", True) else None
+    built = _tokenizer(model, added, rules, bos)
     return json.dumps(built, ensure_ascii=False), rules
 
 
@@ -74,6 +73,18 @@ def _rules(model: Model, config: Mapping[str, Any], declared: Declared) -> Sente
     taken = {token.content for token in (*declared.ids.values(), *declared.named)}
     symbols = [p.text for p in model.pieces if p.type == _SYMBOL and p.text not in taken]
     return SentencePieceRules(blank, legacy, bool(model.normalizer.get(4, 1)), tuple(symbols))
+
+
+def _bos(
+    model: Model, config: Mapping[str, Any], added: Mapping[str, tuple[int, AddedToken]]
+) -> int | None:
+    """The id of the configuration's bos_token, else that of the model; None if it has none."""
+    stated = config.get("bos_token")
+    content = str(stated.get("content") if isinstance(stated, dict) else stated)
+    if content in added:
+        return added[content][0]
+    own = model.trainer.get(41, 1)
+    return own if isinstance(own, int) and own >= 0 else None
 
 
 def _added(model: Model, declared: Declared) -> dict[str, tuple[int, AddedToken]]:
@@ -180,18 +191,18 @@ def _tokenizer(
     model: Model,
     added: Mapping[str, tuple[int, AddedToken]],
     rules: SentencePieceRules,
-    bos: int | bytes | None,
+    bos: int | None,
 ) -> dict[str, Any]:
     vocab = {piece.text: number for number, piece in enumerate(model.pieces)}
     entries = [token.entry(number) for number, token in added.values()]
-    first = None if bos is None else _content(int(bos), model, added)
+    first = None if bos is None else _content(bos, model, added)
     unknown = next((p.text for p in model.pieces if p.type == _UNKNOWN), "<unk>")
     return {
         "version": "1.0",
         "added_tokens": sorted(entries, key=lambda item: int(item["id"])),
         "normalizer": _normalizer(model, rules),
         "pre_tokenizer": _BLANK_FIRST if rules.blank and not rules.legacy else None,
-        "post_processor": None if first is None else _prepend(first, int(bos or 0)),
+        "post_processor": None if first is None else _prepend(first, bos or 0),
         "decoder": {"type": "Sequence", "decoders": _decoders(rules)},
         "model": {
             "type": "BPE",
@@ -241,7 +252,8 @@ def _decoders(rules: SentencePieceRules) -> list[dict[str, Any]]:
 
 def _content(number: int, model: Model, added: Mapping[str, tuple[int, AddedToken]]) -> str:
     """The token with this id: an added one, or the model's piece."""
-    return next((c for c, (n, _) in added.items() if n == number), model.pieces[number].text)
+    named = [content for content, (its, _) in added.items() if its == number]
+    return named[0] if named else model.pieces[number].text
 
 
 def _prepend(token: str, number: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from edgevlm.toolkit.text.added_tokens import AddedToken
 
 BLANK = "\u2581"  # sentencepiece's visible blank
+_BLANKS = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,18 @@ class TextSteps:
         """The text cut at added tokens, without empty stretches."""
         start = 0
         for match in _any_of(self.added).finditer(text):
+            begin, end = match.span()
             number, token = self.added[match.group()]
-            before, after = text[start : match.start()], text[match.end() :]
-            if match.start() < start or (token.single_word and not _alone(before, after)):
+            alone = begin == start or text[begin - 1] == " "
+            alone = alone and text[end : end + 1] in ("", " ")
+            if begin < start or (token.single_word and not alone):
                 continue
-            before = before.rstrip() if token.lstrip else before
+            before = text[start:begin].rstrip() if token.lstrip else text[start:begin]
             if before:
                 yield before
             yield number, token
-            start = len(text) - len(after.lstrip() if token.rstrip else after)
+            after = _BLANKS.match(text, end) if token.rstrip else None
+            start = after.end() if after else end
         if text[start:]:
             yield text[start:]
 
@@ -136,10 +140,6 @@ class TextSteps:
             yield unit
             char += len(data[at : at + taken].decode())
             at += taken
-
-
-def _alone(before: str, after: str) -> bool:
-    return (not before or before[-1] == " ") and (not after or after[0] == " ")
 
 
 def _any_of(texts: Sequence[str] | Mapping[str, Any]) -> re.Pattern[str]:

@@ -185,7 +185,8 @@ def token_of(text: str, number: int) -> str:
             return str(token)
     raise ConfigError(
         f"the tokenizer has no token with the id {number}, which stands for images",
-        hint="the tokenizer belongs to another model",
+        hint="the tokenizer belongs to another model, or the token is only in added_tokens.json, "
+        "which counts where tokenizer_config.json has no added_tokens_decoder",
     )
 
 

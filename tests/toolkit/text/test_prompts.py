@@ -276,3 +276,24 @@ def test_the_llama_3_template_brings_its_own_bos() -> None:
     assert found.runs[0][:2] == (256, 258)
     assert [number for run in found.runs for number in run].count(256) == 1
     assert found.runs[1][-1] == inner.encode("\n", add_special_tokens=False).ids[0]
+
+
+def test_an_image_token_of_another_name_is_written_as_image() -> None:
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(byte_tokenizer({"<|image|>": 256})))
+    rules = PromptRules("vicuna_v1", "token", (2,), image_text="<|image|>")
+    expected = (tuple(tokenizer.encode("a")), tuple(tokenizer.encode("\nb")), ())
+    assert prompts.tokenize(rules, tokenizer, "a<image>\nb<image>").runs == expected
+    assert prompts.tokenize(rules, tokenizer, "a<|image|>\nb<image>").runs == expected
+    shown = text_of(rules, ["Q"], 1)
+    assert "<|image|>\nQ" in shown
+    assert "<image>" not in shown
+    assert prompts.tokenize(rules, tokenizer, shown).images == 1
+
+
+def test_a_token_without_a_row_is_refused_by_name() -> None:
+    inner = tokenizers.Tokenizer.from_str(byte_tokenizer({"<image>": 256, "<late>": 257}))
+    tokenizer = Tokenizer(inner, rows=257)
+    for rules in (FACING, MLCD):
+        assert prompts.tokenize(rules, tokenizer, "a<image>b").images == 1
+        with pytest.raises(InputError, match="'<late>'.*id 257 of 257 rows"):
+            prompts.tokenize(rules, tokenizer, "a<image>b<late>")

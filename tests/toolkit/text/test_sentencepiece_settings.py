@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,27 @@ def test_named_tokens_that_the_model_lacks_follow_it(tmp_path: Path) -> None:
     tokenizer = convert(tmp_path, proto("as Llama"), {}, declared)
     assert tokenizer.id_of("<pad>") == witness("as Llama").get_piece_size()
     assert tokenizer.id_of("</s>") == 2
+
+
+def test_long_texts_take_seconds_at_most() -> None:
+    """Neither many added tokens nor long words may make the steps quadratic."""
+    way = "sentencepiece's defaults"
+    start = time.perf_counter()
+    for text in ("a" * 200_000, " " * 200_000, "🙂" * 50_000, "<|im" * 50_000):
+        assert ours(way, True).encode(text, special=False) == witness(way).encode(text)
+    assert ours(way, True).encode("</s>" * 100_000, special=False) == [2] * 100_000
+    assert time.perf_counter() - start < 60
+
+
+def test_bos_is_the_one_that_is_named(tmp_path: Path) -> None:
+    body = witness("as Llama").encode("the")
+    for stated, first in (("<s>", [1]), ({"content": "</s>"}, [2]), (None, [1]), ("<b>", [400])):
+        named = (AddedToken("<b>"),) if stated == "<b>" else ()
+        config = {"bos_token": stated}
+        tokenizer = convert(tmp_path, proto("as Llama"), config, Declared({}, named))
+        assert tokenizer.encode("the") == first + body
+    without = convert(tmp_path, trained(bos_id=-1), {})
+    assert without.encode("the") == without.encode("the", special=False)
 
 
 # -- what is refused ---------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from edgevlm.toolkit.text import added_tokens, byte_level
 from edgevlm.toolkit.text.added_tokens import AddedToken, Declared
 from edgevlm.toolkit.text.sentencepiece_model import from_sentencepiece
 from edgevlm.toolkit.text.sentencepiece_text import SentencePieceRules
+from edgevlm.toolkit.text.tokenizer import Tokenizer
 
 
 def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, SentencePieceRules | None]:
@@ -42,7 +43,10 @@ def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, SentencePieceRules
             "merges.txt)",
             hint="copy the tokenizer files of the language model into the folder",
         )
-    return _text(data, declared, str(settings), slow=slow or not path.exists()), None
+    text = _text(data, declared, str(settings), slow=slow or not path.exists())
+    if slow:
+        _check_ends(text, folder)
+    return text, None
 
 
 def _fast(text: str, rules: SentencePieceRules, model: Path) -> str:
@@ -63,6 +67,18 @@ def _fast(text: str, rules: SentencePieceRules, model: Path) -> str:
                 hint="save the tokenizer with transformers, so that it has a tokenizer.json",
             )
     return text
+
+
+def _check_ends(text: str, folder: Path) -> None:
+    """Raise ConfigError if the tokenizer puts a token behind a text: every piece of a prompt that
+    is tokenized on its own would end with it."""
+    tokenizer = Tokenizer.from_text(text)
+    if tokenizer.encode("a")[-1:] != tokenizer.encode("a", special=False)[-1:]:
+        raise ConfigError(
+            f"{folder / 'tokenizer.json'}: its post_processor ends every text with a token, which "
+            "is not implemented for prompts that are tokenized in pieces",
+            hint="remove the token from post_processor if the model answers prompts without it",
+        )
 
 
 def _reset(data: dict[str, Any]) -> dict[str, Any]:
