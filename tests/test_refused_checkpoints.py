@@ -264,6 +264,25 @@ CONFIGS: list[tuple[str, str, Any, str]] = [
     (LM, "mm_vision_tower", "mobileclip_l_1024", "'mobileclip_l_1024' is MobileCLIP"),
     (LM, "image_aspect_ratio", "stretch", "image_aspect_ratio = 'stretch'"),
     (LM, "eos_token_id", "</s>", "eos_token_id = '</s>'"),
+    *(
+        (LM, key, None, f"{key} is null")
+        for key in (
+            "hidden_size",
+            "num_attention_heads",
+            "mm_hidden_size",
+            "rms_norm_eps",
+            "hidden_act",
+            "vocab_size",
+            "mm_vision_select_feature",
+        )
+    ),
+    (TOWER, "image_size", None, "image_size is null"),
+    (TOWER, "hidden_act", None, "hidden_act is null"),
+    (LM, "rope_scaling", {"type": "linear", "factor": None}, "rope_scaling: factor is null"),
+    (LM, "mm_projector_type", None, "mm_projector_type = None names no projector"),
+    (LM, "mm_projector_type", "", "mm_projector_type = '' names no projector"),
+    (LM, "mm_vision_select_layer", [], "mm_vision_select_layer = []"),
+    (LM, "layer_types", 3, "layer_types = 3, expected list"),
     (LM, "sparse_attention", True, "unknown keys: sparse_attention"),
     (TOWER, "num_attention_heads", 5, "num_attention_heads = 5 does not divide 48"),
     (TOWER, "image_size", 336, "the tower takes (336, 336)"),
@@ -283,6 +302,13 @@ def test_a_configuration_that_is_not_implemented_is_refused(
         (source / "generation_config.json").unlink()
     error, _ = export_refused(source)
     assert reason in error
+
+
+@pytest.mark.parametrize("value", [None, [], 5, "x", [[56]], [["a", "b"]], [[0, 56]]])
+def test_pinpoints_that_are_none_are_refused(value: Any, source: Path) -> None:
+    change = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": value}
+    edit(source / "config.json", lambda c: c.update(change))
+    assert "image_grid_pinpoints = " in export_refused(source)[0]
 
 
 PIXELS: list[tuple[str, Any, str]] = [

@@ -68,10 +68,12 @@ GROUPS: Mapping[str, Group] = {
         "lora_bias lora_dropout lora_enable lora_r lora_weight_path max_sequence_length "
         "mm_mask_drop_mode mm_mask_drop_ratio mm_mask_drop_ratio_lower mm_mask_drop_ratio_upper "
         "mm_mask_drop_skip_percentage mm_projector_lr mm_tunable_parts mm_vision_tower_lr "
-        "ms_cross_attn_lr pos_skipping_range pretrain_mm_mlp_adapter quant_type "
+        "model_max_length ms_cross_attn_lr output_dir overwrite_config "
+        "pos_skipping_range pretrain_mm_mlp_adapter quant_type "
         "s2_scales sep_image_conv_front tokenizer_model_max_length tokenizer_padding_side "
         "tune_entire_model tune_mm_mlp_adapter tune_mm_vision_resampler tune_vision_tower "
-        "tune_vit_from_layer use_mm_proj use_pos_skipping vision_tower_lr vision_tower_pretrained",
+        "tune_vit_from_layer use_mm_proj use_pos_skipping version "
+        "vision_tower vision_tower_lr vision_tower_pretrained",
     ),
     "video": _group(
         "they concern videos; an image never meets them",

@@ -55,7 +55,7 @@ class Reader:
         value = self._data.get(key)
         if value is None:
             if default is _REQUIRED:
-                raise ConfigError(f"{self.where} lacks the key {key!r}")
+                raise self._absent(key)
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
@@ -65,10 +65,30 @@ class Reader:
             raise ConfigError(f"{self.where}: {key} = {value!r}, expected a finite number")
         return value
 
+    def _absent(self, key: str) -> ConfigError:
+        if key in self._data:
+            return ConfigError(
+                f"{self.where}: {key} is null, and the model cannot be made without its value",
+                hint="take config.json from the place where the weights come from",
+            )
+        return ConfigError(f"{self.where} lacks the key {key!r}")
+
     def count(
-        self, key: str, default: int = _REQUIRED, *, least: int = 1, most: int = 1 << 62
+        self,
+        key: str,
+        default: int = _REQUIRED,
+        *,
+        least: int = 1,
+        most: int = 1 << 62,
+        nullable: bool = False,
     ) -> int:
-        """The value of `key`: a size or a number of things, from `least` to `most`."""
+        """The value of `key`: a size or a number of things, from `least` to `most`.
+
+        A missing key means `default`; null does so only if `nullable`, since the classes that
+        read a null size fail.
+        """
+        if self.given(key) and not self.has(key) and not nullable:
+            raise self._absent(key)
         value = self.take(key, int, default)
         if not least <= value <= most:
             limit = f"{least} to {most}" if value > least else f"at least {least}"
@@ -76,15 +96,19 @@ class Reader:
         return value
 
     def positive(self, key: str, default: float = _REQUIRED) -> float:
-        """The value of `key`: a finite number above 0."""
+        """The value of `key`: a finite number above 0; null is refused."""
+        if self.given(key) and not self.has(key):
+            raise self._absent(key)
         value = self.take(key, float, default)
         if value <= 0:
             raise ConfigError(f"{self.where}: {key} = {value}, expected a number above 0")
         return value
 
-    def share(self, key: str, whole: int, default: int = _REQUIRED) -> int:
+    def share(
+        self, key: str, whole: int, default: int = _REQUIRED, *, nullable: bool = False
+    ) -> int:
         """The value of `key`: a count that divides `whole` evenly."""
-        value = self.count(key, default)
+        value = self.count(key, default, nullable=nullable)
         if whole % value:
             raise ConfigError(f"{self.where}: {key} = {value} does not divide {whole}")
         return value
@@ -94,15 +118,19 @@ class Reader:
         self._open.discard(key)
         return self.take(key, kind) if self.has(key) else None
 
-    def choice(self, key: str, allowed: Iterable[V], default: V = _REQUIRED) -> V:
-        """The value of `key`, which must be one of `allowed`."""
+    def choice(
+        self, key: str, allowed: Iterable[V], default: V = _REQUIRED, *, nullable: bool = True
+    ) -> V:
+        """The value of `key`, which must be one of `allowed`; null is `default` if `nullable`."""
+        if self.given(key) and not self.has(key) and not nullable:
+            raise self._absent(key)
         self._open.discard(key)
         value = self._data.get(key)
         if value is None:
             value = default
         options = list(allowed)
         if value is _REQUIRED:
-            raise ConfigError(f"{self.where} lacks the key {key!r}")
+            raise self._absent(key)
         if not any(
             value == option and isinstance(value, bool) is isinstance(option, bool)
             for option in options

@@ -15,6 +15,7 @@ import transformers
 from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.checkpoints.layouts.source import Options
+from edgevlm.toolkit.errors import ToolkitError
 from edgevlm.toolkit.images import decode, preprocess
 from tests.conftest import HERE
 from tests.pipeline import ask, engine_of
@@ -221,3 +222,42 @@ def test_config_json_tells_the_system(tmp_path: Path) -> None:
     save(tmp_path / "checkpoint", "grouped heads")
     source = systems.load(tmp_path / "checkpoint", Options())
     assert (source.model.system, source.origin["layout"]) == ("llava", "huggingface")
+
+
+ODD: list[tuple[str | None, str, Any, str]] = [
+    (None, "text_config", None, "text_config is null"),
+    (None, "vision_config", None, "vision_config is null"),
+    (None, "vision_config", {}, "vision_config: model_type = None"),
+    (None, "image_token_index", None, "image_token_index = None, expected the id"),
+    (None, "vision_feature_layer", [], "vision_feature_layer = [] names no layer"),
+    (None, "projector_hidden_act", None, "projector_hidden_act is null"),
+    (None, "model_type", None, "the model_type is not that class's"),
+    ("text_config", "hidden_size", None, "text_config: hidden_size is null"),
+    ("text_config", "rms_norm_eps", None, "text_config: rms_norm_eps is null"),
+    ("vision_config", "hidden_act", None, "vision_config: hidden_act is null"),
+]
+
+
+@pytest.mark.parametrize(("section", "key", "value", "reason"), ODD)
+def test_null_and_empty_values_are_refused_with_their_key(
+    section: str | None, key: str, value: Any, reason: str, tmp_path: Path
+) -> None:
+    save(tmp_path / "checkpoint", "grouped heads")
+    path = tmp_path / "checkpoint/config.json"
+    config = json.loads(path.read_text())
+    config.pop("image_token_id", None)
+    config.setdefault("image_token_index", 1000)
+    (config if section is None else config[section])[key] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ToolkitError) as refused:
+        systems.load(tmp_path / "checkpoint", Options())
+    assert reason in refused.value.message
+
+
+def test_null_key_value_heads_are_one_per_head() -> None:
+    from edgevlm.toolkit import models
+    from edgevlm.toolkit.strict import Reader
+
+    text = {**LLAMA, "num_key_value_heads": None}
+    expected = transformers.AutoConfig.for_model("qwen2", **text).num_key_value_heads
+    assert models.lm("qwen2").Config.read(Reader(text, "c")).num_kv_heads == expected == 4

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from edgevlm.toolkit import models
+from edgevlm.toolkit import inert_keys, models
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
 from edgevlm.toolkit.strict import Reader, from_plain, read_json, to_plain
@@ -142,9 +142,41 @@ def test_types_are_exact() -> None:
     for key, kind in (("yes", int), ("yes", float), ("half", int), ("text", int), ("one", str)):
         with pytest.raises(ConfigError, match=rf"c: {key} = .*expected {kind.__name__}"):
             r.take(key, kind)
-    for key in ("none", "gone"):
-        with pytest.raises(ConfigError, match=f"lacks the key '{key}'"):
+    for key, reason in (("none", "c: none is null"), ("gone", "c lacks the key 'gone'")):
+        with pytest.raises(ConfigError, match=reason):
             r.take(key, int)
+
+
+def test_a_null_size_is_not_a_missing_one() -> None:
+    r = Reader({"none": None}, "c")
+    assert (r.count("gone", 3), r.positive("gone", 0.5), r.choice("gone", [1], 1)) == (3, 0.5, 1)
+    assert (r.count("none", 3, nullable=True), r.choice("none", [1], 1)) == (3, 1)
+    for read in (
+        lambda: r.count("none", 3),
+        lambda: r.positive("none", 0.5),
+        lambda: r.choice("none", [1], 1, nullable=False),
+    ):
+        with pytest.raises(ConfigError, match="c: none is null"):
+            read()
+
+
+def test_a_key_that_changes_numbers_is_never_advised_to_be_ignored() -> None:
+    for off in (None, False, 1.0):
+        Reader({"embedding_multiplier": off, "quantization_config": None}, "c").done()
+    r = Reader({"embedding_multiplier": 12, "other": 1}, "c")
+    with pytest.raises(ConfigError, match="embedding_multiplier = 12 changes") as refused:
+        r.done()
+    assert "--ignore-key" not in refused.value.hint
+
+
+def test_the_groups_of_inert_keys_do_not_overlap_with_decisive_ones() -> None:
+    for name in inert_keys.CLASSES:
+        if name not in ("original", "text") and not name.startswith("llava"):
+            assert not inert_keys.inert(name) & inert_keys.DECISIVE.keys() - {"sliding_window"}
+    assert all(group.reason and group.keys for group in inert_keys.GROUPS.values())
+    assert set().union(*inert_keys.CLASSES.values()) | {"bookkeeping", "generation", "dropout"} == (
+        set(inert_keys.GROUPS)
+    )
 
 
 def test_choices_are_exact_too() -> None:

@@ -71,7 +71,7 @@ def read(
         "num_layers": r.count("num_hidden_layers", num_layers, most=MOST_LAYERS),
         "num_heads": r.share("num_attention_heads", hidden_size, num_heads),
         "patch_size": r.count("patch_size", patch_size),
-        "activation": r.choice("hidden_act", list(activations), activations[0]),
+        "activation": r.choice("hidden_act", list(activations), activations[0], nullable=False),
         "eps": r.positive("layer_norm_eps", eps),
     }
 

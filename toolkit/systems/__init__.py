@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 from edgevlm.toolkit.bundle import source as bundle_source
 from edgevlm.toolkit.bundle.manifest import MANIFEST
 from edgevlm.toolkit.checkpoints import hub, partial
-from edgevlm.toolkit.checkpoints.layouts import original, quirks, towers
+from edgevlm.toolkit.checkpoints.layouts import huggingface, original, quirks, towers
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, random_source, with_context
 from edgevlm.toolkit.checkpoints.weights import FLOAT_WEIGHTS, refuse_pointer
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
@@ -126,6 +126,8 @@ def _why_none(folder: Path, config: Mapping[str, Any], options: Options) -> str:
     if original.is_original(config):
         tower = towers.kind_of(config, folder, options)
         return f"no system has a tower of kind {tower!r} ({config['mm_vision_tower']!r}) in LLaVA"
+    if huggingface.names_class(config) and "text_config" in config:
+        return f"{stated}: the model_type is not that class's"
     if "video" in f"{model_type} {classes}".lower():
         return f"{stated} is a model of videos"
     if "mm_vision_tower" in config or "text_config" in config:

@@ -12,7 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgevlm.toolkit.checkpoints.layouts import huggingface, original, projectors, towers
+from edgevlm.toolkit.checkpoints.layouts import (
+    huggingface,
+    image_rules,
+    original,
+    projectors,
+    towers,
+)
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess
@@ -52,8 +58,8 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
 
 def _pinpoints(r: Reader) -> tuple[tuple[int, int], ...]:
     """image_grid_pinpoints are (height, width) in this layout; ours are (width, height)."""
-    pairs = r.take("image_grid_pinpoints", list)
-    return tuple((int(w), int(h)) for h, w in pairs)
+    pairs = image_rules.read_pairs(r.raw("image_grid_pinpoints"), r.where)
+    return tuple((w, h) for h, w in pairs)
 
 
 def _side(r: Reader, encoder: ComponentConfig) -> int:

@@ -94,6 +94,23 @@ def test_pixels_are_those_of_transformers(name: str) -> None:
         same(preprocess(image, rule), theirs(processor, image))
 
 
+STRAY = {"pad": True, "tokenizer_class": "LlamaTokenizer", "image_token": "<image>",
+         "patch_size": 7, "crop_pct": 0.5, "num_additional_image_tokens": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [CLIPImageProcessorPil, SiglipImageProcessorPil])
+def test_keys_that_a_processor_does_not_know_change_nothing(kind: Any) -> None:
+    """Published files carry `pad: true` and keys of other classes."""
+    plain = cropped(kind, 40, (40, 40)) if kind is CLIPImageProcessorPil else kind(size=40)
+    data = {**json.loads(plain.to_json_string()), **STRAY}
+    data["image_processor_type"] = data["image_processor_type"].removesuffix("Pil")
+    reader = Reader(data, "preprocessor_config.json")
+    rule = read_preprocess(reader)
+    reader.done()
+    image = noise(61, 45)
+    same(preprocess(image, rule), theirs(kind.from_dict(data), image))
+
+
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(SIDE, SIDE, st.integers(8, 60), st.integers(8, 60), st.integers(8, 60))
 def test_any_size_any_crop(width: int, height: int, short: int, high: int, across: int) -> None:

@@ -175,7 +175,13 @@ def _tied(
 def _read_encoder(r: Reader, options: Options, rules: HuggingFaceRules) -> ComponentConfig:
     vision = r.take("vision_config", dict)
     kind, reader = read_encoder(vision, f"{r.where}: vision_config", options)
-    taps = towers.selected(r.raw("vision_feature_layer")) or (rules.layer,)
+    stated = r.raw("vision_feature_layer")
+    taps = (rules.layer,) if stated is None else towers.selected(stated)
+    if taps is None:
+        raise ConfigError(
+            f"{r.where}: vision_feature_layer = {stated!r} names no layer",
+            hint="it is a number such as -2, or a list such as [-2, -5]",
+        )
     known = ["default", "full"]
     full = r.choice("vision_feature_select_strategy", known, rules.strategy) == "full"
     parsed = models.encoder(kind).Config.read(reader, taps, full)
@@ -191,7 +197,7 @@ def _read_encoder(r: Reader, options: Options, rules: HuggingFaceRules) -> Compo
 
 def _read_projector(r: Reader, encoder: ComponentConfig, lm: ComponentConfig) -> ComponentConfig:
     """Two linears with a GELU between them."""
-    r.choice("projector_hidden_act", ["gelu"], "gelu")
+    r.choice("projector_hidden_act", ["gelu"], "gelu", nullable=False)
     bias = r.take("multimodal_projector_bias", bool, True)
     return ComponentConfig(
         "merger", "mlp", mlp.Config(encoder.config.hidden_sizes, lm.config.hidden_size, 2, bias)
@@ -204,7 +210,10 @@ def _image_token(r: Reader) -> int:
     number = r.raw("image_token_id") if number is None else number
     r.skip("image_token_id")
     if not isinstance(number, int):
-        raise ConfigError(f"{r.where} names no image_token_index")
+        raise ConfigError(
+            f"{r.where}: image_token_index = {number!r}, expected the id of the image token",
+            hint="tokenizer.json lists it among its added_tokens",
+        )
     return number
 
 

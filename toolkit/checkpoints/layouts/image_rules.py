@@ -90,15 +90,30 @@ def read_pinpoints(raw: Any, side: int, where: str) -> tuple[Size, ...]:
     """image_grid_pinpoints: a list of [width, height], that list as text, or "(1x1),...,(6x6)"."""
     if isinstance(raw, str):
         raw = _from_range(raw, side, where) if "x" in raw else _literal(raw, where)
-    pairs = [p for p in raw if isinstance(p, (list, tuple)) and len(p) == 2] if raw else []
-    if not pairs or len(pairs) != len(raw):
-        raise ConfigError(f"{where}: image_grid_pinpoints = {raw!r} is no list of resolutions")
-    sizes = tuple((int(w), int(h)) for w, h in pairs)
+    sizes = read_pairs(raw, where)
     if any(w % side or h % side for w, h in sizes):
         raise ConfigError(
             f"{where}: image_grid_pinpoints {list(sizes)} are not multiples of the tile {side}"
         )
     return sizes
+
+
+def read_pairs(raw: Any, where: str) -> tuple[Size, ...]:
+    """A list of pairs of pixels. Raises ConfigError for anything else."""
+    entries = raw if isinstance(raw, (list, tuple)) else []
+    pairs = [p for p in entries if isinstance(p, (list, tuple)) and len(p) == 2]
+    sides = [side for pair in pairs for side in pair]
+    if (
+        not pairs
+        or len(pairs) != len(entries)
+        or any(type(side) is not int or side < 1 for side in sides)
+    ):
+        stated = "null" if raw is None else repr(raw)
+        raise ConfigError(
+            f"{where}: image_grid_pinpoints = {stated[:200]} is no list of resolutions",
+            hint="a list of [width, height] in pixels, such as [[336, 672], [672, 336]]",
+        )
+    return tuple((a, b) for a, b in pairs)
 
 
 def _literal(text: str, where: str) -> Any:

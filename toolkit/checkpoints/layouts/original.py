@@ -115,22 +115,22 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     ends_rows = images.arrangement is not None and images.arrangement.newline
     spare = ["model.image_newline"] * ("unpad" in str(config.get("mm_patch_merge_type")))
     wins = _tower_wins(r, rules)
-    wrapped = r.take("mm_use_im_start_end", bool, False)
+    around = ["<im_start>", "<im_end>"] * r.take("mm_use_im_start_end", bool, False)
     extra = ["<im_patch>"] * r.take("mm_use_im_patch_token", bool, True)
-    extra += ["<im_start>", "<im_end>"] * wrapped
     r.ignore("original")
     r.done()
 
     home = options.base or folder  # a part's folder has no tokenizer
     text, pieces = read_tokenizer(home, slow=True)
-    text = add_tokens(text, extra)
-    around = ["<im_start>", "<im_end>"] * wrapped
+    text = add_tokens(text, [*extra, *around])
     rows = check_tokenizer(text, lm.config.vocab_size, str(folder), around)
     checkpoint = partial.open_joined(folder, options.base, options.torch_reader)
     tensors = _tensors(lm, merger, ends_rows, checkpoint)
     inside = _tower_inside(tower, checkpoint) if wins else None
-    in_folder = [*tensors.values(), *([inside] if inside else [])]
-    check(in_folder, [*spare, *_unused(lm, merger, inside, tower)])
+    check(
+        [*tensors.values(), *([inside] if inside else [])],
+        [*spare, *_unused(lm, merger, inside, tower)],
+    )
     if inside is None:
         check([tower.tensors], tower.unused)
     lm, lm_table = shrink_vocab(lm, tensors["lm"].table, rows)
@@ -139,7 +139,6 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         "lm": replace(tensors["lm"], table=lm_table),
     }
     prompts = conversation.original(folder, config, kind, text)
-    image_text = "<im_start><image><im_end>" if wrapped else "<image>"
     model = ModelConfig(
         folder.resolve().name,
         rules.system,
@@ -151,7 +150,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
             prompts.template,
             "pieces",
             read_eos(home, config, kind, text),
-            image_text=image_text,
+            image_text="".join(around[:1] + ["<image>"] + around[1:]),
             sentencepiece=pieces,
         ),
         read_rules(home, config, lm.config.vocab_size, options.ignore_keys),

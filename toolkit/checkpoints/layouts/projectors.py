@@ -40,6 +40,11 @@ def read_name(r: Reader, encoder: ComponentConfig) -> str:
             f"{r.where}: mm_hidden_size = {stated}, the tower gives {channels}",
             hint="the tower belongs to another model, or the select layer does",
         )
+    if r.given("mm_projector_type") and not r.raw("mm_projector_type"):
+        raise ConfigError(
+            f"{r.where}: mm_projector_type = {r.raw('mm_projector_type')!r} names no projector",
+            hint="drop the key if the projector is a single linear; else name it, as mlp2x_gelu",
+        )
     return r.take("mm_projector_type", str, "linear")
 
 

@@ -210,6 +210,11 @@ def read_taps(r: Reader, depth: int) -> tuple[Taps, bool]:
         )
     known = [f"{states}{tokens}" for states in ("", "slicefour_", "slice_m25811_f6_")
              for tokens in ("patch", "cls_patch")]  # fmt: skip
+    if r.given("mm_vision_select_feature") and not r.has("mm_vision_select_feature"):
+        raise ConfigError(
+            f"{r.where}: mm_vision_select_feature is null, and the original refuses that",
+            hint='set it to "patch", or to "cls_patch" if training kept the class token',
+        )
     feature = r.choice("mm_vision_select_feature", known, "patch")
     if feature.startswith("slicefour"):
         step = (depth + 1) // 4

@@ -37,7 +37,7 @@ class Config:
         """
         r.ignore("convnext")
         r.choice("num_channels", [3], 3)
-        r.choice("hidden_act", ["gelu"], "gelu")
+        r.choice("hidden_act", ["gelu"], "gelu", nullable=False)
         depths, dims = (tuple(r.take(key, list)) for key in ("depths", "hidden_sizes"))
         stages = r.count("num_stages", len(depths))
         if not stages == len(depths) == len(dims):

@@ -79,9 +79,10 @@ def read(
 
     `defaults`: what a missing key means, where the three disagree.
     """
-    r.choice("hidden_act", ["silu"], "silu")
-    if set(r.raw("layer_types") or ()) - {"full_attention"} and window is None:
-        raise ConfigError(f"{r.where}: layer_types = {r.raw('layer_types')!r} is not implemented")
+    r.choice("hidden_act", ["silu"], "silu", nullable=False)
+    layers = r.take("layer_types", list, [])
+    if any(layer != "full_attention" for layer in layers) and window is None:
+        raise ConfigError(f"{r.where}: layer_types = {layers!r} is not implemented")
     hidden_size = r.count("hidden_size", 4096)
     num_heads, head_dim = _heads(r, hidden_size)
     theta, scaling = _read_rope(r)
@@ -90,7 +91,13 @@ def read(
         num_layers=r.count("num_hidden_layers", 32, most=MOST_LAYERS),
         num_heads=num_heads,
         num_kv_heads=r.share(
-            "num_key_value_heads", num_heads, defaults.get("num_key_value_heads", num_heads)
+            "num_key_value_heads",
+            num_heads,
+            # null is one per attention head in all three; a missing key is not
+            num_heads
+            if r.given("num_key_value_heads")
+            else defaults.get("num_key_value_heads", num_heads),
+            nullable=True,
         ),
         head_dim=head_dim,
         intermediate_size=r.count("intermediate_size", defaults["intermediate_size"]),
@@ -115,7 +122,7 @@ def _heads(r: Reader, hidden_size: int) -> tuple[int, int]:
         if has_head_dim
         else r.share("num_attention_heads", hidden_size, 32)
     )
-    head_dim = r.count("head_dim", hidden_size // num_heads)
+    head_dim = r.count("head_dim", hidden_size // num_heads, nullable=True)
     if head_dim % 2:
         raise ConfigError(f"{r.where}: heads of {head_dim} channels cannot be rotated in pairs")
     return num_heads, head_dim
