@@ -51,9 +51,7 @@ def encode(tokenizer: Tokenizer, text: str, mark: str, *, special: bool) -> list
     def written(found: re.Match[str]) -> str:
         return "" if found["mark"] else f"{mark}{found[0]}{mark}"
 
-    renamed = tokenizer.rewritten(
-        mark, lambda data: _renamed(data, mark), lambda name: f"{mark}{name}{mark}"
-    )
+    renamed = tokenizer.rewritten(mark, lambda data: _renamed(data, mark))
     return renamed.encode(re.sub(whole, written, text), special=special)
 
 

@@ -71,7 +71,11 @@ def _rules(model: Model, config: Mapping[str, Any], declared: Declared) -> Sente
     if not legacy and config.get("add_prefix_space") is not None:
         blank = bool(config["add_prefix_space"])
     taken = {token.content for token in (*declared.ids.values(), *declared.named)}
-    symbols = [p.text for p in model.pieces if p.type == _SYMBOL and p.text not in taken]
+    symbols = [
+        number
+        for number, piece in enumerate(model.pieces)
+        if piece.type == _SYMBOL and piece.text not in taken and number not in declared.ids
+    ]
     return SentencePieceRules(blank, legacy, bool(model.normalizer.get(4, 1)), tuple(symbols))
 
 

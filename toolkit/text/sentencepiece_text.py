@@ -11,8 +11,8 @@ from __future__ import annotations
 import base64
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from edgevlm.toolkit.text.added_tokens import AddedToken
@@ -27,13 +27,13 @@ class SentencePieceRules:
 
     blank: a blank is put before a text. legacy: a stretch after an added token is encoded as if it
     were a text of its own. single_blanks: runs of blanks become one, and blanks at both ends go.
-    symbols: user-defined symbols, which are never split, merged or normalized.
+    symbols: ids of user-defined symbols, which are never split, merged or normalized.
     """
 
     blank: bool = True
     legacy: bool = False
     single_blanks: bool = False
-    symbols: tuple[str, ...] = ()
+    symbols: tuple[int, ...] = ()
 
 
 class Charsmap:
@@ -73,15 +73,12 @@ def _offset(unit: int) -> int:
 
 @dataclass(frozen=True)
 class TextSteps:
-    """The steps for one tokenizer: rules, its added tokens and its charsmap."""
+    """The steps for one tokenizer: rules, its added tokens, its charsmap and its symbols."""
 
     rules: SentencePieceRules
     added: Mapping[str, tuple[int, AddedToken]]
     charsmap: Charsmap | None
-
-    def renamed(self, rename: Callable[[str], str]) -> TextSteps:
-        """The same steps where the added tokens are written in another form."""
-        return replace(self, added={rename(name): token for name, token in self.added.items()})
+    symbols: tuple[str, ...] = ()
 
     def parts(self, text: str) -> Iterator[int | str]:
         """Ids of added tokens, and between them stretches ready for merging."""
@@ -129,7 +126,7 @@ class TextSteps:
 
     def _units(self, stretch: str) -> Iterator[str]:
         """The normalized text, one symbol, replacement or character at a time."""
-        data, symbols, at, char = stretch.encode(), _any_of(self.rules.symbols), 0, 0
+        data, symbols, at, char = stretch.encode(), _any_of(self.symbols), 0, 0
         while char < len(stretch):
             symbol = symbols.match(stretch, char)
             if symbol:
@@ -165,9 +162,7 @@ def _single_blanks(units: Sequence[str], *, strip: bool) -> str:
 
 def runtime_form(data: Mapping[str, Any], rules: SentencePieceRules) -> dict[str, Any]:
     """The tokenizer.json to run behind the steps: it only makes blanks visible and merges."""
-    added = [
-        {**item, "normalized": item["content"] in rules.symbols} for item in data["added_tokens"]
-    ]
+    added = [{**item, "normalized": item["id"] in rules.symbols} for item in data["added_tokens"]]
     visible = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
     return {**data, "added_tokens": added, "normalizer": visible, "pre_tokenizer": None}
 
@@ -176,11 +171,12 @@ def steps(data: Mapping[str, Any], rules: SentencePieceRules) -> TextSteps:
     """The steps for a tokenizer.json that toolkit/text/sentencepiece_model.py wrote."""
     added = {}
     for item in data["added_tokens"]:
-        if item["content"] not in rules.symbols:
+        if item["id"] not in rules.symbols:
             flags = {key: value for key, value in item.items() if key != "id"}
             added[item["content"]] = (item["id"], AddedToken(**flags))
     charsmap = None
     for step in (data.get("normalizer") or {}).get("normalizers", []):
         if step["type"] == "Precompiled":
             charsmap = Charsmap(base64.b64decode(step["precompiled_charsmap"]))
-    return TextSteps(rules, added, charsmap)
+    symbols = [t["content"] for t in data["added_tokens"] if t["id"] in rules.symbols]
+    return TextSteps(rules, added, charsmap, tuple(symbols))

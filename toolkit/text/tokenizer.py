@@ -6,7 +6,6 @@ the tokenizer.json was made from a sentencepiece model.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ class Tokenizer:
         rows: int | None = None,
     ) -> None:
         self._inner, self._steps, self._rows = inner, steps, rows
+        self._text: str | None = None  # the file, where it is not what `inner` says
         self._rewritten: tuple[str, Tokenizer] | None = None
 
     @classmethod
@@ -58,12 +58,14 @@ class Tokenizer:
         import tokenizers
 
         try:
-            steps = None
-            if rules is not None:
-                data = json.loads(text)
-                steps = sentencepiece_text.steps(data, rules)
-                text = json.dumps(sentencepiece_text.runtime_form(data, rules))
-            return cls(tokenizers.Tokenizer.from_str(text), steps, rows)
+            if rules is None:
+                return cls(tokenizers.Tokenizer.from_str(text), None, rows)
+            data = json.loads(text)
+            form = json.dumps(sentencepiece_text.runtime_form(data, rules))
+            steps = sentencepiece_text.steps(data, rules)
+            made = cls(tokenizers.Tokenizer.from_str(form), steps, rows)
+            made._text = text
+            return made
         except Exception as broken:  # the package raises bare Exception
             raise ConfigError(f"the tokenizer cannot be read: {broken}") from None
 
@@ -83,29 +85,6 @@ class Tokenizer:
         added = self._inner.get_added_tokens_decoder()
         return {number: token.content for number, token in added.items() if token.special}
 
-    def added(self) -> dict[str, bool]:
-        """The added tokens, and whether each is special."""
-        tokens = self._inner.get_added_tokens_decoder().values()
-        return {token.content: token.special for token in tokens}
-
-    def rewritten(
-        self, key: str, edit: Callable[[str], str], rename: Callable[[str], str]
-    ) -> Tokenizer:
-        """This tokenizer with its tokenizer.json edited and its added tokens renamed to match.
-
-        The one of the last key is kept.
-        """
-        import tokenizers
-
-        known = self._rewritten
-        if known is None or known[0] != key:
-            other = copy.copy(self)
-            other._inner = tokenizers.Tokenizer.from_str(edit(self._inner.to_str()))
-            other._steps = self._steps and self._steps.renamed(rename)
-            other._rewritten = None
-            self._rewritten = known = (key, other)
-        return known[1]
-
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of `text`; special: whether to add the tokens that surround a text (BOS)."""
         if self._steps is None:
@@ -117,6 +96,21 @@ class Tokenizer:
             else:
                 ids.append(part)
         return ids
+
+    def added(self) -> dict[str, bool]:
+        """The added tokens, and whether each is special."""
+        tokens = self._inner.get_added_tokens_decoder().values()
+        return {token.content: token.special for token in tokens}
+
+    def rewritten(self, key: str, edit: Callable[[str], str]) -> Tokenizer:
+        """This tokenizer with its tokenizer.json edited; the one of the last key is kept."""
+        known = self._rewritten
+        if known is None or known[0] != key:
+            rules = self._steps.rules if self._steps else None
+            text = self._text or self._inner.to_str()
+            other = Tokenizer.from_text(edit(text), rules, self._rows)
+            self._rewritten = known = (key, other)
+        return known[1]
 
     def check_rows(self, ids: Sequence[int]) -> None:
         """Raise InputError naming the first token that the model has no embedding for."""

@@ -230,6 +230,17 @@ def test_bos_is_the_one_that_is_named(tmp_path: Path) -> None:
     assert without.encode("the") == without.encode("the", special=False)
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_rewritten_tokenizer_keeps_the_steps(legacy: bool) -> None:
+    tokenizer = ours("sentencepiece's defaults", legacy)
+    other = tokenizer.rewritten("key", lambda text: text.replace("<|im_start|>", "[start]"))
+    assert other is tokenizer.rewritten("key", str.upper)
+    assert (tokenizer.added()["</s>"], other.added()["[start]"]) == (True, False)
+    for text in ("<|im_start|>ﬁ  the</s> cat", " <|im_start|> "):
+        found = other.encode(text.replace("<|im_start|>", "[start]"))
+        assert found == tokenizer.encode(text)
+
+
 # -- what is refused ---------------------------------------------------------------------------
 
 

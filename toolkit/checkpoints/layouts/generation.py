@@ -85,7 +85,9 @@ def read_rules(
     """
     path = folder / FILE
     if path.exists():
-        r = Reader(read_json(path), str(path), ignore)
+        stated = read_json(path)
+        known = {key: value for key, value in stated.items() if not _unset(key, value)}
+        r = Reader(known, str(path), ignore)
         r.skip("eos_token_id", *_WITHOUT_EFFECT)
     else:
         r = Reader(_legacy(config, text or {}), str(folder / "config.json"))
@@ -105,9 +107,13 @@ def read_rules(
         max_length=r.count("max_length") if r.has("max_length") else None,
         max_new_tokens=r.count("max_new_tokens") if r.has("max_new_tokens") else None,
     )
-    r.skip(*_OWN)  # a null is an absent value
     r.done()
     return rules
+
+
+def _unset(key: str, value: Any) -> bool:
+    """Whether a key stands for its default: transformers writes null for what is not set."""
+    return value is None and key in _OWN
 
 
 def _legacy(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,15 +103,13 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     """Read a checkpoint. Raises ConfigError and CheckpointError naming what does not fit."""
     require(config, folder, rules.system)
     kind = language_models.kind_in_llava(config)
-    if language_models.ignores_rope_scaling(config):
-        config = {**config, "rope_scaling": None}
+    config = _as_its_class_reads_it(config)
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     lm = ComponentConfig("lm", kind, models.lm(kind).Config.read(r))
     tower = towers.open_tower(folder, r, options, rules.taps)
     merger = rules.merger(r, tower.encoder, lm.config.hidden_size)
-    images = image_rules.read_rules(
-        r, tower.encoder, merger, tower.preprocess, lone_newline=rules.lone_newline
-    )
+    lone = rules.lone_newline
+    images = image_rules.read_rules(r, tower.encoder, merger, tower.preprocess, lone_newline=lone)
     ends_rows = images.arrangement is not None and images.arrangement.newline
     spare = ["model.image_newline"] * ("unpad" in str(config.get("mm_patch_merge_type")))
     wins = _tower_wins(r, rules)
@@ -134,10 +132,8 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     if inside is None:
         check([tower.tensors], tower.unused)
     lm, lm_table = shrink_vocab(lm, tensors["lm"].table, rows)
-    tensors |= {
-        f"encoder.{tower.encoder.name}": inside or tower.tensors,
-        "lm": replace(tensors["lm"], table=lm_table),
-    }
+    tensors["lm"] = replace(tensors["lm"], table=lm_table)
+    tensors[f"encoder.{tower.encoder.name}"] = inside or tower.tensors
     prompts = conversation.original(folder, config, kind, text)
     model = ModelConfig(
         folder.resolve().name,
@@ -155,11 +151,20 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         ),
         read_rules(home, config, lm.config.vocab_size, options.ignore_keys),
     )
-    origin = {"layout": "llava", "tower": str(config["mm_vision_tower"])}
-    origin["template"] = prompts.origin
-    origin["tower_weights"] = "checkpoint" if inside else "tower folder"
+    origin = {
+        "layout": "llava",
+        "tower": str(config["mm_vision_tower"]),
+        "tower_weights": "checkpoint" if inside else "tower folder",
+        "template": prompts.origin,
+    }
     weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}
     return Source(model, weights, text, origin)
+
+
+def _as_its_class_reads_it(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """config.json without what the class of the original drops."""
+    drops = language_models.ignores_rope_scaling(config)
+    return {**config, "rope_scaling": None} if drops else config
 
 
 def _tower_wins(r: Reader, rules: OriginalRules) -> bool:
