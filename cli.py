@@ -329,22 +329,14 @@ def _version(
 
 def main() -> None:
     """Entry point: errors become one line and a hint; 1 for ours, 2 for usage, 130 for Ctrl-C."""
-    import io
-    import os
     import signal
 
+    from edgevlm.toolkit.terminal import streams
+
     signal.signal(signal.SIGTERM, _interrupt)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # The terminal may lack a character of a name or of an answer.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    streams.prepare()
     code = _guarded("--debug" in sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has gone; the interpreter's own flush at exit must not fail too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = code or 1
-    sys.exit(code)
+    sys.exit(code if streams.flush() else code or 1)
 
 
 def _interrupt(number: int, frame: object) -> None:

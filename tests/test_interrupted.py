@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -195,3 +196,21 @@ def test_a_terminal_without_unicode_gets_the_answer(ready: Path) -> None:
     assert running.returncode == 0, err
     assert printed.isascii()
     assert "\\x" in printed or "\\u" in printed  # the tiny model's answer has such letters
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stream_that_the_shell_closed_is_no_failure(number: int, ready: Path) -> None:
+    words = (
+        sys.executable,
+        ROOT / "cli.py",
+        "run",
+        ready / "engine-cpu",
+        "What?",
+        "--max-tokens",
+        4,
+    )
+    line = f"{shlex.join(map(str, words))} {number}>&-"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert bool(done.stdout) == (number == 2)  # the answer arrives where only errors are unheard
