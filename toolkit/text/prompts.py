@@ -112,8 +112,8 @@ def render(
     template: a name, "auto" for the model's own, or "none" for a single turn that is the whole
     prompt. Placeholders are put before the first turn unless a turn contains one. literal: the
     tokenizer if turns are text alone, in which neither control tokens nor placeholders have a
-    meaning. Raises InputError for an unknown template, turns that do not end with the user's, or
-    a chat template that cannot be rendered.
+    meaning. Raises InputError for an unknown template, turns that do not end with the user's or
+    are too many for the template, or a chat template that cannot be rendered.
     """
     if template == "none":
         return _raw(turns, literal)
@@ -123,7 +123,13 @@ def render(
             hint="turns alternate: user, assistant, user",
         )
     own = template == "auto" and rules.chat_template is not None
-    chosen = templates.find(rules.template if template == "auto" else template)
+    name = rules.template if template == "auto" else template
+    chosen = templates.find(name)
+    if chosen.style == "plain" and len(turns) > 1 and not own:
+        raise InputError(
+            f"the template {name!r} is for captions: it has no form for several turns",
+            hint="choose another --template, or ask without the earlier turns",
+        )
     mark = None
     if literal is not None:
         turns, mark = _broken(rules, turns, literal, _wording(rules, template))
