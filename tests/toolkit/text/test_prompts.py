@@ -275,6 +275,10 @@ def test_the_llama_3_template_brings_its_own_bos() -> None:
     found = prompts.tokenize(LLAVA, Tokenizer(inner), rendered)
     assert found.runs[0][:2] == (256, 258)
     assert [number for run in found.runs for number in run].count(256) == 1
+    # The original tokenizes the text with its BOS, and the tokenizer adds a second one.
+    # https://github.com/LLaVA-VL/LLaVA-NeXT/issues/78 shows the text.
+    raw = prompts.render(LLAVA, [rendered.text], 1, "none")
+    assert prompts.tokenize(LLAVA, Tokenizer(inner), raw).runs[0] == (256, *found.runs[0])
     assert found.runs[1][-1] == inner.encode("\n", add_special_tokens=False).ids[0]
 
 

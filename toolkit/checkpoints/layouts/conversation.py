@@ -18,12 +18,14 @@ _NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _QWEN = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 _OF_CLASS = {"LlamaTokenizer": _LLAMA, "CodeLlamaTokenizer": _LLAMA, "Qwen2Tokenizer": _QWEN}
-# Words in names of folders and base models, as the originals' programs look for them. Those
-# programs take "v1" for llava_v1; the models of that name were trained with vicuna_v1.
+# Words in names of folders and base models, as the originals' programs look for them and in their
+# order. Those programs take "v1" for llava_v1; the models of that name were trained with
+# vicuna_v1, which the originals' evaluation names, too.
 _BY_NAME = (
     (r"llama-?3(?!\d)", "llava_llama_3"),
     (r"llama-2(?!\d)", "llava_llama_2"),
     (r"mistral", "mistral_instruct"),
+    (r"v1\.6-34b", "chatml_direct"),
     (r"v1|vicuna", "vicuna_v1"),
     (r"v0$", "llava_v0"),
 )
@@ -54,11 +56,18 @@ def original(
 ) -> Conversation:
     """The originals' template: by the tokenizer's tokens, then the language model, then by names.
 
+    MistralOrca's name goes first: its ChatML has words of its own.
+
     kind: the language model's file; tokenizer: the text of a tokenizer.json; stated: a template
     that config.json names.
     """
     if stated is not None:
         return Conversation(stated, "config.json names it")
+    names = {"the folder's name": folder.resolve().name}
+    names["_name_or_path in config.json"] = str(config.get("_name_or_path") or "")
+    for where, name in names.items():
+        if kind == "mistral" and "orca" in name.lower():
+            return Conversation("mistral_orca", f"'orca' in {where}")
     tokens = _tokens(tokenizer)
     if {"<|begin_of_text|>", "<|eot_id|>"} <= tokens:
         return Conversation("llava_llama_3", "the tokenizer has <|eot_id|>")
@@ -68,9 +77,7 @@ def original(
     row = language_models.row(kind)
     if kind != "llama":
         return Conversation(row.template, f"usual for {kind}")
-    known_as = {"the folder's name": folder.resolve().name}
-    known_as["_name_or_path in config.json"] = str(config.get("_name_or_path") or "")
-    for where, name in known_as.items():
+    for where, name in names.items():
         for words, template in _BY_NAME:
             if word := re.search(words, name.lower()):
                 return Conversation(template, f"{word[0]!r} in {where}")
