@@ -106,26 +106,30 @@ def render(
     images: int,
     template: str,
     literal: Tokenizer | None = None,
+    *,
+    ended: bool = False,
 ) -> Rendered:
     """The full prompt for a conversation: turns of user and assistant, the last one the user's.
 
+    ended: the last turn is the assistant's instead, and nothing follows it; training reads that.
     template: a name, "auto" for the model's own, or "none" for a single turn that is the whole
     prompt. Placeholders are put before the first turn unless a turn contains one. literal: the
     tokenizer if turns are text alone, in which neither control tokens nor placeholders have a
-    meaning. Raises InputError for an unknown template, turns that do not end with the user's or
+    meaning. Raises InputError for an unknown template, turns that do not end as they should or
     are too many for the template, or a chat template that cannot be rendered.
     """
     if template == "none":
         return _raw(turns, literal)
-    if len(turns) % 2 == 0:
+    if len(turns) % 2 == ended:
         raise InputError(
-            f"the conversation has {len(turns)} turns; it must end with the user's question",
-            hint="turns alternate: user, assistant, user",
+            f"the conversation has {len(turns)} turns; it must end with the "
+            + ("answer" if ended else "user's question"),
+            hint=f"turns alternate: user, assistant{'' if ended else ', user'}",
         )
     own = template == "auto" and rules.chat_template is not None
     name = rules.template if template == "auto" else template
     chosen = templates.find(name)
-    if chosen.style == "plain" and len(turns) > 1 and not own:
+    if chosen.style == "plain" and len(turns) > 1 + ended and not own:
         raise InputError(
             f"the template {name!r} is for captions: it has no form for several turns",
             hint="choose another --template, or ask without the earlier turns",
@@ -209,7 +213,8 @@ def _stretches(
     shown = rules.image_text + chosen.after_image
     in_front = 0 if slots and _has_slots(rules, turns) else images
     stretches = [""]
-    for i, span in enumerate(chosen.spans(turns, images_first=in_front > 0)):
+    ended = len(turns) % 2 == 0
+    for i, span in enumerate(chosen.spans(turns, images_first=in_front > 0, ended=ended)):
         if i % 2 == 0:
             _add(stretches, span)
             continue

@@ -41,16 +41,20 @@ class Template:
     brings_bos: bool = False
     examples: tuple[str, ...] = ()
 
-    def spans(self, turns: Sequence[str], *, images_first: bool = False) -> list[str]:
+    def spans(
+        self, turns: Sequence[str], *, images_first: bool = False, ended: bool = False
+    ) -> list[str]:
         """The prompt for alternating turns, user first, up to the beginning of the next answer.
 
         Spans at even indices are the template's own text, those at odd indices are the turns.
-        images_first: whether images will stand at the beginning of the first turn.
+        images_first: whether images will stand at the beginning of the first turn. ended: no
+        answer follows, the text ends with the last turn.
         """
         head, tail = _ENDS[self.style](self)
         for i, text in enumerate(self.examples):
             before, after = _AROUND[self.style](self, i)
             head += before + text + after
+        tail = "" if ended else tail
         spans = [head]
         for i, text in enumerate(turns):
             before, after = _AROUND[self.style](self, len(self.examples) + i)
