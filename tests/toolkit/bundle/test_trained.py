@@ -144,8 +144,8 @@ def test_a_writer_that_fails_leaves_the_older_checkpoint(tmp_path: Path) -> None
         def __getitem__(self, key: str) -> Array:
             raise RuntimeError("killed")
 
-    lm = Failing.fromkeys(source.weights["lm"])
-    weights = {**source.weights, "lm": Failing(lm)}
+    failing = Failing({key: np.zeros(0) for key in source.weights["lm"]})
+    weights = {**source.weights, "lm": failing}
     with pytest.raises(RuntimeError, match="killed"):
         trained.write_into(tmp_path, source.model, source.tokenizer, weights, **FACTS)
     assert (tmp_path / "checkpoint.json").read_bytes() == before
