@@ -31,6 +31,7 @@ from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.training import assemble, grown
 
 TOWER = "vision_tower"
+_FINAL_NORM = ("layernorm.", "vision_model.layernorm.")
 _COPIED = (".json", ".model", ".txt", ".jinja")
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -248,7 +249,10 @@ def _write_tower(job: _Job, tower: Edited, path: Path) -> dict[str, Any]:
         rule = grown.tower_preprocessor(rule, model.images.encoders[model.encoders[0].name])
         (folder / "preprocessor_config.json").write_text(json.dumps(rule, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
-    edited.write(folder, edited.items(tower), like=tower.stored)
+    listed = edited.items(tower)
+    if grown.differs(model, job.original.model):  # of the old width, and never applied
+        listed = [item for item in listed if not item.key.startswith(_FINAL_NORM)]
+    edited.write(folder, listed, like=tower.stored)
     name = job.final / TOWER
     if path.is_file():
         name = name / f"{path.stem}.safetensors"

@@ -67,7 +67,7 @@ def moved(source: Source, names: tuple[str, ...] = ("",), seed: int = 3) -> Sour
             group = {
                 key: tensor
                 if (component, key) == ("encoder.dinov2", "position")
-                else tensor + g.normal(0, 0.1, tensor.shape).astype(np.float32)
+                else tensor + np.asarray(g.normal(0, 0.1, tensor.shape), np.float32)
                 for key, tensor in sorted(group.items())
             }
         weights[component] = group
