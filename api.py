@@ -248,6 +248,7 @@ def inspect(path: Path) -> tuple[Any, list[str]]:
     """What a path is: data, and lines for people. Raises BundleError if it is nothing we know."""
     from edgevlm.engines import manifest
     from edgevlm.engines.build import summary as engine_summary
+    from edgevlm.toolkit.bundle import trained
     from edgevlm.toolkit.bundle.manifest import MANIFEST
     from edgevlm.toolkit.errors import BundleError
     from edgevlm.toolkit.terminal import summary
@@ -259,6 +260,8 @@ def inspect(path: Path) -> tuple[Any, list[str]]:
         return summary.inspect_bundle(path)
     if path.suffix == ".json" and path.is_file():
         return summary.inspect_profile(path)
+    if trained.is_trained(path):
+        return summary.inspect_trained(path)
     if (path / "config.json").exists():
         return summary.inspect_checkpoint(path, torch_files.reader())
     what = "is no checkpoint, bundle, engine or profile" if path.exists() else "does not exist"

@@ -21,6 +21,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     Options,
     Source,
     check,
+    new_tensors,
     with_context,
 )
 from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import (
@@ -74,9 +75,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
         for name, encoder in encoders.items()
     }
     tensors["lm"] = _lm_tensors(lm, lm_folder, options)
-    table, shapes = comm.names(merger.config), comm.shapes(merger.config)
-    checkpoint = open_checkpoint(folder, options.torch_reader)
-    tensors["merger"] = ComponentTensors(table, shapes, checkpoint)
+    tensors["merger"] = _merger_tensors(merger, folder, options)
     check([tensors["merger"]], comm.unused(merger.config))
     lm_config = read_json(lm_folder / "config.json")
     model = ModelConfig(
@@ -154,6 +153,13 @@ def _lm_tensors(lm: ComponentConfig, folder: Path, options: Options) -> Componen
     tensors = ComponentTensors(file.names(lm.config), file.shapes(lm.config), checkpoint)
     check([tensors], file.unused(lm.config))
     return tensors
+
+
+def _merger_tensors(merger: ComponentConfig, folder: Path, options: Options) -> ComponentTensors:
+    table, shapes = comm.names(merger.config), comm.shapes(merger.config)
+    if options.new_merger is not None:
+        return new_tensors(table, shapes, options.new_merger(merger, shapes))
+    return ComponentTensors(table, shapes, open_checkpoint(folder, options.torch_reader))
 
 
 def _read_lm(folder: Path, options: Options) -> ComponentConfig:

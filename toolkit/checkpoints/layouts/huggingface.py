@@ -310,7 +310,7 @@ def _lm_tensors(lm: ComponentConfig, checkpoint: Checkpoint) -> ComponentTensors
     new = "model.language_model."
     if any(key.startswith(new) for key in checkpoint.keys()):  # noqa: SIM118
         table = {
-            name: Recipe(tuple(s.replace("model.", new, 1) for s in r.sources), r.make)
+            name: replace(r, sources=tuple(s.replace("model.", new, 1) for s in r.sources))
             for name, r in table.items()
         }
     else:
