@@ -46,13 +46,13 @@ class Schedules:
 class Progress:
     """How far training has come: optimizer steps, samples and targets seen; it is saved and loaded.
 
-    broken: samples that were skipped, by name; each with its reason.
+    faults: samples that were skipped or cut short, by name, each with its kind and reason.
     """
 
     step: int = 0
     samples: int = 0
     targets: int = 0
-    broken: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, list[str]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -76,7 +76,7 @@ class StepRecord:
     targets: int
     tokens_per_s: float
     seconds: float
-    broken: int
+    faults: int
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,10 @@ class Trainer:
 
     def _log(self, progress: Progress, window: _Window, started: float) -> None:
         now = time.perf_counter()
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            progress.faults = dict(gather_object(list(progress.faults.items())))
         self.reporter.step(
             StepRecord(
                 progress.step,
@@ -212,7 +216,7 @@ class Trainer:
                 progress.targets,
                 window.tokens / max(now - window.started, 1e-9),
                 now - started,
-                len(progress.broken),
+                len(progress.faults),
             )
         )
 

@@ -26,7 +26,6 @@ def applied(stage: Stage, options: TrainOptions) -> Stage:
         "warmup": options.warmup,
         "weight_decay": options.weight_decay,
         "epochs": options.epochs,
-        "template": options.template,
         "views": options.views,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

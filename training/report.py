@@ -50,7 +50,7 @@ class Report:
         self._say(
             f"step {record.step}/{record.steps}  loss {record.loss:.4f}  "
             f"{record.tokens_per_s:,.0f} tokens/s  {_duration(left)} left"
-            + (f"  {record.broken} broken samples" if record.broken else "")
+            + (f"  {record.faults} samples skipped or cut" if record.faults else "")
         )
 
     def evaluated(self, record: EvalRecord) -> None:

@@ -39,7 +39,8 @@ class Stage:
 
     trained: what is trained, of several matches the last holds; everything else is frozen.
     batch: samples of an optimizer step over all processes. max_length: positions of a sample.
-    text: "plain" for captions without a conversation, "template" for the model's own. views: how
+    text: "plain" for captions without a conversation, "template" for the model's own conversation
+    template, which is the one that the published stage names. views: how
     images are shown, where "model" is the model's own rule. grouped: batches of similar length and
     of one modality. warmup: share of the steps. fifth_stage: blocks and channels of the stage that
     is appended to a four-stage ConvNeXt first.
@@ -53,7 +54,6 @@ class Stage:
     batch: int
     source: str
     text: Literal["plain", "template"] = "template"
-    template: str | None = None
     views: Views = "model"
     max_length: int = 2048
     grouped: bool = False
@@ -99,7 +99,6 @@ STAGES = (
         2e-5,
         128,
         "LLaVA scripts/v1_5/finetune.sh",
-        template="vicuna_v1",
         views="pad",
         grouped=True,
     ),
@@ -123,7 +122,6 @@ STAGES = (
         1e-5,
         128,
         "unicom mlcd_vl/scripts/finetune_mlcd.sh",
-        template="qwen_1_5",
         max_length=32768,
         grouped=True,
     ),
@@ -135,7 +133,6 @@ STAGES = (
         1e-5,
         16,
         "unicom mlcd_vl/scripts/finetune_ov.sh",
-        template="qwen_1_5",
         max_length=32768,
         grouped=True,
     ),
@@ -147,7 +144,6 @@ STAGES = (
         3e-4,
         256,
         "conv-llava, scripts of stage 1",
-        template="vicuna_v1",
         views="pad",
         grouped=True,
         fifth_stage=(6, 3072),
@@ -160,7 +156,6 @@ STAGES = (
         2e-5,
         256,
         "conv-llava, docs and arXiv 2405.15738 (the script states 1e-3)",
-        template="vicuna_v1",
         views="pad",
         grouped=True,
     ),
@@ -172,7 +167,6 @@ STAGES = (
         2e-5,
         128,
         "conv-llava, scripts of stage 3",
-        template="vicuna_v1",
         views="pad",
         grouped=True,
     ),
@@ -195,7 +189,6 @@ STAGES = (
         2e-5,
         128,
         "MMFuser scripts/mmfuser/finetune.sh",
-        template="vicuna_v1",
         views="pad",
         grouped=True,
     ),
@@ -207,7 +200,6 @@ STAGES = (
         2e-5,
         64,
         _COMM,
-        template="vicuna_v1",
         views="pad",
     ),
     Stage(
@@ -218,7 +210,6 @@ STAGES = (
         2e-5,
         64,
         _COMM,
-        template="vicuna_v1",
         views="pad",
     ),
     Stage(

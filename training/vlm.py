@@ -64,7 +64,6 @@ class VLM(nn.Module):
         self.parts = {part.name: part for part in parts}
         self.train_ops: dict[str, TrainOps] = {}
         self.ops: dict[str, Any] = {}
-        self.tokens_per_view = tokens_per_view(model)
         for part in parts:
             layers = {path: Layer(path) for path in block_paths(model, part)}
             for path, layer in layers.items():
@@ -139,14 +138,6 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def block_paths(model: ModelConfig, part: Component) -> list[str]:
     """Paths of the layers of a component: those that its forward function runs as blocks."""
     return _traced(model, part).paths
-
-
-def tokens_per_view(model: ModelConfig) -> int:
-    """Rows that the merger makes of one view; the row that ends lines of tokens not counted."""
-    axes = cost.image_axes(model, 1, 1)
-    merger = next(c for c in components.components(model) if c.name == "merger")
-    (rows, _) = cost.outputs(merger, axes | {"tiles": 1})["features"].shape
-    return rows - ("newline" in merger.shapes)
 
 
 def linear_weights(model: ModelConfig, part: Component) -> list[str]:
