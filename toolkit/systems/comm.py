@@ -210,7 +210,8 @@ def _preprocessing(
         )
     first = first.padded() if aspect == "pad" else first
     other = towers.read_rule(folders["dinov2"], options)
-    return {"clip": first, "dinov2": replace(first, mean=other.mean, std=other.std)}
+    values = {name: getattr(other, name) for name in ("scale", "mean", "std", "normalise")}
+    return {"clip": first, "dinov2": replace(first, **values)}
 
 
 def _tokenizer(
