@@ -46,7 +46,7 @@ Tower = Annotated[
 ]
 Base = Annotated[
     Optional[Path],
-    typer.Option(help="The base model's folder, for a LoRA adapter or a projector alone."),
+    typer.Option(help="Folder or model id of the base, for a LoRA adapter or a projector alone."),
 ]
 IgnoreKey = Annotated[
     Optional[list[str]], typer.Option(help="A key of config.json to ignore. Repeatable.")

@@ -29,7 +29,7 @@ class Options:
     """How to read a checkpoint: the choices that the command line offers.
 
     vision_tower: a folder, a weight file or a model id. offline: download no tower.
-    base: the folder of the base model of a LoRA adapter or of a projector alone.
+    base: the base model of a LoRA adapter or of a projector alone, a folder or a model id.
     """
 
     system: str | None = None
