@@ -132,7 +132,7 @@ def test_images_that_are_not_rgb_where_none_is_converted(mode: str) -> None:
     """transformers' class has no answer for them; here they are read as everywhere else."""
     data = {"do_convert_rgb": False, "crop_size": 20, "size": 20}
     image = noise(31, 24).convert(mode)
-    with pytest.raises(ValueError, match="mean must have 3 elements|"):
+    with pytest.raises(ValueError, match=r"mean must have \d elements"):
         theirs(CLIPImageProcessorPil, data, image)
     as_rgb = load(image).rgb
     expected = theirs(CLIPImageProcessorPil, data, as_rgb)
