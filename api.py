@@ -38,7 +38,8 @@ def read_options(
 ) -> Options:
     """How a checkpoint is to be read; torch files too, where torch is installed.
 
-    vision_tower: a folder, a weight file or a model id. offline: download no tower.
+    vision_tower: a folder, a weight file or a model id. base: a folder or a model id. offline:
+    download neither.
     """
     from edgevlm.toolkit.checkpoints.layouts.source import Options
     from edgevlm.training import torch_files

@@ -46,7 +46,7 @@ Tower = Annotated[
 ]
 Base = Annotated[
     Optional[Path],
-    typer.Option(help="The base model's folder, for a LoRA adapter or a projector alone."),
+    typer.Option(help="Folder or model id of the base, for a LoRA adapter or a projector alone."),
 ]
 IgnoreKey = Annotated[
     Optional[list[str]], typer.Option(help="A key of config.json to ignore. Repeatable.")
@@ -66,6 +66,9 @@ RepetitionPenalty = Annotated[
 NoRepeatNgram = Annotated[
     Optional[int],
     typer.Option(help="Repeat no run of N tokens; default: the model's; 0 is off."),
+]
+AllowBanned = Annotated[
+    bool, typer.Option("--allow-banned", help="Allow the tokens that the model's settings ban.")
 ]
 For = Annotated[
     Optional[str], typer.Option("--for", help="Check against this target; no device needed.")
@@ -212,6 +215,7 @@ def run(
     seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")] = None,
     repetition_penalty: RepetitionPenalty = None,
     no_repeat_ngram: NoRepeatNgram = None,
+    allow_banned: AllowBanned = False,
     template: Annotated[
         str, typer.Option(help="auto, none (PROMPT is raw text with <image>) or a name.")
     ] = "auto",
@@ -241,7 +245,8 @@ def run(
     from edgevlm.engines.runtime.session import Question, Session
 
     console = _console(as_json, quiet)
-    sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty, no_repeat_ngram)
+    penalties = (repetition_penalty, no_repeat_ngram, allow_banned)
+    sampling = Sampling(temperature, top_k, top_p, seed, *penalties)
     given = Question(
         prompt or "", image or (), max_tokens, sampling, template, stop or (), literal=literal
     )

@@ -16,6 +16,8 @@ from edgevlm.toolkit.text.sentencepiece_text import SentencePieceRules
 from edgevlm.toolkit.text.templates import Template
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 
+_LONG = 16  # characters per position of the context from which on a text is called long
+
 
 @dataclass(frozen=True)
 class PromptRules:
@@ -233,6 +235,25 @@ def _add(stretches: list[str], own: str) -> None:
     first, *others = own.split(templates.CUT)
     stretches[-1] += first
     stretches += others
+
+
+def check_text_length(
+    rules: PromptRules, tokenizer: Tokenizer, rendered: Rendered, context: int
+) -> None:
+    """Raise InputError if a prompt is so long that its text alone cannot fit into the context.
+
+    Few characters are not looked at: tokenizing them takes less time than this.
+    """
+    text = rendered.text
+    if rules.cut is not None or len(text) < _LONG * context:
+        return
+    fewest = tokenizer.fewest_tokens(text.replace(rules.placeholder, " "))
+    if fewest > context:
+        raise InputError(
+            f"the prompt's {len(text)} characters are at least {fewest} tokens, the engine's "
+            f"context is {context}",
+            hint="shorten the prompt, or build with a larger --max-context",
+        )
 
 
 def tokenize(rules: PromptRules, tokenizer: Tokenizer, prompt: str | Rendered) -> Prompt:

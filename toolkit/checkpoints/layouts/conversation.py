@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgevlm.toolkit.checkpoints import hub, partial
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.strict import read_json
 from edgevlm.toolkit.vlm import language_models
@@ -52,19 +53,24 @@ class Conversation:
 
 
 def original(
-    folder: Path, config: Mapping[str, Any], kind: str, tokenizer: str, stated: str | None = None
+    folder: Path,
+    config: Mapping[str, Any],
+    kind: str,
+    tokenizer: str,
+    stated: str | None = None,
+    *,
+    base: Path | None = None,
 ) -> Conversation:
     """The originals' template: by the tokenizer's tokens, then the language model, then by names.
 
     MistralOrca's name goes first: its ChatML has words of its own.
 
     kind: the language model's file; tokenizer: the text of a tokenizer.json; stated: a template
-    that config.json names.
+    that config.json names; base: the base model of a folder that holds a part.
     """
     if stated is not None:
         return Conversation(stated, "config.json names it")
-    names = {"the folder's name": folder.resolve().name}
-    names["_name_or_path in config.json"] = str(config.get("_name_or_path") or "")
+    names = _names(folder, config, base)
     for where, name in names.items():
         if kind == "mistral" and "orca" in name.lower():
             return Conversation("mistral_orca", f"'orca' in {where}")
@@ -84,9 +90,31 @@ def original(
     return Conversation(row.template, f"usual for {kind}; neither tokens nor names decide")
 
 
-def huggingface(folder: Path, config: Mapping[str, Any], kind: str, tokenizer: str) -> Conversation:
-    """The checkpoint's own chat template; without one, as for the originals."""
-    named = original(folder, config, kind, tokenizer)
+def _names(folder: Path, config: Mapping[str, Any], base: Path | None) -> dict[str, str]:
+    """What a model is called, by where that stands; the originals' programs ask the first only."""
+    found = {
+        "the folder's name": hub.name_of(folder),
+        "_name_or_path in config.json": config.get("_name_or_path"),
+    }
+    if base is not None:
+        stated = _json(folder / partial.ADAPTER).get("base_model_name_or_path")
+        found[f"base_model_name_or_path in {partial.ADAPTER}"] = stated
+        found["the base's name"] = hub.name_of(base)
+        found["_name_or_path of the base"] = _json(base / "config.json").get("_name_or_path")
+    return {where: str(name or "") for where, name in found.items()}
+
+
+def huggingface(
+    folder: Path,
+    config: Mapping[str, Any],
+    kind: str,
+    tokenizer: str,
+    *,
+    base: Path | None = None,
+) -> Conversation:
+    """The chat template of the checkpoint, or of its base; without one, as for the originals."""
+    named = original(folder, config, kind, tokenizer, base=base)
+    folder = base or folder
     found = _chat_template(folder)
     if found is None:
         return Conversation(named.template, f"no chat template in the folder; {named.why}")

@@ -118,7 +118,7 @@ def load(
     text, _ = read_tokenizer(home, slow=False)
     check_tokenizer(text, lm.config.vocab_size, str(folder))
     image_text = _image_text(folder, text, token)
-    prompts = conversation.huggingface(home, config, lm.kind, text)
+    prompts = conversation.huggingface(folder, config, lm.kind, text, base=options.base)
 
     checkpoint = partial.open_joined(folder, options.base, options.torch_reader)
     lm = _tied(lm, ties, rules, checkpoint)
