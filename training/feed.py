@@ -108,7 +108,7 @@ class DataSet:
 def open_data(
     paths: Sequence[str], images: str | None, advance: Callable[[int, int], None] | None = None
 ) -> DataSet:
-    """Open and scan data sets. Raises DataError; advance: told about samples done and all of them."""
+    """Open and scan data sets; advance: told samples done and their number. Raises DataError."""
     folder = None if images is None else Path(images)
     opened = [sources.open_samples(Path(path), folder) for path in paths]
     streams = [part for part in opened if isinstance(part, TarSamples)]

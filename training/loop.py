@@ -186,7 +186,9 @@ class Trainer:
                 nullcontext() if last else self.accelerator.no_sync(self.model)
             )
             with waiting:
-                loss = token_loss(self.model(**_moved(batch, self.accelerator)), _targets(batch, total))
+                loss = token_loss(
+                    self.model(**_moved(batch, self.accelerator)), _targets(batch, total)
+                )
                 self.accelerator.backward(loss * (self.accelerator.num_processes / targets))
             total += loss.detach()
         return total

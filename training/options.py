@@ -5,59 +5,57 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.strict import from_plain
 
 Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The options of `edgevlm train`; None is what the stage says.
+    """The options of `edgevlm train`, each with its help; None is what the stage says."""
 
-    batch: samples of an optimizer step over all processes; micro_batch: those of one forward pass
-    of one process, the rest is accumulated. steps: of the optimizer, instead of epochs. train:
-    GLOB or GLOB=RATE, freeze: GLOB, both after the stage's own rules. max_broken: share of the data
-    that may be broken. ema: decay of the averaged weights, 0 for none. lora: rank of the adapters,
-    0 for none. save_every: steps between states to resume from; the last two are kept.
-    """
-
-    data: tuple[str, ...] = ()
-    images: str | None = None
-    eval_data: tuple[str, ...] = ()
-    batch: int | None = None
-    micro_batch: int | None = None
-    epochs: float | None = None
-    steps: int | None = None
-    rate: float | None = None
-    schedule: Schedule = "cosine"
-    warmup: float | None = None
-    weight_decay: float | None = None
-    clip: float = 1.0
-    max_length: int | None = None
-    template: str | None = None
-    views: Literal["model", "square", "pad"] | None = None
-    train: tuple[str, ...] = ()
-    freeze: tuple[str, ...] = ()
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    recompute: bool = False
-    compile: bool = False
-    lora: int = 0
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.05
-    lora_on: str = "lm.*"
-    qat: str | None = None
-    ema: float = 0.0
-    seed: int = 0
-    workers: int = 0
-    log_every: int = 10
-    save_every: int = 200
-    eval_every: int = 0
-    tensorboard: bool = False
-    max_broken: float = 0.01
+    data: Annotated[tuple[str, ...], "A data set, see docs/training.md. Repeatable."] = ()
+    images: Annotated[str | None, "Where relative image paths begin; default: beside the data."] = (
+        None
+    )
+    eval_data: Annotated[tuple[str, ...], "Held-out data. Repeatable."] = ()
+    batch: Annotated[int | None, "Samples of an optimizer step, over all processes."] = None
+    micro_batch: Annotated[int | None, "Samples of one forward pass; the rest is accumulated."] = (
+        None
+    )
+    epochs: Annotated[float | None, "Passes over the data."] = None
+    steps: Annotated[int | None, "Optimizer steps, instead of epochs."] = None
+    rate: Annotated[float | None, "Learning rate; parts with a rate of their own keep it."] = None
+    schedule: Annotated[Schedule, "cosine, linear or constant."] = "cosine"
+    warmup: Annotated[float | None, "Share of the steps in which the rate rises."] = None
+    weight_decay: Annotated[float | None, "Of matrices and kernels."] = None
+    clip: Annotated[float, "Largest norm of the gradient."] = 1.0
+    max_length: Annotated[int | None, "Positions of a sample; what is beyond is cut."] = None
+    template: Annotated[str | None, "plain, auto (the model's own) or a name."] = None
+    views: Annotated[Literal["model", "square", "pad"] | None, "How images are shown."] = None
+    train: Annotated[tuple[str, ...], "GLOB or GLOB=RATE: train these too. Repeatable."] = ()
+    freeze: Annotated[tuple[str, ...], "GLOB: freeze these. Repeatable."] = ()
+    precision: Annotated[Precision, "Of computing: fp32, bf16 or fp16."] = "fp32"
+    dtype: Annotated[Precision, "Of the checkpoint: fp32, bf16 or fp16."] = "fp32"
+    recompute: Annotated[bool, "Gradient checkpointing: less memory, a third more time."] = False
+    compile: Annotated[bool, "torch.compile every layer."] = False
+    lora: Annotated[int, "Rank of low-rank adapters, merged at the end; 0 is none."] = 0
+    lora_alpha: Annotated[float, "Scale of the adapters times their rank."] = 16.0
+    lora_dropout: Annotated[float, "Of the adapters' inputs."] = 0.05
+    lora_on: Annotated[str, "GLOB of the adapted matrices."] = "lm.*"
+    qat: Annotated[str | None, "int8, int4 or a plan's file: train with rounded weights."] = None
+    ema: Annotated[float, "Decay of averaged weights, which are saved then; 0 is none."] = 0.0
+    seed: Annotated[int, "Of the order of samples and of new weights."] = 0
+    workers: Annotated[int, "Processes that read the data."] = 0
+    log_every: Annotated[int, "Steps between lines of metrics."] = 10
+    save_every: Annotated[int, "Steps between states to resume from; the last two are kept."] = 200
+    eval_every: Annotated[int, "Steps between evaluations; 0: at the end only."] = 0
+    tensorboard: Annotated[bool, "Write event files too."] = False
+    max_broken: Annotated[float, "Share of the data that may be broken."] = 0.01
 
     def __post_init__(self) -> None:
         above = {
@@ -117,7 +115,9 @@ def combine(flags: Mapping[str, Any], file: Mapping[str, Any], where: str) -> Tr
             hint="edgevlm train --help lists them",
         )
     listed = ("data", "eval_data", "train", "freeze")
-    plain = {k: [v] if k in listed and isinstance(v, str) else _number(k, v) for k, v in file.items()}
+    plain = {
+        k: [v] if k in listed and isinstance(v, str) else _number(k, v) for k, v in file.items()
+    }
     given = {key: list(v) if isinstance(v, tuple) else v for key, v in flags.items()}
     options: TrainOptions = from_plain(TrainOptions, plain | given, where)
     return options

@@ -139,3 +139,9 @@ def _duration(seconds: float) -> str:
     hours, minutes = divmod(whole // 60, 60)
     clock = f"{minutes}:{whole % 60:02d}"
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else clock
+
+
+def losses(out: Path) -> list[float]:
+    """The losses of the logged steps, in order."""
+    lines = map(json.loads, (out / METRICS).read_text(encoding="utf-8").splitlines())
+    return [line["loss"] for line in lines if line["kind"] == "step"]

@@ -1,6 +1,6 @@
 """The training stages of the published systems, as data.
 
-Sources: the scripts and papers of haotian-liu/LLaVA, LLaVA-VL/LLaVA-NeXT, deepglint/unicom (mlcd_vl),
+Sources: the scripts and papers of haotian-liu/LLaVA, LLaVA-VL/LLaVA-NeXT, deepglint/unicom,
 alibaba/conv-llava and yuecao0119/MMFuser; COMM from arXiv 2310.08825, whose code was not published.
 docs/training.md shows how each is run, and what differs from the original.
 """

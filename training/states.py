@@ -1,6 +1,6 @@
 """States to resume from: written whole or not at all, the last two are kept.
 
-    OUT/states/step-000120/     accelerate's files, and run.json: what the run is and where it stands
+OUT/states/step-000120/     accelerate's files, and run.json: what the run is and where it stands
 """
 
 from __future__ import annotations
@@ -73,6 +73,6 @@ def check_same(saved: Mapping[str, Any], facts: Mapping[str, Any], where: Path) 
     for name, value in facts.items():
         if saved.get(name) != value:
             raise ConfigError(
-                f"{where} is of another run: its {name} is {saved.get(name)!r}, now it is {value!r}",
+                f"{where} is of another run: its {name} is {saved.get(name)!r}, now {value!r}",
                 hint="resume with the options of the run, or train into another folder",
             )

@@ -112,10 +112,10 @@ class VLM(nn.Module):
         """Rows of image tokens [F, hidden_size]: all views of all images of a batch."""
         values = {}
         for encoder in self.model.encoders:
-            outputs = self._run(f"encoder.{encoder.name}", {"pixels": batch["pixels"][encoder.name]})
-            values |= {
-                f"{encoder.name}.{name.rsplit('.', 1)[1]}": x for name, x in outputs.items()
-            }
+            outputs = self._run(
+                f"encoder.{encoder.name}", {"pixels": batch["pixels"][encoder.name]}
+            )
+            values |= {f"{encoder.name}.{name.rsplit('.', 1)[1]}": x for name, x in outputs.items()}
         rows = self._run("merger", values)["features"]
         if ARRANGE not in self.parts:
             return rows
