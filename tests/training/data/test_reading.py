@@ -21,7 +21,7 @@ from tests.training.data.files import item, png, write_images, write_lines, writ
 
 
 def mapped(path: Path, images: Path | None = None) -> Samples:
-    found = open_samples(path, images)
+    found = open_samples(path, images, path.parent / "cache")
     assert not isinstance(found, TarSamples)
     return found
 
@@ -136,10 +136,7 @@ def hub_set(folder: Path) -> datasets.Dataset:
     return data.cast_column("images", datasets.List(datasets.Image()))
 
 
-def test_saved_data_sets_and_parquet_give_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_saved_data_sets_and_parquet_give_bytes(tmp_path: Path) -> None:
     data = hub_set(tmp_path)
     data.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(
@@ -178,7 +175,7 @@ def test_unclear_and_broken_folders_are_refused(tmp_path: Path) -> None:
         open_samples(tmp_path / "broken")
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match="as parquet"):
-        open_samples(tmp_path / "a.parquet")
+        open_samples(tmp_path / "a.parquet", cache=tmp_path / "cache")
 
 
 def test_without_the_library_the_command_that_installs_it_is_named(
