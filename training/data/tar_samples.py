@@ -74,7 +74,7 @@ class TarSamples:
     """
 
     def __init__(self, paths: Sequence[Path], *, window: int = 2000) -> None:
-        self._paths = tuple(paths)
+        self.paths = tuple(paths)
         self._window = window
 
     def stream(self, shuffle: Shuffle | None, start: int = 0) -> Iterator[Entry | BrokenSample]:
@@ -88,18 +88,18 @@ class TarSamples:
 
     def count(self) -> int:
         """Number of samples, by reading the headers of all shards."""
-        return sum(1 for path in self._paths for _ in entries(path))
+        return sum(1 for path in self.paths for _ in entries(path))
 
     def _epoch(self, shuffle: Shuffle | None) -> Iterator[Entry | BrokenSample]:
         if shuffle is None:
-            for path in self._paths:
+            for path in self.paths:
                 yield from entries(path)
             return
-        order = permutation(len(self._paths), shuffle)
+        order = permutation(len(self.paths), shuffle)
         ahead: list[Entry | BrokenSample] = []
         draws = _draws(shuffle)
         for number in order.tolist():
-            for entry in entries(self._paths[number]):
+            for entry in entries(self.paths[number]):
                 ahead.append(entry)
                 if len(ahead) >= self._window:
                     yield _drawn(ahead, next(draws))

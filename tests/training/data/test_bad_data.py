@@ -13,13 +13,11 @@ from edgevlm.toolkit.errors import DataError
 from edgevlm.training.data import broken
 from edgevlm.training.data.broken import BrokenSample, Report
 from edgevlm.training.data.json_samples import JsonSamples
-from edgevlm.training.data.loading import load, load_entries
 from edgevlm.training.data.masking import IGNORED
 from edgevlm.training.data.prepare import prepare, rules_for
 from edgevlm.training.data.samples import RawSample
 from edgevlm.training.data.scan import scan
-from edgevlm.training.data.tar_samples import TarSamples
-from tests.training.data.files import item, llava, png, write_images, write_lines, write_shards
+from tests.training.data.files import item, llava, png, write_images, write_lines
 from tests.training.data.models import golden
 
 
@@ -194,37 +192,6 @@ def test_a_stream_is_measured_by_what_was_seen() -> None:
     for number in range(2000):
         report.good(f"g{number}")
     report.check()
-
-
-# -- loading ---------------------------------------------------------------------------------------
-
-
-def test_a_batch_lacks_its_broken_samples_and_names_them(tmp_path: Path) -> None:
-    rules, tokenizer = llava()
-    whole = load(spoilt(tmp_path, 30), [0, 3, 2], rules, tokenizer)
-    assert whole.batch["ids"].shape[0] == 2
-    assert [name for name, _ in whole.used] == ["train.jsonl[0] id n0", "train.jsonl[2] id n1"]
-    assert [bad.kind for bad in whole.broken] == [broken.MISSING_IMAGE]
-    report = Report(35, 0.1)
-    whole.count(report)
-    assert report.counts == {broken.MISSING_IMAGE: 1}
-    none = load(spoilt(tmp_path, 30), [1, 3], rules, tokenizer)
-    assert none.batch["targets"].tolist() == [[IGNORED]]
-    short = load(spoilt(tmp_path, 30), [4], replace(rules, max_length=80), tokenizer)
-    assert short.used == (("train.jsonl[4] id n2", True),)
-    short.count(report)
-    assert report.counts[broken.TRUNCATED] == 1
-
-
-def test_a_batch_of_a_stream(tmp_path: Path) -> None:
-    paths = write_shards(tmp_path / "set", 2, 2)
-    paths[1].write_bytes(b"x" * 1024)
-    loaded = load_entries(TarSamples(paths).stream(None), *llava(template="plain"))
-    assert loaded.batch["pixels"]["clip"].shape[0] == 2
-    assert [name for name, _ in loaded.used] == ["part-000.tar:0000", "part-000.tar:0001"]
-    assert [(bad.name, bad.kind) for bad in loaded.broken] == [
-        ("part-001.tar", broken.DAMAGED_SHARD)
-    ]
 
 
 def test_worker_processes_take_rules_and_tokenizer() -> None:
