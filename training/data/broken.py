@@ -67,7 +67,9 @@ class Report:
         """Count what another process met."""
         self._seen += other._seen
         for kind, names in other._names.items():
-            self._names[kind] = {**names, **self._names.get(kind, {})}
+            own = self._names.setdefault(kind, {})
+            for name, reason in names.items():
+                own.setdefault(name, reason)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -63,14 +63,20 @@ def open_saved(folder: Path, images: Path) -> DatasetSamples:
     return DatasetSamples(data, folder.name, images)
 
 
-def open_parquet(files: Sequence[Path], name: str, images: Path) -> DatasetSamples:
-    """Parquet files as one data set, in their order; the library keeps a copy in its cache.
+def open_parquet(
+    files: Sequence[Path], name: str, images: Path, cache: Path | None = None
+) -> DatasetSamples:
+    """Parquet files as one data set, in their order.
+
+    The library keeps an uncompressed copy in `cache`, None for its own folder. name, images: as in
+    DatasetSamples.
 
     Raises DataError, or MissingExtra if the library is not installed.
     """
     library = _library()
     try:
-        data = library.Dataset.from_parquet([str(file) for file in files])
+        names = [str(file) for file in files]
+        data = library.Dataset.from_parquet(names, cache_dir=None if cache is None else str(cache))
     except Exception as broken:  # as above
         reason = broken.__cause__ or broken
         raise DataError(f"{files[0]} cannot be read as parquet: {reason}") from None

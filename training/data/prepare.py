@@ -20,7 +20,7 @@ from edgevlm.training.data import broken, masking
 from edgevlm.training.data.broken import BrokenSample
 from edgevlm.training.data.masking import Labelled, TextRules
 from edgevlm.training.data.sample import Sample, image_tokens, lay_out, scored
-from edgevlm.training.data.samples import ASSISTANT, USER, ImageFile, RawSample, Samples
+from edgevlm.training.data.samples import ASSISTANT, USER, ImageFile, RawSample
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,6 @@ def prepare(raw: RawSample, rules: SampleRules, tokenizer: Tokenizer) -> Sample:
     length = _length(raw.name, labelled, images, rules)
     cut = length if rules.max_length is None else min(length, rules.max_length)
     return Sample(raw.name, labelled.runs, labelled.labels, images, cut, length - cut)
-
-
-def attempt(
-    source: Samples, index: int, rules: SampleRules, tokenizer: Tokenizer
-) -> Sample | BrokenSample:
-    """The prepared sample at `index`, or what is wrong with it, as a value."""
-    try:
-        return prepare(source[index], rules, tokenizer)
-    except BrokenSample as bad:
-        return bad
 
 
 def checked(raw: RawSample, image: str) -> list[str]:

@@ -17,9 +17,12 @@ _KINDS = (
 )
 
 
-def open_samples(path: Path, images: Path | None = None) -> Samples | TarSamples:
+def open_samples(
+    path: Path, images: Path | None = None, cache: Path | None = None
+) -> Samples | TarSamples:
     """The data set at `path`; images: where relative image paths begin, else beside the data set.
 
+    cache: where the library `datasets` keeps its copy of parquet files; None for its own folder.
     Raises DataError if there is none or it cannot be read, MissingExtra if a package is missing.
     """
     if path.suffix == ".tar":
@@ -30,19 +33,19 @@ def open_samples(path: Path, images: Path | None = None) -> Samples | TarSamples
     if path.suffix in _JSON:
         return JsonSamples(path, beside)
     if path.suffix == ".parquet":
-        return dataset_samples.open_parquet([path], path.name, beside)
+        return dataset_samples.open_parquet([path], path.name, beside, cache)
     if path.is_dir():
-        return _open_folder(path, beside)
+        return _open_folder(path, beside, cache)
     raise DataError(f"{path} is no data set that is read", hint=f"a data set is {_KINDS}")
 
 
-def _open_folder(folder: Path, images: Path) -> Samples | TarSamples:
+def _open_folder(folder: Path, images: Path, cache: Path | None) -> Samples | TarSamples:
     if dataset_samples.is_saved(folder):
         return dataset_samples.open_saved(folder, images)
     if any(folder.glob("*.tar")):
         return TarSamples(tar_samples.shards(folder))
     if files := sorted(folder.rglob("*.parquet")):
-        return dataset_samples.open_parquet(files, folder.name, images)
+        return dataset_samples.open_parquet(files, folder.name, images, cache)
     found = sorted(file for file in folder.iterdir() if file.suffix in _JSON)
     if len(found) == 1:
         return JsonSamples(found[0], images)

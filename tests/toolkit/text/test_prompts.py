@@ -301,3 +301,16 @@ def test_a_token_without_a_row_is_refused_by_name() -> None:
         assert prompts.tokenize(rules, tokenizer, "a<image>b").images == 1
         with pytest.raises(InputError, match="'<late>'.*id 257 of 257 rows"):
             prompts.tokenize(rules, tokenizer, "a<image>b<late>")
+
+
+def test_a_conversation_that_has_ended_asks_for_nothing() -> None:
+    turns = ["Q", "A"]
+    ended = prompts.render(LLAVA, turns, 0, "vicuna_v1", ended=True).text
+    asking = prompts.render(LLAVA, [*turns, "R"], 0, "vicuna_v1").text
+    assert ended.endswith("USER: Q ASSISTANT: A</s>")
+    assert asking == f"{ended}USER: R ASSISTANT:"
+    assert prompts.render(LLAVA, turns, 0, "qwen_1_5", ended=True).text.endswith("A<|im_end|>\n")
+    with pytest.raises(InputError, match="has 1 turns; it must end with the answer"):
+        prompts.render(LLAVA, ["Q"], 0, "vicuna_v1", ended=True)
+    with pytest.raises(InputError, match="must end with the user's question"):
+        prompts.render(LLAVA, turns, 0, "vicuna_v1")

@@ -230,9 +230,8 @@ MARKED = {
 def test_chat_templates_with_marks_give_transformers_masks(name: str) -> None:
     rules, tokenizer = chat_rules(MARKED[name])
     found = masking.encode("x", TURNS, rules, tokenizer)
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._inner, bos_token="<s>", eos_token="</s>"
-    )
+    fast: Any = transformers.PreTrainedTokenizerFast
+    theirs = fast(tokenizer_object=tokenizer._inner, bos_token="<s>", eos_token="</s>")
     roles = ("user", "assistant")
     messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(TURNS)]
     expected = theirs.apply_chat_template(
