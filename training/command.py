@@ -72,7 +72,10 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
         given.pop("debug")
         run(**given)
 
-    typed = dict(_OWN) | {field.name: (_flag(field.name), None) for field in fields(TrainOptions)}
+    hints = typing.get_type_hints(TrainOptions, include_extras=True)
+    typed = dict(_OWN)
+    for field in fields(TrainOptions):
+        typed[field.name] = (_flag(field.name, hints[field.name], field.default), None)
     train.__doc__ = "Train a stage of a published system; writes a checkpoint that `export` reads."
     train.__annotations__ = {name: annotation for name, (annotation, _) in typed.items()}
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -85,11 +88,9 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
     return train
 
 
-def _flag(name: str) -> Any:
+def _flag(name: str, hint: Any, default: Any) -> Any:
     """A field of TrainOptions as typer declares an option; a switch only turns on."""
-    hint = typing.get_type_hints(TrainOptions, include_extras=True)[name]
     kind, explanation = typing.get_args(hint)
-    default = next(field.default for field in fields(TrainOptions) if field.name == name)
     given = "--" + name.replace("_", "-")
     shown = "" if default in (None, (), False) else f" Default: {default}."
     option = typer.Option(given, help=explanation + shown)
