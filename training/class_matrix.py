@@ -108,6 +108,11 @@ def load_classes(matrix: ClassMatrix, folder: Path, optimizer: Optimizer | None 
             for path, range_ in _ranges(folder, matrix.num_classes)
         }
         metadata = next(iter(files.values())).metadata()
+        if any(file.metadata() != metadata for file in files.values()):
+            raise CheckpointError(
+                f"{folder}: its files were saved at different steps",
+                hint="a save was interrupted; take the one before",
+            )
         if metadata["num_classes"] != str(matrix.num_classes):
             raise CheckpointError(
                 f"{folder} holds {metadata['num_classes']} classes, the model has "

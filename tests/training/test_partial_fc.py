@@ -11,12 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
 
+from edgevlm.toolkit import models
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.training.class_matrix import load_classes, save_classes
 from edgevlm.training.mlcd_loss import MlcdHead, mlcd_loss
 from edgevlm.training.partial_fc import Margin, PartialFC, margin_logits, sample_classes
 from edgevlm.training.ranks import share
+from edgevlm.training.tower import Tower
+from edgevlm.training.tower_stages import step
 from tests.conftest import golden_case
 from tests.training.test_mlcd_loss import difference
 from tests.training.test_mlcd_loss import given as multi_label
@@ -102,6 +106,7 @@ def work(rank: int, folder: str) -> None:
     dist.barrier()
     load_classes(trained.matrix, place / "one", None)
     found["resumed"] = trained.matrix.weight.detach()
+    found["losses"] = trained_tower(half, wrapped=True)
     torch.save(found, place / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -112,6 +117,25 @@ def learn(head: PartialFC, optimizer: torch.optim.Optimizer, part: slice, steps:
         optimizer.zero_grad()
         torch.autograd.backward(head(images[part], labels[part, 0]))
         optimizer.step()
+
+
+def trained_tower(part: slice, *, wrapped: bool) -> Tensor:
+    """The losses of a few steps of a tiny tower on this part of each batch."""
+    tower: Any = Tower("clip", models.encoder("clip").tiny(), seed=1)
+    tower = DistributedDataParallel(tower) if wrapped else tower
+    head = PartialFC(7, 32, num_channels=16, seed=2)
+    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-2)
+    generator = torch.Generator().manual_seed(4)
+    losses = []
+    for _ in range(4):
+        pixels = torch.randn(6, 3, 28, 28, generator=generator)[part]
+        labels = torch.randint(7, (6,), generator=generator)[part]
+        loss = step(tower, head, {"pixels": pixels, "labels": labels})
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +184,15 @@ def test_two_processes_compute_mlcds_loss_of_the_whole_batch(two: Path) -> None:
         torch.testing.assert_close(torch.load(two / f"{rank}.pt")["mlcd"], loss.detach())
     torch.testing.assert_close(both(two, "images"), 2 * images.grad)
     torch.testing.assert_close(both(two, "rows"), rows.grad)
+
+
+def test_two_processes_train_a_tower_as_one_does(two: Path) -> None:
+    """DDP averages the tower's gradients, for which the head's factor makes up."""
+    alone = trained_tower(slice(None), wrapped=False)
+    assert alone[-1] < alone[0]
+    for rank in range(2):
+        losses = torch.load(two / f"{rank}.pt")["losses"]
+        torch.testing.assert_close(losses, alone, atol=0, rtol=1e-4)
 
 
 def test_classes_saved_by_two_processes_go_on_in_one(two: Path) -> None:
@@ -251,6 +284,18 @@ def test_saves_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path.rename(tmp_path / "classes-000000004-000000034.safetensors")
     with pytest.raises(CheckpointError, match="does not follow class 0"):
         load_classes(head.matrix, tmp_path)
-    path = save_classes(PartialFC(40, 16).matrix, tmp_path / "more")
+    save_classes(PartialFC(40, 16).matrix, tmp_path / "more")
     with pytest.raises(CheckpointError, match="holds 40 classes, the model has 30"):
         load_classes(head.matrix, tmp_path / "more")
+
+
+def test_files_of_two_steps_are_refused(two: Path, tmp_path: Path) -> None:
+    first, second = sorted((two / "saved").iterdir())
+    later = PartialFC(31, 16)
+    later.matrix.draws = 7
+    save_classes(later.matrix, tmp_path)
+    (whole,) = tmp_path.iterdir()
+    whole.rename(tmp_path / second.name)
+    (tmp_path / first.name).write_bytes(first.read_bytes())
+    with pytest.raises(CheckpointError, match="different steps"):
+        load_classes(PartialFC(31, 16).matrix, tmp_path)

@@ -16,6 +16,7 @@ from torch import Tensor
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.weights import Checkpoint, Recipes, open_checkpoint
 from edgevlm.toolkit.errors import CheckpointError, ConfigError, OutputError
+from edgevlm.toolkit.images.resize import bicubic
 from edgevlm.toolkit.models.encoders import unicom
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Weights
@@ -23,9 +24,11 @@ from edgevlm.training.torch_files import TorchFile
 from edgevlm.training.torch_ops import TorchOps
 from edgevlm.training.tower import KINDS, StochasticDepth, Tower
 from edgevlm.training.tower_files import published, read_tower, save_tower
+from edgevlm.training.tower_sizes import resized
 from tests.training.test_mlcd_loss import difference
 
 hf: Any = transformers
+UNICOM_GRID = {"position", "feature.0.weight"}
 
 
 def tiny(kind: str) -> Any:
@@ -84,6 +87,51 @@ def test_unicoms_file_is_written_as_it_was_read(golden: Path, tmp_path: Path) ->
     assert {k: x.dtype for k, x in written.items()} == {k: x.dtype for k, x in stored.items()}
     for name, tensor in stored.items():
         assert torch.equal(written[name], tensor), name
+
+
+@pytest.mark.parametrize("golden", ["unicom_vit"], indirect=True)
+def test_unicom_grows_as_the_original_does(golden: Path) -> None:
+    tower, _, outputs = original(golden)
+    pixels = torch.from_numpy(np.load(golden / "inputs.npz")["zoom.pixel_values"])
+    grown = resized(tower.eval(), 112, as_original=True)
+    state = grown.state_dict()
+    assert difference(state["position"][None], outputs["zoom.pos_embed"]) < 1e-5
+    assert difference(state["feature.0.weight"], outputs["zoom.feature0"]) < 1e-5
+    with torch.no_grad():
+        assert difference(grown(pixels), outputs["zoom.embedding"]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tower_changes_its_size(kind: str) -> None:
+    tower = made(kind).eval()
+    same, grown = (resized(tower, size) for size in (tower.config.pixels[0], 42))
+    assert grown.config.pixels == (42, 42)
+    with torch.no_grad():
+        torch.testing.assert_close(same(pixels_of(tower)), tower(pixels_of(tower)))
+        assert grown(pixels_of(grown)).isfinite().all()
+    before, after = tower.state_dict(), grown.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"clip": {"position"}, "mlcd": set(), "unicom": UNICOM_GRID}[kind]
+    if kind == "clip":
+        table = before["position"]
+        expected = bicubic(table[1:].reshape(4, 4, -1).numpy(), (6, 6), antialias=True)
+        assert difference(after["position"][1:].reshape(6, 6, -1), expected) < 1e-5
+        assert torch.equal(after["position"][0], table[0])
+    with pytest.raises(ConfigError, match="no patch"):
+        resized(tower, 5)
+
+
+def test_a_grown_head_sums_over_more_tokens_to_the_same() -> None:
+    tower = made("unicom")
+    weight = tower.get_parameter("feature.0.weight")
+    with torch.no_grad():
+        per_token = weight[:, :32].clone()
+        weight.copy_(per_token.repeat(1, 9))
+    grown = resized(tower, 42).get_parameter("feature.0.weight")
+    assert grown.shape == (32, 36 * 32)
+    token = torch.arange(32.0)
+    expected = weight @ token.repeat(9)
+    assert difference(grown @ token.repeat(36), expected.detach()) < 1e-5
 
 
 # -- the reference -----------------------------------------------------------------------------
