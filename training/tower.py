@@ -32,11 +32,14 @@ class Part(nn.Module):
     inside that call, when a wrapper has made them whole.
     """
 
-    def forward(self, function: Callable[..., R], op: Any, w: Weights[Tensor], *args: Any) -> R:
-        """function(op, w, *args), the tensors of `w` being this module's own."""
-        path = ".".join(w.steps)
+    def forward(self, function: Callable[..., R], op: Any, steps: tuple[str, ...], *args: Any) -> R:
+        """function(op, w, *args), where `w` are this module's own tensors below the path `steps`.
+
+        Weights are no argument: a sharded module would take their tensors for its inputs.
+        """
+        path = ".".join(steps)
         own = {f"{path}.{name}": p for name, p in self.named_parameters()}
-        return function(op, replace(w, tensors=own), *args)
+        return function(op, Weights(own, steps), *args)
 
 
 def grow(root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -64,7 +67,7 @@ class _LayerOps(TorchOps):
 
         def through_module(op: Any, w: Weights[Tensor], *args: Any) -> R:
             inner = StochasticDepth(op, rate) if rate else op
-            result: R = self._tower.get_submodule(path)(function, inner, w, *args)
+            result: R = self._tower.get_submodule(path)(function, inner, w.steps, *args)
             return result
 
         return super().block(through_module, w, *args)
@@ -139,7 +142,9 @@ class Tower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, height, width] -> [B, channels]; UNICOM's head computes in float32."""
         device = str(pixels.device)
-        op: Any = self._ops.setdefault(device, _LayerOps(self, device))
+        if device not in self._ops:
+            self._ops[device] = _LayerOps(self, device)
+        op: Any = self._ops[device]
         w = Weights(dict(self.named_parameters()))
         if self.kind != "unicom":
             file: Any = models.encoder(self.kind)

@@ -22,20 +22,24 @@ from edgevlm.toolkit.models.encoders import unicom
 from edgevlm.toolkit.models.recipes import Recipe, transposed
 from edgevlm.training.tower import Tower, tokens_only
 
+# What a whole CLIP holds besides its vision tower.
+_BESIDE = (
+    "*position_ids", "text_model.*", "text_projection.*", "visual_projection.*", "logit_scale",
+)  # fmt: skip
 _PREFIXES = ("", "vision_model.", "model.", "_orig_mod.", "module.")
 
 
 def read_tower(tower: Tower, checkpoint: Checkpoint) -> None:
     """Fill a tower from a published file or from what `save_tower` wrote, in float32.
 
-    Accepts the prefixes that training programs leave. Raises CheckpointError for tensors that are
-    missing, unexpected or of another shape.
+    Accepts the prefixes that training programs leave, and a whole CLIP with its text model. Raises
+    CheckpointError for tensors that are missing, unexpected or of another shape.
     """
     table = dict(_names(tower))
     prefix = find_prefix(table, checkpoint, *_PREFIXES)
     table = {name: recipe.below(prefix) for name, recipe in table.items()}
-    unused = ["feature.*", "*.position_ids"] if tower.kind == "unicom" else ["*.position_ids"]
-    check_tables([(table, tower.shapes())], checkpoint, [prefix + glob for glob in unused])
+    unused = [f"{prefix}feature.*"] if tower.kind == "unicom" else _BESIDE
+    check_tables([(table, tower.shapes())], checkpoint, unused)
     state = {name: np.asarray(x, np.float32) for name, x in Recipes(table, checkpoint).items()}
     if tower.kind == "unicom":
         for name in tower.feature.state_dict(prefix="feature."):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -106,7 +108,8 @@ def work(rank: int, folder: str) -> None:
     dist.barrier()
     load_classes(trained.matrix, place / "one", None)
     found["resumed"] = trained.matrix.weight.detach()
-    found["losses"] = trained_tower(half, wrapped=True)
+    found["averaged"] = trained_tower(half, DistributedDataParallel)
+    found["sharded"] = trained_tower(half, sharded)
     torch.save(found, place / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -119,21 +122,29 @@ def learn(head: PartialFC, optimizer: torch.optim.Optimizer, part: slice, steps:
         optimizer.step()
 
 
-def trained_tower(part: slice, *, wrapped: bool) -> Tensor:
+def sharded(tower: Any) -> Any:
+    """FSDP2, layer by layer."""
+    for number in range(tower.config.num_layers):
+        fully_shard(tower.get_submodule(f"layers.{number}"))
+    return fully_shard(tower)
+
+
+def trained_tower(part: slice, wrap: Callable[[Any], Any]) -> Tensor:
     """The losses of a few steps of a tiny tower on this part of each batch."""
-    tower: Any = Tower("clip", models.encoder("clip").tiny(), seed=1)
-    tower = DistributedDataParallel(tower) if wrapped else tower
+    tower = wrap(Tower("clip", models.encoder("clip").tiny(), seed=1))
     head = PartialFC(7, 32, num_channels=16, seed=2)
-    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-2)
+    # Two, as one cannot update sharded and whole tensors together.
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (tower, head)]
     generator = torch.Generator().manual_seed(4)
     losses = []
     for _ in range(4):
         pixels = torch.randn(6, 3, 28, 28, generator=generator)[part]
         labels = torch.randint(7, (6,), generator=generator)[part]
         loss = step(tower, head, {"pixels": pixels, "labels": labels})
-        optimizer.zero_grad()
         torch.autograd.backward(loss)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.detach())
     return torch.stack(losses)
 
@@ -186,12 +197,13 @@ def test_two_processes_compute_mlcds_loss_of_the_whole_batch(two: Path) -> None:
     torch.testing.assert_close(both(two, "rows"), rows.grad)
 
 
-def test_two_processes_train_a_tower_as_one_does(two: Path) -> None:
-    """DDP averages the tower's gradients, for which the head's factor makes up."""
-    alone = trained_tower(slice(None), wrapped=False)
+@pytest.mark.parametrize("way", ["averaged", "sharded"])
+def test_two_processes_train_a_tower_as_one_does(two: Path, way: str) -> None:
+    """DDP and FSDP average the tower's gradients, for which the head's factor makes up."""
+    alone = trained_tower(slice(None), lambda tower: tower)
     assert alone[-1] < alone[0]
     for rank in range(2):
-        losses = torch.load(two / f"{rank}.pt")["losses"]
+        losses = torch.load(two / f"{rank}.pt")[way]
         torch.testing.assert_close(losses, alone, atol=0, rtol=1e-4)
 
 

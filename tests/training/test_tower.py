@@ -172,6 +172,19 @@ def test_transformers_reads_a_saved_tower(kind: str, tmp_path: Path) -> None:
         assert difference(tower(pixels), model(pixels).pooler_output) < 1e-5
 
 
+def test_a_whole_clip_starts_a_tower(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    vision = {**sizes, "num_hidden_layers": 3, "patch_size": 7, "image_size": 28}
+    text = {**sizes, "num_hidden_layers": 1, "vocab_size": 50}
+    model = hf.CLIPModel(hf.CLIPConfig(vision_config=vision, text_config=text)).eval()
+    model.save_pretrained(tmp_path)
+    tower = Tower("clip", tiny("clip")).eval()
+    read_tower(tower, open_checkpoint(tmp_path))
+    pixels = pixels_of(tower)
+    with torch.no_grad():
+        assert difference(tower(pixels), model.vision_model(pixels).pooler_output) < 1e-5
+
+
 # -- training ----------------------------------------------------------------------------------
 
 
