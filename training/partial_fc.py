@@ -71,7 +71,8 @@ class PartialFC(nn.Module):
     belong to them. num_channels: channels of embeddings and classes that one step uses, chosen
     anew each time, before normalising; None for all. normalise: False compares by plain products.
     Sampling takes place in training mode only; both choices follow from `seed` and the step.
-    Raises ConfigError for a rate or a number of channels that is out of range.
+    Raises ConfigError for a rate or a number of channels that is out of range, and for ArcFace
+    without normalising.
     """
 
     def __init__(
@@ -90,6 +91,11 @@ class PartialFC(nn.Module):
             raise ConfigError(f"sample_rate = {sample_rate}, expected above 0 and at most 1")
         if num_channels is not None and not 0 < num_channels <= channels:
             raise ConfigError(f"num_channels = {num_channels}, expected 1 to {channels}")
+        if not normalise and margin.scale != 1 and margin.cosine <= 0:
+            raise ConfigError(
+                "a margin of the angle needs cosines, and products are not normalised",
+                hint="take scale 1 for plain products, or normalise",
+            )
         self.matrix = ClassMatrix(num_classes, channels, seed=seed)
         self.margin, self.normalise = margin, normalise
         self.sample_rate, self.num_channels = sample_rate, num_channels

@@ -141,7 +141,7 @@ STAGES: Mapping[str, TowerStage] = {
             num_channels=None,
             head_factor=3.0,
             learning_rate=1e-4,
-            ours=(*_RETRIEVAL.ours, "learning_rate", "epochs"),
+            ours=(*_RETRIEVAL.ours, "learning_rate", "epochs", "num_channels"),
         ),
     )
 }

@@ -279,9 +279,13 @@ def test_evaluation_samples_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"sample_rate": 0.0}, "sample_rate"), ({"num_channels": 17}, "num_channels")],
+    [
+        ({"sample_rate": 0.0}, "sample_rate"),
+        ({"num_channels": 17}, "num_channels"),
+        ({"normalise": False}, "needs cosines"),
+    ],
 )
-def test_impossible_samplings_are_refused(options: dict[str, Any], named: str) -> None:
+def test_impossible_heads_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         PartialFC(30, 16, **options)
 
