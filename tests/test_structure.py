@@ -18,7 +18,7 @@ PACKAGES = ("toolkit", "export", "engines", "training", "calibration")
 MAY_IMPORT = {name: {name, "toolkit"} for name in PACKAGES} | {"toolkit": {"toolkit"}}
 LOOSE = ("__init__.py", "api.py", "cli.py")
 HEAVY = {"torch", "transformers", "accelerate"}
-MOST_ARROWS = 100
+MOST_ARROWS = 105  # training alone has a dozen: it reads and writes models of every system
 
 
 def sources(*packages: str) -> Iterator[Path]:

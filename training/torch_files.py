@@ -11,6 +11,8 @@ from edgevlm.toolkit.checkpoints.weights import TorchReader
 from edgevlm.toolkit.errors import CheckpointError
 from edgevlm.toolkit.ops.vocabulary import Array
 
+_DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
 
 def reader() -> TorchReader | None:
     """A reader for .bin and .pt files, None where torch is not installed."""
@@ -22,6 +24,8 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         import torch
+
+        self.path = path
 
         try:  # files from before torch 1.6 are no zip archives; they cannot be mapped
             content = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
@@ -40,6 +44,11 @@ class TorchFile:
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor."""
         return tuple(self._tensors[key].shape)
+
+    def dtype(self, key: str) -> str:
+        """In which dtype a tensor is stored, in our names (fp32, bf16, ...)."""
+        name = str(self._tensors[key].dtype).removeprefix("torch.")
+        return _DTYPES.get(name, name)
 
     def read(self, key: str) -> Array:
         """One tensor; bfloat16 comes back as float32."""

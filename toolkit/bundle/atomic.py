@@ -24,7 +24,7 @@ from edgevlm.toolkit.strict import read_json
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LOCK, _OLD = ".lock", "-old"  # after the name of a partial folder
 _DAY_S = 86_400
-_MARKERS = ("manifest.json", "engine.json")
+_MARKERS = ("manifest.json", "engine.json", "checkpoint.json")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,10 @@ class SafetensorsFile:
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor."""
         return self.entries[key].shape
+
+    def dtype(self, key: str) -> str:
+        """In which dtype a tensor is stored, in our names."""
+        return self.entries[key].dtype
 
     def read(self, key: str) -> Array:
         """One tensor, memory-mapped and read-only; bfloat16 is converted to float32."""
@@ -141,18 +145,22 @@ def row_blocks(array: Array) -> Iterator[Array]:
 
 
 def write_safetensors(
-    path: Path, tensors: Sequence[TensorSpec], produce: Callable[[TensorSpec], Blocks]
+    path: Path,
+    tensors: Sequence[TensorSpec],
+    produce: Callable[[TensorSpec], Blocks],
+    metadata: Mapping[str, str] | None = None,
 ) -> Written:
     """Write `tensors` in an aligned order; `produce` makes them, one at a time.
 
     It yields a tensor in blocks along the first axis, which together have the stated shape; they
     are converted to the stated dtype. A second thread makes the next block while this one hashes
-    and writes the last, so memory holds a few blocks and what `produce` itself holds. Raises
-    CheckpointError where a value does not fit the dtype.
+    and writes the last, so memory holds a few blocks and what `produce` itself holds. metadata:
+    free text in the header; transformers asks for {"format": "pt"}. Raises CheckpointError where a
+    value does not fit the dtype.
     """
     # Big tensors first: their sizes are multiples of the page or cache line, so they stay aligned.
     order = sorted(tensors, key=lambda t: (-_alignment(t), t.name))
-    header, entries = _header(order)
+    header, entries = _header(order, metadata)
     digest = hashlib.sha256(header)
     with path.open("wb") as file:
         file.write(header)
@@ -198,13 +206,16 @@ def _alignment(tensor: TensorSpec) -> int:
     return math.gcd(size, 4096)
 
 
-def _header(order: Sequence[TensorSpec]) -> tuple[bytes, dict[str, Entry]]:
+def _header(
+    order: Sequence[TensorSpec], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, Entry]]:
     spans, offset = {}, 0
     for t in order:
         entry = Entry(t.dtype, t.shape, offset)
         spans[t.name] = entry
         offset += entry.nbytes
-    table = {
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    table |= {
         name: {
             "dtype": _NAMES[e.dtype],
             "shape": list(e.shape),

@@ -15,7 +15,12 @@ from typing import Protocol
 
 import numpy as np
 
-from edgevlm.toolkit.checkpoints.safetensors_io import BLOCK_BYTES, SafetensorsFile, row_blocks
+from edgevlm.toolkit.checkpoints.safetensors_io import (
+    BLOCK_BYTES,
+    STORAGE,
+    SafetensorsFile,
+    row_blocks,
+)
 from edgevlm.toolkit.errors import CheckpointError
 from edgevlm.toolkit.models.recipes import Recipe, same, transposed
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -63,6 +68,19 @@ class Checkpoint:
     def read(self, key: str) -> Array:
         """One tensor."""
         return self._sources[key].read(key)
+
+    def dtype(self, key: str) -> str:
+        """In which dtype one tensor is stored, in our names."""
+        stated = getattr(self._sources[key], "dtype", None)
+        if stated is not None:
+            return str(stated(key))
+        kind = self.read(key).dtype
+        return next(name for name, stored in STORAGE.items() if stored == kind)
+
+    def file(self, key: str) -> Path | None:
+        """The file that holds one tensor; None for a tensor that is computed from several."""
+        path: Path | None = getattr(self._sources[key], "path", None)
+        return path
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1"
@@ -183,11 +201,11 @@ class Recipes(Mapping[str, Array]):
     """Our tensors, each made from those of a checkpoint when it is used."""
 
     def __init__(self, table: Mapping[str, Recipe], checkpoint: TensorSource) -> None:
-        self._table = table
-        self._checkpoint = checkpoint
+        self.table = table
+        self.checkpoint = checkpoint
 
     def __getitem__(self, key: str) -> Array:
-        recipe = self._table[key]
+        recipe = self.table[key]
         return recipe.make(*(self._read(source) for source in recipe.sources))
 
     def _read(self, source: str) -> Array:
@@ -195,7 +213,7 @@ class Recipes(Mapping[str, Array]):
 
         Goldens would be made with the NaN too, so the build would not notice it.
         """
-        tensor = self._checkpoint.read(source)
+        tensor = self.checkpoint.read(source)
         if tensor.dtype.kind != "f":
             raise CheckpointError(
                 f"{source} is stored as {tensor.dtype}, a weight is a floating-point number",
@@ -209,10 +227,10 @@ class Recipes(Mapping[str, Array]):
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._table)
+        return iter(self.table)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table)
 
 
 def check_tables(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from edgevlm.toolkit.bundle import source as bundle_source
+from edgevlm.toolkit.bundle import trained
 from edgevlm.toolkit.bundle.manifest import MANIFEST
 from edgevlm.toolkit.checkpoints import hub, partial
 from edgevlm.toolkit.checkpoints.layouts import huggingface, original, quirks, towers
@@ -46,14 +47,19 @@ def find(name: str) -> System:
 
 
 def load(folder: Path, options: Options) -> Source:
-    """Read a checkpoint of any published system, or a bundle of ours.
+    """Read a checkpoint of any published system, or a bundle or trained checkpoint of ours.
 
     Raises ConfigError, CheckpointError or BundleError.
     """
     if (folder / MANIFEST).exists():
         return quirks.keep(bundle_source.load(folder, options), {}, options.quirks)
+    if trained.is_trained(folder):
+        return quirks.keep(trained.load(folder, options), {}, options.quirks)
     if options.base is None:
         partial.refuse_alone(folder)
+    else:
+        base = hub.locate_part(str(options.base), offline=options.offline)
+        options = replace(options, base=base)
     config = _config(folder, options)
     stated = config.get("model_type")
     if not isinstance(stated, (str, type(None))):

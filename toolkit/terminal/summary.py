@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgevlm.toolkit import systems
+from edgevlm.toolkit.bundle import trained
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord, FileRecord
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
 from edgevlm.toolkit.checkpoints.safetensors_io import STORAGE
@@ -170,8 +171,24 @@ def inspect_profile(path: Path) -> tuple[Any, list[str]]:
 
 def inspect_checkpoint(path: Path, torch_reader: TorchReader | None) -> tuple[Any, list[str]]:
     """Which system a checkpoint is of, and its components."""
-    source = systems.load(path, Options(torch_reader=torch_reader))
-    data, lines, _ = planned_bundle(source, "fp32", path)
+    return _described(systems.load(path, Options(torch_reader=torch_reader)), "fp32", path)
+
+
+def inspect_trained(path: Path) -> tuple[Any, list[str]]:
+    """What a checkpoint that training wrote holds, and how it was made."""
+    d = trained.read_description(path)
+    data, lines = _described(systems.load(path, Options()), d.dtype, path)
+    facts = {"dtype": d.dtype, "origin": dict(d.origin), "training": dict(d.training)}
+    told = [
+        f"{name}: {', '.join(f'{k} {v}' for k, v in values.items() if k != 'template')}"
+        for name, values in (("trained from", d.origin), ("training", d.training))
+        if values
+    ]
+    return {**data, **facts, "made_by": d.made_by}, [*lines, *told, f"made by: {d.made_by}"]
+
+
+def _described(source: Source, dtype: str, path: Path) -> tuple[Any, list[str]]:
+    data, lines, _ = planned_bundle(source, dtype, path)
     model = source.model
     kinds = ", ".join(c.kind for c in (*model.encoders, model.merger, model.lm))
     heading = f"checkpoint of system {model.system}: {kinds}"

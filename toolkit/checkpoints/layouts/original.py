@@ -18,12 +18,14 @@ from edgevlm.toolkit.checkpoints.layouts import conversation, huggingface, image
 from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
+    NewMerger,
     Options,
     Source,
     below,
     check,
     embed_from_head,
     find_prefix,
+    new_tensors,
     with_context,
 )
 from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import (
@@ -33,8 +35,7 @@ from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import (
 )
 from edgevlm.toolkit.checkpoints.weights import Checkpoint
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.toolkit.models.recipes import Recipe, keep
-from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.models.recipes import Recipe, keep, rows_of
 from edgevlm.toolkit.strict import Reader
 from edgevlm.toolkit.text.prompts import PromptRules
 from edgevlm.toolkit.vlm import components, language_models
@@ -123,7 +124,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     text = add_tokens(text, [*extra, *around])
     rows = check_tokenizer(text, lm.config.vocab_size, str(folder), around)
     checkpoint = partial.open_joined(folder, options.base, options.torch_reader)
-    tensors = _tensors(lm, merger, ends_rows, checkpoint)
+    tensors = _tensors(lm, merger, ends_rows, checkpoint, options.new_merger)
     inside = _tower_inside(tower, checkpoint) if wins else None
     check(
         [*tensors.values(), *([inside] if inside else [])],
@@ -134,7 +135,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     lm, lm_table = shrink_vocab(lm, tensors["lm"].table, rows)
     tensors["lm"] = replace(tensors["lm"], table=lm_table)
     tensors[f"encoder.{tower.encoder.name}"] = inside or tower.tensors
-    prompts = conversation.original(folder, config, kind, text)
+    prompts = conversation.original(folder, config, kind, text, base=options.base)
     model = ModelConfig(
         folder.resolve().name,
         rules.system,
@@ -179,14 +180,19 @@ def _tower_wins(r: Reader, rules: OriginalRules) -> bool:
 
 
 def _tensors(
-    lm: ComponentConfig, merger: ComponentConfig, newline: bool, checkpoint: Checkpoint
+    lm: ComponentConfig,
+    merger: ComponentConfig,
+    newline: bool,
+    checkpoint: Checkpoint,
+    new: NewMerger | None,
 ) -> dict[str, ComponentTensors]:
     """The language model's and the projector's weights in the LLaVA folder."""
     file, projector = models.lm(lm.kind), models.merger(merger.kind)
     table = dict(projector.names(merger.config))
     if table:  # a single linear is called mm_projector.0 if its type is mlp1x_gelu
         prefixes = ("model.mm_projector.", "model.mm_projector.0.")
-        table = below(table, find_prefix(table, checkpoint, *prefixes))
+        prefix = prefixes[0] if new else find_prefix(table, checkpoint, *prefixes)
+        table = below(table, prefix)
     shapes = dict(projector.shapes(merger.config))
     if newline:
         table["newline"] = keep("model.image_newline")
@@ -195,7 +201,9 @@ def _tensors(
         "lm": ComponentTensors(
             embed_from_head(file.names(lm.config), checkpoint), file.shapes(lm.config), checkpoint
         ),
-        "merger": ComponentTensors(table, shapes, checkpoint),
+        "merger": new_tensors(table, shapes, new(merger, shapes))
+        if new
+        else ComponentTensors(table, shapes, checkpoint),
     }
 
 
@@ -233,13 +241,6 @@ def shrink_vocab(
     if rows >= lm.config.vocab_size:
         return lm, dict(table)
 
-    def cut(recipe: Recipe, axis: int) -> Recipe:
-        def make(*arrays: Array) -> Array:
-            whole = recipe.make(*arrays)
-            return whole[:rows] if axis == 0 else whole[:, :rows]
-
-        return replace(recipe, make=make)
-
     cuts = {"embed.weight": 0, "head.weight": 1}
-    small = {n: cut(r, cuts[n]) if n in cuts else r for n, r in table.items()}
+    small = {n: rows_of(r, rows, cuts[n]) if n in cuts else r for n, r in table.items()}
     return replace(lm, config=replace(lm.config, vocab_size=rows)), small

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from edgevlm.toolkit.checkpoints.weights import (
     Checkpoint,
     RandomWeights,
     Recipes,
+    Shapes,
     TorchReader,
     check_tables,
 )
@@ -23,13 +24,17 @@ from edgevlm.toolkit.strict import Reader
 from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, components
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
+NewMerger = Callable[[ComponentConfig, Shapes], Mapping[str, Array]]
+
 
 @dataclass(frozen=True)
 class Options:
     """How to read a checkpoint: the choices that the command line offers.
 
     vision_tower: a folder, a weight file or a model id. offline: download no tower.
-    base: the folder of the base model of a LoRA adapter or of a projector alone.
+    base: the base model of a LoRA adapter or of a projector alone, a folder or a model id.
+    new_merger: makes the merger's tensors, from its configuration and their shapes, where a new
+    model is put together from a language model and towers; the folder then holds none.
     """
 
     system: str | None = None
@@ -40,6 +45,7 @@ class Options:
     quirks: tuple[str, ...] = ()
     offline: bool = True
     base: Path | None = None
+    new_merger: NewMerger | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,49 @@ class ComponentTensors:
     def weights(self) -> Recipes:
         """The component's tensors, each made when it is used."""
         return Recipes(self.table, self.checkpoint)
+
+
+class _Unstored:
+    """Tensors that no file holds yet, under the names that a published checkpoint would have."""
+
+    def __init__(self, table: Mapping[str, Recipe], tensors: Mapping[str, Array]) -> None:
+        self._places = {
+            source: (name, number)
+            for name, recipe in table.items()
+            for number, source in enumerate(recipe.sources)
+        }
+        self._table = table
+        self._tensors = tensors
+
+    def keys(self) -> Iterable[str]:
+        return self._places
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.read(key).shape)
+
+    def read(self, key: str) -> Array:
+        name, number = self._places[key]
+        undo = self._table[name].undo
+        assert undo is not None
+        return undo(self._tensors[name])[number]
+
+
+def new_tensors(
+    table: Mapping[str, Recipe], shapes: Shapes, tensors: Mapping[str, Array]
+) -> ComponentTensors:
+    """A component whose tensors were made, not read.
+
+    Raises ConfigError if one cannot be stored as the published format does.
+    """
+    for name, recipe in table.items():
+        if recipe.undo is None:
+            raise ConfigError(
+                f"{name} of a new model would be made of {', '.join(recipe.sources)}, which is not "
+                "implemented",
+                hint="choose a merger without batch norms",
+            )
+    made = _Unstored(table, tensors)
+    return ComponentTensors(table, shapes, Checkpoint(dict.fromkeys(made.keys(), made), "new"))
 
 
 def check(tensors: Iterable[ComponentTensors], unused: Iterable[str]) -> None:

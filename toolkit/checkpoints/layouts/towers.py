@@ -37,6 +37,9 @@ class Tower:
     unused: tuple[str, ...]
 
 
+# What a file of image and text towers holds beside the image tower.
+TEXT = ("text_model.*", "logit_scale", "logit_bias", "text_projection.*", "visual_projection.*")
+
 # Towers that published checkpoints name and edgevlm has no file for: a pattern in the name, and
 # what it is. They come without a folder of their own, so no config.json can say it.
 _FOREIGN = {
@@ -158,10 +161,9 @@ def tensors_in(
     table = file.names(encoder.config)
     prefix = find_prefix(table, checkpoint, "vision_model.", "")
     unused = tuple(prefix + glob for glob in file.unused(encoder.config))
-    text = ("text_model.*", "logit_scale", "logit_bias", "text_projection.*", "visual_projection.*")
     return ComponentTensors(below(table, prefix), file.shapes(encoder.config), checkpoint), (
         *unused,
-        *text,
+        *TEXT,
     )
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from edgevlm.toolkit.images.resize import bicubic
 from edgevlm.toolkit.models import vit
-from edgevlm.toolkit.models.recipes import Recipe, flat, flip, keep
+from edgevlm.toolkit.models.recipes import Recipe, first, flat, flip, keep, part
 from edgevlm.toolkit.models.taps import depth_needed, resolve_taps
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
 from edgevlm.toolkit.strict import Reader
@@ -134,8 +134,8 @@ def names(c: Config) -> Mapping[str, Recipe]:
     """Where each of our tensors stands in a Dinov2Model file."""
     fixed = {
         "class_token": flat("embeddings.cls_token"),
-        "registers": Recipe(("embeddings.register_tokens",), lambda x: x[0]),
-        "position": Recipe(("embeddings.position_embeddings",), lambda x: positions(c, x)),
+        "registers": first("embeddings.register_tokens"),
+        "position": _position_recipe(c),
         "patch.weight": keep("embeddings.patch_embeddings.projection.weight"),
         "patch.bias": keep("embeddings.patch_embeddings.projection.bias"),
     }
@@ -150,11 +150,17 @@ def _layer_recipe(c: Config, key: str) -> Recipe:
     module, _, leaf = name.rpartition(".")
     if c.swiglu and module in ("mlp.gate", "mlp.up"):
         half = 0 if module == "mlp.gate" else 1
-        joined = f"{source}.mlp.weights_in.{leaf}"
-        return Recipe((joined,), lambda x: np.split(x, 2)[half].T)
+        return part(f"{source}.mlp.weights_in.{leaf}", half, 2)
     theirs = "mlp.weights_out" if c.swiglu and module == "mlp.down" else _LAYER[module]
     plain = leaf == "bias" or module.startswith("norm")
     return (keep if plain else flip)(f"{source}.{theirs}.{leaf}")
+
+
+def _position_recipe(c: Config) -> Recipe:
+    """Positions for the images it will see; they can be put back where they were not resized."""
+    resized = c.image_size // c.patch_size != c.trained_image_size // c.patch_size
+    stored = first("embeddings.position_embeddings")
+    return replace(stored, make=lambda x: positions(c, x), undo=None if resized else stored.undo)
 
 
 def positions(c: Config, stored: Array) -> Array:

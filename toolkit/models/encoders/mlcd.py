@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgevlm.toolkit.models import vit
-from edgevlm.toolkit.models.recipes import Recipe, flat, flip, keep
+from edgevlm.toolkit.models.recipes import Recipe, flat, flip, keep, part
 from edgevlm.toolkit.models.taps import depth_needed, resolve_taps
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights, read_only
 from edgevlm.toolkit.strict import Reader
@@ -154,10 +154,9 @@ def native_names(c: Config) -> Mapping[str, Recipe]:
     for i in range(depth_needed(c.taps)):
         block, ours = f"transformer.resblocks.{i}", f"layers.{i}"
         for number, name in enumerate("qkv"):
-            table[f"{ours}.attention.{name}.weight"] = _third(
-                f"{block}.attn.in_proj.weight", number
-            )
-            table[f"{ours}.attention.{name}.bias"] = _third(f"{block}.attn.in_proj.bias", number)
+            for leaf in ("weight", "bias"):
+                joined = part(f"{block}.attn.in_proj.{leaf}", number, 3)
+                table[f"{ours}.attention.{name}.{leaf}"] = joined
         for name, theirs in fixed.items():
             table[f"{ours}.{name}.weight"] = flip(f"{block}.{theirs}.weight")
             table[f"{ours}.{name}.bias"] = keep(f"{block}.{theirs}.bias")
@@ -165,11 +164,6 @@ def native_names(c: Config) -> Mapping[str, Recipe]:
             for leaf in ("weight", "bias"):
                 table[f"{ours}.norm{number}.{leaf}"] = keep(f"{block}.ln_{number}.{leaf}")
     return table
-
-
-def _third(source: str, number: int) -> Recipe:
-    """Third 0, 1 or 2 of a joined matrix or vector, transposed to [in, out]."""
-    return Recipe((source,), lambda x: np.split(x, 3)[number].T)
 
 
 def unused(c: Config) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgevlm.toolkit.models import vit
-from edgevlm.toolkit.models.recipes import Recipe, flip, keep
+from edgevlm.toolkit.models.recipes import Recipe, first, flip, keep, part
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
 
 MODEL_TYPES = ("unicom",)
@@ -107,7 +107,7 @@ def names(c: Config) -> Mapping[str, Recipe]:
     table = {
         "patch.weight": keep("patch_embed.proj.weight"),
         "patch.bias": keep("patch_embed.proj.bias"),
-        "position": Recipe(("pos_embed",), lambda x: x[0]),
+        "position": first("pos_embed"),
         "norm.weight": keep("norm.weight"),
         "norm.bias": keep("norm.bias"),
     }
@@ -115,7 +115,8 @@ def names(c: Config) -> Mapping[str, Recipe]:
     for i in range(c.num_layers):
         ours, theirs = f"layers.{i}", f"blocks.{i}"
         for number, name in enumerate("qkv"):
-            table[f"{ours}.attention.{name}.weight"] = _third(f"{theirs}.attn.qkv.weight", number)
+            joined = part(f"{theirs}.attn.qkv.weight", number, 3)
+            table[f"{ours}.attention.{name}.weight"] = joined
         for name, source in linears.items():
             table[f"{ours}.{name}.weight"] = flip(f"{theirs}.{source}.weight")
             table[f"{ours}.{name}.bias"] = keep(f"{theirs}.{source}.bias")
@@ -127,10 +128,6 @@ def names(c: Config) -> Mapping[str, Recipe]:
             linear, batch = f"feature.{2 * number}.weight", f"feature.{2 * number + 1}"
             table |= _folded(f"head.{number}", linear, batch)
     return table
-
-
-def _third(source: str, number: int) -> Recipe:
-    return Recipe((source,), lambda x: np.split(x, 3)[number].T)
 
 
 def _folded(ours: str, linear: str, norm: str) -> dict[str, Recipe]:

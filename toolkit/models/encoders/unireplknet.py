@@ -15,7 +15,7 @@ import numpy as np
 
 from edgevlm.toolkit.errors import CheckpointError
 from edgevlm.toolkit.models import convnet
-from edgevlm.toolkit.models.recipes import Recipe, flip, keep
+from edgevlm.toolkit.models.recipes import Recipe, flat, flip, keep
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
 
 MODEL_TYPES = ("lknet", "unireplknet")
@@ -144,18 +144,22 @@ def names(c: Config) -> Mapping[str, Recipe]:
 
 
 def _common(block: str) -> dict[str, Recipe]:
-    def pointwise(x: Array) -> Array:
-        return np.asarray(x[:, :, 0, 0].T)
-
     return {
-        "squeeze.weight": Recipe((f"{block}.se.down.weight",), pointwise),
+        "squeeze.weight": _pointwise(f"{block}.se.down.weight"),
         "squeeze.bias": keep(f"{block}.se.down.bias"),
-        "excite.weight": Recipe((f"{block}.se.up.weight",), pointwise),
+        "excite.weight": _pointwise(f"{block}.se.up.weight"),
         "excite.bias": keep(f"{block}.se.up.bias"),
         "up.weight": flip(f"{block}.pwconv1.1.weight"),
         "up.bias": keep(f"{block}.pwconv1.1.bias"),
-        "response.weight": Recipe((f"{block}.act.1.gamma",), np.ravel),
+        "response.weight": flat(f"{block}.act.1.gamma"),
     }
+
+
+def _pointwise(source: str) -> Recipe:
+    """A convolution of one pixel, stored [out, in, 1, 1], as a linear."""
+    return Recipe(
+        (source,), lambda x: x[:, :, 0, 0].T, lambda ours, *_: (ours.T[:, :, None, None],)
+    )
 
 
 def _merged_block(block: str, kernel: int) -> dict[str, Recipe]:

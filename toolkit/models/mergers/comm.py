@@ -153,9 +153,8 @@ def _branch_names(b: Branch) -> dict[str, Recipe]:
             for leaf in ("weight", "bias"):
                 sources = tuple(f"{level}.{module}.{leaf}" for level in b.levels)
                 square = module == "linear" and leaf == "weight"
-                table[f"{module}.{leaf}"] = Recipe(
-                    sources, _stacked_transposed if square else _stacked
-                )
+                join = (_stacked_transposed, _cut_transposed) if square else (_stacked, _cut)
+                table[f"{module}.{leaf}"] = Recipe(sources, *join)
     for i, level in enumerate(b.levels):
         if b.merge == "linear_norm":
             table[f"levels.{i}.linear.weight"] = flip(f"{level}.linear.weight")
@@ -175,8 +174,16 @@ def _stacked(*levels: Array) -> Array:
     return np.stack(levels)
 
 
+def _cut(ours: Array, *_: Array) -> tuple[Array, ...]:
+    return tuple(ours)
+
+
 def _stacked_transposed(*levels: Array) -> Array:
     return np.concatenate([level.T for level in levels])
+
+
+def _cut_transposed(ours: Array, *_: Array) -> tuple[Array, ...]:
+    return tuple(level.T for level in np.split(ours, ours.shape[0] // ours.shape[1]))
 
 
 def _folded_conv(ours: str, conv: str, norm: str) -> dict[str, Recipe]:

@@ -1,0 +1,283 @@
+"""The checkpoint that training writes and export reads: our tensors under our own names.
+
+checkpoint.json   model configuration, where it came from, files with size and sha256
+model.safetensors   COMPONENT.KEY, such as lm.embed.weight; or shards with an index
+tokenizer.json
+Other files beside these (training.json, states/, ...) are not looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from edgevlm.toolkit.bundle.atomic import require_space, writing
+from edgevlm.toolkit.bundle.manifest import DTYPES, TOKENIZER, FileRecord, record_file
+from edgevlm.toolkit.checkpoints import shards
+from edgevlm.toolkit.checkpoints.layouts.source import (
+    ComponentTensors,
+    Options,
+    Source,
+    check,
+    with_context,
+)
+from edgevlm.toolkit.checkpoints.safetensors_io import TensorSpec, row_blocks
+from edgevlm.toolkit.checkpoints.weights import open_checkpoint
+from edgevlm.toolkit.errors import CheckpointError, ConfigError
+from edgevlm.toolkit.models.recipes import keep
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.strict import from_plain, read_json, to_plain
+from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.vlm.components import Component, components
+from edgevlm.toolkit.vlm.config import ModelConfig
+
+FORMAT = 1
+CHECKPOINT = "checkpoint.json"
+_PARTIAL = ".checkpoint-"
+_DAMAGED = "the folder was changed or copied in part; save the checkpoint again"
+
+Tensors = Mapping[str, Mapping[str, Array]]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What checkpoint.json holds.
+
+    origin: where the model came from before training. training: facts about the run (stage,
+    steps, ...); both are for people and for reports, and no number depends on them.
+    """
+
+    format: int
+    made_by: str
+    dtype: str
+    model: Mapping[str, Any]
+    origin: Mapping[str, Any]
+    training: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+
+
+def write(
+    folder: Path,
+    source_model: ModelConfig,
+    tokenizer: str,
+    tensors: Tensors,
+    *,
+    dtype: str = "fp32",
+    origin: Mapping[str, Any],
+    training: Mapping[str, Any],
+    made_by: str,
+    force: bool = False,
+) -> None:
+    """Write a checkpoint as the new folder `folder`, whole or not at all.
+
+    tokenizer: the text of tokenizer.json. tensors: for each component with weights its tensors;
+    one is asked for at a time. dtype: fp32, bf16 or fp16. origin, training: JSON objects.
+    Raises OutputError if the folder exists (unless `force`, and only for our own) or cannot be
+    written, CheckpointError for tensors that are missing, have another shape or do not fit dtype.
+    """
+    require_space(folder, _size(source_model, dtype))
+    with writing(folder, force=force) as partial:
+        _fill(partial, source_model, tokenizer, tensors, dtype, origin, training, made_by)
+
+
+def write_into(
+    folder: Path,
+    source_model: ModelConfig,
+    tokenizer: str,
+    tensors: Tensors,
+    *,
+    dtype: str = "fp32",
+    origin: Mapping[str, Any],
+    training: Mapping[str, Any],
+    made_by: str,
+) -> None:
+    """Write a checkpoint beside the other files of an existing folder, in place of an older one.
+
+    All files are written under a temporary name first. checkpoint.json goes into place last, so
+    the folder is never read half-written; until it does, an interrupted call costs the older
+    checkpoint at most in the moment in which files are renamed. One writer at a time.
+    """
+    require_space(folder, _size(source_model, dtype))
+    for leftover in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial = Path(mkdtemp(prefix=_PARTIAL, dir=folder))
+    try:
+        _fill(partial, source_model, tokenizer, tensors, dtype, origin, training, made_by)
+        older = read_description(folder).files if (folder / CHECKPOINT).exists() else {}
+        (folder / CHECKPOINT).unlink(missing_ok=True)  # never beside files that it does not list
+        newer = [path for path in partial.iterdir() if path.name != CHECKPOINT]
+        for path in newer:
+            path.replace(folder / path.name)
+        for name in set(older) - {path.name for path in newer}:
+            (folder / name).unlink(missing_ok=True)
+        (partial / CHECKPOINT).replace(folder / CHECKPOINT)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fill(
+    folder: Path,
+    model: ModelConfig,
+    tokenizer: str,
+    tensors: Tensors,
+    dtype: str,
+    origin: Mapping[str, Any],
+    training: Mapping[str, Any],
+    made_by: str,
+) -> None:
+    """Write all files of a checkpoint into an empty folder."""
+    places = {
+        f"{c.name}.{key}": (c.name, key, shape)
+        for c in components(model)
+        for key, shape in c.shapes.items()
+    }
+    _check_complete(model, tensors)
+    specs = [TensorSpec(name, dtype, shape) for name, (*_, shape) in places.items()]
+
+    def produce(spec: TensorSpec) -> Iterator[Array]:
+        component, key, _ = places[spec.name]
+        yield from row_blocks(tensors[component][key])
+
+    written = shards.write(folder, shards.split(specs), produce)
+    files = {name: FileRecord(file.nbytes, file.sha256) for name, file in written.items()}
+    (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+    for name in (TOKENIZER, shards.INDEX):
+        if (folder / name).exists():
+            files[name] = record_file(folder / name)
+    description = Description(
+        FORMAT, made_by, dtype, model_config.to_json(model), origin, training, files
+    )
+    text = json.dumps(to_plain(description), indent=1)
+    (folder / CHECKPOINT).write_text(text + "\n", encoding="utf-8")
+
+
+def _weighted(model: ModelConfig) -> list[Component]:
+    return [component for component in components(model) if component.shapes]
+
+
+def _size(model: ModelConfig, dtype: str) -> int:
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype = {dtype!r}, expected one of {DTYPES}")
+    shapes = [shape for c in _weighted(model) for shape in c.shapes.values()]
+    return sum(shards.nbytes_of(TensorSpec("", dtype, shape)) for shape in shapes)
+
+
+def _check_complete(model: ModelConfig, tensors: Tensors) -> None:
+    """Raise CheckpointError unless `tensors` are those of the model, by name."""
+    expected = {f"{c.name}.{key}" for c in _weighted(model) for key in c.shapes}
+    given = {f"{name}.{key}" for name, group in tensors.items() for key in group}
+    for kind, names in (("lacks", expected - given), ("does not know", given - expected)):
+        if names:
+            raise CheckpointError(f"the model {kind} {', '.join(sorted(names)[:3])}")
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of this format."""
+    return (folder / CHECKPOINT).exists()
+
+
+def read_description(folder: Path) -> Description:
+    """checkpoint.json. Raises CheckpointError if it is damaged, or of another format."""
+    file = folder / CHECKPOINT
+    try:
+        data = read_json(file)
+        if data.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{file} has format {data.get('format')!r}, this version reads {FORMAT}",
+                hint="save the checkpoint again with this version",
+            )
+        description = from_plain(Description, data, str(file))
+    except ConfigError as odd:
+        raise CheckpointError(odd.message, hint=_DAMAGED) from None
+    outside = [name for name in description.files if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{file}: files names {outside[0]!r}, outside the folder")
+    if TOKENIZER not in description.files:
+        raise CheckpointError(f"{file}: files lacks {TOKENIZER}", hint=_DAMAGED)
+    return description
+
+
+def load(folder: Path, options: Options) -> Source:
+    """The model of a checkpoint, its weights read when they are used.
+
+    Raises CheckpointError for a missing or cut file and for tensors that are missing, unexpected
+    or of another shape, naming them; ConfigError for options of published checkpoints.
+    """
+    description = read_description(folder)
+    _check_sizes(folder, description)
+    try:
+        model = model_config.from_json(dict(description.model), f"{folder / CHECKPOINT}: model")
+        declared = _weighted(model)
+    except ConfigError as odd:
+        raise CheckpointError(odd.message, hint=_DAMAGED) from None
+    except (ArithmeticError, LookupError, TypeError, ValueError) as odd:
+        raise CheckpointError(
+            f"{folder / CHECKPOINT}: there is no model of this configuration ({odd})", hint=_DAMAGED
+        ) from None
+    _check_options(folder, model, options)
+    stored = open_checkpoint(folder)
+    tensors = {
+        c.name: ComponentTensors(
+            {key: keep(f"{c.name}.{key}") for key in c.shapes}, c.shapes, stored
+        )
+        for c in declared
+    }
+    check(tensors.values(), ())
+    model = replace(model, lm=with_context(model.lm, options.max_context))
+    text = (folder / TOKENIZER).read_text(encoding="utf-8")
+    weights = {name: group.weights() for name, group in tensors.items()}
+    return Source(model, weights, text, _origin(description))
+
+
+def _origin(description: Description) -> dict[str, Any]:
+    """What the manifest of an export says about where its weights came from."""
+    before = dict(description.origin)
+    if "layout" in before:
+        before["trained_from"] = before.pop("layout")
+    return {
+        **before,
+        "layout": "edgevlm",
+        "dtype": description.dtype,
+        "training": dict(description.training),
+    }
+
+
+def _check_sizes(folder: Path, description: Description) -> None:
+    for name, record in description.files.items():
+        file = folder / name
+        if not file.exists():
+            raise CheckpointError(f"{folder} lacks {name}", hint=_DAMAGED)
+        if file.stat().st_size != record.nbytes:
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size} bytes, {CHECKPOINT} says {record.nbytes}",
+                hint=_DAMAGED,
+            )
+
+
+def _check_options(folder: Path, model: ModelConfig, options: Options) -> None:
+    """Raise ConfigError for options that mean nothing for a checkpoint of this format."""
+    if options.system not in (None, model.system):
+        raise ConfigError(
+            f"{folder} is a trained checkpoint of system {model.system}, not {options.system}",
+            hint="leave --system out",
+        )
+    foreign = {
+        "--base": options.base,
+        "--vision-tower": options.vision_tower,
+        "--ignore-key": options.ignore_keys,
+    }
+    chosen = [option for option, value in foreign.items() if value]
+    if chosen:
+        raise ConfigError(
+            f"{folder} is a trained checkpoint and holds the whole model; {', '.join(chosen)} is "
+            "for published checkpoints",
+            hint="leave it out",
+        )
