@@ -6,7 +6,7 @@ CLIP (arXiv 2103.00020) and MLCD (arXiv 2407.17331) give the class token behind 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,62 +19,36 @@ from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.encoders import unicom
 from edgevlm.toolkit.ops.vocabulary import R, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
-from edgevlm.training.torch_ops import TorchOps
+from edgevlm.training.train_ops import TrainOps
+from edgevlm.training.vlm import Layer, attach
 
 KINDS = ("clip", "mlcd", "unicom")
 BATCH_EPS = 2e-5  # of UNICOM's batch norms
 
 
-class Part(nn.Module):
-    """A node of the tree of parameters; a layer's node runs the layer.
+class StochasticDepth(Wrapper[Tensor]):
+    """Leaves out updates of blocks at random, per image (Huang et al., arXiv 1603.09382).
 
-    So hooks of a layer (gradient sharding, compilation) see its call, and its parameters are read
-    inside that call, when a wrapper has made them whole.
+    rate_of: the rate in the block at a path, asked at each call; 0 for none.
     """
 
-    def forward(self, function: Callable[..., R], op: Any, steps: tuple[str, ...], *args: Any) -> R:
-        """function(op, w, *args), where `w` are this module's own tensors below the path `steps`.
-
-        Weights are no argument: a sharded module would take their tensors for its inputs.
-        """
-        path = ".".join(steps)
-        own = {f"{path}.{name}": p for name, p in self.named_parameters()}
-        return function(op, Weights(own, steps), *args)
-
-
-def grow(root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Register parameters below `root`: "layers.0.norm1.weight" stands in three nested Parts."""
-    for name, tensor in tensors.items():
-        *steps, leaf = name.split(".")
-        node = root
-        for step in steps:
-            if step not in node._modules:
-                node.add_module(step, Part())
-            node = node.get_submodule(step)
-        node.register_parameter(leaf, nn.Parameter(tensor))
-
-
-class _LayerOps(TorchOps):
-    """TorchOps that run each block through the module which holds its parameters."""
-
-    def __init__(self, tower: Tower, device: str) -> None:
-        super().__init__(device, checkpoint=tower.checkpoint)
-        self._tower = tower
+    def __init__(self, inner: Any, rate_of: Callable[[str], float]) -> None:
+        super().__init__(inner, "")
+        self.rate_of = rate_of
 
     def block(self, function: Callable[..., R], w: Weights[Tensor], *args: Any) -> R:
-        path = ".".join(w.steps)
-        rate = self._tower.drop_rate(path)
+        rate = self.rate_of(".".join(w.steps))
+        if not rate:
+            return super().block(function, w, *args)
 
-        def through_module(op: Any, w: Weights[Tensor], *args: Any) -> R:
-            inner = StochasticDepth(op, rate) if rate else op
-            result: R = self._tower.get_submodule(path)(function, inner, w.steps, *args)
-            return result
+        def dropping(op: Any, w: Weights[Tensor], *args: Any) -> R:
+            return function(DroppedUpdates(op, rate), w, *args)
 
-        return super().block(through_module, w, *args)
+        return super().block(dropping, w, *args)
 
 
-class StochasticDepth(Wrapper[Tensor]):
-    """Leaves out a block's updates at random, per image (Huang et al., arXiv 1603.09382).
+class DroppedUpdates(Wrapper[Tensor]):
+    """The ops of one block: the updates that it adds are 0 for some images.
 
     Blocks of toolkit/models/vit.py add the update as the first operand; what is kept is divided by
     the share that is kept, so that evaluation needs no factor.
@@ -95,9 +69,9 @@ class Tower(nn.Module):
 
     kind: one of KINDS; config: the Config of toolkit/models/encoders/KIND.py. drop_path: rate of
     stochastic depth in the last block of UNICOM, growing linearly from 0 in the first (0.1 in the
-    original); in training mode only. checkpoint: run each layer again in the backward pass instead
-    of keeping its values. Parameters start at random, reproducibly by `seed`; state-dict names are
-    those of the encoder file, and `feature.*` for UNICOM's head, as in the published file.
+    original); in training mode only. recompute: gradient checkpointing of every layer. Parameters
+    start at random, reproducibly by `seed`; state-dict names are those of the encoder file, and
+    `feature.*` for UNICOM's head, as in the published file.
     Raises ConfigError for a kind that is not trained by itself, or a UNICOM without head.
     """
 
@@ -107,7 +81,7 @@ class Tower(nn.Module):
         config: Any,
         *,
         drop_path: float = 0.0,
-        checkpoint: bool = False,
+        recompute: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -116,13 +90,16 @@ class Tower(nn.Module):
         if drop_path and kind != "unicom":
             raise ConfigError(f"{kind} has no stochastic depth (drop_path = {drop_path})")
         self.kind, self.config = kind, config
-        self.drop_path, self.checkpoint = drop_path, checkpoint
+        self.drop_path, self.recompute = drop_path, recompute
         self.channels = config.embedding_dim if kind == "unicom" else config.hidden_size
-        drawn = RandomWeights(self.shapes(), seed, kind)
-        grow(self, {name: torch.from_numpy(array) for name, array in drawn.items()})
+        layers = {path: Layer(path) for path in (f"layers.{i}" for i in range(config.num_layers))}
+        for path, layer in layers.items():
+            attach(self, path, layer)
+        for name, array in RandomWeights(self.shapes(), seed, kind).items():
+            attach(self, name, nn.Parameter(torch.from_numpy(array)))
         if kind == "unicom":
             self.feature = _unicom_head(config, seed)
-        self._ops: dict[str, _LayerOps] = {}
+        self.train_ops = TrainOps(layers, recompute=recompute)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors of the encoder file, without UNICOM's head."""
@@ -141,10 +118,11 @@ class Tower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, height, width] -> [B, channels]; UNICOM's head computes in float32."""
-        device = str(pixels.device)
-        if device not in self._ops:
-            self._ops[device] = _LayerOps(self, device)
-        op: Any = self._ops[device]
+        if self.train_ops.device != str(pixels.device):  # tables stay where they were made
+            self.train_ops = TrainOps(self.train_ops.layers, recompute=self.recompute)
+            self.train_ops.device = str(pixels.device)
+        op: Any = self.train_ops
+        op = StochasticDepth(op, self.drop_rate) if self.drop_path else op
         w = Weights(dict(self.named_parameters()))
         if self.kind != "unicom":
             file: Any = models.encoder(self.kind)

@@ -31,7 +31,7 @@ def resized(tower: Tower, image_size: int, *, as_original: bool = False) -> Towe
         tower.kind,
         replace(c, image_size=size),
         drop_path=tower.drop_path,
-        checkpoint=tower.checkpoint,
+        recompute=tower.recompute,
     )
     grid = image_size // c.patch_size
     state = dict(tower.state_dict())

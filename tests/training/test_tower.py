@@ -22,7 +22,7 @@ from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Weights
 from edgevlm.training.torch_files import TorchFile
 from edgevlm.training.torch_ops import TorchOps
-from edgevlm.training.tower import KINDS, StochasticDepth, Tower
+from edgevlm.training.tower import KINDS, DroppedUpdates, Tower
 from edgevlm.training.tower_files import published, read_tower, save_tower
 from edgevlm.training.tower_sizes import resized
 from tests.training.test_mlcd_loss import difference
@@ -188,13 +188,13 @@ def test_a_whole_clip_starts_a_tower(tmp_path: Path) -> None:
 # -- training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_gets_a_gradient(kind: str, checkpoint: bool) -> None:
-    tower = made(kind, checkpoint=checkpoint)
+def test_every_parameter_gets_a_gradient(kind: str, recompute: bool) -> None:
+    tower = made(kind, recompute=recompute)
     torch.autograd.backward(tower(pixels_of(tower)).square().sum())
     assert [n for n, p in tower.named_parameters() if p.grad is None or not p.grad.any()] == []
-    if checkpoint:
+    if recompute:
         kept = made(kind)
         torch.autograd.backward(kept(pixels_of(kept)).square().sum())
         for (name, found), expected in zip(
@@ -228,7 +228,7 @@ def test_stochastic_depth_drops_whole_updates_in_training_only() -> None:
     tower.train()
     assert not torch.equal(tower(pixels), tower(pixels))
     update, x = torch.ones(1000, 2, 3), torch.zeros(1000, 2, 3)
-    added = StochasticDepth(TorchOps(), 0.25).add(update, x)
+    added = DroppedUpdates(TorchOps(), 0.25).add(update, x)
     per_image = added.flatten(1)
     assert torch.equal(per_image.amin(1), per_image.amax(1))
     assert torch.unique(added).tolist() == pytest.approx([0, 4 / 3])
