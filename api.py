@@ -312,11 +312,11 @@ def _assembled(
         kind, equals, folder = text.partition("=")
         if not equals:
             raise ConfigError(f"--tower {text!r} is not KIND=FOLDER", hint="clip=FOLDER")
-        folders[kind] = hub.locate(folder, offline=options.offline)
+        folders[kind] = hub.locate(folder, revision=None, offline=options.offline)
     known = stages.find(stage).systems
     if system is None and not known:
         raise ConfigError(f"stage {stage} is for every system", hint="say which: --system comm")
-    home = hub.locate(lm, offline=options.offline)
+    home = hub.locate(lm, revision=None, offline=options.offline)
     return assemble(system or known[0], home, folders, options=options, seed=seed)
 
 
@@ -340,7 +340,7 @@ def _restore(
     from edgevlm.training.restore import write_original
 
     say(f"writing {original}")
-    home = hub.locate(model, offline=options.offline)
+    home = hub.locate(model, revision=None, offline=options.offline)
     write_original(original, systems.load(out, options), home, options)
 
 

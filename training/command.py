@@ -93,7 +93,7 @@ def _flag(name: str) -> Any:
     given = "--" + name.replace("_", "-")
     shown = "" if default in (None, (), False) else f" Default: {default}."
     option = typer.Option(given, help=explanation + shown)
-    return Annotated[Optional[_typer_type(kind)], option]  # type: ignore[misc]
+    return Annotated[Optional[_typer_type(kind)], option]
 
 
 def _typer_type(kind: Any) -> Any:
@@ -124,7 +124,8 @@ def summary(result: Any) -> tuple[Any, list[str], str]:
     lines = [
         f"stage            {result.stage}",
         f"trained          {result.trained_parameters:,} of {result.parameters:,} parameters",
-        f"steps            {result.steps:,}: {result.samples:,} samples, {result.targets:,} targets",
+        f"steps            {result.steps:,}",
+        f"seen             {result.samples:,} samples, {result.targets:,} targets",
     ]
     if losses:
         lines.append(f"loss             {' -> '.join(f'{loss:.4f}' for loss in losses)}")

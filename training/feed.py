@@ -187,7 +187,8 @@ class Feed:
         """Lists of items from global batch `start` on."""
         if self.data.stream is not None:
             stream = self.data.stream.stream(shuffle, start * batching.together)
-            yield from sampling.dealt(_whole_steps(stream, self, start), batching, self.rank)
+            for dealt in sampling.dealt(_whole_steps(stream, self, start), batching, self.rank):
+                yield list(dealt)
             return
         scanned = self.data.scanned
         assert scanned is not None
@@ -201,9 +202,7 @@ class Feed:
         dataset = Prepared(self.data.indexed, self.rules, self.tokenizer)
         if not self.workers:
             return (dataset[chosen] for chosen in items)
-        return iter(
-            DataLoader(dataset, sampler=items, batch_size=None, num_workers=self.workers)  # type: ignore[arg-type]
-        )
+        return iter(DataLoader(dataset, sampler=items, batch_size=None, num_workers=self.workers))
 
 
 def _whole_steps(

@@ -110,7 +110,7 @@ class VLM(nn.Module):
 
     def features(self, batch: Batch) -> Tensor:
         """Rows of image tokens [F, hidden_size]: all views of all images of a batch."""
-        values = {}
+        values: dict[str, Tensor] = {}
         for encoder in self.model.encoders:
             outputs = self._run(
                 f"encoder.{encoder.name}", {"pixels": batch["pixels"][encoder.name]}
@@ -124,7 +124,7 @@ class VLM(nn.Module):
 
     def _run(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         part = self.parts[name]
-        node = cast(nn.Module, self.get_submodule(name)) if part.shapes else None
+        node = self.get_submodule(name) if part.shapes else None
         tensors = dict(node.named_parameters()) if node is not None else {}
         return part.forward(self.ops[name], Weights(tensors), inputs)
 
