@@ -169,12 +169,13 @@ def _check_towers(parts: Parts, options: Options) -> None:
     known, given = TOWERS[parts.system], sorted(parts.towers)
     fits = given == sorted(known) if parts.system == "comm" else len(given) == 1
     if not fits or not set(given) <= set(known):
+        takes = (
+            "both of clip and dinov2" if parts.system == "comm" else f"one of {' or '.join(known)}"
+        )
         raise ConfigError(
-            f"a model of system {parts.system} takes {'both' if known[1:] else 'a tower'} of "
-            f"{', '.join(known)}; given: {', '.join(given) or 'none'}"
-            if parts.system == "comm"
-            else f"a model of system {parts.system} takes one tower of kind {' or '.join(known)}; "
-            f"given: {', '.join(given) or 'none'}",
+            f"a model of system {parts.system} takes {takes} as towers; given: "
+            f"{', '.join(given) or 'none'}",
+            hint="a tower is given by its kind and its folder",
         )
     for name, folder in parts.towers.items():
         if not (folder / "config.json").exists():

@@ -17,6 +17,8 @@ from typing import Any
 
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle.atomic import refuse_source, writing
+from edgevlm.toolkit.bundle.manifest import MANIFEST
+from edgevlm.toolkit.bundle.trained import CHECKPOINT
 from edgevlm.toolkit.checkpoints import edited, hub
 from edgevlm.toolkit.checkpoints.edited import Edited, Item, Part
 from edgevlm.toolkit.checkpoints.layouts import towers
@@ -70,6 +72,9 @@ def write_original(
     that of the trained checkpoint. Raises ConfigError if the folder is of another model,
     CheckpointError for weights that the layout cannot hold, OutputError.
     """
+    dtype = dtype or str(trained.origin.get("dtype", "fp32"))
+    if dtype not in _TORCH_NAMES:
+        raise ConfigError(f"dtype = {dtype!r}, expected one of {', '.join(_TORCH_NAMES)}")
     config, home, original = _open(trained, original_folder, options)
     _check_same_model(trained, original, original_folder)
     refuse_source(out, original_folder)
@@ -80,7 +85,7 @@ def write_original(
             config,
             home,
             options,
-            dtype or str(trained.origin.get("dtype", "fp32")),
+            dtype,
             partial,
             out.resolve(),
         )
@@ -97,7 +102,8 @@ def _open(
     home = options.base or folder
     path = next((p for p in (folder, home) if (p / "config.json").exists()), folder)
     config = read_json(path / "config.json")
-    if facts is not None and config.get("model_type") in language_models.MODEL_TYPES:
+    alone = config.get("model_type") in language_models.MODEL_TYPES
+    if facts is not None and alone and "mm_vision_tower" not in config:
         parts = assemble.Parts.from_facts(facts, folder, options)
         return assemble.published_config(parts, options), home, assemble.open_model(parts, options)
     return config, home, systems.load(folder, options)
@@ -150,8 +156,8 @@ def _part(job: _Job, component: str) -> Part:
 def _copy_files(source: Path, out: Path) -> None:
     """Configuration, tokenizer and the like; the weights are written anew."""
     for path in sorted(source.iterdir()):
-        index = path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in _COPIED and not index:
+        weights = path.name.endswith(".index.json") or path.name in (CHECKPOINT, MANIFEST)
+        if path.is_file() and path.suffix in _COPIED and not weights:
             shutil.copyfile(path, out / path.name)
 
 

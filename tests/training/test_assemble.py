@@ -306,10 +306,10 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     lm, tower = vicuna(tmp_path / "vicuna"), clip(tmp_path / "clip")
     wrong: list[tuple[str, Path, dict[str, Path], dict[str, Any], str]] = [
         ("gpt", lm, {"clip": tower}, {}, "no model of system"),
-        ("llava", lm, {}, {}, "takes one tower"),
-        ("llava", lm, {"convnext": tower}, {}, "takes one tower"),
+        ("llava", lm, {}, {}, "takes one of clip or siglip"),
+        ("llava", lm, {"convnext": tower}, {}, "takes one of clip or siglip"),
         ("llava", lm, {"siglip": tower}, {}, "tower of kind clip, not siglip"),
-        ("comm", lm, {"clip": tower}, {}, "takes both of clip, dinov2"),
+        ("comm", lm, {"clip": tower}, {}, "takes both of clip and dinov2"),
         ("llava", TOKENIZER, {"clip": tower}, {}, "is no language model"),
         ("llava", tower, {"clip": tower}, {}, "is no language model"),
         ("llava", lm, {"clip": lm / "nothing"}, {}, "no folder of a vision tower"),

@@ -326,6 +326,19 @@ def test_the_folder_of_another_model_is_refused(tmp_path: Path) -> None:
         )
 
 
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    source = systems.load(GOLDENS / FOLDERS["llava"], OPTIONS)
+    with pytest.raises(ConfigError, match="expected one of fp32, bf16, fp16"):
+        write_original(tmp_path / "o", source, GOLDENS / FOLDERS["llava"], OPTIONS, dtype="int8")
+
+
+def test_weights_that_a_quirk_replaced_are_refused(tmp_path: Path) -> None:
+    options = replace(OPTIONS, quirks=("renamed-gamma",))
+    source = systems.load(GOLDENS / FOLDERS["mmfuser"], options)
+    with pytest.raises(ConfigError, match="changed while it is read"):
+        write_original(tmp_path / "out", source, GOLDENS / FOLDERS["mmfuser"], options)
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     folder = tmp_path / "work/llava-v1.5-tiny"
     shutil.copytree(GOLDENS / "e2e_llava15", tmp_path / "work")
