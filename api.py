@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from edgevlm.engines.manifest import Engine
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+    from edgevlm.toolkit.quantization.plan import PrecisionPlan
+    from edgevlm.training.train import Result
 
 Progress = Callable[[str], None]
 
@@ -38,7 +40,8 @@ def read_options(
 ) -> Options:
     """How a checkpoint is to be read; torch files too, where torch is installed.
 
-    vision_tower: a folder, a weight file or a model id. offline: download no tower.
+    vision_tower: a folder, a weight file or a model id. base: a folder or a model id. offline:
+    download neither.
     """
     from edgevlm.toolkit.checkpoints.layouts.source import Options
     from edgevlm.training import torch_files
@@ -242,6 +245,103 @@ def build_engine(
     )
     engine, _ = build(Path(bundle), Path(out), request, progress or _silent)
     return engine
+
+
+def train(
+    stage: str,
+    model: str,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    config: str | Path | None = None,
+    towers: Sequence[str] = (),
+    system: str | None = None,
+    original: str | Path | None = None,
+    random_weights: bool = False,
+    offline: bool = False,
+    progress: Progress | None = None,
+    quiet: bool = True,
+    **flags: Any,
+) -> Result:
+    """Run a training stage, as `edgevlm train` does; what it came to.
+
+    model: a checkpoint folder, a model id or preset:NAME; with towers ("clip=FOLDER") the language
+    model of a new one, of `system` or of the stage's first. config: a file with options; flags:
+    fields of edgevlm.training.options.TrainOptions. original: also write the result there, in the
+    model's published layout. Raises ToolkitError; a killed run can be resumed.
+    """
+    from edgevlm.training import options as training_options
+    from edgevlm.training.train import Request, train
+
+    file = training_options.from_file(Path(config)) if config is not None else {}
+    chosen = training_options.combine(flags, file, str(config or "training options"))
+    reading = read_options(system=None if towers else system, offline=offline)
+    source = (
+        _assembled(stage, model, towers, system, chosen.seed, reading)
+        if towers
+        else open_source(
+            model, reading, random_weights=random_weights, seed=chosen.seed, offline=offline
+        )
+    )
+    say = progress or _silent
+    plan = _plan(chosen.qat) if chosen.qat else None
+    result = train(
+        Request(stage, model, source, Path(out), chosen, resume, made_by(), say, plan, quiet)
+    )
+    if original is not None:
+        _restore(Path(original), Path(out), source, model, reading, say)
+    return result
+
+
+def _assembled(
+    stage: str,
+    lm: str,
+    towers: Sequence[str],
+    system: str | None,
+    seed: int,
+    options: Options,
+) -> Source:
+    """A new model from a language model and towers, each KIND=FOLDER."""
+    from edgevlm.toolkit.checkpoints import hub
+    from edgevlm.toolkit.errors import ConfigError
+    from edgevlm.training import stages
+    from edgevlm.training.assemble import assemble
+
+    folders = {}
+    for text in towers:
+        kind, equals, folder = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--tower {text!r} is not KIND=FOLDER", hint="clip=FOLDER")
+        folders[kind] = hub.locate(folder, revision=None, offline=options.offline)
+    known = stages.find(stage).systems
+    if system is None and not known:
+        raise ConfigError(f"stage {stage} is for every system", hint="say which: --system comm")
+    home = hub.locate(lm, revision=None, offline=options.offline)
+    return assemble(system or known[0], home, folders, options=options, seed=seed)
+
+
+def _plan(qat: str) -> PrecisionPlan:
+    """The plan of --qat: int8 or int4, or the file of one."""
+    from edgevlm.calibration import weight_only
+    from edgevlm.toolkit.quantization.plan import PrecisionPlan
+    from edgevlm.toolkit.strict import from_plain, read_json
+
+    if qat in weight_only.KINDS or not Path(qat).exists():
+        return weight_only.plan(qat, option="--qat")
+    return from_plain(PrecisionPlan, read_json(Path(qat)), qat)
+
+
+def _restore(
+    original: Path, out: Path, source: Source, model: str, options: Options, say: Progress
+) -> None:
+    """Write the finished run OUT in the layout of the folder that it began with."""
+    from edgevlm.toolkit import systems
+    from edgevlm.toolkit.checkpoints import hub
+    from edgevlm.training.restore import write_original
+
+    say(f"writing {original}")
+    home = hub.locate(model, revision=None, offline=options.offline)
+    write_original(original, systems.load(out, options), home, options)
 
 
 def inspect(path: Path) -> tuple[Any, list[str]]:

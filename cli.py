@@ -4,9 +4,31 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+from edgevlm.toolkit.terminal.flags import (
+    AllowBanned,
+    Base,
+    Context,
+    Debug,
+    DryRun,
+    For,
+    Force,
+    IgnoreKey,
+    Json,
+    NoRepeatNgram,
+    Offline,
+    Quiet,
+    Quirk,
+    RandomWeights,
+    RepetitionPenalty,
+    System,
+    Threads,
+    Tower,
+)
+from edgevlm.training import command
 
 if TYPE_CHECKING:
     from edgevlm.toolkit.terminal.console import Console
@@ -21,55 +43,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace a bundle or engine at the output path.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")]
-Threads = Annotated[int, typer.Option(help="Processor threads; 0 uses all.")]
-Context = Annotated[
-    Optional[int],
-    typer.Option(
-        "--max-context", help="Longest sequence in tokens; default: the longest possible."
-    ),
-]
-System = Annotated[
-    Optional[str],
-    typer.Option("--system", help="The system to read the folder as, if it is ambiguous."),
-]
-Tower = Annotated[
-    Optional[Path],
-    typer.Option(help="The vision tower's folder or model id, if not the one of config.json."),
-]
-Base = Annotated[
-    Optional[Path],
-    typer.Option(help="The base model's folder, for a LoRA adapter or a projector alone."),
-]
-IgnoreKey = Annotated[
-    Optional[list[str]], typer.Option(help="A key of config.json to ignore. Repeatable.")
-]
-Quirk = Annotated[
-    Optional[list[str]],
-    typer.Option(help="A quirk of the original to reproduce, see docs/systems.md. Repeatable."),
-]
-RandomWeights = Annotated[
-    bool, typer.Option("--random-weights", help="Random weights for a preset, drawn from --seed.")
-]
-Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
-RepetitionPenalty = Annotated[
-    Optional[float],
-    typer.Option(help="Divide the scores of tokens seen by this; default: the model's; 1 is off."),
-]
-NoRepeatNgram = Annotated[
-    Optional[int],
-    typer.Option(help="Repeat no run of N tokens; default: the model's; 0 is off."),
-]
-For = Annotated[
-    Optional[str], typer.Option("--for", help="Check against this target; no device needed.")
-]
 
 
 def _console(as_json: bool, quiet: bool, context: typer.Context | None = None) -> Console:
@@ -212,6 +185,7 @@ def run(
     seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")] = None,
     repetition_penalty: RepetitionPenalty = None,
     no_repeat_ngram: NoRepeatNgram = None,
+    allow_banned: AllowBanned = False,
     template: Annotated[
         str, typer.Option(help="auto, none (PROMPT is raw text with <image>) or a name.")
     ] = "auto",
@@ -241,7 +215,8 @@ def run(
     from edgevlm.engines.runtime.session import Question, Session
 
     console = _console(as_json, quiet)
-    sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty, no_repeat_ngram)
+    penalties = (repetition_penalty, no_repeat_ngram, allow_banned)
+    sampling = Sampling(temperature, top_k, top_p, seed, *penalties)
     given = Question(
         prompt or "", image or (), max_tokens, sampling, template, stop or (), literal=literal
     )
@@ -288,6 +263,20 @@ def profile(
     profiles = profile_all([engine, *(compare or [])], request, console.step)
     report.write_files(profiles, html, trace)
     console.result(*report.result(profiles, layers))
+
+
+@app.command()
+@command.verb
+def train(**given: Any) -> None:
+    from edgevlm import api
+
+    as_json, quiet = given.pop("as_json"), given.pop("quiet")
+    console = _console(as_json, quiet)
+    command.require(given)
+    towers = given.pop("tower") or ()
+    flags = {name: value for name, value in given.items() if value is not None}
+    result = api.train(towers=towers, progress=console.step, quiet=quiet or as_json, **flags)
+    console.result(*command.summary(result))
 
 
 @app.command()

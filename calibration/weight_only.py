@@ -8,13 +8,14 @@ from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
 KINDS = ("int8", "int4")
 
 
-def plan(kind: str) -> PrecisionPlan:
+def plan(kind: str, option: str = "--precision") -> PrecisionPlan:
     """int8: every linear and the embedding table. int4: the language model's layers in 4 bits.
 
     Encoders, merger, embedding table and output layer stay at 8 bits there: they are a small part
-    of the bytes that a token reads, and lose more by rounding. Raises ConfigError for other names.
+    of the bytes that a token reads, and lose more by rounding. Raises ConfigError for other names,
+    which `option` stated.
     """
     if kind not in KINDS:
-        raise ConfigError(f"--precision {kind!r} is unknown", hint=f"known: {', '.join(KINDS)}")
+        raise ConfigError(f"{option} {kind!r} is unknown", hint=f"known: {', '.join(KINDS)}")
     rules = (Rule("lm/layers.*", "int4_weights"),) if kind == "int4" else ()
     return PrecisionPlan("int8_weights", rules, method="round to nearest")

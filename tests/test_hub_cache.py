@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from edgevlm import api
 from edgevlm.engines.backends.common import place
@@ -18,6 +20,8 @@ from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.errors import CheckpointError
 from tests.refusals import GOLDEN, LM, TOWER, edgevlm, refuses
+from tests.systems import joined
+from tests.systems import test_comm_variants as comm
 
 MODEL_ID, TOWER_ID = "liuhaotian/llava-v1.5-7b", "openai/clip-vit-large-patch14-336"
 
@@ -124,6 +128,48 @@ def test_a_tower_without_weights_is_downloaded_unless_offline(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert api.open_source(folder, api.read_options()).model.encoders[0].kind == "clip"
     assert fetched == ["some-org/half"]
+
+
+def test_the_base_of_a_part_may_be_a_model_id(hub: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pretrain"
+    folder.mkdir()
+    shutil.copy(checkpoint(tmp_path / "other") / "config.json", folder)
+    tensors = load_file(GOLDEN / LM / "model.safetensors")
+    own = {key: tensor * 2 for key, tensor in tensors.items() if "mm_projector" in key}
+    save_file(own, folder / "mm_projector.safetensors")
+    found = api.open_source(folder, api.read_options(base=MODEL_ID, offline=True))
+    assert found.origin["template"] == "vicuna_v1 ('v1' in the base's name)"
+    for key in ("linears.0.weight", "linears.1.weight"):
+        whole = api.open_source(GOLDEN / LM, api.read_options()).weights["merger"][key]
+        np.testing.assert_array_equal(found.weights["merger"][key], 2 * whole)
+    export = ("export", folder, tmp_path / "b", "--offline", "--quiet", "--dry-run", "--base")
+    assert edgevlm(*export, MODEL_ID).code == 0
+    error, hint = refuses(tmp_path, *export, "some-org/none")
+    assert "some-org/none is not in the local cache" in error
+    assert "--offline" in hint
+    error, _ = refuses(tmp_path, *export, tmp_path / "nowhere")
+    assert "nowhere does not exist" in error
+    shutil.copytree(GOLDEN / LM, tmp_path / "some-org/none")
+    assert edgevlm(*export, "some-org/none").code == 0
+
+
+def test_the_folders_of_comm_may_be_model_ids(hub: Path, tmp_path: Path) -> None:
+    v, lm = comm.VARIANTS["defaults"], joined.language_model("llama", vocab_size=1002)
+    comm.write(tmp_path, v, *comm.towers(v), lm, comm.merger_tensors(v, lm.config.hidden_size))
+    whole = tmp_path / "comm"
+    ids = {name: f"some-org/{name}" for name in ("clip", "dinov2", "language_model")}
+    path = whole / "config.json"
+    config = json.loads(path.read_text())
+    for name, model in ids.items():
+        cached(hub, model, tmp_path / config[name])
+        shutil.rmtree(tmp_path / config[name])
+    path.write_text(json.dumps(config | ids))
+    assert api.open_source(whole, api.read_options(offline=True)).model.system == "comm"
+    path.write_text(json.dumps(config | ids | {"dinov2": "some-org/none"}))
+    with pytest.raises(CheckpointError, match="'some-org/none', which .* names") as refused:
+        api.open_source(whole, api.read_options(offline=True))
+    assert "not in the local cache" in refused.value.message
+    assert "--offline" in refused.value.hint
 
 
 def test_inspecting_downloads_nothing(hub: Path, tmp_path: Path) -> None:

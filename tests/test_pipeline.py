@@ -90,10 +90,9 @@ def test_the_same_seed_draws_the_same_answer(shell: Shell, tmp_path: Path) -> No
 def test_no_token_comes_twice_if_the_user_says_so(shell: Shell, tmp_path: Path) -> None:
     _, engine = made(shell, tmp_path)
     asked = ("run", engine, "What?", "--max-tokens", 40)
-    plain, single, favoured = (
-        shell.json(*asked, *more)["token_ids"]
-        for more in ((), ("--no-repeat-ngram", 1), ("--repetition-penalty", 0.5))
-    )
+    options = ((), ("--no-repeat-ngram", 1), ("--repetition-penalty", 0.5), ("--allow-banned",))
+    plain, single, favoured, allowed = (shell.json(*asked, *more)["token_ids"] for more in options)
+    assert allowed == plain  # this checkpoint bans nothing
     assert len(set(favoured)) < len(set(plain)) < len(set(single)) == len(single)
     shell(*asked, "--no-repeat-ngram", -1, code=1)
     assert "--no-repeat-ngram -1 is negative" in shell.errors

@@ -319,8 +319,10 @@ PIXELS: list[tuple[str, Any, str]] = [
     ("crop_size", 10**9, "1000000000"),
     ("image_mean", ["a", "b", "c"], "image_mean = ['a', 'b', 'c']"),
     ("image_std", [0.2, 0.2, 0.0], "image_std = [0.2, 0.2, 0.0]"),
-    ("image_std", 0.5, "image_std = 0.5"),
-    ("resample", 5, "resample = 5"),
+    ("image_std", -0.5, "image_std = -0.5"),
+    ("image_std", [0.2, 0.2], "image_std = [0.2, 0.2]"),
+    ("do_center_crop", False, "depends on the image"),
+    ("resample", 6, "resample = 6"),
     ("image_processor_type", "PixtralImageProcessor", "'PixtralImageProcessor'"),
 ]
 

@@ -134,7 +134,7 @@ def rotated(path: Path) -> None:
 
 
 UNUSUAL: dict[str, tuple[Callable[[Path], None], str, tuple[int, int]]] = {
-    "animated GIF": (animation, "animation: first of 3 frames used", (40, 30)),
+    "animated GIF": (animation, "animation or several pages: the first is used", (40, 30)),
     "16 bits": (sixteen_bits, "16-bit grey scaled to 8 bits", (40, 30)),
     "CMYK": (cmyk, "CMYK converted to RGB", (40, 30)),
     "palette": (palette, "palette converted to RGB", (40, 30)),

@@ -7,6 +7,7 @@ ToolkitError                 message + hint (the next step)
 ├── InputError               an image, prompt or request that cannot be used
 ├── UnsupportedError         this op, model or precision does not exist on that target
 ├── MissingExtra             an optional package is needed; the hint is the install command
+├── DataError                a data set that cannot be read, or with too many broken samples
 ├── CalibrationError         the samples cannot give a precision plan
 ├── BuildError               a backend refused to compile a component
 ├── TargetMismatch           the engine was built for another machine; the hint rebuilds it
@@ -55,6 +56,10 @@ class MissingExtra(ToolkitError):
             f"{purpose} needs the package {package!r}, which is not installed",
             hint=f"pip install 'edgevlm[{extra}]'",
         )
+
+
+class DataError(ToolkitError):
+    """A data set for training cannot be read, or too many of its samples are broken."""
 
 
 class CalibrationError(ToolkitError):

@@ -86,8 +86,8 @@ class Processors:
         if scores.max() == -math.inf:
             raise InputError(
                 "the checkpoint's generation rules ban every token of the vocabulary",
-                hint="`edgevlm inspect` shows the rules; --repetition-penalty and "
-                "--no-repeat-ngram override two of them",
+                hint="`edgevlm inspect` shows the rules; --allow-banned sets aside the banned "
+                "tokens, and --no-repeat-ngram 0 the runs",
             )
 
     def add(self, token: int) -> None:
@@ -171,6 +171,8 @@ def settled(rules: GenerationRules, sampling: Sampling) -> GenerationRules:
         rules = replace(rules, repetition_penalty=float(sampling.repetition_penalty))
     if sampling.no_repeat_ngram is not None:
         rules = replace(rules, no_repeat_ngram_size=int(sampling.no_repeat_ngram))
+    if sampling.allow_banned:
+        rules = replace(rules, suppress_tokens=(), begin_suppress_tokens=(), bad_words_ids=())
     return rules
 
 

@@ -182,6 +182,7 @@ class Reply:
             self._notes += prompts.notes_on(rules, turns, template, tokenizer)
         if rendered.stop is not None:
             self._text.add_stop(rendered.stop)
+        prompts.check_text_length(rules, tokenizer, rendered, session.engine.context)
         with clock.time("tokenize"):
             prompt = prompts.tokenize(rules, tokenizer, rendered)
         reused = rules.reuse_last and 0 < len(images) == prompt.images - 1

@@ -33,7 +33,8 @@ class Sampling:
     """temperature 0 is greedy; top_k 0 and top_p 1 keep everything; seed None differs each time.
 
     repetition_penalty (1 is off) and no_repeat_ngram (0 is off) count at every temperature; None
-    takes the checkpoint's.
+    takes the checkpoint's. allow_banned: whether the tokens may occur that the checkpoint bans
+    (suppress_tokens, begin_suppress_tokens, bad_words_ids).
     """
 
     temperature: float = 0.0
@@ -42,6 +43,7 @@ class Sampling:
     seed: int | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram: int | None = None
+    allow_banned: bool = False
 
     def check(self) -> None:
         """Raise ConfigError for values without a meaning."""
@@ -71,6 +73,8 @@ class Sampling:
             value = getattr(self, name)
             if name not in optional or value is not None:
                 _converted(name, value, float if name in numbers else operator.index)
+        if not isinstance(self.allow_banned, bool):
+            raise ConfigError(f"allow_banned = {self.allow_banned!r:.80}, expected True or False")
 
 
 def _converted(name: str, value: object, convert: Callable[..., object]) -> None:

@@ -16,9 +16,9 @@ from edgevlm.engines.backends import Runner
 from edgevlm.engines.manifest import Engine
 from edgevlm.engines.runtime.clock import Clock
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
-from edgevlm.toolkit.images import preprocess, tiling
+from edgevlm.toolkit.images import views
 from edgevlm.toolkit.images.decode import LoadedImage
-from edgevlm.toolkit.images.tiling import ArrangedTokens, Views
+from edgevlm.toolkit.images.views import PreparedImage
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.vlm.components import Edge
 from edgevlm.toolkit.vlm.config import ModelConfig
@@ -79,9 +79,9 @@ class Vision:
         self, image: LoadedImage, count: int, clock: Clock, tiles: bool
     ) -> tuple[Array, Array]:
         with clock.time("preprocess"):
-            views, pixels = self._pixels(image, count, tiles)
-        values = self._encoded(pixels, clock)
-        order = self._arrangement(views, image)
+            seen = views.prepare(image.rgb, self._model.images, count=count, tiles=tiles)
+        values = self._encoded(seen, clock)
+        order = seen.order
         if order is not None:
             values |= {"arrangement.rows": order.rows, "arrangement.weights": order.weights}
         for record in self._after:
@@ -90,33 +90,12 @@ class Vision:
         mixed = any(source.startswith("arrangement.") for source in self._sources.values())
         return features, np.arange(len(features)) if order is None or mixed else order.rows[:, 0]
 
-    def _pixels(
-        self, image: LoadedImage, count: int, tiles: bool
-    ) -> tuple[Views, list[dict[str, Array]]]:
-        """The views, and for each its pixels by encoder."""
-        rules = self._model.images
-        views, padded = Views((image.rgb,), None), False
-        if rules.tiling is not None and tiles:
-            if count > 1 and rules.tiling.several == "pad":
-                padded = True
-            else:
-                views = tiling.cut(image.rgb, rules.tiling)
-        pixels = []
-        for view in views.images:
-            encoder_rules = {n: r.padded() if padded else r for n, r in rules.encoders.items()}
-            pixels.append(
-                {
-                    f"images.{n}": preprocess.preprocess(view, r)[None]
-                    for n, r in encoder_rules.items()
-                }
-            )
-        return views, pixels
-
-    def _encoded(self, pixels: list[dict[str, Array]], clock: Clock) -> dict[str, Array]:
+    def _encoded(self, seen: PreparedImage, clock: Clock) -> dict[str, Array]:
         """Every encoder's outputs, the views of an image on the first axis."""
         outputs: dict[str, list[Array]] = {}
-        for view in pixels:
-            values: dict[str, Array] = dict(view)
+        for view in seen.pixels:
+            pixels = {f"images.{name}": array[None] for name, array in view.items()}
+            values: dict[str, Array] = dict(pixels)
             if self._pool is None:
                 for record in self._encoders:
                     self._run(record, values, clock)
@@ -124,7 +103,7 @@ class Vision:
                 futures = [self._pool.submit(self._run, r, values, clock) for r in self._encoders]
                 for future in futures:
                     future.result()
-            for name in values.keys() - view.keys():
+            for name in values.keys() - pixels.keys():
                 outputs.setdefault(name, []).append(np.array(values[name]))
         return {name: np.concatenate(arrays) for name, arrays in outputs.items()}
 
@@ -133,12 +112,6 @@ class Vision:
         with clock.time(record.name):
             outputs = self._runners[record.name].run(inputs)
         values.update({f"{record.name}:{name}": array for name, array in outputs.items()})
-
-    def _arrangement(self, views: Views, image: LoadedImage) -> ArrangedTokens | None:
-        rules = self._model.images.arrangement
-        if rules is None:
-            return None
-        return tiling.arrange(rules, len(views.images), views.grid, image.rgb.size)
 
 
 def _sees_pixels(record: ComponentRecord, edges: Sequence[Edge]) -> bool:

@@ -203,6 +203,21 @@ def test_a_question_overrides_the_checkpoint(
     assert list(answer(built, settings, TEXT, other).token_ids) == expected
 
 
+def test_the_tokens_that_a_checkpoint_bans_may_be_allowed(
+    built: tuple[Path, Path], plain: dict[str, list[int]]
+) -> None:
+    first, second, *_ = plain[TEXT]
+    settings: dict[str, Any] = PLAIN | {
+        "suppress_tokens": [second], "begin_suppress_tokens": [first], "bad_words_ids": [[first]],
+    }  # fmt: skip
+    assert list(answer(built, settings, TEXT).token_ids) != plain[TEXT]
+    allowed = Sampling(allow_banned=True)
+    assert list(answer(built, settings, TEXT, allowed).token_ids) == plain[TEXT]
+    held = settings | {"repetition_penalty": 1.5}  # other rules stay
+    expected = transformers_ids(built[0], PLAIN | {"repetition_penalty": 1.5}, TEXT)
+    assert list(answer(built, held, TEXT, allowed).token_ids) == expected
+
+
 def test_a_stop_string_of_the_checkpoint_ends_its_answers(built: tuple[Path, Path]) -> None:
     whole = answer(built, PLAIN, TEXT).text
     found = answer(built, PLAIN | {"stop_strings": whole[5:8]}, TEXT)

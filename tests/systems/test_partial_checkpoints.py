@@ -159,6 +159,26 @@ def test_parts_without_their_base_are_named(tmp_path: Path) -> None:
     assert "--base" in hint
 
 
+@pytest.mark.parametrize("name", [None, "", "lmsys/vicuna-13b-v1.5", "/data/models/vicuna-13b"])
+@pytest.mark.parametrize("kind", ["adapter", "projector"])
+def test_the_base_is_named_where_the_folder_names_it(
+    kind: str, name: str | None, tmp_path: Path
+) -> None:
+    if kind == "adapter":
+        folder, *_ = adapter(tmp_path, base_model_name_or_path=name)
+        file = "adapter_config.json"
+    else:
+        folder, _ = part(tmp_path, "llava-pretrain")
+        torch.save({"model.mm_projector.0.weight": torch.ones(2)}, folder / "mm_projector.bin")
+        file = "config.json"
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"_name_or_path": name}))
+    message, hint = refusal(folder)
+    assert message.endswith(f"({name!r})" if name else f"(which {file} does not name)")
+    assert "--base BASE, with the folder or the model id of " in hint
+    assert hint.endswith("that model" if name else "it was trained on")
+
+
 MORE: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": True}, "use_dora = True"),
     ({"peft_type": "IA3"}, "peft_type = 'IA3'"),

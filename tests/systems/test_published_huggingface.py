@@ -155,9 +155,9 @@ def test_configurations_are_read_as_published(name: str, tmp_path: Path) -> None
         ("config.json", "use_image_newline_parameter", False),
         ("config.json", "another_key", 1),
         ("preprocessor_config.json", "aspect_ratio_setting", "pad"),
-        ("preprocessor_config.json", "do_rescale", False),
+        ("preprocessor_config.json", "do_resize", False),
         ("preprocessor_config.json", "size", {"longest_edge": 56}),
-        ("preprocessor_config.json", "resample", 5),
+        ("preprocessor_config.json", "resample", 6),
     ],
 )
 def test_what_would_change_numbers_is_refused(

@@ -183,7 +183,7 @@ def huggingface(folder: Path, config: Config) -> None:
     if config["model_type"] != "llava":
         shapes["image_newline"] = (b,)
     write(folder, config, pixels(vision), shapes)
-    tokenizer(folder, config["image_token_index"])
+    tokenizer(folder, config.get("image_token_index", 32000))
 
 
 def load(folder: Path, config: Config) -> Source:

@@ -165,6 +165,23 @@ def test_added_tokens_json_counts_only_without_the_newer_key(
         token_of(read_tokenizer(folder, slow=False)[0], 1000)
 
 
+@pytest.mark.parametrize("decoder", [True, False])
+@pytest.mark.parametrize("stated", ["<s>", None, "<unk>"])
+@pytest.mark.parametrize("older", ["</s>", {"content": "</s>", **FLAGS}, None])
+def test_the_named_bos_of_a_sentencepiece_model(
+    older: Any, stated: Any, decoder: bool, tmp_path: Path
+) -> None:
+    """special_tokens_map.json comes first without added_tokens_decoder; null means none."""
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(LLAMA / name, tmp_path)
+    drop = () if decoder else ("added_tokens_decoder",)
+    edit(tmp_path / "tokenizer_config.json", *drop, bos_token=stated)
+    edit(tmp_path / "special_tokens_map.json", **({"bos_token": older} if older else {}))
+    expected = transformers.LlamaTokenizer.from_pretrained(tmp_path)("a")["input_ids"]
+    for slow in (True, False):
+        assert opened(tmp_path, slow=slow).encode("a") == expected
+
+
 def test_the_file_of_the_tokenizer_wins_over_added_tokens_json(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", "added_tokens_decoder")
     in_file(folder, {"id": 1000, **token(lstrip=True)})

@@ -34,6 +34,22 @@ def is_model_id(text: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", text)) and not text.startswith((".", "/"))
 
 
+def locate_part(name: str, *, offline: bool) -> Path:
+    """The folder of a tower, a language model or a base: a local one, or that of a model id.
+
+    Raises CheckpointError if there is none.
+    """
+    if Path(name).exists() or not is_model_id(name):
+        return locate(name, revision=None, offline=offline)
+    return locate_tower(name, offline=offline)
+
+
+def name_of(folder: Path) -> str:
+    """What the model in a folder is called; in the hub's cache the folder's name is a revision."""
+    cached = origin_in_cache(folder)
+    return folder.resolve().name if cached is None else cached[0].split("/")[-1]
+
+
 def locate_tower(name: str, *, offline: bool) -> Path:
     """The folder of the model `name` with its weights: from the local cache, or downloaded.
 

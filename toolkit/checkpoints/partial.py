@@ -43,17 +43,24 @@ def refuse_alone(folder: Path) -> None:
     kind = kind_of(folder)
     if kind == "adapter":
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-        raise CheckpointError(
-            f"{folder} holds a LoRA adapter without its base model ({base!r})",
-            hint=f"edgevlm export {folder} OUT --base FOLDER, with the folder of that model",
-        )
+        raise _alone(folder, "a LoRA adapter", "base model", base, ADAPTER)
     if kind == "projector":
         path = folder / "config.json"
         base = read_json(path).get("_name_or_path") if path.exists() else None
-        raise CheckpointError(
-            f"{folder} holds a projector (mm_projector) without its language model ({base!r})",
-            hint=f"edgevlm export {folder} OUT --base FOLDER, with the folder of that model",
-        )
+        raise _alone(folder, "a projector (mm_projector)", "language model", base, path.name)
+
+
+def _alone(folder: Path, part: str, missing: str, base: object, file: str) -> CheckpointError:
+    """The error for a folder that holds `part` alone; base: the model that `file` names."""
+    named = isinstance(base, str) and bool(base.strip())
+    command = f"edgevlm export {folder} OUT --base BASE, with"
+    return CheckpointError(
+        f"{folder} holds {part} without its {missing} "
+        + (f"({base!r})" if named else f"(which {file} does not name)"),
+        hint=f"{command} the folder or the model id of that model"
+        if named
+        else f"{command} the folder or the model id of the model that it was trained on",
+    )
 
 
 def open_joined(folder: Path, base: Path | None, torch_reader: TorchReader | None) -> Checkpoint:

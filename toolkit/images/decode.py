@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import stat
+import struct
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
@@ -31,6 +33,9 @@ FORMATS = (
     "TGA",
 )  # fmt: skip
 _ORIENTATION = 0x0112  # the EXIF tag
+# Formats whose header states the number of frames. In a GIF or TIFF they could only be counted by
+# going through all: a TIFF of 2 MB may have 16000, and Pillow's time grows with their square.
+_COUNTED = ("PNG", "WEBP", "AVIF")
 # First bytes of what is refused by name.
 _REFUSED_FORMATS = (
     (b"%!PS", "PostScript"), (b"\xc5\xd0\xd3\xc6", "PostScript"), (b"%PDF", "PDF"),
@@ -68,10 +73,15 @@ def load(source: ImageSource, *, upright: bool = True) -> LoadedImage:
             warnings.simplefilter("ignore")  # Pillow warns where we refuse
             if isinstance(source, (Image.Image, np.ndarray)):
                 return _given(source, name, upright)
+            if isinstance(source, (str, PathLike)):
+                _refuse_devices(Path(source), name)
             file = source if isinstance(source, (str, PathLike)) else BytesIO(source)
+            _refuse_large_icons(source, name)
             with Image.open(file, formats=_formats()) as opened:
                 _refuse_odd_sizes(opened.size, name)
-                return _to_rgb(opened, name, upright)
+                loaded = _to_rgb(opened, name, upright)
+                _refuse_odd_sizes(loaded.rgb.size, name)  # decoders may find another size inside
+                return loaded
     except InputError:
         raise
     except FileNotFoundError:
@@ -86,6 +96,36 @@ def load(source: ImageSource, *, upright: bool = True) -> LoadedImage:
         raise InputError(
             f"image {name:.300} cannot be decoded: {reason}", hint=_if_address(name)
         ) from None
+
+
+def _refuse_devices(path: Path, name: str) -> None:
+    """Raise InputError for pipes, sockets and devices: opening them may wait for ever."""
+    if not name:
+        raise InputError("an image was given by an empty name", hint="give a file")
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"image {name:.300} is a device or a pipe, not a file", hint="give a file")
+
+
+def _refuse_large_icons(source: str | PathLike[str] | bytes | bytearray, name: str) -> None:
+    """Raise InputError if a picture in an icon is large: Pillow decodes it when it opens the file.
+
+    The directory of an icon says 256 pixels at most, whatever the pictures in it are.
+    """
+    with (
+        BytesIO(source) if isinstance(source, (bytes, bytearray)) else Path(source).open("rb") as f
+    ):
+        kind, count = struct.unpack("<4sH", f.read(6).ljust(6, b"\0"))
+        if kind != b"\0\0\1\0":
+            return
+        entries = [f.read(16).ljust(16, b"\0") for _ in range(count)]
+        offsets = [struct.unpack("<12xI", entry)[0] for entry in entries]
+        for offset in offsets:
+            f.seek(offset)
+            head = f.read(24).ljust(24, b"\0")
+            png = head.startswith(b"\x89PNG")
+            sides = struct.unpack(">16x2I" if png else "<4x2i12x", head)
+            _refuse_large((abs(sides[0]), abs(sides[1]) // (1 if png else 2)), name)
 
 
 def _if_address(name: str) -> str:
@@ -133,8 +173,6 @@ def _unreadable(source: object, name: str, refused: Exception) -> InputError:
             start = file.read(64 if size else 0)
     else:
         return InputError(f"image {name} cannot be decoded: {refused}")
-    if size == 0 and isinstance(source, (str, PathLike)) and not Path(source).is_file():
-        return InputError(f"image {name} is a device or a pipe, not a file", hint="give a file")
     if size == 0:
         return InputError(f"image {name} is empty (0 bytes)")
     if "DecompressionBomb" in type(refused).__name__:
@@ -156,12 +194,7 @@ def _unreadable(source: object, name: str, refused: Exception) -> InputError:
 
 def _refuse_odd_sizes(size: tuple[int, int], name: str) -> None:
     width, height = size
-    if width * height > MAX_PIXELS or max(size) > MAX_SIDE:
-        raise InputError(
-            f"image {name} is {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} "
-            f"megapixels and {MAX_SIDE} a side",
-            hint="scale it down first; encoders take a few hundred pixels a side",
-        )
+    _refuse_large(size, name)
     if min(size) < 2:
         raise InputError(
             f"image {name} is {width} x {height} pixels; both sides must have at least 2"
@@ -170,6 +203,16 @@ def _refuse_odd_sizes(size: tuple[int, int], name: str) -> None:
         raise InputError(
             f"image {name} is {width} x {height} pixels, an aspect beyond {MAX_RATIO}:1",
             hint="cut it into pieces and give them as several images",
+        )
+
+
+def _refuse_large(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS or max(size) > MAX_SIDE:
+        raise InputError(
+            f"image {name} is {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} "
+            f"megapixels and {MAX_SIDE} a side",
+            hint="scale it down first; encoders take a few hundred pixels a side",
         )
 
 
@@ -192,11 +235,13 @@ def _to_rgb(
 
 
 def _frames(file: Image) -> list[str]:
-    count = getattr(file, "n_frames", 1)
     if not getattr(file, "is_animated", False):
         return []
-    kind = "several pictures in one JPEG" if file.format == "MPO" else "animation"
-    return [f"{kind}: first of {count} {'' if file.format == 'MPO' else 'frames '}used"]
+    if file.format == "MPO":
+        return [f"several pictures in one JPEG: first of {getattr(file, 'n_frames', 1)} used"]
+    if file.format in _COUNTED:
+        return [f"animation: first of {getattr(file, 'n_frames', 1)} frames used"]
+    return ["animation or several pages: the first is used"]
 
 
 def _deep(shown: Image, stated: depth.Depth) -> tuple[Image, list[str]]:

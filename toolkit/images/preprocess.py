@@ -9,26 +9,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.errors import ConfigError, InputError
 from edgevlm.toolkit.images.decode import MAX_SIDE
-from edgevlm.toolkit.images.tiling import Tiling, TokenArrangement
+from edgevlm.toolkit.images.tiling import Resample, Tiling, TokenArrangement, pillow_filter
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import Reader
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+Colour = tuple[float, float, float]  # one number per channel
+
+_RESAMPLE: dict[int, Resample] = {
+    0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming",
+}  # fmt: skip
+# What the classes take for keys that the file lacks or states as null.
+_CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+_SIZES = {"Siglip": {"height": 224, "width": 224}, "LlavaOnevision": {"height": 384, "width": 384}}
 _CROPPING = ("CLIP", "LlavaNext", "LlavaImage", "Bit")
 _PROCESSORS = (
     "CLIPImageProcessor", "CLIPFeatureExtractor", "SiglipImageProcessor", "LlavaImageProcessor",
     "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor", "BitImageProcessor",
 )  # fmt: skip
-Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
@@ -36,25 +42,32 @@ class Preprocess:
     """How one encoder's pixels are made: pad, resize, crop, rescale, normalise, in that order.
 
     pad: colour of the square in whose centre the image is put first; None for no padding.
-    short_edge: resize so that the short edge has this length (long edge rounded down), or
+    short_edge: resize so that the short edge has this length (long edge rounded down), but
+    long_edge: to a shorter one where the long edge would exceed this; or
     exact: resize to (height, width) regardless of aspect; crop: centred (height, width).
+    normalise: whether mean and std are applied; the mean is the colour of padding all the same.
     """
 
     resample: Resample
     scale: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Colour
+    std: Colour
     pad: tuple[int, int, int] | None = None
     short_edge: int | None = None
     exact: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
+    long_edge: int | None = None
+    normalise: bool = True
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the result. Raises ConfigError if they depend on the image."""
         size = self.crop or self.exact
         if size is None:
-            raise ConfigError("the preprocessing has neither a crop nor an exact size")
+            raise ConfigError(
+                "the preprocessing has neither a crop nor an exact size: the size of its result "
+                "depends on the image, and the tower takes one size"
+            )
         return size
 
     def padded(self) -> Preprocess:
@@ -79,7 +92,11 @@ class ImageRules:
 
 
 def read_preprocess(r: Reader) -> Preprocess:
-    """From a preprocessor_config.json of CLIPImageProcessor or SiglipImageProcessor."""
+    """From a preprocessor_config.json of one of the processors above, as its class reads it.
+
+    A missing key means the default of the class; a switch that is null is off. `do_convert_rgb` is
+    true for every image: without it the classes fail on images that are not RGB already.
+    """
     r.ignore("preprocessing")
     kind = r.take("image_processor_type", str, "CLIPImageProcessor")
     if not kind.startswith(_PROCESSORS):
@@ -87,48 +104,93 @@ def read_preprocess(r: Reader) -> Preprocess:
             f"{r.where}: image_processor_type {kind!r} is not implemented",
             hint=f"implemented: {', '.join(_PROCESSORS)}",
         )
-    pads = r.take("do_pad", bool, False) and kind.startswith("LlavaImage")
-    for switch in ("do_rescale", "do_normalize", "do_resize"):
-        r.choice(switch, [True], True)
-    r.choice("do_convert_rgb", [True], True)
+    pads = _switch(r, "do_pad", False) and kind.startswith("LlavaImage")
     r.choice("aspect_ratio_setting", ["anyres"], "anyres")
-    short, exact = _read_size(r.raw("size"), r.where)
-    crops = r.take("do_center_crop", bool, kind.startswith(_CROPPING))
-    crop_size = r.raw("crop_size")
-    crop = _read_crop(crop_size, r.where) if crops else None
-    std = _three(r.raw("image_std"), f"{r.where}: image_std")
-    if min(std) <= 0:
-        raise ConfigError(f"{r.where}: image_std = {list(std)}, expected numbers above 0")
+    r.take("do_convert_rgb", bool, True)
+    rescales, normalises = _switch(r, "do_rescale", True), _switch(r, "do_normalize", True)
+    factor = r.positive("rescale_factor", 1 / 255) if rescales else r.raw("rescale_factor")
+    mean, std = _read_moments(r, kind, normalises)
+    size = _or_default(r.raw("size"), kind, _SIZES, {"shortest_edge": 224})
+    resizes = _switch(r, "do_resize", True)
+    short, long, exact = _read_size(size, r.where) if resizes else (None, None, None)
+    crops = _switch(r, "do_center_crop", kind.startswith(_CROPPING))
+    code = r.choice("resample", list(_RESAMPLE), 3, nullable=not resizes)
+    crop_size = _or_default(
+        r.raw("crop_size"), kind, {}, 224 if kind.startswith(_CROPPING) else None
+    )
     rule = Preprocess(
-        resample=_resample(r.choice("resample", list(_RESAMPLE), 3)),
-        scale=r.take("rescale_factor", float, 1 / 255),
-        mean=_three(r.raw("image_mean"), f"{r.where}: image_mean"),
+        resample=_RESAMPLE[code],
+        scale=factor if rescales else 1.0,
+        mean=mean,
         std=std,
         short_edge=short,
         exact=exact,
-        crop=crop,
+        crop=_read_crop(crop_size, r.where) if crops else None,
+        long_edge=long,
+        normalise=normalises,
     )
     return rule.padded() if pads else rule
 
 
-def _resample(code: int) -> Resample:
-    names: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-    return names[code]
+def check_tiles(rule: Preprocess, where: str) -> None:
+    """Raise ConfigError if tiles cannot be made: nothing says how large the first view is."""
+    if rule.short_edge is None and rule.exact is None:
+        raise ConfigError(
+            f"{where}: do_resize = False is not implemented for images in tiles",
+            hint="take preprocessor_config.json from the place where the weights come from",
+        )
 
 
-def _read_size(size: Any, where: str) -> tuple[int | None, tuple[int, int] | None]:
+def _switch(r: Reader, key: str, default: bool) -> bool:
+    """A switch; null is off, and a missing one is the default of the class."""
+    on = r.take(key, bool, default)
+    return on and (r.has(key) or not r.given(key))
+
+
+def _or_default(value: Any, kind: str, by_kind: Mapping[str, Any], default: Any) -> Any:
+    """The value, or what the class called `kind...` takes instead of null."""
+    if value is not None:
+        return value
+    return next((own for name, own in by_kind.items() if kind.startswith(name)), default)
+
+
+def _read_moments(r: Reader, kind: str, normalises: bool) -> tuple[Colour, Colour]:
+    """image_mean and image_std: three numbers, or one for all channels."""
+    half = {"Siglip": [0.5] * 3}
+    mean = _or_default(r.raw("image_mean"), kind, half, _CLIP_MEAN)
+    std = _or_default(r.raw("image_std"), kind, half, _CLIP_STD)
+    means, stds = _three(mean, f"{r.where}: image_mean"), _three(std, f"{r.where}: image_std")
+    if normalises and min(stds) <= 0:
+        raise ConfigError(f"{r.where}: image_std = {std}, expected numbers above 0")
+    return means, stds
+
+
+def _read_size(size: Any, where: str) -> tuple[int | None, int | None, tuple[int, int] | None]:
+    """short_edge, long_edge and exact."""
+    stated = f"{where}: size"
     if type(size) is int:
-        return _side(size, f"{where}: size"), None
-    if isinstance(size, dict) and set(size) == {"shortest_edge"}:
-        return _side(size["shortest_edge"], f"{where}: size"), None
+        return _side(size, stated), None, None
+    if isinstance(size, list) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    if isinstance(size, dict) and set(size) in (
+        {"shortest_edge"},
+        {"shortest_edge", "longest_edge"},
+    ):
+        long = size.get("longest_edge")
+        return _side(size["shortest_edge"], stated), _side(long, stated) if long else None, None
     if isinstance(size, dict) and set(size) == {"height", "width"}:
-        return None, _height_width(size, f"{where}: size")
-    raise ConfigError(f"{where}: size = {size!r} is not implemented")
+        return None, None, _height_width(size, stated)
+    raise ConfigError(
+        f"{stated} = {size!r} is not implemented",
+        hint="implemented: shortest_edge, with longest_edge or without; height and width",
+    )
 
 
 def _read_crop(size: Any, where: str) -> tuple[int, int]:
     if type(size) is int:
-        size = {"height": size, "width": size}
+        size = [size, size]
+    if isinstance(size, list) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
     if isinstance(size, dict) and {"height", "width"} <= set(size):
         return _height_width(size, f"{where}: crop_size")
     raise ConfigError(f"{where}: crop_size = {size!r} is not implemented")
@@ -144,11 +206,11 @@ def _side(value: Any, where: str) -> int:
     return value
 
 
-def _three(value: Any, where: str) -> tuple[float, float, float]:
-    numbers = value if isinstance(value, list) else []
+def _three(value: Any, where: str) -> Colour:
+    numbers = value if isinstance(value, list) else [value] * 3
     valid = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
     if len(numbers) != 3 or not valid:
-        raise ConfigError(f"{where} = {value!r}, expected three numbers")
+        raise ConfigError(f"{where} = {value!r}, expected three numbers, or one for all")
     return float(numbers[0]), float(numbers[1]), float(numbers[2])
 
 
@@ -159,7 +221,9 @@ def preprocess(image: Image, rule: Preprocess) -> Array:
     """The encoder's input for one RGB image: float32 [3, height, width]."""
     if rule.pad is not None:
         image = _pad_square(image, rule.pad)
-    image = image.resize(_target_size(image.size, rule), _filter(rule.resample))
+    target = _target_size(image.size, rule)
+    if target is not None:
+        image = image.resize(target, pillow_filter(rule.resample))
     pixels = np.asarray(image)
     if rule.crop is not None:
         pixels = _centre_crop(pixels, rule.crop)
@@ -180,22 +244,35 @@ def _pad_square(image: Image, colour: tuple[int, int, int]) -> Image:
     return square
 
 
-def _target_size(size: tuple[int, int], rule: Preprocess) -> tuple[int, int]:
-    """(width, height) for Pillow."""
+def _target_size(size: tuple[int, int], rule: Preprocess) -> tuple[int, int] | None:
+    """(width, height) for Pillow; None if the image is not resized."""
     if rule.exact is not None:
         return rule.exact[1], rule.exact[0]
     if rule.short_edge is None:
-        return size
+        return None
     width, height = size
     short, long = min(size), max(size)
-    stretched = int(rule.short_edge * long / short)
-    return (rule.short_edge, stretched) if width <= height else (stretched, rule.short_edge)
+    edges = rule.short_edge, int(rule.short_edge * long / short)
+    if rule.long_edge is not None:
+        edges = _within(short, long, rule.short_edge, rule.long_edge)
+    return edges if width <= height else (edges[1], edges[0])
 
 
-def _filter(name: Resample) -> Any:
-    from PIL import Image
-
-    return Image.Resampling[name.upper()]
+def _within(short: int, long: int, short_edge: int, long_edge: int) -> tuple[int, int]:
+    """Short and long edge with the long one within its limit, in the arithmetic of transformers'
+    `get_size_with_aspect_ratio`. Raises InputError for an image that would vanish."""
+    edge: float = short_edge
+    if long / short * short_edge > long_edge:
+        edge = long_edge * short / long
+    if short == round(edge):
+        return short, long
+    if round(edge) < 1:
+        raise InputError(
+            f"an image of {short} x {long} pixels, whose long edge may have {long_edge} here, "
+            "would have no pixel left in its short one",
+            hint="cut it into pieces and give them as several images",
+        )
+    return round(edge), int(edge * long / short)
 
 
 def _centre_crop(pixels: Array, size: tuple[int, int]) -> Array:
@@ -216,5 +293,7 @@ def _centre_crop(pixels: Array, size: tuple[int, int]) -> Array:
 def _normalised_bytes(rule: Preprocess) -> Array:
     """[3, 256] float32: every byte scaled in float64, cast, then normalised in float32."""
     scaled = (np.arange(256, dtype=np.uint8) * rule.scale).astype(np.float32)
+    if not rule.normalise:
+        return np.repeat(scaled[None], 3, 0)
     mean, std = np.asarray(rule.mean, np.float32), np.asarray(rule.std, np.float32)
     return np.asarray((scaled[None] - mean[:, None]) / std[:, None], np.float32)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Size = tuple[int, int]  # (width, height)
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,15 @@ class Tiling:
     """pinpoints: allowed resolutions as (width, height), multiples of `tile`.
 
     several: how a question with more than one image shows each: as tiles, or as one padded view.
-    base: side of the whole image's view, None if it is `tile`.
+    base: side of the whole image's view, None if it is `tile`. resample: the filter that makes the
+    views; the originals always take bicubic, transformers' processors their own.
     """
 
     pinpoints: tuple[Size, ...]
     tile: int
     several: Literal["tile", "pad"] = "tile"
     base: int | None = None
+    resample: Resample = "bicubic"
 
     def limited(self, tiles: int) -> Tiling:
         """The same with only the resolutions of at most `tiles` tiles. ConfigError if none is."""
@@ -115,7 +118,8 @@ def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
 def cut(image: Image, tiling: Tiling) -> Views:
     """A view of the whole image, its aspect ignored, then the tiles of it row by row."""
     columns, rows = best_resolution(image.size, tiling.pinpoints)
-    fitted = _fit(image, (columns, rows))
+    resample = pillow_filter(tiling.resample)
+    fitted = _fit(image, (columns, rows), resample)
     side = tiling.tile
     tiles = [
         fitted.crop((x, y, x + side, y + side))
@@ -123,11 +127,11 @@ def cut(image: Image, tiling: Tiling) -> Views:
         for x in range(0, columns, side)
     ]
     whole = tiling.base or side
-    base = image.resize((whole, whole), _bicubic())
+    base = image.resize((whole, whole), resample)
     return Views((base, *tiles), (columns // side, rows // side))
 
 
-def _fit(image: Image, target: Size) -> Image:
+def _fit(image: Image, target: Size, resample: int) -> Image:
     """The image scaled into `target`, in the centre of black."""
     from PIL import Image
 
@@ -138,14 +142,15 @@ def _fit(image: Image, target: Size) -> Image:
         size = (min(math.ceil(width * (rows / height)), columns), rows)
     canvas = Image.new("RGB", target, (0, 0, 0))
     corner = ((columns - size[0]) // 2, (rows - size[1]) // 2)
-    canvas.paste(image.resize(size, _bicubic()), corner)
+    canvas.paste(image.resize(size, resample), corner)
     return canvas
 
 
-def _bicubic() -> int:
+def pillow_filter(name: Resample) -> int:
+    """Pillow's number of a filter."""
     from PIL import Image
 
-    return Image.Resampling.BICUBIC
+    return Image.Resampling[name.upper()]
 
 
 # -- tokens ------------------------------------------------------------------------------------

@@ -57,6 +57,9 @@ def load(folder: Path, options: Options) -> Source:
         return quirks.keep(trained.load(folder, options), {}, options.quirks)
     if options.base is None:
         partial.refuse_alone(folder)
+    else:
+        base = hub.locate_part(str(options.base), offline=options.offline)
+        options = replace(options, base=base)
     config = _config(folder, options)
     stated = config.get("model_type")
     if not isinstance(stated, (str, type(None))):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints import hub
 from edgevlm.toolkit.checkpoints.layouts import conversation, towers
 from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
@@ -30,7 +31,7 @@ from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import (
     read_tokenizer,
 )
 from edgevlm.toolkit.checkpoints.weights import open_checkpoint
-from edgevlm.toolkit.errors import CheckpointError, ConfigError
+from edgevlm.toolkit.errors import CheckpointError, ConfigError, ToolkitError
 from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess
 from edgevlm.toolkit.models.encoders import clip, dinov2
 from edgevlm.toolkit.models.lms import llama
@@ -55,8 +56,10 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     r.skip("model_type")
     side = r.count("image_size", 336)
-    folders = {name: _find_folder(folder, r.take(name, str)) for name in ("clip", "dinov2")}
-    lm_folder = _find_folder(folder, r.take("language_model", str))
+    folders = {
+        name: _find_folder(folder, r.take(name, str), options) for name in ("clip", "dinov2")
+    }
+    lm_folder = _find_folder(folder, r.take("language_model", str), options)
     encoders = {
         "clip": _clip(folders["clip"], r, options),
         "dinov2": _dinov2(folders["dinov2"], r, side, options),
@@ -98,14 +101,23 @@ def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:
     return Source(model, weights, text, {"layout": "comm", "template": prompts.origin})
 
 
-def _find_folder(folder: Path, name: str) -> Path:
-    """The folder that config.json calls `name`: in the checkpoint, beside it, or that path."""
+def _find_folder(folder: Path, name: str, options: Options) -> Path:
+    """The folder that config.json calls `name`: in the checkpoint, beside it, or that path.
+
+    Else, if it is a model id, that of the hub's cache; unless `options.offline`, it is downloaded.
+    """
     for path in (folder / name, folder.parent / name, Path(name)):
         if (path / "config.json").exists():
             return path
+    reason, download = "", ""
+    if hub.is_model_id(name):
+        try:
+            return hub.locate_part(name, offline=options.offline)
+        except ToolkitError as missing:
+            reason, download = f" ({missing.message})", f"; or: {missing.hint}"
     raise CheckpointError(
-        f"{name!r}, which {folder / 'config.json'} names, is not on this machine",
-        hint=f"put its folder into {folder} or beside it",
+        f"{name!r}, which {folder / 'config.json'} names, is not on this machine{reason}",
+        hint=f"put its folder into {folder} or beside it{download}",
     )
 
 
@@ -216,7 +228,8 @@ def _preprocessing(
         )
     first = first.padded() if aspect == "pad" else first
     other = towers.read_rule(folders["dinov2"], options)
-    return {"clip": first, "dinov2": replace(first, mean=other.mean, std=other.std)}
+    values = {name: getattr(other, name) for name in ("scale", "mean", "std", "normalise")}
+    return {"clip": first, "dinov2": replace(first, **values)}
 
 
 def _tokenizer(

@@ -21,7 +21,7 @@ from edgevlm.toolkit.checkpoints.layouts import (
 )
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess
+from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess, check_tiles
 from edgevlm.toolkit.images.tiling import Tiling, TokenArrangement
 from edgevlm.toolkit.models.lms import llama
 from edgevlm.toolkit.models.mergers import mlp
@@ -79,7 +79,8 @@ def _next_images(r: Reader, encoder: ComponentConfig, rule: Preprocess) -> Image
     arrangement = TokenArrangement(
         _side(r, encoder), "spatial", unpad=True, newline=True, rounded=True
     )
-    tiling = Tiling(_pinpoints(r), rule.size[0], base=rule.short_edge)
+    check_tiles(rule, r.where)
+    tiling = Tiling(_pinpoints(r), rule.size[0], base=rule.short_edge, resample=rule.resample)
     return ImageRules({encoder.name: rule}, tiling, arrangement)
 
 
@@ -96,7 +97,8 @@ def _onevision_images(r: Reader, encoder: ComponentConfig, rule: Preprocess) -> 
         _side(r, encoder), "spatial", unpad=True, newline=True, max_tiles=int(match[1]),
         rounded=True,
     )  # fmt: skip
-    tiling = Tiling(_pinpoints(r), rule.size[0], several="pad")
+    check_tiles(rule, r.where)
+    tiling = Tiling(_pinpoints(r), rule.size[0], several="pad", resample=rule.resample)
     return ImageRules({encoder.name: rule}, tiling, arrangement)
 
 

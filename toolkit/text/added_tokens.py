@@ -50,6 +50,17 @@ class Declared:
     wins: bool = True
 
 
+def with_special_tokens(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """tokenizer_config.json with the named tokens that hold.
+
+    Those of special_tokens_map.json come first, unless `config` has `added_tokens_decoder`.
+    """
+    path = folder / "special_tokens_map.json"
+    if config.get("added_tokens_decoder") is not None or not path.exists():
+        return config
+    return {**config, **read_json(path)}
+
+
 def read_declared(folder: Path, config: Mapping[str, Any]) -> Declared:
     """The added tokens of a folder whose tokenizer_config.json is `config`.
 
@@ -62,7 +73,7 @@ def read_declared(folder: Path, config: Mapping[str, Any]) -> Declared:
         ids = _decoder(config["added_tokens_decoder"], where)
         return Declared(ids, _named(config, folder / "tokenizer_config.json"))
     map_path, older = folder / "special_tokens_map.json", folder / "added_tokens.json"
-    merged = {**config, **(read_json(map_path) if map_path.exists() else {})}
+    merged = with_special_tokens(folder, config)
     named = _named(merged, map_path if map_path.exists() else folder / "tokenizer_config.json")
     special = {token.content for token in named}
     ids = {}

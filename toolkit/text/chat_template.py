@@ -28,11 +28,12 @@ _PRINTED = re.compile("""['"]text['"]: *['"]turn 0""")  # a list of contents, as
 def render(
     source: str, special_tokens: Mapping[str, str], turns: Sequence[str], images: int, slot: str
 ) -> str:
-    """The prompt up to the beginning of the next answer.
+    """The prompt up to the beginning of the next answer, or up to the end of the last one.
 
-    turns: user and assistant, the user first and last. images: how many belong in front of the
-    first turn. slot: the text of an image, for templates that know text alone. special_tokens:
-    bos_token and the like. Raises InputError if the template cannot be rendered.
+    turns: user and assistant, the user first; if the assistant's is the last, nothing follows it.
+    images: how many belong in front of the first turn. slot: the text of an image, for templates
+    that know text alone. special_tokens: bos_token and the like. Raises InputError if the template
+    cannot be rendered.
     """
     template = _compiled(source)
     form = _form(template, special_tokens, len(turns), images, slot)
@@ -99,7 +100,7 @@ def _rendered(
             messages=messages,
             tools=None,
             documents=None,
-            add_generation_prompt=True,
+            add_generation_prompt=messages[-1]["role"] == "user",
             **special_tokens,
         )
     except Exception as odd:  # a template may raise anything that Python raises

@@ -16,6 +16,8 @@ from edgevlm.toolkit.text.sentencepiece_text import SentencePieceRules
 from edgevlm.toolkit.text.templates import Template
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 
+_LONG = 16  # characters per position of the context from which on a text is called long
+
 
 @dataclass(frozen=True)
 class PromptRules:
@@ -106,24 +108,34 @@ def render(
     images: int,
     template: str,
     literal: Tokenizer | None = None,
+    *,
+    ended: bool = False,
 ) -> Rendered:
     """The full prompt for a conversation: turns of user and assistant, the last one the user's.
 
+    ended: the last turn is the assistant's instead, and nothing follows it; training reads that.
     template: a name, "auto" for the model's own, or "none" for a single turn that is the whole
     prompt. Placeholders are put before the first turn unless a turn contains one. literal: the
     tokenizer if turns are text alone, in which neither control tokens nor placeholders have a
-    meaning. Raises InputError for an unknown template, turns that do not end with the user's, or
-    a chat template that cannot be rendered.
+    meaning. Raises InputError for an unknown template, turns that do not end as they should or
+    are too many for the template, or a chat template that cannot be rendered.
     """
     if template == "none":
         return _raw(turns, literal)
-    if len(turns) % 2 == 0:
+    if len(turns) % 2 == ended:
         raise InputError(
-            f"the conversation has {len(turns)} turns; it must end with the user's question",
-            hint="turns alternate: user, assistant, user",
+            f"the conversation has {len(turns)} turns; it must end with the "
+            + ("answer" if ended else "user's question"),
+            hint=f"turns alternate: user, assistant{'' if ended else ', user'}",
         )
     own = template == "auto" and rules.chat_template is not None
-    chosen = templates.find(rules.template if template == "auto" else template)
+    name = rules.template if template == "auto" else template
+    chosen = templates.find(name)
+    if chosen.style == "plain" and len(turns) > 1 + ended and not own:
+        raise InputError(
+            f"the template {name!r} is for captions: it has no form for several turns",
+            hint="choose another --template, or ask without the earlier turns",
+        )
     mark = None
     if literal is not None:
         turns, mark = _broken(rules, turns, literal, _wording(rules, template))
@@ -203,7 +215,8 @@ def _stretches(
     shown = rules.image_text + chosen.after_image
     in_front = 0 if slots and _has_slots(rules, turns) else images
     stretches = [""]
-    for i, span in enumerate(chosen.spans(turns, images_first=in_front > 0)):
+    ended = len(turns) % 2 == 0
+    for i, span in enumerate(chosen.spans(turns, images_first=in_front > 0, ended=ended)):
         if i % 2 == 0:
             _add(stretches, span)
             continue
@@ -222,6 +235,25 @@ def _add(stretches: list[str], own: str) -> None:
     first, *others = own.split(templates.CUT)
     stretches[-1] += first
     stretches += others
+
+
+def check_text_length(
+    rules: PromptRules, tokenizer: Tokenizer, rendered: Rendered, context: int
+) -> None:
+    """Raise InputError if a prompt is so long that its text alone cannot fit into the context.
+
+    Few characters are not looked at: tokenizing them takes less time than this.
+    """
+    text = rendered.text
+    if rules.cut is not None or len(text) < _LONG * context:
+        return
+    fewest = tokenizer.fewest_tokens(text.replace(rules.placeholder, " "))
+    if fewest > context:
+        raise InputError(
+            f"the prompt's {len(text)} characters are at least {fewest} tokens, the engine's "
+            f"context is {context}",
+            hint="shorten the prompt, or build with a larger --max-context",
+        )
 
 
 def tokenize(rules: PromptRules, tokenizer: Tokenizer, prompt: str | Rendered) -> Prompt:

@@ -82,8 +82,10 @@ def _rules(model: Model, config: Mapping[str, Any], declared: Declared) -> Sente
 def _bos(
     model: Model, config: Mapping[str, Any], added: Mapping[str, tuple[int, AddedToken]]
 ) -> int | None:
-    """The id of the configuration's bos_token, else that of the model; None if it has none."""
-    stated = config.get("bos_token")
+    """The id of the configuration's bos_token, else that of the model; None if null or neither."""
+    stated = config.get("bos_token", "")
+    if stated is None:
+        return None
     content = str(stated.get("content") if isinstance(stated, dict) else stated)
     if content in added:
         return added[content][0]

@@ -25,6 +25,7 @@ class Template:
     generate: whether the prompt ends with the assistant's role. tiles: whether images are cut
     into tiles if the model has a tiling. after_image: text after every image. strip: whether
     blanks around a turn are removed. brings_bos: whether the text begins with the BOS token.
+    examples: turns that every prompt has before the user's own.
     """
 
     style: Style
@@ -38,17 +39,25 @@ class Template:
     after_image: str = ""
     strip: bool = False
     brings_bos: bool = False
+    examples: tuple[str, ...] = ()
 
-    def spans(self, turns: Sequence[str], *, images_first: bool = False) -> list[str]:
+    def spans(
+        self, turns: Sequence[str], *, images_first: bool = False, ended: bool = False
+    ) -> list[str]:
         """The prompt for alternating turns, user first, up to the beginning of the next answer.
 
         Spans at even indices are the template's own text, those at odd indices are the turns.
-        images_first: whether images will stand at the beginning of the first turn.
+        images_first: whether images will stand at the beginning of the first turn. ended: no
+        answer follows, the text ends with the last turn.
         """
         head, tail = _ENDS[self.style](self)
+        for i, text in enumerate(self.examples):
+            before, after = _AROUND[self.style](self, i)
+            head += before + text + after
+        tail = "" if ended else tail
         spans = [head]
         for i, text in enumerate(turns):
-            before, after = _AROUND[self.style](self, i)
+            before, after = _AROUND[self.style](self, len(self.examples) + i)
             spans[-1] += before
             if self.strip:
                 text = text.rstrip() if images_first and i == 0 else text.strip()
@@ -65,13 +74,20 @@ class Template:
     @property
     def literals(self) -> str:
         """The texts that the template itself brings, joined by null characters."""
-        return "\0".join((self.system, *self.roles, self.sep, self.sep2, self.stop))
+        own = (self.system, *self.roles, self.sep, self.sep2, self.stop, *self.examples)
+        return "\0".join(own)
 
 
 def find(name: str) -> Template:
     """The template called `name`. Raises InputError naming the nearest known ones."""
     if name in TEMPLATES:
         return TEMPLATES[name]
+    if name in ELSEWHERE:
+        raise InputError(
+            f"the template {name!r} is that of {ELSEWHERE[name]}, a language model that edgevlm "
+            "does not implement",
+            hint="leave --template at auto, which is the model's own",
+        )
     close = difflib.get_close_matches(name, TEMPLATES, 3) or sorted(TEMPLATES)
     raise InputError(f"there is no template {name!r}", hint=f"known: {', '.join(close)}")
 
@@ -99,7 +115,7 @@ _AROUND: dict[Style, Callable[[Template, int], tuple[str, str]]] = {
     "two": lambda t, i: (f"{t.roles[i % 2]}: ", (t.sep, t.sep2)[i % 2]),
     "chatml": lambda t, i: (t.roles[i % 2], t.sep),
     "llama2": _llama2,
-    "plain": lambda t, i: ("", (t.sep, t.sep2)[i % 2]),
+    "plain": lambda t, i: ("", t.sep),
 }
 
 _ASSISTANT = (
@@ -139,6 +155,28 @@ _MPT = (
     "A conversation between a user and an LLM-based AI assistant. "
     "The assistant gives helpful and honest answers."
 )
+_ENERGY = (
+    "What are the key differences between renewable and non-renewable energy sources?",
+    "Renewable energy sources are those that can be replenished naturally in a relatively short "
+    "amount of time, such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy "
+    "sources, on the other hand, are finite and will eventually be depleted, such as coal, oil, "
+    "and natural gas. Here are some key differences between renewable and non-renewable energy "
+    "sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable "
+    "energy sources are finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact "
+    "than non-renewable sources, which can lead to air and water pollution, greenhouse gas "
+    "emissions, and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they "
+    "typically have lower operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more "
+    "remote locations than non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to "
+    "different situations and needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while "
+    "non-renewable sources are not, and their depletion can lead to economic and social "
+    "instability.\n",
+)
 _USER, _HUMAN = ("USER", "ASSISTANT"), ("Human", "Assistant")
 
 
@@ -146,8 +184,8 @@ def _vicuna(system: str) -> Template:
     return Template("two", system, _USER, " ", "</s>", "</s>")
 
 
-def _v0(system: str) -> Template:
-    return Template("single", system, _HUMAN, "###", "", "###")
+def _v0(system: str, examples: tuple[str, ...] = ()) -> Template:
+    return Template("single", system, _HUMAN, "###", "", "###", examples=examples)
 
 
 def _inst(system: str, sep: str) -> Template:
@@ -168,6 +206,8 @@ def _llama_3(system: str) -> Template:
 
 
 TEMPLATES: dict[str, Template] = {
+    "default": _v0(_ASSISTANT.format(who="human"), _ENERGY),
+    "v0": _v0(_ASSISTANT.format(who="human"), _ENERGY),
     "vicuna_v1": _vicuna(_ASSISTANT.format(who="user")),
     "v1": _vicuna(_ASSISTANT.format(who="user")),
     "llava_v1": _vicuna(_ASSISTANT.format(who="human")),
@@ -197,6 +237,9 @@ TEMPLATES: dict[str, Template] = {
     "mistral_direct": _im("Answer the questions."),
     "qwen_1_5": _im("You are a helpful assistant.", "<|im_end|>\n"),
     "qwen_2": _im("You are a helpful assistant.", "<|im_end|>\n"),
+    "qwen_2_5": _im(
+        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "<|im_end|>\n"
+    ),
     # The embodied model's chat script: token lists joined without a newline after "system", a
     # newline token after every image, one view per image, and no generation prompt.
     "mlcd_chat": Template(
@@ -213,3 +256,5 @@ TEMPLATES: dict[str, Template] = {
     "plain": Template("plain", "", ("", ""), "\n", "", "\n"),
     "v0_plain": Template("plain", "", ("", ""), "\n", "", "\n"),
 }
+# Names that the originals have for other language models.
+ELSEWHERE = {"gemma_instruct": "Gemma"}

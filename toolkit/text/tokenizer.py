@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from edgevlm.toolkit.errors import ConfigError, InputError
 from edgevlm.toolkit.text import sentencepiece_text
 from edgevlm.toolkit.text.sentencepiece_text import SentencePieceRules
+from edgevlm.toolkit.text.token_bound import TokenBound, bound_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,6 +38,7 @@ class Tokenizer:
         self._inner, self._steps, self._rows = inner, steps, rows
         self._text: str | None = None  # the file, where it is not what `inner` says
         self._rewritten: tuple[str, Tokenizer] | None = None
+        self._bound: TokenBound | None = None
 
     @classmethod
     def open(
@@ -96,6 +98,16 @@ class Tokenizer:
             else:
                 ids.append(part)
         return ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, found without tokenizing it; 0 if unknown.
+
+        The first call goes through the vocabulary.
+        """
+        if self._bound is None:
+            maps = self._steps is not None and self._steps.charsmap is not None
+            self._bound = TokenBound(None) if maps else bound_of(self._inner)
+        return self._bound.fewest(text)
 
     def added(self) -> dict[str, bool]:
         """The added tokens, and whether each is special."""

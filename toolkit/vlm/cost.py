@@ -21,7 +21,7 @@ def count(component: Component, axes: Mapping[str, int]) -> Count:
     """Run the component over shapes; `axes` gives every dimension that changes between calls."""
     counter = Count(ShapeOps(), component.name)
     parameters = {key: Parameter(shape) for key, shape in component.shapes.items()}
-    component.forward(cast(Any, counter), Weights(parameters), _inputs(component, axes))
+    component.forward(cast(Any, counter), Weights(parameters), inputs(component, axes))
     return counter
 
 
@@ -100,10 +100,11 @@ def image_axes(model: ModelConfig, views: int, placed: int) -> dict[str, int]:
 
 def outputs(component: Component, axes: Mapping[str, int]) -> dict[str, Spec]:
     """Shapes of a component's outputs."""
-    return component.forward(ShapeOps(), Weights(Specs(component.shapes)), _inputs(component, axes))
+    return component.forward(ShapeOps(), Weights(Specs(component.shapes)), inputs(component, axes))
 
 
-def _inputs(component: Component, axes: Mapping[str, int]) -> dict[str, Spec]:
+def inputs(component: Component, axes: Mapping[str, int]) -> dict[str, Spec]:
+    """Shapes of a component's inputs."""
     return {port.name: _spec(port, axes) for port in component.inputs}
 
 

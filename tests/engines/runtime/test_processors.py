@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,9 @@ def test_the_question_goes_before_the_checkpoint() -> None:
     assert settled(rules, Sampling()) == rules
     assert settled(rules, Sampling(repetition_penalty=1)).repetition_penalty == 1.0
     assert settled(rules, Sampling(no_repeat_ngram=0)).no_repeat_ngram_size == 0
+    bans = replace(rules, suppress_tokens=(1,), begin_suppress_tokens=(2,), bad_words_ids=((3, 4),))
+    assert settled(bans, Sampling()) == bans
+    assert settled(bans, Sampling(allow_banned=True)) == rules
 
 
 def test_a_note_is_for_greedy_answers_of_checkpoints_that_sample() -> None:
@@ -149,6 +153,7 @@ def test_a_note_is_for_greedy_answers_of_checkpoints_that_sample() -> None:
         (Sampling(repetition_penalty=float("nan")), "--repetition-penalty nan"),
         (Sampling(repetition_penalty=float("inf")), "--repetition-penalty inf"),
         (Sampling(repetition_penalty="1.1"), "--repetition-penalty '1.1' is not a number"),  # type: ignore[arg-type]
+        (Sampling(allow_banned=1), "allow_banned = 1, expected True or False"),  # type: ignore[arg-type]
         (Sampling(no_repeat_ngram=-1), "--no-repeat-ngram -1 is negative"),
         (Sampling(no_repeat_ngram=1.5), "--no-repeat-ngram 1.5 is not a whole number"),  # type: ignore[arg-type]
     ],

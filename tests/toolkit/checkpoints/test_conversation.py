@@ -25,6 +25,11 @@ CASES: list[tuple[tuple[str, str, tuple[str, ...], str | None], str, str]] = [
     (("anything", "llama", CHATML, "01-ai/Yi-34B"), "chatml_direct", "<|im_start|>"),
     (("nous-hermes", "mistral", LLAMA + CHATML, None), "mistral_direct", "<|im_start|>"),
     (("llava-v1.6-mistral-7b", "mistral", LLAMA, None), "mistral_instruct", "usual for mistral"),
+    (("llava-v1.6-34b", "llama", LLAMA, None), "chatml_direct", "'v1.6-34b' in the folder's name"),
+    (("llava-mistral-orca", "mistral", LLAMA + CHATML, None), "mistral_orca", "'orca' in the fold"),
+    (("mine", "mistral", LLAMA + CHATML, "Open-Orca/Mistral-7B-OpenOrca"), "mistral_orca",
+     "'orca' in _name_or_path"),
+    (("llava-v1.6-vicuna-13b", "llama", LLAMA, None), "vicuna_v1", "'v1' in the folder's name"),
     (("v1-of-mine", "mistral", LLAMA, None), "mistral_instruct", "usual for mistral"),
     (("llava-next-interleave-qwen-0.5b", "qwen2", CHATML, None), "qwen_1_5", "usual for qwen2"),
     (("llava-v1.5-7b", "llama", LLAMA, None), "vicuna_v1", "'v1' in the folder's name"),
@@ -58,6 +63,59 @@ def test_the_originals_template(case: Any, template: str, reason: str, tmp_path:
     assert template in templates.TEMPLATES
     assert conversation_of.origin == f"{template} ({conversation_of.why})"
     assert conversation_of.chat_template is None
+
+
+# (folder, its _name_or_path, adapter's base, base's folder, base's _name_or_path)
+# -> template, reason
+PARTS: list[tuple[tuple[str, str, str, str, str], str, str]] = [
+    # The originals ask the folder's name alone, even where the base says something else.
+    (("llava-v1.5-7b-lora", "", "", "Llama-2-7b-chat-hf", ""), "vicuna_v1", "'v1' in the folder's"),
+    (("llava-llama-2-7b-lora", "", "", "vicuna-7b-v1.5", ""), "llava_llama_2", "in the folder's"),
+    (("mine", "meta-llama/Llama-2-7b-chat", "", "vicuna", ""), "llava_llama_2", "_name_or_path in"),
+    (
+        ("mine", "", "meta-llama/Llama-2-7b-chat-hf", "b", ""),
+        "llava_llama_2",
+        "adapter_config.json",
+    ),
+    (("mine", "", "", "Llama-2-13b-chat-hf", ""), "llava_llama_2", "in the base's name"),
+    (("mine", "", "", "LLaVA-7B-v0", ""), "llava_v0", "in the base's name"),
+    (
+        ("mine", "", "", "copy", "meta-llama/Llama-2-7b"),
+        "llava_llama_2",
+        "_name_or_path of the base",
+    ),
+    (("mine", "", "", "copy", ""), "vicuna_v1", "neither tokens nor names decide"),
+]
+
+
+@pytest.mark.parametrize(("case", "template", "reason"), PARTS, ids=lambda c: str(c)[:60])
+def test_the_template_of_a_part_and_its_base(
+    case: tuple[str, str, str, str, str], template: str, reason: str, tmp_path: Path
+) -> None:
+    name, path, of_adapter, base_name, base_path = case
+    folder, base = tmp_path / "parts" / name, tmp_path / "bases" / base_name
+    for place, own in ((folder, path), (base, base_path)):
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps({"_name_or_path": own}))
+    adapter = {"base_model_name_or_path": of_adapter or None}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    text = byte_tokenizer({})
+    for choose in (conversation.original, conversation.huggingface):
+        named = choose(folder, {"_name_or_path": path}, "llama", text, base=base)
+        assert named.template == template
+        assert reason in named.why
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "chat_template.jinja").write_text("no")
+    whole = conversation.huggingface(folder, {}, "llama", text, base=base)
+    assert whole.chat_template == "{{ messages }}"
+
+
+def test_a_model_of_the_hubs_cache_is_called_by_its_id(tmp_path: Path) -> None:
+    """Its folder is called by a revision, which says nothing."""
+    folder = tmp_path / "models--liuhaotian--llava-llama-2-13b-chat" / "snapshots" / "9f3c0a"
+    folder.mkdir(parents=True)
+    named = conversation.original(folder, {}, "llama", byte_tokenizer({}))
+    assert named.origin == "llava_llama_2 ('llama-2' in the folder's name)"
 
 
 def test_tokens_of_the_vocabulary_count_like_added_ones(tmp_path: Path) -> None:

@@ -140,7 +140,28 @@ def test_the_first_frame_of_an_animation(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     source = stored(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     np.testing.assert_array_equal(rgb(source), np.asarray(frames[0]))
-    assert "animation: first of 3 frames used" in load(source).notes
+    counted = kind in ("WEBP", "PNG")  # of the others it would take a walk through all frames
+    several = "animation or several pages: the first is used"
+    assert ("animation: first of 3 frames used" if counted else several) in load(source).notes
+
+
+def test_frames_that_nobody_shows_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's count of a TIFF's pages takes time with their square, and can spoil the first page
+    where later ones are of another mode (python-pillow/Pillow#9851)."""
+    pages = [Image.fromarray(PIXELS), Image.fromarray(PIXELS).quantize(16)]
+    more = {"save_all": True, "append_images": pages[1:]}
+
+    def never(*_: Any) -> int:
+        raise AssertionError("frames were counted")
+
+    sources = [stored(pages[0], "TIFF", compression="tiff_lzw", **more)]
+    sources.append(stored(pages[1], "GIF", save_all=True, append_images=[Image.new("P", (9, 6))]))
+    expected = [PIXELS, np.asarray(pages[1].convert("RGB"))]
+    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.n_frames", property(never))
+    monkeypatch.setattr("PIL.GifImagePlugin.GifImageFile.n_frames", property(never))
+    for source, pixels in zip(sources, expected, strict=True):
+        np.testing.assert_array_equal(rgb(source), pixels)
+        assert "animation or several pages: the first is used" in load(source).notes
 
 
 def test_a_file_is_read_like_its_bytes_and_closed(tmp_path: Path) -> None:
@@ -242,6 +263,8 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=reason):
             load(tmp_path / name)
+    with pytest.raises(InputError, match="empty name"):
+        load("")
 
 
 ADDRESSES = (
@@ -259,9 +282,39 @@ def test_addresses_are_not_read(name: str) -> None:
     assert "download" in refused.value.hint
 
 
-def test_a_device_is_no_image() -> None:
-    with pytest.raises(InputError, match="is a device or a pipe"):
-        load(os.devnull)
+def icon(width: int, height: int, picture: bytes) -> bytes:
+    """An icon that states its size, and holds a picture of any."""
+    entry = struct.pack("<BBBBHHII", width, height, 0, 0, 1, 32, len(picture), 22)
+    return struct.pack("<HHH", 0, 1, 1) + entry + picture
+
+
+def test_an_icon_is_as_large_as_the_picture_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow decodes it when the file is opened; the directory may say anything."""
+    image = Image.new("RGB", (300, 200), (1, 2, 3))
+    assert load(icon(32, 32, stored(image, "PNG"))).rgb.size == (300, 200)
+    bitmap = struct.pack("<IiiHHIIiiII", 40, 17_000, -2 * 30, 1, 24, 0, 0, 0, 0, 0, 0)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", never)
+    for picture in (header_only(13_000, 13_000), bitmap):
+        with pytest.raises(InputError, match="13000 x 13000 pixels; the limit|17000 x 30"):
+            load(icon(32, 32, picture))
+
+
+def test_a_strip_in_a_square_icon_is_refused() -> None:
+    with pytest.raises(InputError, match="aspect beyond"):
+        load(icon(32, 32, stored(Image.new("RGB", (900, 3)), "PNG")))
+
+
+def test_a_device_or_a_pipe_is_no_image(tmp_path: Path) -> None:
+    """A pipe that nobody writes into would be waited for without an end."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("pipe.png")
+    for path in (os.devnull, "/dev/zero", tmp_path / "pipe.png", tmp_path / "link.png"):
+        with pytest.raises(InputError, match="is a device or a pipe"):
+            load(path)
 
 
 POSTSCRIPT = (

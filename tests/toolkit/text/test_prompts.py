@@ -275,6 +275,10 @@ def test_the_llama_3_template_brings_its_own_bos() -> None:
     found = prompts.tokenize(LLAVA, Tokenizer(inner), rendered)
     assert found.runs[0][:2] == (256, 258)
     assert [number for run in found.runs for number in run].count(256) == 1
+    # The original tokenizes the text with its BOS, and the tokenizer adds a second one.
+    # https://github.com/LLaVA-VL/LLaVA-NeXT/issues/78 shows the text.
+    raw = prompts.render(LLAVA, [rendered.text], 1, "none")
+    assert prompts.tokenize(LLAVA, Tokenizer(inner), raw).runs[0] == (256, *found.runs[0])
     assert found.runs[1][-1] == inner.encode("\n", add_special_tokens=False).ids[0]
 
 
@@ -297,3 +301,16 @@ def test_a_token_without_a_row_is_refused_by_name() -> None:
         assert prompts.tokenize(rules, tokenizer, "a<image>b").images == 1
         with pytest.raises(InputError, match="'<late>'.*id 257 of 257 rows"):
             prompts.tokenize(rules, tokenizer, "a<image>b<late>")
+
+
+def test_a_conversation_that_has_ended_asks_for_nothing() -> None:
+    turns = ["Q", "A"]
+    ended = prompts.render(LLAVA, turns, 0, "vicuna_v1", ended=True).text
+    asking = prompts.render(LLAVA, [*turns, "R"], 0, "vicuna_v1").text
+    assert ended.endswith("USER: Q ASSISTANT: A</s>")
+    assert asking == f"{ended}USER: R ASSISTANT:"
+    assert prompts.render(LLAVA, turns, 0, "qwen_1_5", ended=True).text.endswith("A<|im_end|>\n")
+    with pytest.raises(InputError, match="has 1 turns; it must end with the answer"):
+        prompts.render(LLAVA, ["Q"], 0, "vicuna_v1", ended=True)
+    with pytest.raises(InputError, match="must end with the user's question"):
+        prompts.render(LLAVA, turns, 0, "vicuna_v1")

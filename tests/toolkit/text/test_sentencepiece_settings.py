@@ -221,11 +221,12 @@ def test_long_texts_take_seconds_at_most() -> None:
 
 def test_bos_is_the_one_that_is_named(tmp_path: Path) -> None:
     body = witness("as Llama").encode("the")
-    for stated, first in (("<s>", [1]), ({"content": "</s>"}, [2]), (None, [1]), ("<b>", [400])):
+    for stated, first in (("<s>", [1]), ({"content": "</s>"}, [2]), (None, []), ("<b>", [400])):
         named = (AddedToken("<b>"),) if stated == "<b>" else ()
         config = {"bos_token": stated}
         tokenizer = convert(tmp_path, proto("as Llama"), config, Declared({}, named))
         assert tokenizer.encode("the") == first + body
+    assert convert(tmp_path, proto("as Llama"), {}).encode("the") == [1, *body]
     without = convert(tmp_path, trained(bos_id=-1), {})
     assert without.encode("the") == without.encode("the", special=False)
 

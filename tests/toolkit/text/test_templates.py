@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from edgevlm.toolkit.errors import InputError
@@ -91,7 +93,7 @@ EXACT = {
         f"<|im_start|>system{QWEN}<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
         "<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nR<|im_end|>\n",
     ),
-    "plain": ("Q\n", "Q\nAR\n"),
+    "plain": ("Q\n", "Q\nA\nR\n"),  # several turns are refused, see test_every_prompt.py
 }
 DIRECT = "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n"
 EXACT["llava_v0_mmtag"], EXACT["llava_v1_mmtag"] = EXACT["v0_mmtag"], EXACT["v1_mmtag"]
@@ -128,12 +130,20 @@ for same in ("chatml_direct", "mistral_direct"):
         "<|im_start|>assistant\n",
     )
 EXACT["qwen_2"] = EXACT["qwen_1_5"]
+CLOUD = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+EXACT["qwen_2_5"] = tuple(text.replace(QWEN, CLOUD) for text in EXACT["qwen_1_5"])  # type: ignore[assignment]
+# The example turns, whose text is in goldens/conversations.json.
+ENERGY = "###Human: {}###Assistant: {}###Human: Q".format(*templates.find("v0").examples)
+for same in ("default", "v0"):
+    EXACT[same] = tuple(  # type: ignore[assignment]
+        text.replace("###Human: Q", ENERGY) for text in EXACT["llava_v0"]
+    )
 STOPS = {
     "vicuna_v1": "</s>", "v1": "</s>", "llava_v1": "</s>", "v1_mmtag": "</s>", "llava_v0": "###",
     "v0_mmtag": "###", "mpt": "<|im_end|>", "chatml_direct": "<|im_end|>", "plain": "\n",
     "mistral_direct": "<|im_end|>", "qwen_1_5": "<|im_end|>", "qwen_2": "<|im_end|>",
     "mlcd_chat": "<|im_end|>", "llava_llama_3": "<|eot_id|>", "mistral_zephyr": "</s>",
-    "mistral_orca": "<|im_end|>",
+    "mistral_orca": "<|im_end|>", "v0": "###", "default": "###", "qwen_2_5": "<|im_end|>",
 }  # fmt: skip
 
 
@@ -182,7 +192,7 @@ def test_turns_are_taken_as_they_are() -> None:
     odd = " <s>Q###\n{0} %s "
     for name in set(EXACT) - {"mlcd_chat", "llava_llama_3"}:
         shown = templates.find(name).render([odd])
-        expected = EXACT[name][0].replace("Q", odd)
+        expected = odd.join(re.split(r"Q(?!wen)", EXACT[name][0]))
         assert shown == expected, name
 
 
@@ -195,6 +205,8 @@ def test_an_unknown_template_names_its_neighbours() -> None:
     with pytest.raises(InputError, match="vicuna_v2") as refused:
         templates.find("vicuna_v2")
     assert "vicuna_v1" in refused.value.hint
+    with pytest.raises(InputError, match="that of Gemma"):
+        templates.find("gemma_instruct")
     with pytest.raises(InputError) as refused:
         templates.find("?")
     assert all(name in refused.value.hint for name in templates.TEMPLATES)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgevlm.toolkit.checkpoints import hub, partial
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.strict import read_json
 from edgevlm.toolkit.vlm import language_models
@@ -18,12 +19,14 @@ _NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _QWEN = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 _OF_CLASS = {"LlamaTokenizer": _LLAMA, "CodeLlamaTokenizer": _LLAMA, "Qwen2Tokenizer": _QWEN}
-# Words in names of folders and base models, as the originals' programs look for them. Those
-# programs take "v1" for llava_v1; the models of that name were trained with vicuna_v1.
+# Words in names of folders and base models, as the originals' programs look for them and in their
+# order. Those programs take "v1" for llava_v1; the models of that name were trained with
+# vicuna_v1, which the originals' evaluation names, too.
 _BY_NAME = (
     (r"llama-?3(?!\d)", "llava_llama_3"),
     (r"llama-2(?!\d)", "llava_llama_2"),
     (r"mistral", "mistral_instruct"),
+    (r"v1\.6-34b", "chatml_direct"),
     (r"v1|vicuna", "vicuna_v1"),
     (r"v0$", "llava_v0"),
 )
@@ -50,15 +53,27 @@ class Conversation:
 
 
 def original(
-    folder: Path, config: Mapping[str, Any], kind: str, tokenizer: str, stated: str | None = None
+    folder: Path,
+    config: Mapping[str, Any],
+    kind: str,
+    tokenizer: str,
+    stated: str | None = None,
+    *,
+    base: Path | None = None,
 ) -> Conversation:
     """The originals' template: by the tokenizer's tokens, then the language model, then by names.
 
+    MistralOrca's name goes first: its ChatML has words of its own.
+
     kind: the language model's file; tokenizer: the text of a tokenizer.json; stated: a template
-    that config.json names.
+    that config.json names; base: the base model of a folder that holds a part.
     """
     if stated is not None:
         return Conversation(stated, "config.json names it")
+    names = _names(folder, config, base)
+    for where, name in names.items():
+        if kind == "mistral" and "orca" in name.lower():
+            return Conversation("mistral_orca", f"'orca' in {where}")
     tokens = _tokens(tokenizer)
     if {"<|begin_of_text|>", "<|eot_id|>"} <= tokens:
         return Conversation("llava_llama_3", "the tokenizer has <|eot_id|>")
@@ -68,18 +83,38 @@ def original(
     row = language_models.row(kind)
     if kind != "llama":
         return Conversation(row.template, f"usual for {kind}")
-    known_as = {"the folder's name": folder.resolve().name}
-    known_as["_name_or_path in config.json"] = str(config.get("_name_or_path") or "")
-    for where, name in known_as.items():
+    for where, name in names.items():
         for words, template in _BY_NAME:
             if word := re.search(words, name.lower()):
                 return Conversation(template, f"{word[0]!r} in {where}")
     return Conversation(row.template, f"usual for {kind}; neither tokens nor names decide")
 
 
-def huggingface(folder: Path, config: Mapping[str, Any], kind: str, tokenizer: str) -> Conversation:
-    """The checkpoint's own chat template; without one, as for the originals."""
-    named = original(folder, config, kind, tokenizer)
+def _names(folder: Path, config: Mapping[str, Any], base: Path | None) -> dict[str, str]:
+    """What a model is called, by where that stands; the originals' programs ask the first only."""
+    found = {
+        "the folder's name": hub.name_of(folder),
+        "_name_or_path in config.json": config.get("_name_or_path"),
+    }
+    if base is not None:
+        stated = _json(folder / partial.ADAPTER).get("base_model_name_or_path")
+        found[f"base_model_name_or_path in {partial.ADAPTER}"] = stated
+        found["the base's name"] = hub.name_of(base)
+        found["_name_or_path of the base"] = _json(base / "config.json").get("_name_or_path")
+    return {where: str(name or "") for where, name in found.items()}
+
+
+def huggingface(
+    folder: Path,
+    config: Mapping[str, Any],
+    kind: str,
+    tokenizer: str,
+    *,
+    base: Path | None = None,
+) -> Conversation:
+    """The chat template of the checkpoint, or of its base; without one, as for the originals."""
+    named = original(folder, config, kind, tokenizer, base=base)
+    folder = base or folder
     found = _chat_template(folder)
     if found is None:
         return Conversation(named.template, f"no chat template in the folder; {named.why}")

@@ -112,13 +112,13 @@ def load(
     rule = read_processor(home, options)
     towers.check_size(rule, encoder, str(folder))
     images = rules.images(r, encoder, rule)
-    token, ties = _image_token(r), r.take("tie_word_embeddings", bool, False)
+    token, ties = _image_token(r, config), r.take("tie_word_embeddings", bool, False)
     r.ignore(str(config["model_type"]))
     r.done()
     text, _ = read_tokenizer(home, slow=False)
     check_tokenizer(text, lm.config.vocab_size, str(folder))
     image_text = _image_text(folder, text, token)
-    prompts = conversation.huggingface(home, config, lm.kind, text)
+    prompts = conversation.huggingface(folder, config, lm.kind, text, base=options.base)
 
     checkpoint = partial.open_joined(folder, options.base, options.torch_reader)
     lm = _tied(lm, ties, rules, checkpoint)
@@ -204,11 +204,13 @@ def _read_projector(r: Reader, encoder: ComponentConfig, lm: ComponentConfig) ->
     )
 
 
-def _image_token(r: Reader) -> int:
-    """The id that stands for an image in a tokenized prompt."""
+def _image_token(r: Reader, config: Mapping[str, Any]) -> int:
+    """The id that stands for an image in a tokenized prompt: as stated, or its class's default."""
     number = r.raw("image_token_index")
     number = r.raw("image_token_id") if number is None else number
     r.skip("image_token_id")
+    if not (r.given("image_token_index") or r.given("image_token_id")):
+        return 151646 if config["model_type"] == "llava_onevision" else 32000
     if not isinstance(number, int):
         raise ConfigError(
             f"{r.where}: image_token_index = {number!r}, expected the id of the image token",

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess
+from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess, check_tiles
 from edgevlm.toolkit.images.tiling import Size, Tiling, TokenArrangement
 from edgevlm.toolkit.strict import Reader
 from edgevlm.toolkit.vlm.config import ComponentConfig
@@ -42,6 +42,7 @@ def read_rules(
     arrangement = read_arrangement(r, merge, _side(encoder, merger), max_tiles)
     tiling = None
     if match:
+        check_tiles(rule, r.where)
         side = rule.size[0]
         tiling = Tiling(read_pinpoints(pinpoints, side, r.where), side, base=rule.short_edge)
     elif arrangement is not None and not (arrangement.newline and lone_newline):

@@ -135,7 +135,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     lm, lm_table = shrink_vocab(lm, tensors["lm"].table, rows)
     tensors["lm"] = replace(tensors["lm"], table=lm_table)
     tensors[f"encoder.{tower.encoder.name}"] = inside or tower.tensors
-    prompts = conversation.original(folder, config, kind, text)
+    prompts = conversation.original(folder, config, kind, text, base=options.base)
     model = ModelConfig(
         folder.resolve().name,
         rules.system,

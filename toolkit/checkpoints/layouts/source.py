@@ -32,9 +32,9 @@ class Options:
     """How to read a checkpoint: the choices that the command line offers.
 
     vision_tower: a folder, a weight file or a model id. offline: download no tower.
-    base: the folder of the base model of a LoRA adapter or of a projector alone. new_merger: makes
-    the merger's tensors, from its configuration and their shapes, where a new model is put together
-    from a language model and towers; the folder then holds none.
+    base: the base model of a LoRA adapter or of a projector alone, a folder or a model id.
+    new_merger: makes the merger's tensors, from its configuration and their shapes, where a new
+    model is put together from a language model and towers; the folder then holds none.
     """
 
     system: str | None = None

@@ -29,7 +29,8 @@ def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, SentencePieceRules
     path, model = folder / "tokenizer.json", folder / "tokenizer.model"
     declared = added_tokens.read_declared(folder, config)
     if model.exists() and (slow or not path.exists()):
-        text, rules = from_sentencepiece(model, config, declared)
+        named = added_tokens.with_special_tokens(folder, config)
+        text, rules = from_sentencepiece(model, named, declared)
         return (text, rules) if slow else (_fast(text, rules, model), None)
     if path.exists():
         data = _reset(read_json(path))

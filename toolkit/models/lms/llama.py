@@ -129,12 +129,15 @@ def _heads(r: Reader, hidden_size: int) -> tuple[int, int]:
 
 
 def _read_rope(r: Reader) -> tuple[float, RopeScaling | None]:
-    """rope_theta and rope_scaling (transformers 4), or rope_parameters holding both (5)."""
+    """rope_theta and rope_scaling (transformers 4), or rope_parameters holding both (5).
+
+    As in transformers, an empty object is none, and rope_scaling replaces rope_parameters whole.
+    """
     theta = r.positive("rope_theta", 10000.0)
-    old, new = r.raw("rope_scaling"), r.raw("rope_parameters")
+    old, new = r.optional("rope_scaling", dict), r.optional("rope_parameters", dict)
     if not (new or old):
         return theta, None
-    s = r.sub("rope_parameters" if new else "rope_scaling")
+    s = r.sub("rope_scaling" if old else "rope_parameters")
     theta = s.positive("rope_theta", theta)
     key = "rope_type" if s.has("rope_type") else "type"
     kind = s.choice(key, ["default", "linear", "llama3"], "default")

@@ -1,0 +1,60 @@
+"""Flags that several verbs of the command line share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace a bundle or engine at the output path.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")]
+Threads = Annotated[int, typer.Option(help="Processor threads; 0 uses all.")]
+Context = Annotated[
+    Optional[int],
+    typer.Option(
+        "--max-context", help="Longest sequence in tokens; default: the longest possible."
+    ),
+]
+System = Annotated[
+    Optional[str],
+    typer.Option("--system", help="The system to read the folder as, if it is ambiguous."),
+]
+Tower = Annotated[
+    Optional[Path],
+    typer.Option(help="The vision tower's folder or model id, if not the one of config.json."),
+]
+Base = Annotated[
+    Optional[Path],
+    typer.Option(help="Folder or model id of the base, for a LoRA adapter or a projector alone."),
+]
+IgnoreKey = Annotated[
+    Optional[list[str]], typer.Option(help="A key of config.json to ignore. Repeatable.")
+]
+Quirk = Annotated[
+    Optional[list[str]],
+    typer.Option(help="A quirk of the original to reproduce, see docs/systems.md. Repeatable."),
+]
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="Random weights for a preset, drawn from --seed.")
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+RepetitionPenalty = Annotated[
+    Optional[float],
+    typer.Option(help="Divide the scores of tokens seen by this; default: the model's; 1 is off."),
+]
+NoRepeatNgram = Annotated[
+    Optional[int],
+    typer.Option(help="Repeat no run of N tokens; default: the model's; 0 is off."),
+]
+AllowBanned = Annotated[
+    bool, typer.Option("--allow-banned", help="Allow the tokens that the model's settings ban.")
+]
+For = Annotated[
+    Optional[str], typer.Option("--for", help="Check against this target; no device needed.")
+]

@@ -1,0 +1,140 @@
+"""The verb `edgevlm train`: its flags are the fields of TrainOptions, and what names its files."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import typer
+
+from edgevlm.toolkit.terminal.flags import Debug, Json, Offline, Quiet
+from edgevlm.training.options import TrainOptions
+
+_OWN: dict[str, tuple[Any, Any]] = {
+    "stage": (
+        Annotated[str, typer.Argument(help="A training stage, see docs/training.md.")],
+        inspect.Parameter.empty,
+    ),
+    "model": (
+        Annotated[
+            Optional[str],
+            typer.Option(
+                help="Checkpoint, model id or preset:NAME; with --tower a language model."
+            ),
+        ],
+        None,
+    ),
+    "out": (Annotated[Optional[Path], typer.Option("--out", "-o", help="The new folder.")], None),
+    "config": (
+        Annotated[Optional[Path], typer.Option(help="YAML or JSON with these options; flags win.")],
+        None,
+    ),
+    "resume": (Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")], False),
+    "tower": (
+        Annotated[
+            Optional[list[str]],
+            typer.Option(help="KIND=FOLDER: make a new model with this tower. Repeatable."),
+        ],
+        None,
+    ),
+    "system": (Annotated[Optional[str], typer.Option(help="The system of a new model.")], None),
+    "original": (
+        Annotated[
+            Optional[Path],
+            typer.Option(
+                help="Write the result in the model's published layout too: a new folder."
+            ),
+        ],
+        None,
+    ),
+    "random_weights": (
+        Annotated[bool, typer.Option("--random-weights", help="For a preset: from --seed.")],
+        False,
+    ),
+    "offline": (Offline, False),
+    "as_json": (Json, False),
+    "quiet": (Quiet, False),
+    "debug": (Debug, False),
+}
+
+
+def verb(run: Callable[..., None]) -> Callable[..., None]:
+    """The function that typer makes the verb from; run: called with all flags by name.
+
+    Flags of TrainOptions that were not given are None.
+    """
+
+    def train(**given: Any) -> None:
+        given.pop("debug")
+        run(**given)
+
+    typed = dict(_OWN) | {field.name: (_flag(field.name), None) for field in fields(TrainOptions)}
+    train.__doc__ = "Train a stage of a published system; writes a checkpoint that `export` reads."
+    train.__annotations__ = {name: annotation for name, (annotation, _) in typed.items()}
+    kind = inspect.Parameter.KEYWORD_ONLY
+    train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, kind, default=default, annotation=annotation)
+            for name, (annotation, default) in typed.items()
+        ]
+    )
+    return train
+
+
+def _flag(name: str) -> Any:
+    """A field of TrainOptions as typer declares an option; a switch only turns on."""
+    hint = typing.get_type_hints(TrainOptions, include_extras=True)[name]
+    kind, explanation = typing.get_args(hint)
+    default = next(field.default for field in fields(TrainOptions) if field.name == name)
+    given = "--" + name.replace("_", "-")
+    shown = "" if default in (None, (), False) else f" Default: {default}."
+    option = typer.Option(given, help=explanation + shown)
+    return Annotated[Optional[_typer_type(kind)], option]
+
+
+def _typer_type(kind: Any) -> Any:
+    """tuple[str, ...] is a list there, a Literal a text, and None is said by Optional."""
+    arguments = [a for a in typing.get_args(kind) if a is not type(None)]
+    if typing.get_origin(kind) is tuple:
+        return list[str]
+    if typing.get_origin(kind) is Literal:
+        return str
+    return _typer_type(arguments[0]) if arguments else kind
+
+
+def require(given: dict[str, Any]) -> None:
+    """Raise ConfigError unless a model and a folder for the result were named."""
+    from edgevlm.toolkit.errors import ConfigError
+
+    for name in ("model", "out"):
+        if given[name] is None:
+            flag = "--model M" if name == "model" else "-o OUT"
+            raise ConfigError(
+                f"train needs {flag}", hint="edgevlm train STAGE --model M --data D -o OUT"
+            )
+
+
+def summary(result: Any) -> tuple[Any, list[str], str]:
+    """What is printed of a finished run, and the command that follows it."""
+    losses = [x for x in (result.first_loss, result.last_loss) if x is not None]
+    lines = [
+        f"stage            {result.stage}",
+        f"trained          {result.trained_parameters:,} of {result.parameters:,} parameters",
+        f"steps            {result.steps:,}",
+        f"seen             {result.samples:,} samples, {result.targets:,} targets",
+    ]
+    if losses:
+        lines.append(f"loss             {' -> '.join(f'{loss:.4f}' for loss in losses)}")
+    if result.eval_loss is not None:
+        accuracy = f"{result.eval_token_accuracy:.1%} of tokens right"
+        lines.append(f"held out         loss {result.eval_loss:.4f}, {accuracy}")
+    lines += [f"faulty samples   {kind}: {count}" for kind, count in result.faults.items()]
+    lines += [
+        f"time             {result.seconds:,.1f} s, peak {result.peak_rss_mb:,.0f} MB",
+        f"checkpoint       {result.out}",
+    ]
+    return result, lines, f"edgevlm export {result.out} BUNDLE"

@@ -1,0 +1,137 @@
+"""Quantization-aware training: forward passes see the rounded weights, gradients pass through.
+
+Rounding to nearest with a straight-through estimator (Bengio et al., arXiv 1308.3432), in exactly
+the storage formats that a bundle of the same precision plan holds (toolkit/quantization). So what
+is trained is what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgevlm.toolkit.errors import CalibrationError
+from edgevlm.toolkit.ops.vocabulary import Ops, Weights
+from edgevlm.toolkit.ops.wrappers import Wrapper
+from edgevlm.toolkit.quantization.blockwise import ZERO_POINT, Bits, block_of
+from edgevlm.toolkit.quantization.plan import WEIGHT_BITS, PrecisionPlan
+from edgevlm.toolkit.vlm.components import Component
+from edgevlm.training.train_ops import TrainOps
+
+
+def wrapper(plan: PrecisionPlan) -> Callable[[TrainOps, Component], Ops[Tensor]]:
+    """What VLM puts around the ops of its components."""
+
+    def wrap(op: TrainOps, part: Component) -> Ops[Tensor]:
+        wrapped: Any = FakeQuantize(op, part.name, plan)
+        ops: Ops[Tensor] = wrapped
+        return ops
+
+    return wrap
+
+
+class FakeQuantize(Wrapper[Tensor]):
+    """Applies a plan to the ops of one component, with scales taken from the current weights."""
+
+    inner: Any
+
+    def __init__(self, inner: TrainOps, component: str, plan: PrecisionPlan) -> None:
+        super().__init__(inner, component)
+        self._plan = plan
+
+    def linear(self, x: Tensor, w: Weights[Tensor]) -> Tensor:
+        """An adapter is added to its matrix before rounding, as it is when it is merged."""
+        precision = self._plan.at(self.path_of(w))
+        if precision == "float":
+            result: Tensor = self.inner.linear(x, w)
+            return result
+        matrix = w["weight"]
+        down = w.get("lora_a")
+        if down is not None:
+            matrix = matrix + self.inner.lora_scale * (down @ w["lora_b"])
+        if precision == "int8":
+            x, rounded = self._input(x, w), _by_channel(matrix, 1)
+        else:
+            rounded = round_blocks(matrix.t(), WEIGHT_BITS[precision]).t()
+        result = self.inner.linear(x, _with(w, rounded))
+        return result
+
+    def conv(self, x: Tensor, w: Weights[Tensor], **sizes: int) -> Tensor:
+        if self._plan.at(self.path_of(w)) == "int8":
+            x, w = self._input(x, w), _with(w, _by_channel(w["weight"], 0))
+        result: Tensor = self.inner.conv(x, w, **sizes)
+        return result
+
+    def embed(self, ids: Tensor, w: Weights[Tensor]) -> Tensor:
+        result: Tensor = self.inner.embed(ids, self._table(w))
+        return result
+
+    def unembed(self, x: Tensor, w: Weights[Tensor]) -> Tensor:
+        result: Tensor = self.inner.unembed(x, self._table(w))
+        return result
+
+    def layer_merge(self, xs: Sequence[Tensor], w: Weights[Tensor], eps: float) -> Tensor:
+        """Its matrix is stored in float by every plan of weights alone."""
+        if self._plan.at(self.path_of(w / "linear")) == "int8":
+            return super().layer_merge(xs, w, eps)
+        result: Tensor = self.inner.layer_merge(xs, w, eps)
+        return result
+
+    def _table(self, w: Weights[Tensor]) -> Weights[Tensor]:
+        """An embedding table, whose rows have 8 bits in every plan of weights alone."""
+        if self._plan.at(self.path_of(w)) not in WEIGHT_BITS:
+            return w
+        return _with(w, round_blocks(w["weight"], 8))
+
+    def _input(self, x: Tensor, w: Weights[Tensor]) -> Tensor:
+        path = self.path_of(w)
+        if path not in self._plan.ranges:
+            raise CalibrationError(
+                f"the plan has no range for the input of {path}",
+                hint="calibrate with samples that reach every component",
+            )
+        return _rounded(x, x.new_tensor(max(self._plan.ranges[path], 1e-8) / 127))
+
+
+def round_blocks(rows: Tensor, bits: Bits) -> Tensor:
+    """The floats that stand for `rows` [outputs, inputs] in blockwise storage, see blockwise.py.
+
+    Rows whose inputs no block size divides stay as they are, as they do in a bundle.
+    """
+    outputs, inputs = rows.shape
+    block = block_of(inputs)
+    if block is None:
+        return rows
+    blocks = rows.detach().float().reshape(outputs, -1, block)
+    if bits == 8:
+        scales = blocks.abs().amax(-1, keepdim=True) / 127
+    else:
+        farthest = blocks.abs().argmax(-1, keepdim=True)
+        scales = blocks.gather(-1, farthest) / -8
+    steps = torch.where(scales == 0, 1.0, scales)
+    zero_point = ZERO_POINT[bits]
+    codes = (blocks / steps).round().clamp(-zero_point, zero_point - 1)
+    values = (codes * scales).reshape(outputs, inputs).to(rows.dtype)
+    return rows + (values - rows).detach()
+
+
+def _by_channel(weight: Tensor, axis: int) -> Tensor:
+    """8 bits with one scale for each output channel, which are along `axis`."""
+    others = [i for i in range(weight.ndim) if i != axis]
+    largest = weight.detach().float().abs().amax(others, keepdim=True)
+    return _rounded(weight, (largest.clamp(min=1e-8) / 127).to(weight.dtype))
+
+
+def _rounded(x: Tensor, step: Tensor) -> Tensor:
+    """To 8 bits; the gradient passes where nothing was clipped."""
+    inside = (x / step).clamp(-128, 127)
+    return (inside + (inside.round() - inside).detach()) * step
+
+
+def _with(w: Weights[Tensor], weight: Tensor) -> Weights[Tensor]:
+    """The weights of a layer with another matrix, and no adapter."""
+    bias = w.get("bias")
+    return w.holding(weight=weight) if bias is None else w.holding(weight=weight, bias=bias)
