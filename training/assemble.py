@@ -115,6 +115,39 @@ def open_model(parts: Parts, options: Options) -> Source:
     return replace(source, model=model, origin={**source.origin, "assembled": parts.facts()})
 
 
+def with_settings(
+    source: Source, overrides: Mapping[str, Any], *, options: Options | None = None
+) -> Source:
+    """A model that `assemble` made, trained or not, with other settings of config.json.
+
+    LLaVA-NeXT's first stage shows one view of an image, its second one tiles: the weights stay, and
+    a newline token that the new settings need begins as a new model's. overrides: beside those that
+    the model has. The language model's folder, which its origin names, must still be there. Raises
+    ConfigError for another model, and for settings under which weights would not fit.
+    """
+    facts = source.origin.get("assembled")
+    if facts is None:
+        raise ConfigError(
+            f"{source.model.name} was not put together here, so its settings are its own folder's",
+            hint="change config.json in that folder",
+        )
+    options = options or Options()
+    parts = Parts.from_facts(facts, Path(str(facts["language_model"])), options)
+    parts = replace(parts, overrides={**(parts.overrides or {}), **overrides})
+    new = open_model(parts, options)
+    fits = grown.as_grown(new.model, source.model)
+    if (fits.encoders, fits.merger) != (source.model.encoders, source.model.merger):
+        raise ConfigError(
+            f"with {', '.join(overrides)} the weights of {source.model.name} do not fit",
+            hint="such a setting is chosen when the model is put together",
+        )
+    merger = grown.Joined(new.weights["merger"], source.weights["merger"])
+    kept = {key: merger[key] for key in new.weights["merger"]}
+    origin = {**source.origin, "assembled": parts.facts()}
+    model = replace(fits, name=source.model.name, lm=source.model.lm)
+    return replace(source, model=model, weights={**source.weights, "merger": kept}, origin=origin)
+
+
 def published_config(parts: Parts, options: Options) -> dict[str, Any]:
     """The config.json that the original's training would write for these parts.
 
@@ -136,12 +169,13 @@ def _check_towers(parts: Parts, options: Options) -> None:
     known, given = TOWERS[parts.system], sorted(parts.towers)
     fits = given == sorted(known) if parts.system == "comm" else len(given) == 1
     if not fits or not set(given) <= set(known):
+        takes = (
+            "both of clip and dinov2" if parts.system == "comm" else f"one of {' or '.join(known)}"
+        )
         raise ConfigError(
-            f"a model of system {parts.system} takes {'both' if known[1:] else 'a tower'} of "
-            f"{', '.join(known)}; given: {', '.join(given) or 'none'}"
-            if parts.system == "comm"
-            else f"a model of system {parts.system} takes one tower of kind {' or '.join(known)}; "
-            f"given: {', '.join(given) or 'none'}",
+            f"a model of system {parts.system} takes {takes} as towers; given: "
+            f"{', '.join(given) or 'none'}",
+            hint="a tower is given by its kind and its folder",
         )
     for name, folder in parts.towers.items():
         if not (folder / "config.json").exists():
