@@ -256,6 +256,8 @@ def train(
     config: str | Path | None = None,
     towers: Sequence[str] = (),
     system: str | None = None,
+    vision_tower: str | Path | None = None,
+    ignore_key: Sequence[str] = (),
     original: str | Path | None = None,
     random_weights: bool = False,
     offline: bool = False,
@@ -275,13 +277,16 @@ def train(
 
     file = training_options.from_file(Path(config)) if config is not None else {}
     chosen = training_options.combine(flags, file, str(config or "training options"))
-    reading = read_options(system=None if towers else system, offline=offline)
+    reading = read_options(
+        system=None if towers else system,
+        vision_tower=vision_tower,
+        ignore_keys=ignore_key,
+        offline=offline,
+    )
     source = (
         _assembled(stage, model, towers, system, chosen.seed, reading)
         if towers
-        else open_source(
-            model, reading, random_weights=random_weights, seed=chosen.seed, offline=offline
-        )
+        else _begun(model, reading, random_weights=random_weights, seed=chosen.seed)
     )
     say = progress or _silent
     plan = _plan(chosen.qat) if chosen.qat else None
@@ -291,6 +296,18 @@ def train(
     if original is not None:
         _restore(Path(original), Path(out), source, model, reading, say)
     return result
+
+
+def _begun(model: str, options: Options, *, random_weights: bool, seed: int) -> Source:
+    """The model that a run begins with; its origin remembers the folder."""
+    from dataclasses import replace
+
+    source = open_source(
+        model, options, random_weights=random_weights, seed=seed, offline=options.offline
+    )
+    if random_weights:
+        return source
+    return replace(source, origin={"folder": model, **source.origin})
 
 
 def _assembled(

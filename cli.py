@@ -276,7 +276,8 @@ def train(**given: Any) -> None:
     towers = given.pop("tower") or ()
     flags = {name: value for name, value in given.items() if value is not None}
     result = api.train(towers=towers, progress=console.step, quiet=quiet or as_json, **flags)
-    console.result(*command.summary(result))
+    if result.process == 0:
+        console.result(*command.summary(result))
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Optional
 
 import typer
 
-from edgevlm.toolkit.terminal.flags import Debug, Json, Offline, Quiet
+from edgevlm.toolkit.terminal.flags import Debug, IgnoreKey, Json, Offline, Quiet, Tower
 from edgevlm.training.options import TrainOptions
 
 _OWN: dict[str, tuple[Any, Any]] = {
@@ -42,6 +42,8 @@ _OWN: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "system": (Annotated[Optional[str], typer.Option(help="The system of a new model.")], None),
+    "vision_tower": (Tower, None),
+    "ignore_key": (IgnoreKey, None),
     "original": (
         Annotated[
             Optional[Path],
@@ -134,6 +136,8 @@ def summary(result: Any) -> tuple[Any, list[str], str]:
         accuracy = f"{result.eval_token_accuracy:.1%} of tokens right"
         lines.append(f"held out         loss {result.eval_loss:.4f}, {accuracy}")
     lines += [f"faulty samples   {kind}: {count}" for kind, count in result.faults.items()]
+    if result.processes > 1:
+        lines.append(f"processes        {result.processes} ({result.distribution})")
     lines += [
         f"time             {result.seconds:,.1f} s, peak {result.peak_rss_mb:,.0f} MB",
         f"checkpoint       {result.out}",

@@ -34,11 +34,24 @@ def accelerator(precision: str) -> Any:
 
     Raises MissingExtra.
     """
+    import torch
+
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
     except ImportError:
         raise MissingExtra("accelerate", "train", purpose="training") from None
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    # Without a word about it, processes on a machine without a GPU would not find one another.
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what draws during steps (dropout); every process draws its own numbers."""
+    from accelerate.utils import set_seed
+
+    set_seed(seed, device_specific=True)
 
 
 def grown_for(stage: Stage, source: Source, seed: int) -> Source:

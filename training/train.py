@@ -60,7 +60,8 @@ class Request:
 class Result:
     """What a run came to. first_loss, last_loss: of the first and last logged step.
 
-    faults: samples that were skipped or cut short, by kind. seconds: of this call.
+    faults: samples that were skipped or cut short, by kind. seconds: of this call. processes: how
+    many took part, and how (accelerate's name of it). process: which of them tells this.
     """
 
     stage: str
@@ -77,6 +78,9 @@ class Result:
     faults: Mapping[str, int]
     seconds: float
     peak_rss_mb: float
+    processes: int
+    distribution: str
+    process: int
 
 
 @dataclass
@@ -124,6 +128,9 @@ def train(request: Request) -> Result:
         run.feeds.faults.report().counts,
         time.perf_counter() - started,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        run.accelerator.num_processes,
+        run.accelerator.distributed_type.value,
+        run.accelerator.process_index,
     )
 
 
@@ -136,6 +143,7 @@ def _set_up(request: Request) -> _Run:
     check_out(request.out, resume=request.resume)
     accelerator = setup.accelerator(options.precision)
     say = request.say if accelerator.is_main_process else _nothing
+    setup.seed_everything(options.seed)
     source = setup.grown_for(stage, request.source, options.seed)
     progress = Progress()
     feeds = setup.feeds(source, stage, options, progress, accelerator, say)
