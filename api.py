@@ -293,7 +293,7 @@ def train(
     result = train(
         Request(stage, model, source, Path(out), chosen, resume, made_by(), say, plan, quiet)
     )
-    if original is not None:
+    if original is not None and result.process == 0:  # the others end before it is written
         _restore(Path(original), Path(out), source, model, reading, say)
     return result
 

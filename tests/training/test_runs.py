@@ -90,7 +90,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(data: Path, tmp_path: Path) 
 def test_two_processes_give_the_losses_of_one(data: Path, tmp_path: Path) -> None:
     words = ("--steps", "6", "-q", "--json")
     runs.finish(runs.start(*runs.arguments(data, tmp_path / "one", *words)))
-    printed = runs.finish(runs.start(*runs.arguments(data, tmp_path / "two", *words), processes=2))
+    published = ("--original", str(tmp_path / "published"))
+    two_words = runs.arguments(data, tmp_path / "two", *words, *published)
+    printed = runs.finish(runs.start(*two_words, processes=2))
     result = json.loads(printed)  # one object: the first process alone prints
     assert (result["processes"], result["distribution"]) == (2, "MULTI_CPU")
     one, two = runs.losses(tmp_path / "one"), runs.losses(tmp_path / "two")
@@ -98,8 +100,10 @@ def test_two_processes_give_the_losses_of_one(data: Path, tmp_path: Path) -> Non
     found, expected = (
         systems.load(tmp_path / name, Options()).weights["merger"] for name in ("two", "one")
     )
+    restored = systems.load(tmp_path / "published", Options()).weights["merger"]
     for key in expected:
         np.testing.assert_allclose(found[key], expected[key], atol=2e-4)
+        assert np.array_equal(restored[key], found[key]), key
 
 
 def test_a_sharded_model_takes_the_steps_of_a_plain_one() -> None:
