@@ -69,9 +69,16 @@ def test_the_loss_with_rounding_is_that_of_the_rounded_model(kind: str, tmp_path
 
 def test_a_model_trained_with_rounding_keeps_its_answers_in_4_bits(tmp_path: Path) -> None:
     data = runs.data_set(tmp_path / "data", 12)
-    common = {"data": [str(data)], "batch": 12, "steps": 30, "rate": 3e-3, "warmup": 0.0}
+    common: dict[str, Any] = {
+        "data": [str(data)],
+        "batch": 12,
+        "steps": 30,
+        "rate": 3e-3,
+        "warmup": 0.0,
+    }
     losses = {}
-    for name, options in {"float": {}, "rounded": {"qat": "int4"}}.items():
+    both: dict[str, dict[str, Any]] = {"float": {}, "rounded": {"qat": "int4"}}
+    for name, options in both.items():
         result = api.train(runs.STAGE, str(runs.checkpoint()), tmp_path / name, **common, **options)
         assert result.last_loss is not None and result.last_loss < 0.5
         model = model_of("e2e_llava15", wrap=qat.wrapper(weight_only.plan("int4")))

@@ -16,9 +16,11 @@ from edgevlm.toolkit import systems
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.training import setup, stages
+from edgevlm.training.assemble import assemble
 from edgevlm.training.optimizer import applied, factor, groups
 from edgevlm.training.options import TrainOptions
 from edgevlm.training.vlm import VLM
+from tests.conftest import ROOT
 from tests.training import runs, test_assemble
 
 # The stages of each system in order, and the globs of what each may change.
@@ -79,7 +81,13 @@ def test_each_stage_changes_what_it_trains(system: str, tmp_path: Path) -> None:
     data = runs.data_set(tmp_path / "data", 10)
     begun: dict[str, Any] = beginning(system, tmp_path)
     before: dict[str, Any] = {}
-    quick = {"batch": 4, "micro_batch": 2, "steps": 2, "log_every": 1, "warmup": 0.0}
+    quick: dict[str, Any] = {
+        "batch": 4,
+        "micro_batch": 2,
+        "steps": 2,
+        "log_every": 1,
+        "warmup": 0.0,
+    }
     for number, (stage, globs) in enumerate(CHAINS[system]):
         out = tmp_path / stage
         stated = stages.find(stage)
@@ -90,7 +98,7 @@ def test_each_stage_changes_what_it_trains(system: str, tmp_path: Path) -> None:
                 patch.setattr(stages, "STAGES", stages_of)
                 result = api.train(stage, out=out, data=[str(data)], **begun, **quick)
         else:
-            captions = {"max_broken": 0.3} if stated.text == "plain" else {}
+            captions: dict[str, Any] = {"max_broken": 0.3} if stated.text == "plain" else {}
             result = api.train(stage, out=out, data=[str(data)], **begun, **quick, **captions)
         assert result.last_loss is not None and np.isfinite(result.last_loss)
         after = tensors(systems.load(out, Options()))
@@ -113,9 +121,7 @@ def test_frozen_parts_of_first_stages_stay_as_they_were(tmp_path: Path) -> None:
         max_broken=0.3, **begun,
     )  # fmt: skip
     towers = dict(text.split("=", 1) for text in begun["towers"])
-    new = test_assemble.assemble(
-        "llava_next", Path(begun["model"]), {k: Path(v) for k, v in towers.items()}
-    )
+    new = assemble("llava_next", Path(begun["model"]), {k: Path(v) for k, v in towers.items()})
     after, before = tensors(systems.load(tmp_path / "out", Options())), tensors(new)
     changed = {key for key in after if not np.array_equal(after[key], before[key])}
     assert changed == {key for key in after if key.startswith("merger.linears.")}
@@ -149,7 +155,7 @@ def test_rates_rise_and_fall_as_transformers_let_them(schedule: Any) -> None:
     import transformers
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    of = {
+    of: dict[str, Any] = {
         "cosine": transformers.get_cosine_schedule_with_warmup,
         "linear": transformers.get_linear_schedule_with_warmup,
     }
@@ -162,7 +168,7 @@ def test_rates_rise_and_fall_as_transformers_let_them(schedule: Any) -> None:
 
 
 def test_every_stage_names_a_known_system_and_its_page() -> None:
-    page = (runs.ROOT / "docs/training.md").read_text()
+    page = (ROOT / "docs/training.md").read_text()
     known = set(systems.names())
     assert len({stage.name for stage in stages.STAGES}) == len(stages.STAGES)
     for stage in stages.STAGES:
