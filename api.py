@@ -31,6 +31,7 @@ def made_by() -> str:
 def read_options(
     *,
     system: str | None = None,
+    image_size: int | None = None,
     vision_tower: str | Path | None = None,
     ignore_keys: Sequence[str] = (),
     quirks: Sequence[str] = (),
@@ -256,6 +257,7 @@ def train(
     config: str | Path | None = None,
     towers: Sequence[str] = (),
     system: str | None = None,
+    image_size: int | None = None,
     vision_tower: str | Path | None = None,
     ignore_key: Sequence[str] = (),
     original: str | Path | None = None,
@@ -284,7 +286,7 @@ def train(
         offline=offline,
     )
     source = (
-        _assembled(stage, model, towers, system, chosen.seed, reading)
+        _assembled(stage, model, towers, system, image_size, chosen.seed, reading)
         if towers
         else _begun(model, reading, random_weights=random_weights, seed=chosen.seed)
     )
@@ -315,6 +317,7 @@ def _assembled(
     lm: str,
     towers: Sequence[str],
     system: str | None,
+    image_size: int | None,
     seed: int,
     options: Options,
 ) -> Source:
@@ -334,7 +337,10 @@ def _assembled(
     if system is None and not known:
         raise ConfigError(f"stage {stage} is for every system", hint="say which: --system comm")
     home = hub.locate(lm, revision=None, offline=options.offline)
-    return assemble(system or known[0], home, folders, options=options, seed=seed)
+    changes = {} if image_size is None else {"image_size": image_size}
+    return assemble(
+        system or known[0], home, folders, options=options, seed=seed, overrides=changes
+    )
 
 
 def _plan(qat: str) -> PrecisionPlan:

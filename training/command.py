@@ -42,6 +42,10 @@ _OWN: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "system": (Annotated[Optional[str], typer.Option(help="The system of a new model.")], None),
+    "image_size": (
+        Annotated[Optional[int], typer.Option(help="Of a new ConvLLaVA: side of its images.")],
+        None,
+    ),
     "vision_tower": (Tower, None),
     "ignore_key": (IgnoreKey, None),
     "original": (

@@ -67,8 +67,7 @@ def start(*words: str, processes: int = 1, env: dict[str, str] | None = None) ->
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         launcher += [str(processes)]
-    module = [] if processes > 1 else []
-    command = [*launcher, *module, str(ROOT / "cli.py"), *words]
+    command = [*launcher, str(ROOT / "cli.py"), *words]
     quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
         command,

@@ -45,7 +45,8 @@ def model_of(name: str, **options: Any) -> VLM:
 def loss_of(model: VLM, batch: Batch) -> torch.Tensor:
     inputs = {key: value for key, value in batch.items() if key != "targets"}
     targets = batch["targets"]
-    return token_loss(model(**inputs), targets) / (targets != -100).sum()
+    loss: torch.Tensor = token_loss(model(**inputs), targets) / (targets != -100).sum()
+    return loss
 
 
 def split(ids: Array) -> tuple[tuple[int, ...], ...]:
@@ -99,7 +100,7 @@ def originals_names(name: str) -> dict[str, tuple[str, Any]]:
 @pytest.mark.parametrize("name", LLAVA)
 def test_norms_of_the_gradients_are_the_originals(name: str) -> None:
     model = model_of(name)
-    loss_of(model, stored_batch(name)).backward()
+    torch.autograd.backward(loss_of(model, stored_batch(name)))
     norms = {
         originals_names(name)[ours][0]: parameter.grad.norm().item()
         for ours, parameter in model.named_parameters()
@@ -113,7 +114,7 @@ def test_norms_of_the_gradients_are_the_originals(name: str) -> None:
 
 def test_gradients_of_mlcd_are_the_originals_its_tower_included() -> None:
     model = model_of(MLCD)
-    loss_of(model, stored_batch(MLCD)).backward()
+    torch.autograd.backward(loss_of(model, stored_batch(MLCD)))
     stored = {k: v for k, v in golden(MLCD).outputs.items() if k.startswith("train.grad.")}
     found = 0
     for ours, (theirs, make) in originals_names(MLCD).items():
@@ -157,7 +158,7 @@ def test_recomputed_layers_give_the_same_gradients(name: str) -> None:
     plain, again = model_of(name), model_of(name, recompute=True)
     batch = stored_batch(name)
     for model in (plain, again):
-        loss_of(model, batch).backward()
+        torch.autograd.backward(loss_of(model, batch))
     for (ours, kept), (_, made) in zip(
         plain.named_parameters(), again.named_parameters(), strict=True
     ):
@@ -178,7 +179,7 @@ def test_compiled_layers_equal_eager_ones(name: str) -> None:
     losses = [loss_of(model, batch) for model in (eager, compiled)]
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
     for loss in losses:
-        loss.backward()
+        torch.autograd.backward(loss)
     for (ours, a), (_, b) in zip(
         eager.named_parameters(), compiled.named_parameters(), strict=True
     ):
