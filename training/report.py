@@ -30,15 +30,26 @@ class Silent:
 
 
 class Report:
-    """Writes OUT/metrics.jsonl and shows progress; say: prints a line, for what is no terminal."""
+    """Writes OUT/metrics.jsonl and shows progress; say: prints a line, for what is no terminal.
+
+    begun: the step from which this call goes on.
+    """
 
     def __init__(
-        self, out: Path, steps: int, say: Callable[[str], None], *, quiet: bool, tensorboard: bool
+        self,
+        out: Path,
+        steps: int,
+        say: Callable[[str], None],
+        *,
+        begun: int = 0,
+        quiet: bool,
+        tensorboard: bool,
     ) -> None:
+        self._begun = begun
         self._file = (out / METRICS).open("a", encoding="utf-8")
         self._say = say
         self._writer = _tensorboard(out) if tensorboard else None
-        self._bar = _Bar(steps) if sys.stderr.isatty() and not quiet else None
+        self._bar = _Bar(steps, begun) if sys.stderr.isatty() and not quiet else None
 
     def step(self, record: StepRecord) -> None:
         """A logged step."""
@@ -46,7 +57,8 @@ class Report:
         if self._bar is not None:
             self._bar.show(record)
             return
-        left = (record.steps - record.step) * record.seconds / max(record.step, 1)
+        done = max(record.step - self._begun, 1)
+        left = (record.steps - record.step) * record.seconds / done
         self._say(
             f"step {record.step}/{record.steps}  loss {record.loss:.4f}  "
             f"{record.tokens_per_s:,.0f} tokens/s  {_duration(left)} left"
@@ -103,7 +115,7 @@ def _tensorboard(out: Path) -> Any:
 class _Bar:
     """Rich's progress bar with loss, rate and the time that is left."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, begun: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeRemainingColumn as Remaining
@@ -115,7 +127,7 @@ class _Bar:
             Remaining(),
             console=Console(stderr=True),
         )
-        self._task = self._progress.add_task("", total=steps, loss="-", rate="-")
+        self._task = self._progress.add_task("", total=steps, completed=begun, loss="-", rate="-")
         self._progress.start()
 
     def show(self, record: StepRecord) -> None:

@@ -232,7 +232,14 @@ def _fit(run: _Run, steps: int) -> EvalRecord | None:
     """Train to the last step, then evaluate on the held-out data if there is any."""
     options, out = run.request.options, run.request.out
     report = (
-        Report(out, steps, run.say, quiet=run.request.quiet, tensorboard=options.tensorboard)
+        Report(
+            out,
+            steps,
+            run.say,
+            begun=run.progress.step,
+            quiet=run.request.quiet,
+            tensorboard=options.tensorboard,
+        )
         if run.accelerator.is_main_process
         else Silent()
     )

@@ -22,6 +22,8 @@ from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.errors import ConfigError, DataError, OutputError
+from edgevlm.training.loop import StepRecord
+from edgevlm.training.report import Report
 from edgevlm.training.train import Result
 from tests.conftest import ROOT
 from tests.training import runs
@@ -229,3 +231,11 @@ def test_the_same_weights_come_out_in_any_number_type(data: Path, tmp_path: Path
     for key in wide:
         assert np.array_equal(wide[key].astype(np.float16), narrow[key].astype(np.float16)), key
     assert not torch.is_inference_mode_enabled()
+
+
+def test_the_time_that_is_left_counts_the_steps_of_this_call(tmp_path: Path) -> None:
+    said: list[str] = []
+    report = Report(tmp_path, 75, said.append, begun=40, quiet=True, tensorboard=False)
+    report.step(StepRecord(45, 75, 1.0, 1e-3, 1.0, 0, 0, 100.0, 25.0, 0))
+    report.close()
+    assert said == ["step 45/75  loss 1.0000  100 tokens/s  2:30 left"]
