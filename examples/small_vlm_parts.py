@@ -300,12 +300,13 @@ def write_questions(out: Path, packages: Path) -> None:
             continue
         first = max(picture for _, _, picture in asked) + 1 - VALID
         kept = [item for item in asked if item[2] < first]
-        once = {picture: (question, answer, picture) for question, answer, picture in asked}
+        draw = np.random.default_rng(0)
+        once = {asked[i][2]: asked[i] for i in draw.permutation(len(asked))}
         made["captions"], made["train"] = (
             captions(kept, part),
             conversations(kept, part, paired=True),
         )
-        made["valid"] = conversations([once[p] for p in once if p >= first], part, paired=False)
+        made["valid"] = conversations([once[p] for p in sorted(once) if p >= first], part, paired=False)
     for name, samples in made.items():
         (out / f"{name}.json").write_text(json.dumps(samples))
 
