@@ -301,12 +301,11 @@ def write_questions(out: Path, packages: Path) -> None:
         first = max(picture for _, _, picture in asked) + 1 - VALID
         kept = [item for item in asked if item[2] < first]
         draw = np.random.default_rng(0)
-        once = {asked[i][2]: asked[i] for i in draw.permutation(len(asked))}
-        made["captions"], made["train"] = (
-            captions(kept, part),
-            conversations(kept, part, paired=True),
-        )
-        made["valid"] = conversations([once[p] for p in sorted(once) if p >= first], part, paired=False)
+        one_each = {asked[i][2]: asked[i] for i in draw.permutation(len(asked))}
+        held = [one_each[picture] for picture in sorted(one_each) if picture >= first]
+        made["captions"] = captions(kept, part)
+        made["train"] = conversations(kept, part, paired=True)
+        made["valid"] = conversations(held, part, paired=False)
     for name, samples in made.items():
         (out / f"{name}.json").write_text(json.dumps(samples))
 
