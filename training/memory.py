@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_THRESHOLD = 4 << 20
+_THRESHOLD = 1 << 20
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def return_freed_tensors() -> bool:
-    """Let glibc map every block of 4 MB or more by itself; whether it does now.
+    """Let glibc map every block of 1 MB or more by itself; whether it does now.
 
     By default it raises that limit to 32 MB as such blocks are freed, and carves activations and
     gradients, of about that size, out of one heap. Their lives end in another order than they
