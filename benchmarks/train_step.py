@@ -96,8 +96,10 @@ def ours(folder: Path) -> tuple[Any, Callable[[], Any]]:
 
     from edgevlm.toolkit import systems
     from edgevlm.toolkit.checkpoints.layouts.source import Options
+    from edgevlm.training.memory import return_freed_tensors
     from edgevlm.training.vlm import VLM, token_loss
 
+    return_freed_tensors()  # as `edgevlm train` does
     source = systems.load(folder, Options())
     model = VLM(source.model).load(source.weights)
     pixels, ids, first = batch()
