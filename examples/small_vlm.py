@@ -164,7 +164,7 @@ def evaluate(out: Path, count: int, threads: int) -> None:
     if not bundle.exists():
         edgevlm_with([], "export", out / "trained", bundle)
     say(f"{len(questions)} of the held-out questions, the same for every engine; greedy.")
-    scores = baselines(out / "packages", questions)
+    scores, unrounded = baselines(out / "packages", questions), dict[int, str]()
     for name, kind in PRECISIONS.items():
         engine = out / f"engine-{name}"
         if not engine.exists():
@@ -172,12 +172,19 @@ def evaluate(out: Path, count: int, threads: int) -> None:
             words += ["--accept-loss", str(ACCEPTED_LOSS)] if kind == "int4" else []
             edgevlm_with([], "build", bundle, engine, *words)
         answered = answers(engine, out / f"answers-{name}.jsonl", questions, threads)
-        scores[name] = score(questions, {a["number"]: a["text"] for a in answered})
+        said = {a["number"]: a["text"] for a in answered}
+        unrounded = said if name == "float" else unrounded
+        scores[name] = score(questions, said)
+        same = [said[q.number] == unrounded[q.number] for q in questions]
+        scores[name]["as float"] = sum(same) / len(same)
         scores[name]["seconds"] = sum(a["seconds"] for a in answered) / len(answered)
         scores[name]["processor_seconds"] = sum(a["cpu"] for a in answered) / len(answered)
     (out / "evaluation.json").write_text(json.dumps(scores, indent=1))
-    kinds = ["all", "shape", "colour", "yes or no"]
-    rows = [[name, *(f"{s[k]:.1%}" for k in kinds), speed(s)] for name, s in scores.items()]
+    kinds = ["all", "shape", "colour", "yes or no", "as float"]
+    rows = [
+        [name, *(f"{s[k]:.1%}" if k in s else "-" for k in kinds), speed(s)]
+        for name, s in scores.items()
+    ]
     print("\n".join(table(["exact match", *kinds, "s per answer"], rows)))
 
 

@@ -133,7 +133,8 @@ class Trainer:
             if self._due(progress.step, self.schedules.log_every):
                 self._log(progress, window, started)
                 window = _Window()
-            if held_out is not None and self._due(progress.step, self.schedules.eval_every):
+            going_on = progress.step < self.schedules.steps  # after the last step others evaluate
+            if held_out and going_on and self._due(progress.step, self.schedules.eval_every):
                 self.reporter.evaluated(self.evaluate(held_out(), progress.step))
                 self.model.train()
             if progress.step % self.schedules.save_every == 0:

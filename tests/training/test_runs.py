@@ -48,10 +48,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_model_learns_and_its_engine_says_so(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = train(data, out, steps=25, rate=3e-3, eval_data=[str(data)], epochs=None)
+    held_out = {"eval_data": [str(data)], "eval_every": 5}
+    result = train(data, out, steps=25, rate=3e-3, epochs=None, **held_out)
     assert result.first_loss is not None and result.last_loss is not None
     assert result.first_loss > 5 > 0.2 > result.last_loss
     assert result.eval_token_accuracy is not None and result.eval_token_accuracy > 0.95
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    evaluated = [line["step"] for line in lines if line["kind"] == "eval"]
+    assert evaluated == [5, 10, 15, 20, 25]  # each once, the last step too
     assert result.trained_parameters < result.parameters  # the tower is frozen
     before, after = (systems.load(p, Options()) for p in (runs.checkpoint(), out))
     assert after.model.encoders == before.model.encoders
