@@ -164,6 +164,7 @@ def tower(packages: Path) -> tuple[Tensors, dict[str, Any]]:
     grid = next(v for v in rows if v.shape[1] > 1)
     found["embeddings.position_embeddings"] = _positions(class_position, grid)
     width = grid.shape[-1]
+    found["embeddings.mask_token"] = np.zeros((1, width))  # of pre-training; transformers asks
     layers = {m[1] for k in found if (m := re.match(r"encoder\.layer\.(\d+)\.", k))}
     config = {
         "architectures": ["Dinov2Model"],
