@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
     from edgevlm.toolkit.quantization.plan import PrecisionPlan
-    from edgevlm.training.train import Result
+    from edgevlm.training.run import Result
+    from edgevlm.training.stages import Stage
 
 Progress = Callable[[str], None]
 
@@ -268,15 +269,27 @@ def train(
     """Run a training stage, as `edgevlm train` does; what it came to.
 
     model: a checkpoint folder, a model id or preset:NAME; with towers ("clip=FOLDER") the language
-    model of a new one, of `system` or of the stage's first. config: a file with options; flags:
-    fields of edgevlm.training.options.TrainOptions. original: also write the result there, in the
-    model's published layout. Raises ToolkitError; a killed run can be resumed.
+    model of a new one, of `system` or of the stage's first; for a stage of a vision tower a tower,
+    as edgevlm.training.tower_models.open_tower takes it. config: a file with options; flags: fields
+    of edgevlm.training.options.TrainOptions, and of tower_options.TowerOptions. original: also
+    write the result there, in the model's published layout. Raises ToolkitError; a killed run can
+    be resumed.
     """
-    from edgevlm.training import options as training_options
+    from edgevlm.training import stages, tower_options
+    from edgevlm.training.tower_stages import TowerStage
+    from edgevlm.training.tower_train import TowerRequest, train_tower
     from edgevlm.training.train import Request, train
 
-    file = training_options.from_file(Path(config)) if config is not None else {}
-    chosen = training_options.combine(flags, file, str(config or "training options"))
+    known = stages.find(stage)
+    chosen, own = tower_options.read(config, flags)
+    say = progress or _silent
+    if isinstance(known, TowerStage):
+        unfit = {"--tower": towers, "--system": system, "--vision-tower": vision_tower}
+        unfit |= {"--original": original, "--random-weights": random_weights}
+        tower_options.refuse_flags(unfit, stage)
+        place = (Path(out), chosen, own, resume, made_by(), say, quiet)
+        return train_tower(TowerRequest(stage, model, *place, tuple(ignore_key), offline))
+    tower_options.refuse_for_vlm(own, stage)
     reading = read_options(
         system=None if towers else system,
         vision_tower=vision_tower,
@@ -284,11 +297,10 @@ def train(
         offline=offline,
     )
     source = (
-        _assembled(stage, model, towers, system, chosen.seed, reading)
+        _assembled(known, model, towers, system, chosen.seed, reading)
         if towers
         else _begun(model, reading, random_weights=random_weights, seed=chosen.seed)
     )
-    say = progress or _silent
     plan = _plan(chosen.qat) if chosen.qat else None
     result = train(
         Request(stage, model, source, Path(out), chosen, resume, made_by(), say, plan, quiet)
@@ -311,7 +323,7 @@ def _begun(model: str, options: Options, *, random_weights: bool, seed: int) -> 
 
 
 def _assembled(
-    stage: str,
+    stage: Stage,
     lm: str,
     towers: Sequence[str],
     system: str | None,
@@ -321,7 +333,6 @@ def _assembled(
     """A new model from a language model and towers, each KIND=FOLDER."""
     from edgevlm.toolkit.checkpoints import hub
     from edgevlm.toolkit.errors import ConfigError
-    from edgevlm.training import stages
     from edgevlm.training.assemble import assemble
 
     folders = {}
@@ -330,9 +341,11 @@ def _assembled(
         if not equals:
             raise ConfigError(f"--tower {text!r} is not KIND=FOLDER", hint="clip=FOLDER")
         folders[kind] = hub.locate(folder, revision=None, offline=options.offline)
-    known = stages.find(stage).systems
+    known = stage.systems
     if system is None and not known:
-        raise ConfigError(f"stage {stage} is for every system", hint="say which: --system comm")
+        raise ConfigError(
+            f"stage {stage.name} is for every system", hint="say which: --system comm"
+        )
     home = hub.locate(lm, revision=None, offline=options.offline)
     return assemble(system or known[0], home, folders, options=options, seed=seed)
 

@@ -22,7 +22,7 @@ from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.errors import ConfigError, DataError, OutputError
-from edgevlm.training.train import Result
+from edgevlm.training.run import Result
 from tests.conftest import ROOT
 from tests.training import runs
 
