@@ -269,11 +269,10 @@ def train(
     """Run a training stage, as `edgevlm train` does; what it came to.
 
     model: a checkpoint folder, a model id or preset:NAME; with towers ("clip=FOLDER") the language
-    model of a new one, of `system` or of the stage's first; for a stage of a vision tower a tower,
-    as edgevlm.training.tower_models.open_tower takes it. config: a file with options; flags: fields
-    of edgevlm.training.options.TrainOptions, and of tower_options.TowerOptions. original: also
-    write the result there, in the model's published layout. Raises ToolkitError; a killed run can
-    be resumed.
+    model of a new one, of `system` or of the stage's first; for a stage of a vision tower see
+    edgevlm.training.tower_models.open_tower. config: a file with options; flags: fields of
+    TrainOptions and TowerOptions in edgevlm.training. original: also write the result there, in the
+    model's published layout. Raises ToolkitError; a killed run can be resumed.
     """
     from edgevlm.training import stages, tower_options
     from edgevlm.training.tower_stages import TowerStage
@@ -287,8 +286,8 @@ def train(
         unfit = {"--tower": towers, "--system": system, "--vision-tower": vision_tower}
         unfit |= {"--original": original, "--random-weights": random_weights}
         tower_options.refuse_flags(unfit, stage)
-        place = (Path(out), chosen, own, resume, made_by(), say, quiet)
-        return train_tower(TowerRequest(stage, model, *place, tuple(ignore_key), offline))
+        where = (Path(out), chosen, own, resume, made_by(), say, quiet)
+        return train_tower(TowerRequest(stage, model, *where, tuple(ignore_key), offline))
     tower_options.refuse_for_vlm(own, stage)
     reading = read_options(
         system=None if towers else system,
@@ -302,9 +301,8 @@ def train(
         else _begun(model, reading, random_weights=random_weights, seed=chosen.seed)
     )
     plan = _plan(chosen.qat) if chosen.qat else None
-    result = train(
-        Request(stage, model, source, Path(out), chosen, resume, made_by(), say, plan, quiet)
-    )
+    request = Request(stage, model, source, Path(out), chosen, resume, made_by(), say, plan, quiet)
+    result = train(request)
     if original is not None:
         _restore(Path(original), Path(out), source, model, reading, say)
     return result

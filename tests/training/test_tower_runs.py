@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -88,15 +90,17 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
 ) -> None:
     """With classes, channels and depth drawn at random, and clusters made once."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    more = ["--save-every", "3", "--steps", "30", "-q", "--micro-batch", "4"]
+    options: dict[str, Any] = {"save_every": 3, "steps": 30, "micro_batch": 4, "sample_rate": 0.5}
     if kind == "clip":
         stage, model = "mlcd-tower", tower
-        more += ["--classes", "8", "--positives", "2", "--sample-rate", "0.5"]
+        options |= {"classes": 8, "positives": 2}
     else:
         stage, model = "unicom-tower", unicom
-        more += ["--sample-rate", "0.5", "--channels", "12", "--drop-path", "0.3"]
-    runs.finish(runs.start(*tower_runs.arguments(stage, model, data, whole, *more)))
-    process = runs.start(*tower_runs.arguments(stage, model, data, killed, *more))
+        options |= {"channels": 12, "drop_path": 0.3}
+    train(stage, model, data, whole, **options)
+    process = runs.start(
+        *tower_runs.arguments(stage, model, data, killed, *tower_runs.flags(options))
+    )
     until = time.time() + 120
     while not list((killed / "states").glob("step-*")) and time.time() < until:
         time.sleep(0.01)
@@ -106,7 +110,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert not (killed / "config.json").exists()
     made = killed / "clusters/embeddings.npy"
     stamp = made.stat().st_mtime_ns if kind == "clip" else None
-    runs.finish(runs.start(*tower_runs.arguments(stage, model, data, killed, *more, "--resume")))
+    train(stage, model, data, killed, resume=True, **options)
     assert runs.losses(killed) == runs.losses(whole)
     assert stamp is None or made.stat().st_mtime_ns == stamp
     towers = [open_tower(str(out)).state_dict() for out in (whole, killed)]
@@ -115,48 +119,36 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("stage", ["mlcd-tower", "unicom-sop"])
-def test_two_processes_give_the_losses_of_one(
-    stage: str, tower: Path, data: Path, tmp_path: Path
-) -> None:
-    """Also with a broken image, which leaves one process a smaller batch than the other."""
+def test_two_processes_give_the_losses_of_one(stage: str, tower: Path, tmp_path: Path) -> None:
+    """Also with a broken image, which leaves one process a smaller batch; and one can go on."""
     data = tower_runs.folder(tmp_path / "data")
     (data / "colour-1/005.png").write_bytes(b"no picture")
     held = tower_runs.folder(tmp_path / "held", each=3, seed=9)
-    words = ["--sample-rate", "1", "--drop-path", "0", "--steps", "6", "-q", "--json"]
-    words += ["--max-broken", "0.1", "--eval-data", str(held), "--workers", "0"]
-    words += ["--classes", "5", "--positives", "2"] if stage == "mlcd-tower" else []
+    options: dict[str, Any] = {"sample_rate": 1.0, "drop_path": 0.0, "steps": 6, "save_every": 3}
+    options |= {"classes": 5, "positives": 2} if stage == "mlcd-tower" else {}
+    options |= {"max_broken": 0.1, "micro_batch": 2}
     one, two = tmp_path / "one", tmp_path / "two"
-    found = []
-    for out, processes, micro in ((one, 1, 4), (two, 2, 2)):
-        line = tower_runs.arguments(stage, tower, data, out, *words, "--micro-batch", str(micro))
-        found.append(json.loads(runs.finish(runs.start(*line, processes=processes))))
-    assert [result["processes"] for result in found] == [1, 2]
+    line = tower_runs.arguments(stage, tower, data, two, *tower_runs.flags(options))
+    process = runs.start(*line, "--eval-data", str(held), "-q", "--json", processes=2)
+    options |= {"eval_data": [str(held)], "micro_batch": 4}
+    alone = train(stage, tower, data, one, **options)
+    found = json.loads(runs.finish(process))
+    assert (found["processes"], alone.processes) == (2, 1)
     for key in ("samples", "eval_image_accuracy", "faults"):
-        assert found[0][key] == found[1][key], key
-    np.testing.assert_allclose(found[0]["eval_loss"], found[1]["eval_loss"], rtol=1e-4)
-    np.testing.assert_allclose(runs.losses(one), runs.losses(two), rtol=1e-4)
-    norms = [[line["gradient_norm"] for line in tower_runs.lines(out)] for out in (one, two)]
+        assert found[key] == getattr(alone, key), key
+    np.testing.assert_allclose(found["eval_loss"], alone.eval_loss, rtol=1e-4)
+    np.testing.assert_allclose(runs.losses(two), runs.losses(one), rtol=1e-4)
+    norms = [[line["gradient_norm"] for line in tower_runs.lines(out)] for out in (two, one)]
     np.testing.assert_allclose(*norms, rtol=1e-3)
     towers = [open_tower(str(out)).state_dict() for out in (one, two)]
     for name, tensor in towers[0].items():
-        torch.testing.assert_close(tensor, towers[1][name], atol=2e-4, rtol=1e-3, msg=name)
-    saved = sorted(path.name for path in (two / "states").rglob("classes-*"))
-    assert len(saved) == 0 or len(saved) == 2
-
-
-def test_a_run_of_two_processes_is_resumed_by_one(tower: Path, data: Path, tmp_path: Path) -> None:
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    more = ("--sample-rate", "1", "--drop-path", "0", "--steps", "6", "--save-every", "3", "-q")
-    line = tower_runs.arguments("unicom-sop", tower, data, moved, *more, "--micro-batch", "4")
-    runs.finish(runs.start(*line, processes=2))
-    train("unicom-sop", tower, data, whole, steps=6, sample_rate=1.0, drop_path=0.0)
-    state = moved / "states/step-000006"
-    assert len(list(state.glob("classes-*"))) == 2
-    for path in sorted(state.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    state.rmdir()
-    runs.finish(runs.start(*line, "--resume"))
-    np.testing.assert_allclose(runs.losses(moved), runs.losses(whole), rtol=1e-4)
+        if not name.endswith("attention.k.bias"):  # its gradient is 0 but for rounding
+            torch.testing.assert_close(tensor, towers[1][name], atol=2e-4, rtol=1e-3, msg=name)
+    last = two / "states/step-000006"
+    assert len(list(last.glob("classes-*"))) == 2
+    shutil.rmtree(last)
+    train(stage, tower, data, two, resume=True, **options)
+    np.testing.assert_allclose(runs.losses(two), runs.losses(one), rtol=1e-4)
 
 
 def test_broken_images_are_counted_and_named(tower: Path, tmp_path: Path) -> None:
@@ -175,8 +167,6 @@ def test_broken_images_are_counted_and_named(tower: Path, tmp_path: Path) -> Non
 
 
 def test_lists_and_shards_are_the_folder(tower: Path, data: Path, tmp_path: Path) -> None:
-    import tarfile
-
     files = sorted(data.rglob("*.png"))
     rows = [{"image": str(path.relative_to(data)), "label": path.parent.name} for path in files]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,11 @@ def arguments(stage: str, model: Path, data: Path, out: Path, *more: str) -> lis
     words = ["train", stage, "--model", str(model), "--data", str(data), "-o", str(out)]
     words += ["--image-size", "28", "--batch", "8", "--rate", "1e-3", "--log-every", "1"]
     return [*words, *more]
+
+
+def flags(options: Mapping[str, object]) -> list[str]:
+    """Options as the command line states them."""
+    return [w for key, v in options.items() for w in ("--" + key.replace("_", "-"), str(v))]
 
 
 def lines(out: Path, kind: str = "step") -> list[dict[str, float]]:
