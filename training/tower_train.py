@@ -117,13 +117,13 @@ def _set_up(request: TowerRequest) -> tuple[Run, Tower]:
     )
     home = Home(request.out, request.resume, options, facts, request.made_by, say, request.quiet)
     tower_optimizer, head_optimizer = make_optimizers(stage, parts.tower, parts.head)
-    average = average_of(accelerator, parts.tower, options.ema)
     open_home(home, accelerator)
     if parts.clusters:
         parts.tower.to(accelerator.device)
         feeds = _clustered(parts, feeds, home)
     model, prepared = accelerator.prepare(parts.tower, tower_optimizer)
     accelerator.register_for_checkpointing(progress)
+    average = average_of(accelerator, parts.tower, options.ema)
     _keep_classes(accelerator, parts.head, head_optimizer)
     task = ClassTask(parts.tower, parts.head, accelerator.device, stage.loss == "partial_fc")
     run = Run(

@@ -16,6 +16,7 @@ import torch
 
 from edgevlm import api
 from edgevlm.toolkit.errors import ConfigError, DataError, OutputError
+from edgevlm.training import tower_labels
 from edgevlm.training.run import Result
 from edgevlm.training.tower_models import open_tower
 from tests.training import runs, tower_runs
@@ -116,6 +117,29 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     towers = [open_tower(str(out)).state_dict() for out in (whole, killed)]
     for name, tensor in towers[0].items():
         assert torch.equal(tensor, towers[1][name]), name
+
+
+def test_embeddings_are_not_made_again(
+    tower: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"classes": 6, "positives": 2, "steps": 2}
+    train("mlcd-tower", tower, data, tmp_path / "whole", **options)
+    out = tmp_path / "out"
+
+    def killed(*rest: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tower_labels, "cluster", killed)
+        train("mlcd-tower", tower, data, out, **options)
+    assert [path.name for path in (out / "clusters").iterdir()] == ["embeddings.npy"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tower_labels, "write_embeddings", killed)
+        train("mlcd-tower", tower, data, out, resume=True, **options)
+    assert runs.losses(out) == runs.losses(tmp_path / "whole")
+    tower_runs.folder(data.parent / "more", each=9)
+    with pytest.raises(ConfigError, match="is of another run: its data is"):
+        train("mlcd-tower", tower, data.parent / "more", out, resume=True, **options)
 
 
 @pytest.mark.parametrize("stage", ["mlcd-tower", "unicom-sop"])
