@@ -283,7 +283,11 @@ def train(
     chosen, own = tower_options.read(config, flags)
     say = progress or _silent
     if isinstance(known, TowerStage):
-        unfit = {"--tower": towers, "--system": system, "--vision-tower": vision_tower}
+        unfit: dict[str, Any] = {
+            "--tower": towers,
+            "--system": system,
+            "--vision-tower": vision_tower,
+        }
         unfit |= {"--original": original, "--random-weights": random_weights}
         tower_options.refuse_flags(unfit, stage)
         where = (Path(out), chosen, own, resume, made_by(), say, quiet)
