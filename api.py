@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
     from edgevlm.toolkit.quantization.plan import PrecisionPlan
     from edgevlm.training.run import Result
-    from edgevlm.training.stages import Stage
 
 Progress = Callable[[str], None]
 
@@ -32,6 +31,7 @@ def made_by() -> str:
 def read_options(
     *,
     system: str | None = None,
+    image_size: int | None = None,
     vision_tower: str | Path | None = None,
     ignore_keys: Sequence[str] = (),
     quirks: Sequence[str] = (),
@@ -257,6 +257,7 @@ def train(
     config: str | Path | None = None,
     towers: Sequence[str] = (),
     system: str | None = None,
+    image_size: int | None = None,
     vision_tower: str | Path | None = None,
     ignore_key: Sequence[str] = (),
     original: str | Path | None = None,
@@ -275,22 +276,19 @@ def train(
     model's published layout. Raises ToolkitError; a killed run can be resumed.
     """
     from edgevlm.training import stages, tower_options
+    from edgevlm.training.assemble import from_parts
     from edgevlm.training.tower_stages import TowerStage
     from edgevlm.training.tower_train import TowerRequest, train_tower
     from edgevlm.training.train import Request, train
 
-    known = stages.find(stage)
+    known, say = stages.find(stage), progress or _silent
     chosen, own = tower_options.read(config, flags)
-    say = progress or _silent
     if isinstance(known, TowerStage):
-        unfit: dict[str, Any] = {
-            "--tower": towers,
-            "--system": system,
-            "--vision-tower": vision_tower,
-        }
-        unfit |= {"--original": original, "--random-weights": random_weights}
-        tower_options.refuse_flags(unfit, stage)
-        where = (Path(out), chosen, own, resume, made_by(), say, quiet)
+        tower_options.refuse_flags({
+            "--tower": towers, "--system": system, "--vision-tower": vision_tower,
+            "--original": original, "--random-weights": random_weights,
+        }, stage)  # fmt: skip
+        where = (Path(out), chosen, own, image_size, resume, made_by(), say, quiet)
         return train_tower(TowerRequest(stage, model, *where, tuple(ignore_key), offline))
     tower_options.refuse_for_vlm(own, stage)
     reading = read_options(
@@ -300,7 +298,7 @@ def train(
         offline=offline,
     )
     source = (
-        _assembled(known, model, towers, system, chosen.seed, reading)
+        from_parts(known, model, towers, system, image_size, chosen.seed, reading)
         if towers
         else _begun(model, reading, random_weights=random_weights, seed=chosen.seed)
     )
@@ -322,34 +320,6 @@ def _begun(model: str, options: Options, *, random_weights: bool, seed: int) -> 
     if random_weights:
         return source
     return replace(source, origin={"folder": model, **source.origin})
-
-
-def _assembled(
-    stage: Stage,
-    lm: str,
-    towers: Sequence[str],
-    system: str | None,
-    seed: int,
-    options: Options,
-) -> Source:
-    """A new model from a language model and towers, each KIND=FOLDER."""
-    from edgevlm.toolkit.checkpoints import hub
-    from edgevlm.toolkit.errors import ConfigError
-    from edgevlm.training.assemble import assemble
-
-    folders = {}
-    for text in towers:
-        kind, equals, folder = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--tower {text!r} is not KIND=FOLDER", hint="clip=FOLDER")
-        folders[kind] = hub.locate(folder, revision=None, offline=options.offline)
-    known = stage.systems
-    if system is None and not known:
-        raise ConfigError(
-            f"stage {stage.name} is for every system", hint="say which: --system comm"
-        )
-    home = hub.locate(lm, revision=None, offline=options.offline)
-    return assemble(system or known[0], home, folders, options=options, seed=seed)
 
 
 def _plan(qat: str) -> PrecisionPlan:

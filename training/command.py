@@ -44,6 +44,13 @@ _OWN: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "system": (Annotated[Optional[str], typer.Option(help="The system of a new model.")], None),
+    "image_size": (
+        Annotated[
+            Optional[int],
+            typer.Option(help="Side of the images of a tower stage, or of a new ConvLLaVA."),
+        ],
+        None,
+    ),
     "vision_tower": (Tower, None),
     "ignore_key": (IgnoreKey, None),
     "original": (

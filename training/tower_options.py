@@ -27,7 +27,6 @@ class TowerOptions:
     eval_labels: Annotated[str | None, "The same for the held-out images."] = None
     classes: Annotated[int | None, "Cluster the images into so many classes first."] = None
     positives: Annotated[int | None, "Classes that an image belongs to."] = None
-    image_size: Annotated[int | None, "Side of the images; the tower is resized to it."] = None
     sample_rate: Annotated[float | None, "Share of the classes that a step compares with."] = None
     channels: Annotated[int | None, "Channels of embeddings that a step uses."] = None
     margin: Annotated[float | None, "Added to the angle of right classes, in radians."] = None
@@ -36,7 +35,7 @@ class TowerOptions:
     drop_path: Annotated[float | None, "Rate of stochastic depth in the last block."] = None
 
     def __post_init__(self) -> None:
-        names = ("classes", "positives", "image_size", "channels", "scale", "class_rate")
+        names = ("classes", "positives", "channels", "scale", "class_rate")
         for name in names:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -121,7 +120,6 @@ def applied(stage: TowerStage, shared: TrainOptions, own: TowerOptions) -> Tower
         "weight_decay": shared.weight_decay,
         "schedule": shared.schedule,
         "labels": own.positives,
-        "image_size": own.image_size,
         "sample_rate": own.sample_rate,
         "num_channels": own.channels,
         "margin": own.margin,

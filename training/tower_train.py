@@ -54,13 +54,17 @@ _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")
 
 @dataclass(frozen=True)
 class TowerRequest:
-    """A run. model: as tower_models.open_tower takes it; say: prints a line of progress."""
+    """A run. model: as tower_models.open_tower takes it; say: prints a line of progress.
+
+    image_size: to which the tower is resized; the stage's, which must be the tower's, if None.
+    """
 
     stage: str
     model: str
     out: Path
     options: TrainOptions
     own: TowerOptions
+    image_size: int | None
     resume: bool
     made_by: str
     say: Say
@@ -102,6 +106,8 @@ def _set_up(request: TowerRequest) -> tuple[Run, Tower]:
     options, own = request.options, request.own
     tower_options.refuse_for_tower(options, request.stage)
     stage = tower_options.applied(stages.find_tower(request.stage), options, own)
+    if request.image_size is not None:
+        stage = replace(stage, image_size=request.image_size)
     check_out(request.out, resume=request.resume)
     accelerator = setup.accelerator(options.precision)
     say = request.say if accelerator.is_main_process else _nothing
@@ -155,7 +161,7 @@ def _parts(request: TowerRequest, stage: TowerStage, accelerator: Any, say: Say)
         )
     tower = open_tower(
         request.model,
-        image_size=own.image_size,
+        image_size=request.image_size,
         drop_path=stage.drop_path,
         recompute=options.recompute,
         seed=options.seed,
