@@ -14,7 +14,7 @@ from edgevlm.toolkit.images.preprocess import ImageRules
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm.config import ModelConfig
-from edgevlm.training import grown, lora, optimizer, qat
+from edgevlm.training import grown, lora, memory, optimizer, qat
 from edgevlm.training.data.broken import BrokenSample, Report
 from edgevlm.training.data.masking import check_template
 from edgevlm.training.data.prepare import SampleRules, rules_for
@@ -45,6 +45,8 @@ def accelerator(precision: str) -> Any:
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     # Without a word about it, processes on a machine without a GPU would not find one another.
     cpu = not torch.accelerator.is_available()
+    if cpu:
+        memory.return_freed_tensors()
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
 
 
