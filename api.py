@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
     from edgevlm.toolkit.quantization.plan import PrecisionPlan
-    from edgevlm.training.train import Result
+    from edgevlm.training.run import Result
 
 Progress = Callable[[str], None]
 
@@ -270,15 +270,27 @@ def train(
     """Run a training stage, as `edgevlm train` does; what it came to.
 
     model: a checkpoint folder, a model id or preset:NAME; with towers ("clip=FOLDER") the language
-    model of a new one, of `system` or of the stage's first. config: a file with options; flags:
-    fields of edgevlm.training.options.TrainOptions. original: also write the result there, in the
+    model of a new one, of `system` or of the stage's first; for a stage of a vision tower see
+    edgevlm.training.tower_models.open_tower. config: a file with options; flags: fields of
+    TrainOptions and TowerOptions in edgevlm.training. original: also write the result there, in the
     model's published layout. Raises ToolkitError; a killed run can be resumed.
     """
-    from edgevlm.training import options as training_options
+    from edgevlm.training import stages, tower_options
+    from edgevlm.training.assemble import from_parts
+    from edgevlm.training.tower_stages import TowerStage
+    from edgevlm.training.tower_train import TowerRequest, train_tower
     from edgevlm.training.train import Request, train
 
-    file = training_options.from_file(Path(config)) if config is not None else {}
-    chosen = training_options.combine(flags, file, str(config or "training options"))
+    known, say = stages.find(stage), progress or _silent
+    chosen, own = tower_options.read(config, flags)
+    if isinstance(known, TowerStage):
+        tower_options.refuse_flags({
+            "--tower": towers, "--system": system, "--vision-tower": vision_tower,
+            "--original": original, "--random-weights": random_weights,
+        }, stage)  # fmt: skip
+        where = (Path(out), chosen, own, image_size, resume, made_by(), say, quiet)
+        return train_tower(TowerRequest(stage, model, *where, tuple(ignore_key), offline))
+    tower_options.refuse_for_vlm(own, stage)
     reading = read_options(
         system=None if towers else system,
         vision_tower=vision_tower,
@@ -286,15 +298,13 @@ def train(
         offline=offline,
     )
     source = (
-        _assembled(stage, model, towers, system, image_size, chosen.seed, reading)
+        from_parts(known, model, towers, system, image_size, chosen.seed, reading)
         if towers
         else _begun(model, reading, random_weights=random_weights, seed=chosen.seed)
     )
-    say = progress or _silent
     plan = _plan(chosen.qat) if chosen.qat else None
-    result = train(
-        Request(stage, model, source, Path(out), chosen, resume, made_by(), say, plan, quiet)
-    )
+    request = Request(stage, model, source, Path(out), chosen, resume, made_by(), say, plan, quiet)
+    result = train(request)
     if original is not None and result.process == 0:  # the others end before it is written
         _restore(Path(original), Path(out), source, model, reading, say)
     return result
@@ -310,37 +320,6 @@ def _begun(model: str, options: Options, *, random_weights: bool, seed: int) -> 
     if random_weights:
         return source
     return replace(source, origin={"folder": model, **source.origin})
-
-
-def _assembled(
-    stage: str,
-    lm: str,
-    towers: Sequence[str],
-    system: str | None,
-    image_size: int | None,
-    seed: int,
-    options: Options,
-) -> Source:
-    """A new model from a language model and towers, each KIND=FOLDER."""
-    from edgevlm.toolkit.checkpoints import hub
-    from edgevlm.toolkit.errors import ConfigError
-    from edgevlm.training import stages
-    from edgevlm.training.assemble import assemble
-
-    folders = {}
-    for text in towers:
-        kind, equals, folder = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--tower {text!r} is not KIND=FOLDER", hint="clip=FOLDER")
-        folders[kind] = hub.locate(folder, revision=None, offline=options.offline)
-    known = stages.find(stage).systems
-    if system is None and not known:
-        raise ConfigError(f"stage {stage} is for every system", hint="say which: --system comm")
-    home = hub.locate(lm, revision=None, offline=options.offline)
-    changes = {} if image_size is None else {"image_size": image_size}
-    return assemble(
-        system or known[0], home, folders, options=options, seed=seed, overrides=changes
-    )
 
 
 def _plan(qat: str) -> PrecisionPlan:

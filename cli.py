@@ -272,6 +272,9 @@ def train(**given: Any) -> None:
 
     as_json, quiet = given.pop("as_json"), given.pop("quiet")
     console = _console(as_json, quiet)
+    if given["stage"] == "list":
+        console.result(*command.listing())
+        return
     command.require(given)
     towers = given.pop("tower") or ()
     flags = {name: value for name, value in given.items() if value is not None}

@@ -7,18 +7,20 @@ that reads published checkpoints: an assembled model is what its layout's loader
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models, systems
+from edgevlm.toolkit.checkpoints import hub
 from edgevlm.toolkit.checkpoints.layouts import original, towers
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, read_encoder
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.strict import read_json
 from edgevlm.toolkit.vlm import language_models
 from edgevlm.training import grown, initial
+from edgevlm.training.stages import Stage
 
 # Which towers a system is trained with; COMM takes one of each, the others any one of them.
 TOWERS: Mapping[str, tuple[str, ...]] = {
@@ -92,6 +94,36 @@ def assemble(
     """
     parts = Parts(system, lm_folder, towers, seed, overrides)
     return open_model(parts, options or Options())
+
+
+def from_parts(
+    stage: Stage,
+    lm: str,
+    towers: Sequence[str],
+    system: str | None,
+    image_size: int | None,
+    seed: int,
+    options: Options,
+) -> Source:
+    """A new model for a stage: lm and towers (KIND=FOLDER) are folders or model ids.
+
+    system: None for the stage's first. Raises ConfigError and CheckpointError.
+    """
+    folders = {}
+    for text in towers:
+        kind, equals, folder = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--tower {text!r} is not KIND=FOLDER", hint="clip=FOLDER")
+        folders[kind] = hub.locate(folder, revision=None, offline=options.offline)
+    if system is None and not stage.systems:
+        raise ConfigError(
+            f"stage {stage.name} is for every system", hint="say which: --system comm"
+        )
+    home = hub.locate(lm, revision=None, offline=options.offline)
+    changes = {} if image_size is None else {"image_size": image_size}
+    return assemble(
+        system or stage.systems[0], home, folders, options=options, seed=seed, overrides=changes
+    )
 
 
 def open_model(parts: Parts, options: Options) -> Source:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.training.class_matrix import ClassMatrix
-from edgevlm.training.ranks import gather_rows, log_sum_exp
+from edgevlm.training.ranks import gather_rows, log_sum_exp, mean_of_images
 
 
 def mlcd_loss(
@@ -83,21 +83,23 @@ class MlcdHead(nn.Module):
     def forward(
         self, embeddings: Tensor, labels: Tensor, *, sampled: Tensor | None = None
     ) -> Tensor:
-        """embeddings [B, channels], labels [B, l] int64, -1 for none (same B on all ranks).
+        """embeddings [B, channels], labels [B, l] int64, -1 for none (same B on all ranks);
+        rows with labels of ranks.FILLER do not count.
 
         sampled: rows of this rank's matrix that may be negatives, instead of drawing them.
         The gradient of the embeddings carries the factor that `ranks.gather_rows` describes.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             x = gather_rows(_wide(embeddings))
-            own = self.matrix.local(gather_rows(labels))
+            labels = gather_rows(labels)
+            own = self.matrix.local(labels)
             if sampled is None and self.training and self.sample_rate < 1:
                 sampled = self._draw()
             if self.training:
                 self.matrix.drawn()
             weight = self.matrix.weight
             sums = _log_sums(x, weight, own, self.scale, self.margin, sampled, over_ranks=True)
-            return (F.softplus(sums[0]) + F.softplus(sums[1])).mean()
+            return mean_of_images(F.softplus(sums[0]) + F.softplus(sums[1]), labels)
 
     def _draw(self) -> Tensor:
         classes = len(self.matrix.own)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.training.class_matrix import ClassMatrix
-from edgevlm.training.ranks import gather_rows, log_sum_exp, total
+from edgevlm.training.ranks import gather_rows, log_sum_exp, mean_of_images, total
 
 _MOST_LOSS = -math.log(1e-30)  # the original computes with probabilities of at least 1e-30
 _MOST_LOGIT = 64.0  # products of vectors that are not normalised are clipped to this
@@ -110,6 +110,8 @@ class PartialFC(nn.Module):
     ) -> Tensor:
         """embeddings [B, channels], labels [B] int64 (same B on all ranks) -> the mean loss.
 
+        Rows with the label ranks.FILLER do not count.
+
         classes: rows of this rank's matrix to compare with, sorted, the batch's among them;
         channels: those to use, in this order. Without them they are drawn as configured.
         The gradient of the embeddings carries the factor that `ranks.gather_rows` describes; that
@@ -117,7 +119,8 @@ class PartialFC(nn.Module):
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             x, weight = gather_rows(_wide(embeddings)), _wide(self.matrix.weight)
-            own = self.matrix.local(gather_rows(labels))
+            labels = gather_rows(labels)
+            own = self.matrix.local(labels)
             classes = self._classes(own) if classes is None else classes
             channels = self._channels(x.shape[1]) if channels is None else channels
             if classes is not None:
@@ -129,7 +132,8 @@ class PartialFC(nn.Module):
                 x, weight = x[:, channels], weight[:, channels]
             if self.training:
                 self.matrix.drawn()
-            return _cross_entropy(margin_logits(self._products(x, weight), own, self.margin), own)
+            logits = margin_logits(self._products(x, weight), own, self.margin)
+            return mean_of_images(_cross_entropy(logits, own), labels)
 
     def _products(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.normalise:
@@ -167,11 +171,11 @@ def sample_classes(
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the batch; the classes of all ranks are in the softmax. labels: -1 elsewhere."""
+    """For each row; the classes of all ranks are in the softmax. labels: -1 elsewhere."""
     right = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
     losses = log_sum_exp(logits, over_ranks=True) - total(torch.where(labels >= 0, right, 0))
     # The bound changes the number that is reported, not the gradient.
-    return (losses - (losses - _MOST_LOSS).clamp(min=0).detach()).mean()
+    return losses - (losses - _MOST_LOSS).clamp(min=0).detach()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+FILLER = -2  # the labels of a row that stands for no image: every rank has equally many rows
 _TINY = 1e-30  # a sum that is 0 has a logarithm, and its gradient is 0 instead of NaN
 
 
@@ -86,6 +87,15 @@ def total(x: Tensor) -> Tensor:
         return x
     summed: Tensor = _Total.apply(x)  # type: ignore[no-untyped-call]
     return summed
+
+
+def mean_of_images(losses: Tensor, labels: Tensor) -> Tensor:
+    """The mean over the rows that stand for an image: those whose labels are not FILLER.
+
+    losses [B], labels [B] or [B, l], of all ranks. 0 if there is none.
+    """
+    counts = (labels.reshape(len(losses), -1)[:, 0] != FILLER).to(losses.dtype)
+    return (losses * counts).sum() / counts.sum().clamp(min=1)
 
 
 def log_sum_exp(x: Tensor, *, over_ranks: bool) -> Tensor:

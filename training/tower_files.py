@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +28,8 @@ from edgevlm.training.tower import Tower, tokens_only
 _BESIDE = (
     "*position_ids", "text_model.*", "text_projection.*", "visual_projection.*", "logit_scale",
 )  # fmt: skip
-_PREFIXES = ("", "vision_model.", "model.", "_orig_mod.", "module.")
+FILES = ("model.safetensors", "preprocessor_config.json", "config.json")
+PREFIXES = ("", "vision_model.", "model.", "_orig_mod.", "module.")
 
 
 def read_tower(tower: Tower, checkpoint: Checkpoint) -> None:
@@ -36,7 +39,7 @@ def read_tower(tower: Tower, checkpoint: Checkpoint) -> None:
     CheckpointError for tensors that are missing, unexpected or of another shape.
     """
     table = dict(_names(tower))
-    prefix = find_prefix(table, checkpoint, *_PREFIXES)
+    prefix = find_prefix(table, checkpoint, *PREFIXES)
     table = {name: recipe.below(prefix) for name, recipe in table.items()}
     unused = [f"{prefix}feature.*"] if tower.kind == "unicom" else _BESIDE
     check_tables([(table, tower.shapes())], checkpoint, unused)
@@ -83,14 +86,33 @@ def save_tower(tower: Tower, out: Path) -> None:
     config.json our fields. Raises OutputError if `out` exists, ConfigError for what those
     configurations cannot state: images that are not square, another base of rotary angles.
     """
-    prefix = "" if tower.kind == "unicom" else "vision_model."
-    config = _config(tower)
-    tensors = {prefix + k: v.contiguous().cpu() for k, v in published(tower).items()}
+    config = published_config(tower)
     with writing(out, force=False) as folder:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        processor = json.dumps(_processor(tower.config.pixels[0]), indent=2)
-        (folder / "preprocessor_config.json").write_text(processor + "\n")
+        _fill(tower, config, folder)
+
+
+def save_tower_into(tower: Tower, out: Path) -> None:
+    """The same beside the other files of an existing folder; config.json comes last.
+
+    Each file is written under another name first. Raises ConfigError as `save_tower` does.
+    """
+    config = published_config(tower)
+    partial = out / ".tower.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    _fill(tower, config, partial)
+    for name in FILES:
+        os.replace(partial / name, out / name)
+    partial.rmdir()
+
+
+def _fill(tower: Tower, config: Mapping[str, Any], folder: Path) -> None:
+    prefix = "" if tower.kind == "unicom" else "vision_model."
+    tensors = {prefix + k: v.contiguous().cpu() for k, v in published(tower).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    processor = json.dumps(_processor(tower.config.pixels[0]), indent=2)
+    (folder / "preprocessor_config.json").write_text(processor + "\n")
 
 
 def _names(tower: Tower) -> Mapping[str, Recipe]:
@@ -101,7 +123,8 @@ def _names(tower: Tower) -> Mapping[str, Recipe]:
     return table
 
 
-def _config(tower: Tower) -> dict[str, Any]:
+def published_config(tower: Tower) -> dict[str, Any]:
+    """The config.json of a saved tower. Raises ConfigError for what it cannot state."""
     c = tower.config
     if c.pixels[0] != c.pixels[1]:
         raise ConfigError(f"the images are {c.pixels}, config.json states square ones only")

@@ -1,25 +1,15 @@
-"""The published trainings of vision towers as data, and what each needs: head, optimizer, step.
+"""The published trainings of vision towers as data.
 
 Sources: MLCD, arXiv 2407.17331; UNICOM, arXiv 2304.05884, and the scripts of deepglint/unicom.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
-
-from edgevlm.toolkit.errors import ConfigError
-from edgevlm.training.mlcd_loss import MlcdHead
-from edgevlm.training.partial_fc import Margin, PartialFC
-
-Head = MlcdHead | PartialFC
+from edgevlm.training.options import Schedule
 
 
 @dataclass(frozen=True)
@@ -35,10 +25,11 @@ class TowerStage:
     """
 
     name: str
+    purpose: str
     loss: Literal["mlcd", "partial_fc"]
     image_size: int
     num_classes: int | None
-    epochs: int
+    epochs: float
     global_batch: int
     learning_rate: float
     labels: int = 1
@@ -51,7 +42,7 @@ class TowerStage:
     head_factor: float = 1.0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Literal["cosine", "one_cycle"] = "one_cycle"
+    schedule: Schedule = "one_cycle"
     warmup_share: float = 0.1
     drop_path: float = 0.0
     area: tuple[float, float] = (0.4, 1.0)
@@ -64,6 +55,7 @@ class TowerStage:
 
 _MLCD = TowerStage(
     name="mlcd-tower",
+    purpose="pre-training on clusters, several an image",
     loss="mlcd",
     image_size=224,
     num_classes=1_000_000,
@@ -83,6 +75,7 @@ _MLCD = TowerStage(
 
 _UNICOM = TowerStage(
     name="unicom-tower",
+    purpose="pre-training on clusters, one an image",
     loss="partial_fc",
     image_size=224,
     num_classes=1_000_000,
@@ -102,6 +95,7 @@ _UNICOM = TowerStage(
 # Fine-tuning for retrieval: the scripts' values. Their batches are 16 to 128 images a GPU.
 _RETRIEVAL = TowerStage(
     name="unicom-sop",
+    purpose="fine-tuning for retrieval: Stanford Online Products",
     loss="partial_fc",
     image_size=224,
     num_classes=11_318,
@@ -122,6 +116,7 @@ STAGES: Mapping[str, TowerStage] = {
         replace(
             _MLCD,
             name="mlcd-tower-336",
+            purpose="one more epoch at 336 pixels",
             image_size=336,
             epochs=1,
             learning_rate=1e-4,
@@ -129,11 +124,23 @@ STAGES: Mapping[str, TowerStage] = {
         ),
         _UNICOM,
         _RETRIEVAL,
-        replace(_RETRIEVAL, name="unicom-in-shop", num_classes=None),
-        replace(_RETRIEVAL, name="unicom-inaturalist", num_classes=5690, margin=0.35),
+        replace(
+            _RETRIEVAL,
+            name="unicom-in-shop",
+            purpose="fine-tuning for retrieval: In-Shop Clothes",
+            num_classes=None,
+        ),
+        replace(
+            _RETRIEVAL,
+            name="unicom-inaturalist",
+            purpose="fine-tuning for retrieval: iNaturalist",
+            num_classes=5690,
+            margin=0.35,
+        ),
         replace(
             _RETRIEVAL,
             name="unicom-landmarks",
+            purpose="fine-tuning for retrieval at 512 pixels: Google Landmarks",
             image_size=512,
             num_classes=81_314,
             margin=0.5,
@@ -145,99 +152,3 @@ STAGES: Mapping[str, TowerStage] = {
         ),
     )
 }
-
-
-def find_stage(name: str) -> TowerStage:
-    """The stage called `name`. Raises ConfigError naming the known ones."""
-    if name not in STAGES:
-        known = ", ".join(STAGES)
-        raise ConfigError(f"there is no tower stage {name!r}", hint=f"known: {known}")
-    return STAGES[name]
-
-
-def make_head(
-    stage: TowerStage, channels: int, *, num_classes: int | None = None, seed: int = 0
-) -> Head:
-    """The stage's head for embeddings of `channels`; each rank gets its own classes.
-
-    num_classes: of the data, where it is not the published number. Raises ConfigError if neither
-    states it.
-    """
-    count = num_classes or stage.num_classes
-    if count is None:
-        raise ConfigError(f"{stage.name}: the number of classes follows from the data; state it")
-    if stage.loss == "mlcd":
-        return MlcdHead(
-            count,
-            channels,
-            scale=stage.scale,
-            margin=stage.margin,
-            sample_rate=stage.sample_rate,
-            seed=seed,
-        )
-    margin = Margin(stage.scale, stage.margin, stage.cosine_margin, stage.filter_above)
-    used = min(stage.num_channels or channels, channels)
-    return PartialFC(
-        count, channels, margin, sample_rate=stage.sample_rate, num_channels=used, seed=seed
-    )
-
-
-def make_optimizer(stage: TowerStage, tower: nn.Module, head: Head) -> AdamW:
-    """AdamW with the stage's learning rates. Norms, biases and single vectors do not decay (ours).
-
-    Groups in this order: matrices of the tower, its vectors, the class matrix.
-    """
-    trained = [p for p in tower.parameters() if p.requires_grad]
-    rate, decay = stage.learning_rate, stage.weight_decay
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim > 1], "lr": rate, "weight_decay": decay},
-        {"params": [p for p in trained if p.ndim <= 1], "lr": rate, "weight_decay": 0.0},
-        {
-            "params": list(head.parameters()),
-            "lr": rate * stage.head_factor,
-            "weight_decay": decay,
-        },
-    ]
-    return AdamW(groups, betas=stage.betas)
-
-
-def make_schedule(stage: TowerStage, optimizer: Optimizer, steps: int) -> LRScheduler:
-    """The learning rates over `steps` optimizer steps; call its `step` after each.
-
-    one_cycle: torch's OneCycleLR with its defaults, up to each group's rate and down, by cosine.
-    cosine: a linear warm-up, then a cosine down to 0.
-    """
-    if stage.schedule == "one_cycle":
-        highest = [float(group["lr"]) for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, highest, total_steps=steps, pct_start=stage.warmup_share)
-    warm = max(round(stage.warmup_share * steps), 1)
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * min((step - warm) / max(steps - warm, 1), 1.0)))
-
-    return LambdaLR(optimizer, factor)
-
-
-def step(tower: nn.Module, head: Head, batch: Mapping[str, Tensor]) -> Tensor:
-    """The mean loss of a batch over all ranks, to be differentiated.
-
-    batch: "pixels" [B, 3, height, width]; "labels" int64, [B] for PartialFC, [B, l] for MLCD
-    (-1 for none). B is the same on all ranks. `tower` may be wrapped for several processes, `head`
-    must not be: it splits its classes itself.
-    """
-    loss: Tensor = head(tower(batch["pixels"]), batch["labels"])
-    return loss
-
-
-def class_accuracy(embeddings: Tensor, head: Head, labels: Tensor) -> float:
-    """Share of embeddings [B, d] whose nearest class is among their labels [B] or [B, l].
-
-    By cosine, on one rank, which then holds all classes.
-    """
-    with torch.no_grad():
-        weight = nn.functional.normalize(head.matrix.weight)
-        found = (nn.functional.normalize(embeddings.float()) @ weight.T).argmax(1)
-        right = (found[:, None] == labels.reshape(len(labels), -1)).any(1)
-        return float(right.float().mean())

@@ -22,7 +22,7 @@ from edgevlm.training.mlcd_loss import MlcdHead, mlcd_loss
 from edgevlm.training.partial_fc import Margin, PartialFC, margin_logits, sample_classes
 from edgevlm.training.ranks import share
 from edgevlm.training.tower import Tower
-from edgevlm.training.tower_stages import step
+from edgevlm.training.tower_parts import step
 from tests.conftest import golden_case
 from tests.training.test_mlcd_loss import difference
 from tests.training.test_mlcd_loss import given as multi_label

@@ -24,7 +24,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.errors import ConfigError, DataError, OutputError
 from edgevlm.training.loop import StepRecord
 from edgevlm.training.report import Report
-from edgevlm.training.train import Result
+from edgevlm.training.run import Result
 from tests.conftest import ROOT
 from tests.training import runs
 

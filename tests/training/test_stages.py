@@ -90,7 +90,7 @@ def test_each_stage_changes_what_it_trains(system: str, tmp_path: Path) -> None:
     }
     for number, (stage, globs) in enumerate(CHAINS[system]):
         out = tmp_path / stage
-        stated = stages.find(stage)
+        stated = stages.find_vlm(stage)
         if stated.fifth_stage:
             monkey = replace(stated, fifth_stage=(1, 64))
             stages_of = tuple(monkey if s.name == stage else s for s in stages.STAGES)
@@ -129,7 +129,7 @@ def test_frozen_parts_of_first_stages_stay_as_they_were(tmp_path: Path) -> None:
 
 def test_published_rates_reach_their_parts(tmp_path: Path) -> None:
     source = test_assemble.made("mlcd", tmp_path)
-    stage = stages.find("next-finetune")
+    stage = stages.find_vlm("next-finetune")
     model = setup.model(source, stage, TrainOptions(), None)
     found = {group["lr"]: len(group["params"]) for group in groups(model, stage)}
     assert set(found) == {1e-5, 2e-6}
@@ -140,7 +140,7 @@ def test_published_rates_reach_their_parts(tmp_path: Path) -> None:
 
 def test_options_replace_what_a_stage_says() -> None:
     options = TrainOptions(rate=5e-4, train=("encoder.*=1e-6", "lm.norm.*"), freeze=("merger.*",))
-    stage = applied(stages.find("llava-pretrain"), options)
+    stage = applied(stages.find_vlm("llava-pretrain"), options)
     assert stage.rate_of("encoder.clip.patch.weight") == 1e-6
     assert stage.rate_of("lm.norm.weight") == 5e-4
     assert stage.rate_of("merger.linears.0.weight") is None
