@@ -50,7 +50,11 @@ class ChannelWeights:
 
 
 def row_quantize() -> onnx.FunctionProto:
-    """Codes of x, uint8 with zero point 128, and a float32 step for each row of its last axis."""
+    """Codes of x, uint8 with zero point 128, and a float32 step for each row of its last axis.
+
+    The Slice is for inputs without rows: ONNX Runtime 1.31 reduces an empty tensor to its own
+    shape where the axis counts from the end.
+    """
     return function(
         "RowQuantize",
         ["x"],
@@ -60,7 +64,10 @@ def row_quantize() -> onnx.FunctionProto:
             node("Cast", ["x"], ["f32"], to=onnx.TensorProto.FLOAT),
             node("Abs", ["f32"], ["sizes"]),
             ints("last", -1),
-            node("ReduceMax", ["sizes", "last"], ["largest"], keepdims=1),
+            node("ReduceMax", ["sizes", "last"], ["reduced"], keepdims=1),
+            ints("first", 0),
+            ints("second", 1),
+            node("Slice", ["reduced", "first", "second", "last"], ["largest"]),
             node("Constant", [], ["smallest"], value_float=SMALLEST),
             node("Max", ["largest", "smallest"], ["range"]),
             node("Constant", [], ["steps_in_range"], value_float=float(LARGEST)),

@@ -19,6 +19,7 @@ from edgevlm.engines.backends import onnxruntime, sessions
 from edgevlm.engines.build.build import build
 from edgevlm.engines.lowering.lower import lower
 from edgevlm.engines.lowering.signed import sign_weights
+from edgevlm.engines.runtime import session
 from edgevlm.engines.runtime.session import Session
 from edgevlm.export import write
 from edgevlm.toolkit import models, systems
@@ -51,10 +52,10 @@ def stored(part: Component, weights: Mapping[str, Array], folder: Path) -> Any:
 
 def run(model: Any, folder: Path, inputs: Mapping[str, Array]) -> dict[str, Array]:
     options = sessions.read_weights_from(sessions.session_options(1), folder)
-    session = sessions.open_session(model.SerializeToString(), options)
-    known = {value.name for value in session.get_inputs()}
-    names = [output.name for output in session.get_outputs()]
-    found = session.run(names, {k: v for k, v in inputs.items() if k in known})
+    opened = sessions.open_session(model.SerializeToString(), options)
+    known = {value.name for value in opened.get_inputs()}
+    names = [output.name for output in opened.get_outputs()]
+    found = opened.run(names, {k: v for k, v in inputs.items() if k in known})
     return dict(zip(names, found, strict=True))
 
 
@@ -119,6 +120,25 @@ def test_one_product_is_the_reference_and_a_row_is_its_own(tmp_path: Path) -> No
             np.testing.assert_array_equal(alone[0, 0], found[i, j])
             size = max(float(np.abs(exact[i, j]).max()), 1e-6)
             assert np.abs(found[i, j] - weights["only.bias"] - exact[i, j]).max() < 0.05 * size
+
+
+def test_an_input_without_rows_gives_none(tmp_path: Path) -> None:
+    """As the last layer has it while a piece of a prompt is read that scores no position."""
+    part, weights = one_linear(32, 8)
+    model = stored(part, weights, tmp_path)
+    x = np.zeros((1, 0, 32), np.float32)
+    for graph in (model, lower(model, this_cpu())):
+        (found,) = run(graph, tmp_path, {part.inputs[0].name: x}).values()
+        assert found.shape == (1, 0, 8)
+
+
+def test_a_prompt_of_several_chunks_is_read(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(bundle, tmp_path / "e", requantized(bundle, weight_only.ROWS), silent)
+    whole = Session.open(tmp_path / "e").answer(QUESTION).token_ids
+    monkeypatch.setattr(session, "PREFILL_CHUNK", 7)
+    assert Session.open(tmp_path / "e").answer(QUESTION).token_ids == whole
 
 
 def test_what_reads_one_input_shares_its_codes() -> None:
