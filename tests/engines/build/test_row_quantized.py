@@ -38,7 +38,7 @@ from tests.toolkit.models.test_architectures import component, feed, tensors
 
 PLAN = weight_only.plan(weight_only.ROWS)
 GOLDEN = HERE / "goldens/e2e_llava15"
-EVERY = [(role, kind) for role in ("encoders", "mergers", "lms") for kind in models.kinds(role)]  # type: ignore[arg-type]
+EVERY = [(role, kind) for role in ("encoders", "mergers", "lms") for kind in models.kinds(role)]
 
 
 def stored(part: Component, weights: Mapping[str, Array], folder: Path) -> Any:
