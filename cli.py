@@ -126,7 +126,8 @@ def build(
         Optional[int], typer.Option(help="Most tiles of an image; default: the model's.")
     ] = None,
     precision: Annotated[
-        Optional[str], typer.Option(help="int8 or int4: weight-only quantization, without samples.")
+        Optional[str],
+        typer.Option(help="int8, int4: weights alone; int8-rows: inputs too. No samples needed."),
     ] = None,
     accept_loss: Annotated[
         Optional[float],

@@ -21,7 +21,7 @@ from edgevlm.toolkit.quantization.blockwise import (
     block_of,
     pack,
 )
-from edgevlm.toolkit.quantization.plan import WEIGHT_BITS, PrecisionPlan
+from edgevlm.toolkit.quantization.plan import TABLES_IN_8_BITS, WEIGHT_BITS, PrecisionPlan
 
 CODES: dict[Bits, int] = {8: onnx.TensorProto.UINT8, 4: onnx.TensorProto.UINT4}
 
@@ -84,7 +84,7 @@ def linear_format(plan: PrecisionPlan, path: str) -> StorageFormat | None:
 
 def table_format(plan: PrecisionPlan, path: str) -> StorageFormat | None:
     """The same of an embedding table, for which there is only one storage."""
-    return TABLE if plan.at(path) in WEIGHT_BITS else None
+    return TABLE if plan.at(path) in TABLES_IN_8_BITS else None
 
 
 def product(e: Emitter, stored: QuantizedWeights, x: str, weight: str, path: str) -> str:

@@ -16,10 +16,12 @@ from edgevlm.export import write
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.errors import CalibrationError
-from edgevlm.toolkit.quantization import blockwise
+from edgevlm.toolkit.ops.vocabulary import Weights
+from edgevlm.toolkit.quantization import blockwise, channels
 from edgevlm.toolkit.quantization.blockwise import Bits
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.training import qat
+from edgevlm.training.torch_ops import TorchOps
 from tests.training import runs
 from tests.training.test_original_training import loss_of, model_of, stored_batch
 
@@ -35,6 +37,21 @@ def test_rounding_is_that_of_the_stored_codes(bits: Bits, inputs: int) -> None:
         return
     expected = blockwise.dequantize(*blockwise.quantize(rows, bits), bits)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_rows_are_rounded_as_the_reference_rounds_them() -> None:
+    generator = np.random.default_rng(0)
+    x, weight = (generator.standard_normal(n).astype(np.float32) for n in ((3, 16), (16, 4)))
+    inner: Any = TorchOps()
+    ops: Any = qat.FakeQuantize(inner, "lm", PrecisionPlan("int8_rows"))
+    given = torch.from_numpy(x).requires_grad_()
+    found = ops.linear(given, Weights({"a.weight": torch.from_numpy(weight)}) / "a")
+    steps = channels.scales(weight)
+    codes = np.concatenate(list(channels.codes(weight, steps)))
+    expected = channels.round_rows(x) @ channels.dequantize(codes, steps)
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=1e-5)
+    torch.autograd.backward(found.sum())
+    assert given.grad is not None and bool((given.grad != 0).all())
 
 
 def test_gradients_pass_through_the_rounding() -> None:

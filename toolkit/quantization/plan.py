@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
-# int8: inputs and weights; int8_weights, int4_weights: weights alone (blockwise.py)
-Precision = Literal["float", "int8", "int8_weights", "int4_weights"]
+# int8: inputs and weights, in steps known beforehand; int8_rows: the same, the inputs' steps found
+# when it runs (channels.py); int8_weights, int4_weights: weights alone (blockwise.py)
+Precision = Literal["float", "int8", "int8_rows", "int8_weights", "int4_weights"]
 WEIGHT_BITS: dict[Precision, Literal[8, 4]] = {"int8_weights": 8, "int4_weights": 4}
+TABLES_IN_8_BITS = frozenset[Precision]((*WEIGHT_BITS, "int8_rows"))  # embedding tables
 
 
 @dataclass(frozen=True)
