@@ -39,14 +39,20 @@ def weight_bits(cost: Cost, plan: PrecisionPlan) -> int | None:
     divides it.
     """
     bits = WEIGHT_BITS.get(plan.at(cost.path))
-    if bits is None or not cost.matrix_elements or block_of(cost.matrix_inputs) is None:
+    if bits is None or not cost.matrix_elements or _block(cost, plan) is None:
         return None
     return bits if cost.op == "linear" else TABLE.bits
 
 
+def _block(cost: Cost, plan: PrecisionPlan) -> int | None:
+    """The inputs that share a scale in the op's matrix; a table has the usual block."""
+    most = plan.block_at(cost.path) if cost.op == "linear" else None
+    return block_of(cost.matrix_inputs, most)
+
+
 def _bytes_each(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
     """Bytes of one element of the op's matrix, its share of a block's scale included."""
-    bits, block = weight_bits(cost, plan), block_of(cost.matrix_inputs)
+    bits, block = weight_bits(cost, plan), _block(cost, plan)
     return element_bytes if bits is None or block is None else bits / 8 + element_bytes / block
 
 
