@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgevlm.calibration.calibrate import Calibration
     from edgevlm.engines.build.build import Requantization, Request
     from edgevlm.engines.manifest import Engine
     from edgevlm.toolkit.bundle.manifest import Bundle
@@ -248,6 +249,36 @@ def build_engine(
     return engine
 
 
+def calibrate(
+    bundle: str | Path,
+    out: str | Path,
+    *,
+    text: str | Path,
+    to: str = "int4",
+    budget: float = 0.05,
+    block: int = 32,
+    window: int = 256,
+    windows: int = 24,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Quantize a float bundle with samples of text, as `edgevlm calibrate` does.
+
+    Writes the bundle `out`; what was found. Raises ToolkitError; nothing half-written stays.
+    """
+    from edgevlm.calibration import calibrate as calibration
+    from edgevlm.export import available
+
+    available.check()
+    from edgevlm.export import write
+
+    settings = calibration.Settings(to, window, windows, block, budget)
+    say, target = progress or _silent, Path(out)
+    source, found = calibration.of_bundle(Path(bundle), target, Path(text), settings, say, force)
+    write.write_bundle(source, target, made_by=made_by(), force=force, progress=say)
+    return found
+
+
 def train(
     stage: str,
     model: str,
@@ -274,6 +305,7 @@ def train(
     fields of edgevlm.training.options.TrainOptions. original: also write the result there, in the
     model's published layout. Raises ToolkitError; a killed run can be resumed.
     """
+    from edgevlm.training import new_model
     from edgevlm.training import options as training_options
     from edgevlm.training.train import Request, train
 
@@ -286,7 +318,7 @@ def train(
         offline=offline,
     )
     source = (
-        _assembled(stage, model, towers, system, image_size, chosen.seed, reading)
+        new_model.of_flags(stage, model, towers, system, image_size, chosen.seed, reading)
         if towers
         else _begun(model, reading, random_weights=random_weights, seed=chosen.seed)
     )
@@ -310,37 +342,6 @@ def _begun(model: str, options: Options, *, random_weights: bool, seed: int) -> 
     if random_weights:
         return source
     return replace(source, origin={"folder": model, **source.origin})
-
-
-def _assembled(
-    stage: str,
-    lm: str,
-    towers: Sequence[str],
-    system: str | None,
-    image_size: int | None,
-    seed: int,
-    options: Options,
-) -> Source:
-    """A new model from a language model and towers, each KIND=FOLDER."""
-    from edgevlm.toolkit.checkpoints import hub
-    from edgevlm.toolkit.errors import ConfigError
-    from edgevlm.training import stages
-    from edgevlm.training.assemble import assemble
-
-    folders = {}
-    for text in towers:
-        kind, equals, folder = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--tower {text!r} is not KIND=FOLDER", hint="clip=FOLDER")
-        folders[kind] = hub.locate(folder, revision=None, offline=options.offline)
-    known = stages.find(stage).systems
-    if system is None and not known:
-        raise ConfigError(f"stage {stage} is for every system", hint="say which: --system comm")
-    home = hub.locate(lm, revision=None, offline=options.offline)
-    changes = {} if image_size is None else {"image_size": image_size}
-    return assemble(
-        system or known[0], home, folders, options=options, seed=seed, overrides=changes
-    )
 
 
 def _plan(qat: str) -> PrecisionPlan:
