@@ -138,11 +138,12 @@ def _until_it_fits(
     in_8, in_4, kept = codes
     worst = sorted(errors, key=lambda key: -errors[key])
     total, best = sum(_size(lm, key) for key in worst), None
+    known = hidden(lm, ManyOps(), weights, held)
     for step in range(_STEPS + 1):
         keys = _up_to(worst, lm, MOST_IN_8_BITS * step / _STEPS * total)
         mixed = {**in_4, **{key: in_8[key] for key in keys}, **kept}
         progress(f"{len(keys)} of {len(worst)} linears in 8 bits: measuring on held-out text")
-        found = _Fit(keys, compare(lm, weights, Coded(weights, mixed), held, progress))
+        found = _Fit(keys, compare(lm, weights, Coded(weights, mixed), held, progress, known))
         if best is None or found.quality.growth < best.quality.growth:
             best = found
         if best.quality.growth <= settings.budget:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgevlm.calibration.many import ManyOps, hidden
+from edgevlm.calibration.many import Many, ManyOps, hidden
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
 from edgevlm.toolkit.vlm.components import Component
@@ -38,9 +38,16 @@ def compare(
     rounded: Mapping[str, Array],
     windows: Array,
     progress: Callable[[str], None],
+    known: Many | None = None,
 ) -> Quality:
-    """The language model in `rounded` weights beside that in `plain` ones, on windows of ids."""
-    states = [hidden(lm, ManyOps(), weights, windows) for weights in (plain, rounded)]
+    """The language model in `rounded` weights beside that in `plain` ones, on windows of ids.
+
+    known: what `hidden` gives for the plain weights, if that was computed before.
+    """
+    states = [
+        known or hidden(lm, ManyOps(), plain, windows),
+        hidden(lm, ManyOps(), rounded, windows),
+    ]
     sums = np.zeros(4)
     for number, window in enumerate(windows):
         a, b = (

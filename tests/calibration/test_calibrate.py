@@ -77,8 +77,8 @@ def test_what_was_computed_is_what_is_stored_and_run(
 def test_it_builds_and_answers_as_it_is(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worse = Quality(10, 1.0, 2.0, 0.1, 0.5)
-    monkeypatch.setattr(calibration, "compare", lambda *given: worse)
+    growing = iter([Quality(10, 1.0, worse, 0.1, 0.5) for worse in (4.0, 3.0, 2.5, 2.0)])
+    monkeypatch.setattr(calibration, "compare", lambda *given: next(growing))
     found = calibrated(bundle, tmp_path / "b")
     assert not found.within_budget
     assert found.share_4_bits >= 0.7
