@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgevlm.calibration.calibrate import Calibration
     from edgevlm.engines.build.build import Requantization, Request
     from edgevlm.engines.manifest import Engine
     from edgevlm.toolkit.bundle.manifest import Bundle
@@ -246,6 +247,37 @@ def build_engine(
     )
     engine, _ = build(Path(bundle), Path(out), request, progress or _silent)
     return engine
+
+
+def calibrate(
+    bundle: str | Path,
+    out: str | Path,
+    *,
+    text: str | Path,
+    to: str = "int4",
+    budget: float = 0.05,
+    block: int = 32,
+    window: int = 256,
+    windows: int = 24,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Quantize a float bundle with samples of text, as `edgevlm calibrate` does.
+
+    Writes the bundle `out`; what was found. Raises ToolkitError; nothing half-written stays.
+    """
+    from edgevlm.calibration import calibrate as calibration
+    from edgevlm.calibration.samples import Settings
+    from edgevlm.export import available
+
+    available.check()
+    from edgevlm.export import write
+
+    settings = Settings(to, window, windows, block, budget)
+    say, target = progress or _silent, Path(out)
+    source, found = calibration.of_bundle(Path(bundle), target, Path(text), settings, say, force)
+    write.write_bundle(source, target, made_by=made_by(), force=force, progress=say)
+    return found
 
 
 def train(

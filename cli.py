@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from edgevlm.calibration import command as calibration
 from edgevlm.toolkit.terminal.flags import (
     AllowBanned,
     Base,
@@ -264,6 +265,19 @@ def profile(
     profiles = profile_all([engine, *(compare or [])], request, console.step)
     report.write_files(profiles, html, trace)
     console.result(*report.result(profiles, layers))
+
+
+@app.command()
+@calibration.verb
+def calibrate(**given: Any) -> None:
+    from edgevlm import api
+
+    console = _console(given.pop("as_json"), given.pop("quiet"))
+    report = given.pop("report")
+    found = api.calibrate(progress=console.step, **given)
+    data, lines, following = calibration.summary(found, given["bundle"], given["out"])
+    calibration.write_report(report, data)
+    console.result(data, lines, following)
 
 
 @app.command()

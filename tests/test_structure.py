@@ -18,7 +18,7 @@ PACKAGES = ("toolkit", "export", "engines", "training", "calibration")
 MAY_IMPORT = {name: {name, "toolkit"} for name in PACKAGES} | {"toolkit": {"toolkit"}}
 LOOSE = ("__init__.py", "api.py", "cli.py")
 HEAVY = {"torch", "transformers", "accelerate"}
-MOST_ARROWS = 110  # training alone has a dozen: it reads and writes models of every system
+MOST_ARROWS = 120  # training and calibration have a dozen each: they read and write models
 
 
 def sources(*packages: str) -> Iterator[Path]:

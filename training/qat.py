@@ -56,7 +56,8 @@ class FakeQuantize(Wrapper[Tensor]):
             x = self._input(x, w) if precision == "int8" else _by_row(x)
             rounded = _by_channel(matrix, 1)
         else:
-            rounded = round_blocks(matrix.t(), WEIGHT_BITS[precision]).t()
+            block = self._plan.block_at(self.path_of(w))
+            rounded = round_blocks(matrix.t(), WEIGHT_BITS[precision], block).t()
         result = self.inner.linear(x, _with(w, rounded))
         return result
 
@@ -97,13 +98,14 @@ class FakeQuantize(Wrapper[Tensor]):
         return _rounded(x, x.new_tensor(max(self._plan.ranges[path], 1e-8) / 127))
 
 
-def round_blocks(rows: Tensor, bits: Bits) -> Tensor:
+def round_blocks(rows: Tensor, bits: Bits, most: int | None = None) -> Tensor:
     """The floats that stand for `rows` [outputs, inputs] in blockwise storage, see blockwise.py.
 
-    Rows whose inputs no block size divides stay as they are, as they do in a bundle.
+    most: the largest block. Rows whose inputs no block size divides stay as they are, as they do
+    in a bundle.
     """
     outputs, inputs = rows.shape
-    block = block_of(inputs)
+    block = block_of(inputs, most)
     if block is None:
         return rows
     blocks = rows.detach().float().reshape(outputs, -1, block)

@@ -19,6 +19,7 @@ from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from edgevlm.toolkit.errors import BundleError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization import blockwise, channels
+from edgevlm.toolkit.quantization.coded import Codes
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.strict import from_plain, read_json, to_plain
 from edgevlm.toolkit.text.tokenizer import Tokenizer
@@ -119,16 +120,22 @@ class Tensors(Mapping[str, Array]):
         if key in self.by_channel:
             name = key + channels.SUFFIX
             return channels.dequantize(*map(self._file.read, (name, name + blockwise.SCALE)))
+        coded = self.codes(key)
+        if coded is not None:
+            return coded.floats()
+        if key not in self._file.entries:
+            raise KeyError(key)
+        return self._file.read(key)
+
+    def codes(self, key: str) -> Codes | None:
+        """A weight in 8 or 4 bits as it is stored; None for any other."""
         storage = self._formats.get(key)
         if storage is None:
-            if key not in self._file.entries:
-                raise KeyError(key)
-            return self._file.read(key)
+            return None
         stored, scales = (
             self._file.read(f"{key}{storage.suffix}{tail}") for tail in ("", blockwise.SCALE)
         )
-        rows = blockwise.dequantize(stored, scales, storage.bits)
-        return rows.T if storage.transposed else rows
+        return Codes(storage, stored, scales)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it."""

@@ -43,7 +43,7 @@ def weight_bits(cost: Cost, plan: PrecisionPlan) -> int | None:
         return None
     if _by_channel(cost, plan):
         return 8
-    if block_of(cost.matrix_inputs) is None:
+    if _block(cost, plan) is None:
         return None
     return WEIGHT_BITS[precision] if cost.op == "linear" else TABLE.bits
 
@@ -53,9 +53,15 @@ def _by_channel(cost: Cost, plan: PrecisionPlan) -> bool:
     return cost.op == "linear" and plan.at(cost.path) == "int8_rows"
 
 
+def _block(cost: Cost, plan: PrecisionPlan) -> int | None:
+    """The inputs that share a scale in the op's matrix; a table has the usual block."""
+    most = plan.block_at(cost.path) if cost.op == "linear" else None
+    return block_of(cost.matrix_inputs, most)
+
+
 def _bytes_each(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
     """Bytes of one element of the op's matrix, its share of a scale included."""
-    bits, block = weight_bits(cost, plan), block_of(cost.matrix_inputs)
+    bits, block = weight_bits(cost, plan), _block(cost, plan)
     if bits is not None and _by_channel(cost, plan):
         block = cost.matrix_inputs
     return element_bytes if bits is None or block is None else bits / 8 + element_bytes / block
