@@ -307,7 +307,7 @@ def train(
     TrainOptions and TowerOptions in edgevlm.training. original: also write the result there, in the
     model's published layout. Raises ToolkitError; a killed run can be resumed.
     """
-    from edgevlm.training import stages, tower_options
+    from edgevlm.training import restore, stages, tower_options
     from edgevlm.training.assemble import from_parts
     from edgevlm.training.tower_stages import TowerStage
     from edgevlm.training.tower_train import TowerRequest, train_tower
@@ -338,7 +338,7 @@ def train(
     request = Request(stage, model, source, Path(out), chosen, resume, made_by(), say, plan, quiet)
     result = train(request)
     if original is not None and result.process == 0:  # the others end before it is written
-        _restore(Path(original), Path(out), source, model, reading, say)
+        restore.write_run(Path(original), Path(out), model, reading, say)
     return result
 
 
@@ -363,19 +363,6 @@ def _plan(qat: str) -> PrecisionPlan:
     if qat in weight_only.KINDS or not Path(qat).exists():
         return weight_only.plan(qat, option="--qat")
     return from_plain(PrecisionPlan, read_json(Path(qat)), qat)
-
-
-def _restore(
-    original: Path, out: Path, source: Source, model: str, options: Options, say: Progress
-) -> None:
-    """Write the finished run OUT in the layout of the folder that it began with."""
-    from edgevlm.toolkit import systems
-    from edgevlm.toolkit.checkpoints import hub
-    from edgevlm.training.restore import write_original
-
-    say(f"writing {original}")
-    home = hub.locate(model, revision=None, offline=options.offline)
-    write_original(original, systems.load(out, options), home, options)
 
 
 def inspect(path: Path) -> tuple[Any, list[str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
@@ -112,6 +112,16 @@ def _published(folder: Path) -> Path:
             hint="name that published folder",
         )
     return Path(str(named))
+
+
+def write_run(
+    out: Path, trained: Path, model: str, options: Options, say: Callable[[str], None]
+) -> None:
+    """Write the finished run `trained` as `out`, in the layout of the model that it began with."""
+    say(f"writing {out}")
+    refuse_source(out, trained)
+    home = hub.locate(model, revision=None, offline=options.offline)
+    write_original(out, systems.load(trained, options), home, options)
 
 
 def _open(
