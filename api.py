@@ -267,12 +267,13 @@ def calibrate(
     Writes the bundle `out`; what was found. Raises ToolkitError; nothing half-written stays.
     """
     from edgevlm.calibration import calibrate as calibration
+    from edgevlm.calibration.samples import Settings
     from edgevlm.export import available
 
     available.check()
     from edgevlm.export import write
 
-    settings = calibration.Settings(to, window, windows, block, budget)
+    settings = Settings(to, window, windows, block, budget)
     say, target = progress or _silent, Path(out)
     source, found = calibration.of_bundle(Path(bundle), target, Path(text), settings, say, force)
     write.write_bundle(source, target, made_by=made_by(), force=force, progress=say)
