@@ -97,8 +97,8 @@ def write(folder: Path, pictures: Pictures, seed: int = 0) -> Path:
 def _rounds(
     draw: np.random.Generator, names: Sequence[str], label: int
 ) -> Iterator[tuple[str, str]]:
-    """A question and its answer, twice; naming comes first in two conversations of three."""
-    there, naming_first = draw.random() < 0.5, draw.random() < 2 / 3
+    """A question and its answer, twice; either comes first in half of the conversations."""
+    there, naming_first = draw.random() < 0.5, draw.random() < 0.5
     name = names[label if there else _other(draw, label, len(names))]
     naming, asking = (NAMING, names[label]), (asks_for(name), "yes" if there else "no")
     yield from (naming, asking) if naming_first else (asking, naming)

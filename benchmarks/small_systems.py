@@ -44,14 +44,14 @@ class Sizes:
 
     side: int = 32
     patch: int = 4
-    width: int = 96
-    heads: int = 3
-    layers: int = 6
-    pair_layers: int = 4
+    width: int = 64
+    heads: int = 2
+    layers: int = 5
+    pair_layers: int = 3
     depths: tuple[int, ...] = (1, 2, 4, 1, 1)
-    dims: tuple[int, ...] = (48, 96, 192, 256, 256)
+    dims: tuple[int, ...] = (32, 64, 128, 192, 192)
     stem: int = 2
-    lm_width: int = 96
+    lm_width: int = 64
     lm_layers: int = 2
 
     @property

@@ -1,9 +1,9 @@
 """Do small models of four systems learn, and keep what they learned through export?
 
 A ConvLLaVA, an MMFuser, a COMM and an MLCD model (benchmarks/small_systems.py) are trained from
-nothing on questions about CIFAR-10's pictures, each for the processor time that two idle processors
-give in --seconds. Held-out questions are answered greedily by torch, by the engine in float32, which
-has to say the same to every question, and by the engine with weights in 8 bits.
+nothing on questions about CIFAR-10's pictures, each for the processor time that two idle
+processors give in --seconds. Held-out questions are answered greedily by torch, by the engine in
+float32, which has to say the same to every question, and by the engine with weights in 8 bits.
 
 --data: a folder with train.npz and test.npz, see benchmarks/questions.py; without it nothing is
 measured. --work keeps pictures, models and figures: what is there is not trained again.
@@ -30,9 +30,13 @@ from benchmarks.small_systems import Sizes
 BUSY = 1.85  # processor seconds of a second of training on two idle processors
 CHANCE = {"naming": 0.1, "yes-no": 0.5}
 PACKAGES = ("edgevlm", "torch", "onnxruntime", "numpy")
-SIZES = {name: Sizes() for name in small_systems.SYSTEMS}
-TRAINING = {"batch": 32, "micro_batch": 32, "rate": 1e-3, "warmup": 0.05, "weight_decay": 0.05}
-RATES: dict[str, float] = {}
+TRAINING: dict[str, Any] = {
+    "batch": 32,
+    "micro_batch": 32,
+    "rate": 1.5e-3,
+    "warmup": 0.05,
+    "weight_decay": 0.05,
+}
 R = TypeVar("R")
 
 
@@ -73,14 +77,12 @@ def timed(call: Callable[[], R]) -> tuple[R, Used]:
 # -- training ------------------------------------------------------------------------------------
 
 
-def train(system: str, model: Path, data: Path, out: Path, steps: int) -> Any:
+def train(model: Path, data: Path, out: Path, steps: int) -> Any:
     """Every parameter, by `edgevlm train all`."""
     from edgevlm import api
 
-    given: dict[str, Any] = {**TRAINING, "rate": RATES.get(system, TRAINING["rate"])}
-    return api.train(
-        "all", str(model), out, data=[str(data)], steps=steps, log_every=50, save_every=10**6, **given
-    )
+    schedule: dict[str, Any] = {"steps": steps, "log_every": 50, "save_every": 10**6}
+    return api.train("all", str(model), out, data=[str(data)], **schedule, **TRAINING)
 
 
 def steps_within(system: str, model: Path, data: Path, work: Path, cpu_s: float) -> int:
@@ -88,7 +90,7 @@ def steps_within(system: str, model: Path, data: Path, work: Path, cpu_s: float)
     used = {}
     for steps in (3, 33):
         out = work / f"trial-{system}-{steps}"
-        _, used[steps] = timed(lambda steps=steps, out=out: train(system, model, data, out, steps))  # type: ignore[misc]
+        _, used[steps] = timed(lambda steps=steps, out=out: train(model, data, out, steps))  # type: ignore[misc]
     each = (used[33].cpu_s - used[3].cpu_s) / 30
     return max(int((cpu_s - used[3].cpu_s) / each), 1)
 
@@ -96,7 +98,9 @@ def steps_within(system: str, model: Path, data: Path, work: Path, cpu_s: float)
 # -- answers -------------------------------------------------------------------------------------
 
 
-def by_torch(checkpoint: Path, asked: Sequence[Question]) -> tuple[list[tuple[int, ...]], list[str]]:
+def by_torch(
+    checkpoint: Path, asked: Sequence[Question]
+) -> tuple[list[tuple[int, ...]], list[str]]:
     """Ids and texts."""
     from edgevlm.toolkit import systems
     from edgevlm.toolkit.checkpoints.layouts.source import Options
@@ -116,11 +120,9 @@ def by_engine(
     from edgevlm import Session
 
     ids, found = [], []
-    with Session.open(engine) as session:
+    with Session.open(engine, threads=1) as session:
         for one in asked:
-            answer = session.answer(
-                Request(one.asked.question, [one.asked.picture], max_tokens=8)
-            )
+            answer = session.answer(Request(one.asked.question, [one.asked.picture], max_tokens=8))
             ids.append(tuple(token for token in answer.token_ids if token not in eos))
             found.append(answer.text)
     return ids, found
@@ -137,7 +139,9 @@ def accuracy(asked: Sequence[Question], texts: Sequence[str]) -> dict[str, float
 # -- a system ------------------------------------------------------------------------------------
 
 
-def measure(system: str, work: Path, held_out: Pictures, names: Sequence[str], cpu_s: float) -> Figures:
+def measure(
+    system: str, work: Path, held_out: Pictures, names: Sequence[str], cpu_s: float
+) -> Figures:
     """Train, export, build, and ask everything three times; kept in `work`."""
     kept = work / f"{system}.json"
     if kept.exists():
@@ -145,11 +149,11 @@ def measure(system: str, work: Path, held_out: Pictures, names: Sequence[str], c
     model, out, data = work / f"{system}-new", work / f"{system}-trained", work / "data"
     if not out.exists():
         if not model.exists():
-            small_systems.write(model, system, SIZES[system], questions.texts(names))
+            small_systems.write(model, system, Sizes(), questions.texts(names))
         begun = time.process_time()
         steps = steps_within(system, model, work / "some" / "questions.json", work, cpu_s)
         say(f"{system}: {steps} steps, found in {time.process_time() - begun:.0f} s")
-        result, used = timed(lambda: train(system, model, data / "questions.json", out, steps))
+        result, used = timed(lambda: train(model, data / "questions.json", out, steps))
         facts = {"parameters": result.parameters, "steps": steps, "samples": result.samples}
         facts |= {"loss": result.last_loss, "cpu_s": used.cpu_s, "wall_s": used.wall_s}
         (work / f"{system}-facts.json").write_text(json.dumps(facts))
@@ -197,7 +201,9 @@ def report(found: Sequence[Figures]) -> Report:
     for f in found:
         before, small = f.accuracy["torch"], f.accuracy["int8"]
         kinds = tuple(CHANCE)
-        shares = [f"{100 * precision[kind]:.1f} %" for precision in (before, small) for kind in kinds]
+        shares = [
+            f"{100 * precision[kind]:.1f} %" for precision in (before, small) for kind in kinds
+        ]
         changed = f"{f.changed} of {f.asked:,}"
         row = (f.system, f"{f.parameters:,}", f.steps, round(f.cpu_s), round(f.wall_s))
         result.rows.append((*row, *shares[:2], changed, *shares[2:]))
@@ -219,18 +225,26 @@ def prepare(work: Path, folder: Path) -> None:
     (work / "data-partial").rename(work / "data")
 
 
+def lacks(folder: Path | None) -> str:
+    """Why nothing can be measured; empty if all is there."""
+    if folder is None:
+        return "no pictures were named (--data FOLDER)"
+    missing = [name for name in ("train.npz", "test.npz") if not (folder / name).is_file()]
+    return f"{folder} has no {' and no '.join(missing)}" if missing else ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 if a bar does not hold."""
     command_line = parser(__doc__)
-    command_line.add_argument("--data", type=Path, required=True, help="train.npz and test.npz")
+    command_line.add_argument("--data", type=Path, help="train.npz and test.npz")
     command_line.add_argument("--systems", nargs="+", default=small_systems.SYSTEMS,
                               choices=small_systems.SYSTEMS)  # fmt: skip
     command_line.add_argument("--seconds", type=float, default=180, help="of training, each")
     command_line.add_argument("--pictures", type=int, default=3000, help="held-out ones")
     options = command_line.parse_args(arguments)
-    missing = [n for n in ("train.npz", "test.npz") if not (options.data / n).is_file()]
-    if missing:
-        print(f"train_cifar: skipped: {options.data} has no {' and no '.join(missing)}")
+    lacking = lacks(options.data)
+    if lacking:
+        print(f"train_cifar: skipped: {lacking}")
         return 0
     return run(options)
 
