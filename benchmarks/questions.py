@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.greedy import Asked
 
+FILE = "questions.json"
 NAMING = "What is in the picture?"
 
 
@@ -70,7 +71,7 @@ def held_out(pictures: Pictures, seed: int = 0) -> list[Question]:
 
 
 def write(folder: Path, pictures: Pictures, seed: int = 0) -> Path:
-    """The data set `folder`/questions.json: every picture as it is, and mirrored.
+    """The data set `folder`/FILE: every picture as it is, and mirrored.
 
     A conversation has both questions in either order. The file's path is returned.
     """
@@ -89,7 +90,7 @@ def write(folder: Path, pictures: Pictures, seed: int = 0) -> Path:
                 for speaker, text in zip(("human", "gpt"), pair, strict=True)
             ]
             samples.append({"id": f"{number}{side}", "image": name, "conversations": turns})
-    path = folder / "questions.json"
+    path = folder / FILE
     path.write_text(json.dumps(samples), encoding="utf-8")
     return path
 

@@ -2,7 +2,7 @@
 
 Each has the parts of its published system: ConvLLaVA a ConvNeXt of five stages, MMFuser a fuser
 over five levels of CLIP, COMM the merged levels of CLIP and DINOv2, MLCD its rotary vision
-transformer with LLaVA-NeXT's newline. The language models are a Llama and a Qwen2.
+transformer with LLaVA-NeXT's newline. The language models are Llama, Mistral and Qwen2.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ from edgevlm.training import initial
 SYSTEMS = ("convllava", "mmfuser", "comm", "mlcd")
 _HALF, _QUARTER = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 _ROWS = 512  # of the embedding
+_LLAMA_TOKENS = ("<unk>", "<s>", "</s>")
 _SPECIAL = {
-    "llama": ("<unk>", "<s>", "</s>"),
+    "llama": _LLAMA_TOKENS,
+    "mistral": _LLAMA_TOKENS,
     "qwen2": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
 }
+# Mistral's prompt is the shortest, which lets the few tokens of a ConvNeXt stand out.
+LANGUAGE_MODELS = {"convllava": "mistral", "mmfuser": "llama", "comm": "llama", "mlcd": "qwen2"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ class Sizes:
     layers: int = 5
     pair_layers: int = 3
     depths: tuple[int, ...] = (1, 2, 4, 1, 1)
-    dims: tuple[int, ...] = (32, 64, 128, 192, 192)
-    stem: int = 2
+    dims: tuple[int, ...] = (16, 32, 64, 128, 192)
+    stem: int = 1
     lm_width: int = 64
     lm_layers: int = 2
 
@@ -63,12 +67,12 @@ class Sizes:
 def model(system: str, sizes: Sizes) -> ModelConfig:
     """The configuration of a small model of `system`."""
     encoders, merger, arrangement = _VISION[system](sizes)
-    kind = "qwen2" if system == "mlcd" else "llama"
+    kind = LANGUAGE_MODELS[system]
     rule = Preprocess(
         "bicubic", 1 / 255, _HALF, _QUARTER, short_edge=sizes.side, crop=(sizes.side, sizes.side)
     )
     images = ImageRules({e.name: rule for e in encoders}, arrangement=arrangement)
-    ends = (_SPECIAL[kind].index("</s>" if kind == "llama" else "<|im_end|>"),)
+    ends = (_SPECIAL[kind].index("<|im_end|>" if kind == "qwen2" else "</s>"),)
     prompts = PromptRules(language_models.row(kind).template, "pieces", ends)
     lm = ComponentConfig("lm", kind, _lm(kind, sizes))
     return ModelConfig(f"{system}-small", system, encoders, merger, lm, images, prompts)
@@ -167,7 +171,7 @@ def tokenizer(kind: str, texts: Iterable[str]) -> str:
         show_progress=False,
     )
     made.train_from_iterator([*texts, *own.literals.split("\0")] * 2, trainer)
-    if kind == "llama":
+    if "<s>" in _SPECIAL[kind]:
         begin = ("<s>", _SPECIAL[kind].index("<s>"))
         made.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[begin]

@@ -12,11 +12,13 @@ measured. --work keeps pictures, models and figures: what is there is not traine
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +26,7 @@ import numpy as np
 
 from benchmarks import greedy, questions, small_systems
 from benchmarks.common import Bar, Report, parser, workplace
-from benchmarks.questions import Pictures, Question
+from benchmarks.questions import Question
 from benchmarks.small_systems import Sizes
 
 BUSY = 1.85  # processor seconds of a second of training on two idle processors
@@ -33,10 +35,12 @@ PACKAGES = ("edgevlm", "torch", "onnxruntime", "numpy")
 TRAINING: dict[str, Any] = {
     "batch": 32,
     "micro_batch": 32,
-    "rate": 1.5e-3,
     "warmup": 0.05,
     "weight_decay": 0.05,
 }
+RATES = {"convllava": 1e-3, "mmfuser": 1.5e-3, "comm": 1.5e-3, "mlcd": 1.5e-3}
+TRIALS = (3, 33)  # steps
+NAMES = "names.json"
 R = TypeVar("R")
 
 
@@ -77,22 +81,23 @@ def timed(call: Callable[[], R]) -> tuple[R, Used]:
 # -- training ------------------------------------------------------------------------------------
 
 
-def train(model: Path, data: Path, out: Path, steps: int) -> Any:
+def train(system: str, model: Path, data: Path, out: Path, steps: int) -> Any:
     """Every parameter, by `edgevlm train all`."""
     from edgevlm import api
 
-    schedule: dict[str, Any] = {"steps": steps, "log_every": 50, "save_every": 10**6}
+    schedule: dict[str, Any] = {"steps": steps, "rate": RATES[system], "log_every": 50}
     return api.train("all", str(model), out, data=[str(data)], **schedule, **TRAINING)
 
 
-def steps_within(system: str, model: Path, data: Path, work: Path, cpu_s: float) -> int:
-    """How many steps fit into so many processor seconds: of two short runs."""
-    used = {}
-    for steps in (3, 33):
-        out = work / f"trial-{system}-{steps}"
-        _, used[steps] = timed(lambda steps=steps, out=out: train(model, data, out, steps))  # type: ignore[misc]
-    each = (used[33].cpu_s - used[3].cpu_s) / 30
-    return max(int((cpu_s - used[3].cpu_s) / each), 1)
+def steps_within(system: str, model: Path, work: Path, cpu_s: float) -> int:
+    """How many steps fit into so many processor seconds: of two short runs on a few pictures."""
+    data, used = work / "few" / questions.FILE, []
+    for steps in TRIALS:
+        out = work / f"{system}-trial"
+        used.append(timed(partial(train, system, model, data, out, steps))[1].cpu_s)
+        shutil.rmtree(out)
+    each = (used[1] - used[0]) / (TRIALS[1] - TRIALS[0])
+    return max(int((cpu_s - used[0]) / each), 1)
 
 
 # -- answers -------------------------------------------------------------------------------------
@@ -139,37 +144,44 @@ def accuracy(asked: Sequence[Question], texts: Sequence[str]) -> dict[str, float
 # -- a system ------------------------------------------------------------------------------------
 
 
-def measure(
-    system: str, work: Path, held_out: Pictures, names: Sequence[str], cpu_s: float
-) -> Figures:
-    """Train, export, build, and ask everything three times; kept in `work`."""
+def measure(system: str, work: Path, asked: Sequence[Question], cpu_s: float) -> Figures:
+    """Train, export, build, and ask everything three times; the figures are kept in `work`."""
     kept = work / f"{system}.json"
-    if kept.exists():
-        return Figures(**json.loads(kept.read_text()))
-    model, out, data = work / f"{system}-new", work / f"{system}-trained", work / "data"
-    if not out.exists():
-        if not model.exists():
-            small_systems.write(model, system, Sizes(), questions.texts(names))
-        begun = time.process_time()
-        steps = steps_within(system, model, work / "some" / "questions.json", work, cpu_s)
-        say(f"{system}: {steps} steps, found in {time.process_time() - begun:.0f} s")
-        result, used = timed(lambda: train(model, data / "questions.json", out, steps))
+    if not kept.exists():
+        facts = trained(system, work, cpu_s)
+        found = compare(system, work, asked)
+        kept.write_text(json.dumps({"system": system, **facts, **found}))
+    return Figures(**json.loads(kept.read_text()))
+
+
+def trained(system: str, work: Path, cpu_s: float) -> dict[str, Any]:
+    """Train a new model of `system` as WORK/SYSTEM-trained; what that took."""
+    kept = work / f"{system}-facts.json"
+    if not kept.exists():
+        model, out = work / f"{system}-new", work / f"{system}-trained"
+        for folder in (model, out):
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
+        names = json.loads((work / NAMES).read_text())
+        small_systems.write(model, system, Sizes(), questions.texts(names))
+        steps = steps_within(system, model, work, cpu_s)
+        say(f"{system}: {steps} steps")
+        result, used = timed(
+            partial(train, system, model, work / "data" / questions.FILE, out, steps)
+        )
         facts = {"parameters": result.parameters, "steps": steps, "samples": result.samples}
-        facts |= {"loss": result.last_loss, "cpu_s": used.cpu_s, "wall_s": used.wall_s}
-        (work / f"{system}-facts.json").write_text(json.dumps(facts))
-    facts = json.loads((work / f"{system}-facts.json").read_text())
+        facts |= {"loss": round(result.last_loss, 4)}
+        facts |= {name: round(seconds, 1) for name, seconds in asdict(used).items()}
+        kept.write_text(json.dumps(facts))
+    facts = json.loads(kept.read_text())
     say(f"{system}: {facts}")
-    found = compare(system, work, out, questions.held_out(held_out))
-    figures = Figures(system=system, **{k: _short(v) for k, v in facts.items()}, **found)
-    kept.write_text(json.dumps(asdict(figures)))
-    return figures
+    return facts
 
 
-def compare(system: str, work: Path, checkpoint: Path, asked: Sequence[Question]) -> dict[str, Any]:
+def compare(system: str, work: Path, asked: Sequence[Question]) -> dict[str, Any]:
     """Accuracy before and after export, and how many answers changed."""
     from edgevlm import api
 
-    bundle = work / f"{system}-bundle"
+    checkpoint, bundle = work / f"{system}-trained", work / f"{system}-bundle"
     model = api.export_bundle(checkpoint, bundle, force=True).model
     ids, texts = by_torch(checkpoint, asked)
     found = {"torch": accuracy(asked, texts)}
@@ -182,10 +194,6 @@ def compare(system: str, work: Path, checkpoint: Path, asked: Sequence[Question]
         if precision is None:
             changed = sum(a != b for a, b in zip(ids, others, strict=True))
     return {"asked": len(asked), "changed": changed, "accuracy": found}
-
-
-def _short(value: Any) -> Any:
-    return round(value, 3) if isinstance(value, float) else value
 
 
 def say(line: str) -> None:
@@ -217,12 +225,13 @@ def report(found: Sequence[Figures]) -> Report:
 
 def prepare(work: Path, folder: Path) -> None:
     """The training pictures as files, and a few of them for the trial that finds the steps."""
-    if (work / "data").exists():
+    if (work / NAMES).exists():
         return
     pictures = questions.read(folder / "train.npz")
-    questions.write(work / "some", pictures.first(600))
-    questions.write(work / "data-partial", pictures)
-    (work / "data-partial").rename(work / "data")
+    for name, some in (("few", pictures.first(600)), ("data", pictures)):
+        shutil.rmtree(work / name, ignore_errors=True)
+        questions.write(work / name, some)
+    (work / NAMES).write_text(json.dumps(pictures.names))
 
 
 def lacks(folder: Path | None) -> str:
@@ -251,11 +260,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: Namespace) -> int:
     """All systems in turn."""
-    held_out = questions.read(options.data / "test.npz").first(options.pictures)
+    asked = questions.held_out(questions.read(options.data / "test.npz").first(options.pictures))
     with workplace(options) as work:
         prepare(work, options.data)
-        cpu_s = BUSY * options.seconds
-        found = [measure(s, work, held_out, held_out.names, cpu_s) for s in options.systems]
+        found = [measure(name, work, asked, BUSY * options.seconds) for name in options.systems]
         return 0 if report(found).finish(options) else 1
 
 
