@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,68 +47,61 @@ def read(path: Path) -> Pictures:
     return Pictures(files, tuple(arrays["labels"].tolist()), tuple(arrays["names"].tolist()))
 
 
-def asks_for(name: str) -> str:
+def asks_for(subject: str) -> str:
     """A question whose answer is yes or no."""
-    return f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name}?"
+    return f"Is there {'an' if subject[0] in 'aeiou' else 'a'} {subject}?"
 
 
-def texts(names: Sequence[str]) -> list[str]:
+def texts(names: Sequence[str], subject: str) -> list[str]:
     """All questions and answers, for a tokenizer; an answer follows a blank in some templates."""
-    words = [NAMING, *map(asks_for, names), *names, "yes", "no"]
+    words = [NAMING, asks_for(subject), *names, "yes", "no"]
     return [*words, *(f" {word}" for word in words)]
 
 
-def held_out(pictures: Pictures, seed: int = 0) -> list[Question]:
-    """Two questions on each picture: what it shows, and whether it shows something; half do."""
-    draw = np.random.default_rng(seed)
+def of(pictures: Pictures, subject: str, seed: int = 0) -> list[Question]:
+    """What every picture shows; and of those that show `subject`, and as many others, if they do.
+
+    The questions on one picture come one after the other.
+    """
+    wanted = pictures.names.index(subject)
+    labels = np.array(pictures.labels)
+    others = np.random.default_rng(seed).permutation(np.flatnonzero(labels != wanted))
+    chosen = {*np.flatnonzero(labels == wanted).tolist()}
+    chosen |= {*others[: len(chosen)].tolist()}
     found = []
     for number, (file, label) in enumerate(zip(pictures.files, pictures.labels, strict=True)):
-        there = number % 2 == 0
-        name = pictures.names[label if there else _other(draw, label, len(pictures.names))]
         found.append(Question(Asked(file, NAMING), pictures.names[label], "naming"))
-        answer = "yes" if there else "no"
-        found.append(Question(Asked(file, asks_for(name)), answer, "yes-no"))
+        if number in chosen:
+            answer = "yes" if label == wanted else "no"
+            found.append(Question(Asked(file, asks_for(subject)), answer, "yes-no"))
     return found
 
 
-def write(folder: Path, pictures: Pictures, seed: int = 0) -> Path:
-    """The data set `folder`/FILE: every picture as it is, and mirrored.
+def write(folder: Path, pictures: Pictures, subject: str, seed: int = 0) -> Path:
+    """The data set `folder`/FILE with one question a sample; every picture also mirrored.
 
-    A conversation has both questions in either order. The file's path is returned.
+    The file's path is returned.
     """
-    draw = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
-    samples = []
-    for number, (file, label) in enumerate(zip(pictures.files, pictures.labels, strict=True)):
-        for side, data in (("a", file), ("b", _mirrored(file))):
+    samples: list[dict[str, Any]] = []
+    number = -1
+    for question in of(pictures, subject, seed):
+        picture = question.asked.picture
+        number += question.kind == "naming"  # which is every picture's first question
+        for side in "ab":
             name = f"images/{number:05d}{side}.jpg"
-            (folder / name).write_bytes(data)
-            rounds = list(_rounds(draw, pictures.names, label))
-            rounds[0] = (f"<image>\n{rounds[0][0]}", rounds[0][1])
-            turns = [
-                {"from": speaker, "value": text}
-                for pair in rounds
-                for speaker, text in zip(("human", "gpt"), pair, strict=True)
-            ]
-            samples.append({"id": f"{number}{side}", "image": name, "conversations": turns})
+            if question.kind == "naming":
+                (folder / name).write_bytes(picture if side == "a" else _mirrored(picture))
+            samples.append(_sample(f"{number}{side} {question.kind}", name, question))
     path = folder / FILE
     path.write_text(json.dumps(samples), encoding="utf-8")
     return path
 
 
-def _rounds(
-    draw: np.random.Generator, names: Sequence[str], label: int
-) -> Iterator[tuple[str, str]]:
-    """A question and its answer, twice; either comes first in half of the conversations."""
-    there, naming_first = draw.random() < 0.5, draw.random() < 0.5
-    name = names[label if there else _other(draw, label, len(names))]
-    naming, asking = (NAMING, names[label]), (asks_for(name), "yes" if there else "no")
-    yield from (naming, asking) if naming_first else (asking, naming)
-
-
-def _other(draw: np.random.Generator, label: int, count: int) -> int:
-    """Another label."""
-    return (label + int(draw.integers(1, count))) % count
+def _sample(name: str, image: str, question: Question) -> dict[str, Any]:
+    asked = {"from": "human", "value": f"<image>\n{question.asked.question}"}
+    turns = [asked, {"from": "gpt", "value": question.answer}]
+    return {"id": name, "image": image, "conversations": turns}
 
 
 def _mirrored(file: bytes) -> bytes:

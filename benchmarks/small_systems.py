@@ -34,8 +34,8 @@ _SPECIAL = {
     "mistral": _LLAMA_TOKENS,
     "qwen2": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
 }
-# Mistral's prompt is the shortest, which lets the few tokens of a ConvNeXt stand out.
-LANGUAGE_MODELS = {"convllava": "mistral", "mmfuser": "llama", "comm": "llama", "mlcd": "qwen2"}
+# Mistral's prompt is the shortest, which lets image tokens and questions stand out.
+LANGUAGE_MODELS = {"convllava": "mistral", "mmfuser": "llama", "comm": "mistral", "mlcd": "qwen2"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _lm(kind: str, s: Sizes) -> Any:
         hidden_size=s.lm_width,
         num_layers=s.lm_layers,
         num_heads=heads,
-        num_kv_heads=1 if kind == "qwen2" else heads,
+        num_kv_heads=heads,
         head_dim=s.lm_width // heads,
         intermediate_size=2 * s.lm_width,
         vocab_size=_ROWS,

@@ -30,15 +30,16 @@ from benchmarks.questions import Question
 from benchmarks.small_systems import Sizes
 
 BUSY = 1.85  # processor seconds of a second of training on two idle processors
+SUBJECT = "dog"  # of the question whose answer is yes or no
 CHANCE = {"naming": 0.1, "yes-no": 0.5}
 PACKAGES = ("edgevlm", "torch", "onnxruntime", "numpy")
 TRAINING: dict[str, Any] = {
     "batch": 32,
     "micro_batch": 32,
+    "rate": 1e-3,
     "warmup": 0.05,
     "weight_decay": 0.05,
 }
-RATES = {"convllava": 1e-3, "mmfuser": 1.5e-3, "comm": 1.5e-3, "mlcd": 1.5e-3}
 TRIALS = (3, 33)  # steps
 NAMES = "names.json"
 R = TypeVar("R")
@@ -81,11 +82,11 @@ def timed(call: Callable[[], R]) -> tuple[R, Used]:
 # -- training ------------------------------------------------------------------------------------
 
 
-def train(system: str, model: Path, data: Path, out: Path, steps: int) -> Any:
+def train(model: Path, data: Path, out: Path, steps: int) -> Any:
     """Every parameter, by `edgevlm train all`."""
     from edgevlm import api
 
-    schedule: dict[str, Any] = {"steps": steps, "rate": RATES[system], "log_every": 50}
+    schedule: dict[str, Any] = {"steps": steps, "log_every": 50}
     return api.train("all", str(model), out, data=[str(data)], **schedule, **TRAINING)
 
 
@@ -94,7 +95,7 @@ def steps_within(system: str, model: Path, work: Path, cpu_s: float) -> int:
     data, used = work / "few" / questions.FILE, []
     for steps in TRIALS:
         out = work / f"{system}-trial"
-        used.append(timed(partial(train, system, model, data, out, steps))[1].cpu_s)
+        used.append(timed(partial(train, model, data, out, steps))[1].cpu_s)
         shutil.rmtree(out)
     each = (used[1] - used[0]) / (TRIALS[1] - TRIALS[0])
     return max(int((cpu_s - used[0]) / each), 1)
@@ -162,19 +163,17 @@ def trained(system: str, work: Path, cpu_s: float) -> dict[str, Any]:
         for folder in (model, out):
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
         names = json.loads((work / NAMES).read_text())
-        small_systems.write(model, system, Sizes(), questions.texts(names))
+        small_systems.write(model, system, Sizes(), questions.texts(names, SUBJECT))
         steps = steps_within(system, model, work, cpu_s)
         say(f"{system}: {steps} steps")
-        result, used = timed(
-            partial(train, system, model, work / "data" / questions.FILE, out, steps)
-        )
+        result, used = timed(partial(train, model, work / "data" / questions.FILE, out, steps))
         facts = {"parameters": result.parameters, "steps": steps, "samples": result.samples}
         facts |= {"loss": round(result.last_loss, 4)}
         facts |= {name: round(seconds, 1) for name, seconds in asdict(used).items()}
         kept.write_text(json.dumps(facts))
-    facts = json.loads(kept.read_text())
-    say(f"{system}: {facts}")
-    return facts
+    found: dict[str, Any] = json.loads(kept.read_text())
+    say(f"{system}: {found}")
+    return found
 
 
 def compare(system: str, work: Path, asked: Sequence[Question]) -> dict[str, Any]:
@@ -230,7 +229,7 @@ def prepare(work: Path, folder: Path) -> None:
     pictures = questions.read(folder / "train.npz")
     for name, some in (("few", pictures.first(600)), ("data", pictures)):
         shutil.rmtree(work / name, ignore_errors=True)
-        questions.write(work / name, some)
+        questions.write(work / name, some, SUBJECT)
     (work / NAMES).write_text(json.dumps(pictures.names))
 
 
@@ -260,7 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: Namespace) -> int:
     """All systems in turn."""
-    asked = questions.held_out(questions.read(options.data / "test.npz").first(options.pictures))
+    held_out = questions.read(options.data / "test.npz").first(options.pictures)
+    asked = questions.of(held_out, SUBJECT)
     with workplace(options) as work:
         prepare(work, options.data)
         found = [measure(name, work, asked, BUSY * options.seconds) for name in options.systems]

@@ -52,8 +52,8 @@ def coloured(count: int, seed: int) -> Pictures:
 
 @pytest.mark.parametrize("system", small_systems.SYSTEMS)
 def test_an_engine_answers_what_the_trained_model_answers(system: str, tmp_path: Path) -> None:
-    data = questions.write(tmp_path / "data", coloured(48, seed=1))
-    small_systems.write(tmp_path / "new", system, SMALL, questions.texts(NAMES))
+    data = questions.write(tmp_path / "data", coloured(48, seed=1), "red")
+    small_systems.write(tmp_path / "new", system, SMALL, questions.texts(NAMES, "red"))
     result = api.train(
         "all",
         str(tmp_path / "new"),
@@ -68,7 +68,7 @@ def test_an_engine_answers_what_the_trained_model_answers(system: str, tmp_path:
     assert result.trained_parameters == result.parameters
     assert result.first_loss is not None and result.last_loss is not None
     assert result.last_loss < result.first_loss / 2
-    asked = questions.held_out(coloured(8, seed=2))
+    asked = questions.of(coloured(8, seed=2), "red")
     source = systems.load(tmp_path / "trained", Options())
     expected = greedy.answers(source, [one.asked for one in asked])
     eos = api.export_bundle(tmp_path / "trained", tmp_path / "bundle").model.prompts.eos
@@ -81,9 +81,9 @@ def test_an_engine_answers_what_the_trained_model_answers(system: str, tmp_path:
 
 
 def test_pictures_of_a_batch_do_not_change_one_another_s_answers(tmp_path: Path) -> None:
-    small_systems.write(tmp_path / "new", "mlcd", SMALL, questions.texts(NAMES))
+    small_systems.write(tmp_path / "new", "mlcd", SMALL, questions.texts(NAMES, "red"))
     source = systems.load(tmp_path / "new", Options())
-    asked = [one.asked for one in questions.held_out(coloured(3, seed=2))]
+    asked = [one.asked for one in questions.of(coloured(3, seed=2), "red")]
     together = greedy.answers(source, asked)
     assert together == [greedy.answers(source, [one])[0] for one in asked]
 
