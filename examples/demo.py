@@ -18,7 +18,7 @@ import numpy as np
 from examples.digits import exam, model, page, scenes
 from examples.digits.exam import KINDS, Graded, Scores
 from examples.digits.scenes import Scene
-from examples.steps import ROOT, command, run, say, title
+from examples.steps import ROOT, command, output, run, say, title
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Plan:
 
 FULL = Plan(
     (
-        Lesson("one digit", (1,), 8000, 300, 2e-3),
-        Lesson("several digits", (1, 2, 3, 4), 12000, 500, 2e-3),
+        Lesson("one digit", (1,), 6000, 200, 1e-3),
+        Lesson("one to four digits", (1, 2, 3, 4), 14000, 800, 1e-3),
     ),
     batch=32,
     held_out=200,
@@ -61,8 +61,8 @@ def main(plan: Plan = FULL) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     introduce()
     held_out = step_scenes(folder, plan)
-    losses = step_train(out, plan)
-    engines = step_deploy(out)
+    trained, losses = step_train(out, plan)
+    engines = step_deploy(out, trained)
     graded = {name: step_answers(out, name, engine, held_out) for name, engine in engines.items()}
     scores = {name: exam.scores(g for one in all_ for g in one) for name, all_ in graded.items()}
     step_results(out, held_out[: plan.shown], graded["float32"], scores, losses)
@@ -107,8 +107,8 @@ def step_scenes(folder: Path, plan: Plan) -> list[Scene]:
     return held_out
 
 
-def step_train(out: Path, plan: Plan) -> list[tuple[int, float]]:
-    """Random weights, then every lesson; the losses of the logged steps."""
+def step_train(out: Path, plan: Plan) -> tuple[Path, list[tuple[int, float]]]:
+    """Random weights, then every lesson: the trained model, and the losses of logged steps."""
     title(2, "train: every parameter, from random weights")
     folder, start = out / "training", out / "training/random"
     model.write(ROOT / start)
@@ -127,20 +127,20 @@ def step_train(out: Path, plan: Plan) -> list[tuple[int, float]]:
             losses.append((before + entry["step"], entry["loss"]))
         start, before = trained, before + lesson.steps
     print(f"\n{before:,} steps in {time.perf_counter() - began:.0f} s")
-    return losses
+    return start, losses
 
 
-def step_deploy(out: Path) -> dict[str, Path]:
+def step_deploy(out: Path, trained: Path) -> dict[str, Path]:
     """The trained model as a bundle, and engines of it in float and in 8 bits."""
     title(3, "export and build: one bundle, an engine in float and one in 8 bits")
-    bundle, newest = out / "bundle", sorted((ROOT / out / "training").glob("model-*"))[-1]
+    bundle = out / "bundle"
     engines = {"float32": out / "engine", "int8": out / "engine-int8"}
-    run("export", newest.relative_to(ROOT), bundle, "--force", "--quiet")
+    run("export", trained, bundle, "--force", "--quiet")
     for precision, engine in engines.items():
         chosen = [] if precision == "float32" else ["--precision", precision]
-        run("build", bundle, engine, *chosen, "--force", "--quiet")
+        output("build", bundle, engine, *chosen, "--force", "--quiet")
         size = sum(file.stat().st_size for file in (ROOT / engine).glob("*.safetensors"))
-        print(f"weights of {size / 1e6:.2f} MB")
+        print(f"an engine with weights of {size / 1e6:.2f} MB")
     return engines
 
 
@@ -153,7 +153,7 @@ def step_answers(
     answers = out / f"training/answers-{name}.jsonl"
     began = time.perf_counter()
     (ROOT / answers).unlink(missing_ok=True)
-    run("run", engine, "--input", out / "training/exam.jsonl", "--output", answers, "--quiet")
+    output("run", engine, "--input", out / "training/exam.jsonl", "--output", answers, "--quiet")
     graded = exam.read(ROOT / answers, held_out)
     count = sum(map(len, graded))
     print(f"{count:,} answers in {time.perf_counter() - began:.1f} s")
@@ -188,9 +188,7 @@ def step_profile(out: Path) -> None:
     """Show where the time goes."""
     title(5, "profile: where each millisecond goes")
     image = out / "training/exam/00003.png"
-    run(
-        *("profile", out / "engine", "--image", image, "--html", out / "profile.html", "--quiet"),
-    )
+    run("profile", out / "engine", "--image", image, "--html", out / "profile.html", "--quiet")
     say(
         "The floor is the shortest time that this machine's measured arithmetic and memory rate "
         "allow for a stage; reached is floor over measured. A model this small is all overhead; "

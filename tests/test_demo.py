@@ -81,7 +81,8 @@ def test_boxes_are_inside_and_hold_all_the_ink(made: list[Scene]) -> None:
             left, top, right, bottom = (round(corner * scenes.SIDE) for corner in digit.box)
             assert 0 <= left < right <= scenes.SIDE and 0 <= top < bottom <= scenes.SIDE
             ink = scene.pixels[top:bottom, left:right] >= scenes.INK
-            assert ink.any(0)[[0, -1]].all() and ink.any(1)[[0, -1]].all()  # the box is tight
+            edges = (ink[0], ink[-1], ink[:, 0], ink[:, -1])
+            assert all(edge.any() for edge in edges)  # the box is tight
             covered[top:bottom, left:right] = True
         assert (scene.pixels[~covered] < scenes.INK).all()
 

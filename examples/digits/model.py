@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +24,11 @@ from edgevlm.training import initial
 from examples.digits.scenes import COUNT, NAME, POINT, READ, SIDE
 
 PATCH = 8  # pixels
-WIDTH, DEPTH, HEADS = 96, 2, 8  # of each encoder
+WIDTH, DEPTH, HEADS = 96, 2, 4  # of each encoder
 LM_WIDTH, LM_DEPTH, LM_HEADS = 96, 3, 3
 CONTEXT = 256
 _WAVES = np.array([1.0, 0.5, 0.25])  # radians a patch
 _PLACE = 4 * len(_WAVES)  # channels of an encoder that hold the place of a patch to begin with
-_GAIN = 1.2  # how sharply its heads look at one patch to begin with
 _SIDES = (("[", ","), ("", ","), ("", "]"))  # what is around a left, a top or right, a bottom
 _SPECIAL = ("<unk>", "</s>", "[INST]", "[/INST]")
 _CUT = r" ?[A-Za-z]+|\[?\d\.\d\d[,\]]?|[\s\S]"  # words, [0.25, and 0.50, and 0.75] and characters
@@ -73,7 +73,7 @@ def tokenizer() -> str:
 
 def configuration() -> ModelConfig:
     """COMM: every level of a CLIP, the deep ones of a DINOv2, merged, into a Llama."""
-    sizes = {"hidden_size": WIDTH, "num_layers": DEPTH, "num_heads": HEADS}
+    sizes: dict[str, Any] = {"hidden_size": WIDTH, "num_layers": DEPTH, "num_heads": HEADS}
     sizes |= {"intermediate_size": 3 * WIDTH, "patch_size": PATCH, "image_size": SIDE}
     levels = {"clip": tuple(range(DEPTH)), "dinov2": (DEPTH - 1,)}
     taps = {name: tuple(level + 1 for level in blocks) for name, blocks in levels.items()}
@@ -148,8 +148,6 @@ def _rule(part: Component, key: str) -> initial.Draw:
         return lambda _, shape: np.ones(shape)
     if leaf in ("bias", "class_token"):
         return lambda _, shape: np.zeros(shape)
-    if part.name.startswith("encoder.") and key.endswith((".q.weight", ".k.weight")):
-        return lambda g, shape: _neighbours(g, shape, turned=".q." in key)
     if key == "patch.weight":
         return _kernels
     spread = 1 / math.sqrt(part.shapes[key][0])
@@ -181,26 +179,6 @@ def _tokens(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
         ids = [words.index(f"{before}{i / 100:.2f}{after}") for i in range(101)]
         rows[ids] = rows[ids[0]] / 2 + _waves(np.arange(101) / 100, frequencies)
     return rows / 2
-
-
-def _neighbours(generator: np.random.Generator, shape: tuple[int, ...], *, turned: bool) -> Array:
-    """Queries (turned) or keys of heads that look at one of the eight neighbours of a patch.
-
-    Both take the waves of row and column; turning a query's waves moves the place that it fits
-    best. After ConViT (d'Ascoli et al., arXiv 2103.10697), whose heads begin like convolutions.
-    """
-    offsets = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
-    count, size = len(_WAVES), shape[1] // HEADS
-    matrix = generator.normal(0, 0.3 / math.sqrt(shape[0]), shape)
-    for head in range(HEADS):
-        for axis, offset in enumerate(offsets[head % len(offsets)]):
-            for wave, frequency in enumerate(_WAVES):
-                sine = 2 * count * axis + wave
-                cosine, at = sine + count, head * size
-                angle = offset * frequency * turned
-                turn = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-                matrix[np.ix_([sine, cosine], [at + sine, at + cosine])] += _GAIN * np.array(turn)
-    return matrix
 
 
 def _kernels(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
