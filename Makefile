@@ -15,7 +15,7 @@ PIP_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_ARGS)
-BENCHMARKS := start_up export lm_decode precision
+BENCHMARKS := start_up export lm_decode precision train_step
 CODE := __init__.py api.py cli.py toolkit export engines training calibration tests examples benchmarks
 
 .NOTPARALLEL:

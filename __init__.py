@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgevlm.api import build_engine as build_engine
     from edgevlm.api import export_bundle as export_bundle
+    from edgevlm.api import train as train
     from edgevlm.engines.runtime.sampling import Sampling as Sampling
     from edgevlm.engines.runtime.session import Answer as Answer
     from edgevlm.engines.runtime.session import Question as Question
@@ -30,6 +31,7 @@ _HOME = {
     "ToolkitError": "toolkit.errors",
     "build_engine": "api",
     "export_bundle": "api",
+    "train": "api",
 }
 __all__ = [  # noqa: F822 (the names come from __getattr__)
     "Answer",
@@ -40,6 +42,7 @@ __all__ = [  # noqa: F822 (the names come from __getattr__)
     "ToolkitError",
     "build_engine",
     "export_bundle",
+    "train",
 ]
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgevlm.calibration.calibrate import Calibration
     from edgevlm.engines.build.build import Requantization, Request
     from edgevlm.engines.manifest import Engine
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
     from edgevlm.toolkit.quantization.plan import PrecisionPlan
-    from edgevlm.training.train import Result
+    from edgevlm.training.run import Result
 
 Progress = Callable[[str], None]
 
@@ -31,6 +32,7 @@ def made_by() -> str:
 def read_options(
     *,
     system: str | None = None,
+    image_size: int | None = None,
     vision_tower: str | Path | None = None,
     ignore_keys: Sequence[str] = (),
     quirks: Sequence[str] = (),
@@ -247,6 +249,37 @@ def build_engine(
     return engine
 
 
+def calibrate(
+    bundle: str | Path,
+    out: str | Path,
+    *,
+    text: str | Path,
+    to: str = "int4",
+    budget: float = 0.05,
+    block: int = 32,
+    window: int = 256,
+    windows: int = 24,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Quantize a float bundle with samples of text, as `edgevlm calibrate` does.
+
+    Writes the bundle `out`; what was found. Raises ToolkitError; nothing half-written stays.
+    """
+    from edgevlm.calibration import calibrate as calibration
+    from edgevlm.calibration.samples import Settings
+    from edgevlm.export import available
+
+    available.check()
+    from edgevlm.export import write
+
+    settings = Settings(to, window, windows, block, budget)
+    say, target = progress or _silent, Path(out)
+    source, found = calibration.of_bundle(Path(bundle), target, Path(text), settings, say, force)
+    write.write_bundle(source, target, made_by=made_by(), force=force, progress=say)
+    return found
+
+
 def train(
     stage: str,
     model: str,
@@ -256,6 +289,9 @@ def train(
     config: str | Path | None = None,
     towers: Sequence[str] = (),
     system: str | None = None,
+    image_size: int | None = None,
+    vision_tower: str | Path | None = None,
+    ignore_key: Sequence[str] = (),
     original: str | Path | None = None,
     random_weights: bool = False,
     offline: bool = False,
@@ -266,58 +302,56 @@ def train(
     """Run a training stage, as `edgevlm train` does; what it came to.
 
     model: a checkpoint folder, a model id or preset:NAME; with towers ("clip=FOLDER") the language
-    model of a new one, of `system` or of the stage's first. config: a file with options; flags:
-    fields of edgevlm.training.options.TrainOptions. original: also write the result there, in the
+    model of a new one, of `system` or of the stage's first; for a stage of a vision tower see
+    edgevlm.training.tower_models.open_tower. config: a file with options; flags: fields of
+    TrainOptions and TowerOptions in edgevlm.training. original: also write the result there, in the
     model's published layout. Raises ToolkitError; a killed run can be resumed.
     """
-    from edgevlm.training import options as training_options
+    from edgevlm.training import restore, stages, tower_options
+    from edgevlm.training.assemble import from_parts
+    from edgevlm.training.tower_stages import TowerStage
+    from edgevlm.training.tower_train import TowerRequest, train_tower
     from edgevlm.training.train import Request, train
 
-    file = training_options.from_file(Path(config)) if config is not None else {}
-    chosen = training_options.combine(flags, file, str(config or "training options"))
-    reading = read_options(system=None if towers else system, offline=offline)
+    known, say = stages.find(stage), progress or _silent
+    chosen, own = tower_options.read(config, flags)
+    if isinstance(known, TowerStage):
+        tower_options.refuse_flags({
+            "--tower": towers, "--system": system, "--vision-tower": vision_tower,
+            "--original": original, "--random-weights": random_weights,
+        }, stage)  # fmt: skip
+        where = (Path(out), chosen, own, image_size, resume, made_by(), say, quiet)
+        return train_tower(TowerRequest(stage, model, *where, tuple(ignore_key), offline))
+    tower_options.refuse_for_vlm(own, stage)
+    reading = read_options(
+        system=None if towers else system,
+        vision_tower=vision_tower,
+        ignore_keys=ignore_key,
+        offline=offline,
+    )
     source = (
-        _assembled(stage, model, towers, system, chosen.seed, reading)
+        from_parts(known, model, towers, system, image_size, chosen.seed, reading)
         if towers
-        else open_source(
-            model, reading, random_weights=random_weights, seed=chosen.seed, offline=offline
-        )
+        else _begun(model, reading, random_weights=random_weights, seed=chosen.seed)
     )
-    say = progress or _silent
     plan = _plan(chosen.qat) if chosen.qat else None
-    result = train(
-        Request(stage, model, source, Path(out), chosen, resume, made_by(), say, plan, quiet)
-    )
-    if original is not None:
-        _restore(Path(original), Path(out), source, model, reading, say)
+    request = Request(stage, model, source, Path(out), chosen, resume, made_by(), say, plan, quiet)
+    result = train(request)
+    if original is not None and result.process == 0:  # the others end before it is written
+        restore.write_run(Path(original), Path(out), model, reading, say)
     return result
 
 
-def _assembled(
-    stage: str,
-    lm: str,
-    towers: Sequence[str],
-    system: str | None,
-    seed: int,
-    options: Options,
-) -> Source:
-    """A new model from a language model and towers, each KIND=FOLDER."""
-    from edgevlm.toolkit.checkpoints import hub
-    from edgevlm.toolkit.errors import ConfigError
-    from edgevlm.training import stages
-    from edgevlm.training.assemble import assemble
+def _begun(model: str, options: Options, *, random_weights: bool, seed: int) -> Source:
+    """The model that a run begins with; its origin remembers the folder."""
+    from dataclasses import replace
 
-    folders = {}
-    for text in towers:
-        kind, equals, folder = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--tower {text!r} is not KIND=FOLDER", hint="clip=FOLDER")
-        folders[kind] = hub.locate(folder, revision=None, offline=options.offline)
-    known = stages.find(stage).systems
-    if system is None and not known:
-        raise ConfigError(f"stage {stage} is for every system", hint="say which: --system comm")
-    home = hub.locate(lm, revision=None, offline=options.offline)
-    return assemble(system or known[0], home, folders, options=options, seed=seed)
+    source = open_source(
+        model, options, random_weights=random_weights, seed=seed, offline=options.offline
+    )
+    if random_weights:
+        return source
+    return replace(source, origin={"folder": model, **source.origin})
 
 
 def _plan(qat: str) -> PrecisionPlan:
@@ -329,19 +363,6 @@ def _plan(qat: str) -> PrecisionPlan:
     if qat in weight_only.KINDS or not Path(qat).exists():
         return weight_only.plan(qat, option="--qat")
     return from_plain(PrecisionPlan, read_json(Path(qat)), qat)
-
-
-def _restore(
-    original: Path, out: Path, source: Source, model: str, options: Options, say: Progress
-) -> None:
-    """Write the finished run OUT in the layout of the folder that it began with."""
-    from edgevlm.toolkit import systems
-    from edgevlm.toolkit.checkpoints import hub
-    from edgevlm.training.restore import write_original
-
-    say(f"writing {original}")
-    home = hub.locate(model, revision=None, offline=options.offline)
-    write_original(original, systems.load(out, options), home, options)
 
 
 def inspect(path: Path) -> tuple[Any, list[str]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from edgevlm.calibration import command as calibration
 from edgevlm.toolkit.terminal.flags import (
     AllowBanned,
     Base,
@@ -126,7 +127,8 @@ def build(
         Optional[int], typer.Option(help="Most tiles of an image; default: the model's.")
     ] = None,
     precision: Annotated[
-        Optional[str], typer.Option(help="int8 or int4: weight-only quantization, without samples.")
+        Optional[str],
+        typer.Option(help="int8, int4: weights alone; int8-rows: inputs too. No samples needed."),
     ] = None,
     accept_loss: Annotated[
         Optional[float],
@@ -266,17 +268,34 @@ def profile(
 
 
 @app.command()
+@calibration.verb
+def calibrate(**given: Any) -> None:
+    from edgevlm import api
+
+    console = _console(given.pop("as_json"), given.pop("quiet"))
+    report = given.pop("report")
+    found = api.calibrate(progress=console.step, **given)
+    data, lines, following = calibration.summary(found, given["bundle"], given["out"])
+    calibration.write_report(report, data)
+    console.result(data, lines, following)
+
+
+@app.command()
 @command.verb
 def train(**given: Any) -> None:
     from edgevlm import api
 
     as_json, quiet = given.pop("as_json"), given.pop("quiet")
     console = _console(as_json, quiet)
+    if given["stage"] == "list":
+        console.result(*command.listing())
+        return
     command.require(given)
     towers = given.pop("tower") or ()
     flags = {name: value for name, value in given.items() if value is not None}
     result = api.train(towers=towers, progress=console.step, quiet=quiet or as_json, **flags)
-    console.result(*command.summary(result))
+    if result.process == 0:
+        console.result(*command.summary(result))
 
 
 @app.command()

@@ -44,11 +44,11 @@ class Plan:
 
 FULL = Plan(
     (
-        Lesson("one digit", (1,), 6000, 200, 1e-3),
-        Lesson("one to four digits", (1, 2, 3, 4), 14000, 800, 1e-3),
+        Lesson("one digit", (1,), 8000, 400, 1e-3),
+        Lesson("one to four digits", (1, 1, 1, 2, 3, 4), 12000, 500, 1e-3),
     ),
     batch=32,
-    held_out=200,
+    held_out=400,
     shown=12,
 )
 
@@ -101,7 +101,7 @@ def step_scenes(folder: Path, plan: Plan) -> list[Scene]:
     print(f"{plan.held_out:6,} scenes to be asked about afterwards")
     say(
         f"Each scene has {scenes.SIDE} x {scenes.SIDE} pixels and a conversation: how many digits "
-        f"there are, which one is in a box, where a certain one is. The {len(images):,} digit "
+        f"there are, and of a lone one which it is and where. The {len(images):,} digit "
         f"images were split first: {len(held)} of them appear in the held-out scenes only."
     )
     return held_out
@@ -200,7 +200,7 @@ def farewell(out: Path) -> None:
     """Suggest what to do next."""
     title(6, "what to try next")
     image = out / "training/exam/00003.png"
-    ask = command("run", out / "engine", scenes.POINT.format(7), "--image", image)
+    ask = command("run", out / "engine", scenes.POINT, "--image", image)
     print(f"another question       {ask}")
     print("a published system     docs/systems.md, and `edgevlm train --help` for its stages")
     print("exactness              make demo-exact: the original LLaVA's answer, token for token")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ from edgevlm.toolkit.quantization.blockwise import (
     block_of,
     pack,
 )
-from edgevlm.toolkit.quantization.plan import WEIGHT_BITS, PrecisionPlan
+from edgevlm.toolkit.quantization.plan import TABLES_IN_8_BITS, WEIGHT_BITS, PrecisionPlan
 
 CODES: dict[Bits, int] = {8: onnx.TensorProto.UINT8, 4: onnx.TensorProto.UINT4}
 
@@ -43,7 +44,7 @@ class QuantizedWeights:
 
     def use(self, weight: str, storage: StorageFormat) -> bool:
         """Store `weight` in this storage; False where no block divides its inputs."""
-        if block_of(self._rows(weight, storage)[1]) is None:
+        if block_of(self._rows(weight, storage)[1], storage.block) is None:
             return False
         self.formats[weight] = storage
         return True
@@ -54,8 +55,9 @@ class QuantizedWeights:
 
     def sizes(self, weight: str) -> tuple[int, int, int]:
         """Outputs, inputs and block of a weight in use."""
-        outputs, inputs = self._rows(weight, self.formats[weight])
-        block = block_of(inputs)
+        storage = self.formats[weight]
+        outputs, inputs = self._rows(weight, storage)
+        block = block_of(inputs, storage.block)
         assert block is not None
         return outputs, inputs, block
 
@@ -79,12 +81,12 @@ class QuantizedWeights:
 def linear_format(plan: PrecisionPlan, path: str) -> StorageFormat | None:
     """How the plan wants the weight of a linear stored; None in float."""
     bits = WEIGHT_BITS.get(plan.at(path))
-    return None if bits is None else LINEAR[bits]
+    return None if bits is None else replace(LINEAR[bits], block=plan.block_at(path))
 
 
 def table_format(plan: PrecisionPlan, path: str) -> StorageFormat | None:
     """The same of an embedding table, for which there is only one storage."""
-    return TABLE if plan.at(path) in WEIGHT_BITS else None
+    return TABLE if plan.at(path) in TABLES_IN_8_BITS else None
 
 
 def product(e: Emitter, stored: QuantizedWeights, x: str, weight: str, path: str) -> str:

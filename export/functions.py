@@ -13,6 +13,7 @@ from edgevlm.export.attention import cached_attention, rotary_attention
 from edgevlm.export.blocked import blocked_embed, blocked_linear
 from edgevlm.export.deform import ms_deform_attn
 from edgevlm.export.nodes import function, ints, node, shape
+from edgevlm.export.rows import row_quantize, row_quantized_linear
 
 
 def quick_gelu() -> onnx.FunctionProto:
@@ -133,6 +134,8 @@ FUNCTIONS = {
         unembed(),
         blocked_linear(),
         blocked_embed(),
+        row_quantize(),
+        row_quantized_linear(),
         cached_attention(),
         rotary_attention(),
         ms_deform_attn(),

@@ -11,10 +11,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edgevlm.export import blocked
+from edgevlm.export import blocked, rows
 from edgevlm.export.nodes import DOMAIN
 from edgevlm.toolkit.ops.vocabulary import Array, R, Step, Weights
-from edgevlm.toolkit.quantization.blockwise import StorageFormat
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 
 ELEMENT = {
@@ -30,7 +29,8 @@ ELEMENT = {
 class OnnxOps:
     """Collects nodes; `constants` are tables of the weights file, `small` ones stay inline.
 
-    quantized: the weights that the graph takes in 8 or 4 bits, as the plan wants.
+    quantized: the weights that the graph takes in 8 or 4 bits, as the plan wants; channels: those
+    whose inputs are in 8 bits too.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class OnnxOps:
     ) -> None:
         self.dtype = dtype
         self.quantized = blocked.QuantizedWeights(shapes)
+        self.channels = rows.ChannelWeights(shapes)
         self._plan = plan or PrecisionPlan()
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, Array] = {}
@@ -54,7 +55,7 @@ class OnnxOps:
 
     # -- recording -------------------------------------------------------------------------
 
-    def _emit(
+    def emit(
         self, kind: str, inputs: Sequence[str], name: str = "", outputs: int = 1, **attrs: Any
     ) -> list[str]:
         """One node named after its path; a kind "edgevlm.X" calls our function X."""
@@ -69,7 +70,7 @@ class OnnxOps:
 
     def one(self, kind: str, inputs: Sequence[str], name: str = "", **attrs: Any) -> str:
         """One node with one output; the output's name."""
-        return self._emit(kind, inputs, name, **attrs)[0]
+        return self.emit(kind, inputs, name, **attrs)[0]
 
     def _unique(self, label: str) -> str:
         number, name = 1, label
@@ -114,16 +115,16 @@ class OnnxOps:
 
     def linear(self, x: str, w: Weights[str]) -> str:
         path, bias = self._at(w), w.get("bias")
-        y = self._product(x, w["weight"], path, blocked.linear_format(self._plan, path))
+        y = self._product(x, w["weight"], path)
         return y if bias is None else self.one("Add", [y, bias], f"{path}/bias")
 
-    def _product(self, x: str, weight: str, path: str, storage: StorageFormat | None) -> str:
-        if (
-            storage is not None
-            and weight in self.quantized.shapes
-            and self.quantized.use(weight, storage)
-        ):
-            return blocked.product(self, self.quantized, x, weight, path)
+    def _product(self, x: str, weight: str, path: str) -> str:
+        storage = blocked.linear_format(self._plan, path)
+        if weight in self._shapes:  # and not made by another op
+            if self._plan.at(path) == "int8_rows":
+                return self.channels.product(self, x, weight, path)
+            if storage is not None and self.quantized.use(weight, storage):
+                return blocked.product(self, self.quantized, x, weight, path)
         return self.one("MatMul", [x, weight], path)
 
     def unembed(self, x: str, w: Weights[str]) -> str:
@@ -239,7 +240,7 @@ class OnnxOps:
         window: int | None,
     ) -> tuple[str, str, str]:
         inputs = [q, k, v, *past, step.cos, step.sin, step.positions, step.mask]
-        y, key, value = self._emit(
+        y, key, value = self.emit(
             "edgevlm.CachedAttention",
             inputs,
             f"{self._scope}/attend",

@@ -31,7 +31,9 @@ from edgevlm.toolkit.checkpoints.safetensors_io import (
 )
 from edgevlm.toolkit.checkpoints.weights import RandomWeights
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
-from edgevlm.toolkit.quantization import blockwise
+from edgevlm.toolkit.quantization import blockwise, channels
+from edgevlm.toolkit.quantization.blockwise import StorageFormat
+from edgevlm.toolkit.quantization.coded import Offers
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm import config as model_config
@@ -124,7 +126,8 @@ class Recorded:
             if name in stored.formats:
                 used += stored.planned(name, self.dtype)
             else:
-                used.append(TensorSpec(name, self.dtype, shape))
+                plain = [TensorSpec(name, self.dtype, shape)]
+                used += self.ops.channels.planned(name, self.dtype) or plain
         return used + [TensorSpec(n, "fp32", x.shape) for n, x in self.ops.constants.items()]
 
     def nbytes(self) -> int:
@@ -223,22 +226,35 @@ def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array])
         name + storage.suffix: (name, storage)
         for name, storage in recorded.ops.quantized.formats.items()
     }
+    by_channel = recorded.ops.channels.used
 
     def produce(tensor: TensorSpec) -> Blocks:
         if tensor.name in tables:
             return row_blocks(tables[tensor.name])
-        quantized = formats.get(tensor.name.removesuffix(blockwise.SCALE))
+        stored = tensor.name.removesuffix(blockwise.SCALE)
+        if stored in by_channel:
+            weight = weights[by_channel[stored]]
+            steps = channels.scales(weight)
+            return iter([steps]) if stored != tensor.name else channels.codes(weight, steps)
+        quantized = formats.get(stored)
         if quantized is not None:
-            name, storage = quantized
-            rows = weights[name].T if storage.transposed else weights[name]
-            return blockwise.pieces(
-                rows, storage.bits, scales=tensor.name.endswith(blockwise.SCALE)
-            )
+            return _quantized(weights, *quantized, scales=tensor.name.endswith(blockwise.SCALE))
         if isinstance(weights, RandomWeights):
             return weights.blocks(tensor.name)
         return row_blocks(weights[tensor.name])
 
     return write_safetensors(path, recorded.planned(), produce)
+
+
+def _quantized(
+    weights: Mapping[str, Array], name: str, storage: StorageFormat, *, scales: bool
+) -> Blocks:
+    """The codes or the scales of a weight: those that are known, or rounded to nearest."""
+    known = weights.codes(name) if isinstance(weights, Offers) else None
+    if known is not None and known.fit(storage):
+        return row_blocks(known.scales if scales else known.codes)
+    rows = weights[name].T if storage.transposed else weights[name]
+    return blockwise.pieces(rows, storage.bits, storage.block, scales=scales)
 
 
 def describe(component: Component, graph: str, weights: str) -> ComponentRecord:

@@ -38,8 +38,8 @@ def golden_cases() -> dict[str, Path]:
 # Golden folders that are part of the project: a checkout without one of them is broken.
 COMMITTED = frozenset(
     "comm_mfm convnext5 e2e_convllava e2e_llava15 e2e_mmfuser mlcd_llavanext_e2e "
-    "mlcd_vit_plain_clip mlcd_vit_rope2d mmfuser_block ms_deform_attn siglip_tower "
-    "unireplknet5".split()
+    "mlcd_loss mlcd_vit_plain_clip mlcd_vit_rope2d mmfuser_block ms_deform_attn siglip_tower "
+    "unicom_partial_fc unireplknet5".split()
 )
 
 

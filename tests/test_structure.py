@@ -18,7 +18,7 @@ PACKAGES = ("toolkit", "export", "engines", "training", "calibration")
 MAY_IMPORT = {name: {name, "toolkit"} for name in PACKAGES} | {"toolkit": {"toolkit"}}
 LOOSE = ("__init__.py", "api.py", "cli.py")
 HEAVY = {"torch", "transformers", "accelerate"}
-MOST_ARROWS = 105  # training alone has a dozen: it reads and writes models of every system
+MOST_ARROWS = 120  # training and calibration have a dozen each: they read and write models
 
 
 def sources(*packages: str) -> Iterator[Path]:
@@ -166,7 +166,9 @@ def test_loose_files_import_little_at_module_level(name: str) -> None:
             heads |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             heads.add((node.module or "").split(".")[0])
-    assert heads - set(sys.stdlib_module_names) <= ({"typer"} if name == "cli.py" else set())
+    assert heads - set(sys.stdlib_module_names) <= (
+        {"typer", "edgevlm"} if name == "cli.py" else set()
+    )
 
 
 def functions() -> Iterator[tuple[str, int]]:

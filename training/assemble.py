@@ -7,18 +7,20 @@ that reads published checkpoints: an assembled model is what its layout's loader
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models, systems
+from edgevlm.toolkit.checkpoints import hub
 from edgevlm.toolkit.checkpoints.layouts import original, towers
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, read_encoder
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.strict import read_json
 from edgevlm.toolkit.vlm import language_models
 from edgevlm.training import grown, initial
+from edgevlm.training.stages import Stage
 
 # Which towers a system is trained with; COMM takes one of each, the others any one of them.
 TOWERS: Mapping[str, tuple[str, ...]] = {
@@ -94,6 +96,36 @@ def assemble(
     return open_model(parts, options or Options())
 
 
+def from_parts(
+    stage: Stage,
+    lm: str,
+    towers: Sequence[str],
+    system: str | None,
+    image_size: int | None,
+    seed: int,
+    options: Options,
+) -> Source:
+    """A new model for a stage: lm and towers (KIND=FOLDER) are folders or model ids.
+
+    system: None for the stage's first. Raises ConfigError and CheckpointError.
+    """
+    folders = {}
+    for text in towers:
+        kind, equals, folder = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--tower {text!r} is not KIND=FOLDER", hint="clip=FOLDER")
+        folders[kind] = hub.locate(folder, revision=None, offline=options.offline)
+    if system is None and not stage.systems:
+        raise ConfigError(
+            f"stage {stage.name} is for every system", hint="say which: --system comm"
+        )
+    home = hub.locate(lm, revision=None, offline=options.offline)
+    changes = {} if image_size is None else {"image_size": image_size}
+    return assemble(
+        system or stage.systems[0], home, folders, options=options, seed=seed, overrides=changes
+    )
+
+
 def open_model(parts: Parts, options: Options) -> Source:
     """The model of `parts`. Raises ConfigError and CheckpointError."""
     if options.base is not None or options.system not in (None, parts.system):
@@ -113,6 +145,39 @@ def open_model(parts: Parts, options: Options) -> Source:
     if parts.system == "convllava" and side is not None:
         model = grown.resized(model, side)
     return replace(source, model=model, origin={**source.origin, "assembled": parts.facts()})
+
+
+def with_settings(
+    source: Source, overrides: Mapping[str, Any], *, options: Options | None = None
+) -> Source:
+    """A model that `assemble` made, trained or not, with other settings of config.json.
+
+    LLaVA-NeXT's first stage shows one view of an image, its second one tiles: the weights stay, and
+    a newline token that the new settings need begins as a new model's. overrides: beside those that
+    the model has. The language model's folder, which its origin names, must still be there. Raises
+    ConfigError for another model, and for settings under which weights would not fit.
+    """
+    facts = source.origin.get("assembled")
+    if facts is None:
+        raise ConfigError(
+            f"{source.model.name} was not put together here, so its settings are its own folder's",
+            hint="change config.json in that folder",
+        )
+    options = options or Options()
+    parts = Parts.from_facts(facts, Path(str(facts["language_model"])), options)
+    parts = replace(parts, overrides={**(parts.overrides or {}), **overrides})
+    new = open_model(parts, options)
+    fits = grown.as_grown(new.model, source.model)
+    if (fits.encoders, fits.merger) != (source.model.encoders, source.model.merger):
+        raise ConfigError(
+            f"with {', '.join(overrides)} the weights of {source.model.name} do not fit",
+            hint="such a setting is chosen when the model is put together",
+        )
+    merger = grown.Joined(new.weights["merger"], source.weights["merger"])
+    kept = {key: merger[key] for key in new.weights["merger"]}
+    origin = {**source.origin, "assembled": parts.facts()}
+    model = replace(fits, name=source.model.name, lm=source.model.lm)
+    return replace(source, model=model, weights={**source.weights, "merger": kept}, origin=origin)
 
 
 def published_config(parts: Parts, options: Options) -> dict[str, Any]:
@@ -136,12 +201,13 @@ def _check_towers(parts: Parts, options: Options) -> None:
     known, given = TOWERS[parts.system], sorted(parts.towers)
     fits = given == sorted(known) if parts.system == "comm" else len(given) == 1
     if not fits or not set(given) <= set(known):
+        takes = (
+            "both of clip and dinov2" if parts.system == "comm" else f"one of {' or '.join(known)}"
+        )
         raise ConfigError(
-            f"a model of system {parts.system} takes {'both' if known[1:] else 'a tower'} of "
-            f"{', '.join(known)}; given: {', '.join(given) or 'none'}"
-            if parts.system == "comm"
-            else f"a model of system {parts.system} takes one tower of kind {' or '.join(known)}; "
-            f"given: {', '.join(given) or 'none'}",
+            f"a model of system {parts.system} takes {takes} as towers; given: "
+            f"{', '.join(given) or 'none'}",
+            hint="a tower is given by its kind and its folder",
         )
     for name, folder in parts.towers.items():
         if not (folder / "config.json").exists():

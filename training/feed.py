@@ -34,6 +34,14 @@ Fault = BrokenSample  # truncated samples are told in the same way, though they 
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """What a batch is made of. epoch: on which random draws may depend; None in evaluation."""
+
+    items: Sequence[Item]
+    epoch: int | None = None
+
+
+@dataclass(frozen=True)
 class Joined:
     """Several data sets as one."""
 
@@ -60,10 +68,10 @@ class Prepared(Dataset[Any]):
     rules: SampleRules
     tokenizer: Tokenizer
 
-    def __getitem__(self, items: Sequence[Item]) -> tuple[Batch, list[Fault]]:
+    def __getitem__(self, chosen: Chosen) -> tuple[Batch, list[Fault]]:
         """The batch of the items that can be used, and the faults of the others."""
         samples, faults = [], []
-        for item in items:
+        for item in chosen.items:
             try:
                 sample = prepare(self._raw(item), self.rules, self.tokenizer)
             except BrokenSample as fault:
@@ -135,11 +143,13 @@ def _some(size: int, paths: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Feed:
-    """The batches of one process. on_fault: told about every sample that is skipped or cut."""
+    """The batches of one process. made: Chosen -> a batch and the faults of its samples.
+
+    on_fault: told about every sample that is skipped or cut.
+    """
 
     data: DataSet
-    rules: SampleRules
-    tokenizer: Tokenizer
+    made: Dataset[Any]
     batching: Batching
     rank: int
     on_fault: Callable[[Fault], None]
@@ -174,21 +184,20 @@ class Feed:
                 self.on_fault(fault)
             yield batch
 
-    def _items(self, start: int) -> Iterator[list[Item]]:
+    def _items(self, start: int) -> Iterator[Chosen]:
         first, within = divmod(start, self.steps_per_epoch)
         for epoch in count(first):
             shuffle = Shuffle(self.seed, epoch)
             begun = within if epoch == first else 0
             yield from self._epoch(self.batching, shuffle, begun * self.batching.accumulation)
 
-    def _epoch(
-        self, batching: Batching, shuffle: Shuffle | None, start: int
-    ) -> Iterator[list[Item]]:
-        """Lists of items from global batch `start` on."""
+    def _epoch(self, batching: Batching, shuffle: Shuffle | None, start: int) -> Iterator[Chosen]:
+        """The items of each batch from global batch `start` on."""
+        epoch = None if shuffle is None else shuffle.epoch
         if self.data.stream is not None:
             stream = self.data.stream.stream(shuffle, start * batching.together)
             for dealt in sampling.dealt(_whole_steps(stream, self, start), batching, self.rank):
-                yield list(dealt)
+                yield Chosen(list(dealt), epoch)
             return
         scanned = self.data.scanned
         assert scanned is not None
@@ -196,13 +205,12 @@ class Feed:
         chosen = sampling.order(len(scanned.usable), batching, shuffle, lengths)
         usable: Any = scanned.usable[np.asarray(chosen, np.int64)]
         for batch in sampling.batches(usable, batching, self.rank, start):
-            yield list(batch)
+            yield Chosen(list(batch), epoch)
 
-    def _loaded(self, items: Iterable[list[Item]]) -> Iterator[tuple[Batch, list[Fault]]]:
-        dataset = Prepared(self.data.indexed, self.rules, self.tokenizer)
+    def _loaded(self, items: Iterable[Chosen]) -> Iterator[tuple[Batch, list[Fault]]]:
         if not self.workers:
-            return (dataset[chosen] for chosen in items)
-        return iter(DataLoader(dataset, sampler=items, batch_size=None, num_workers=self.workers))
+            return (self.made[chosen] for chosen in items)
+        return iter(DataLoader(self.made, sampler=items, batch_size=None, num_workers=self.workers))
 
 
 def _whole_steps(

@@ -23,8 +23,8 @@ from edgevlm.training import initial
 STAGES = 5
 
 
-class _Joined(Mapping[str, Array]):
-    """The tensors of several mappings, each read from its own."""
+class Joined(Mapping[str, Array]):
+    """The tensors of several mappings, each read from the last that has it."""
 
     def __init__(self, *parts: Mapping[str, Array]) -> None:
         self._parts = {key: part for part in parts for key in part}
@@ -69,7 +69,7 @@ def with_fifth_stage(
     merger = next(c for c in components.components(model) if c.name == "merger")
     weights = {
         **source.weights,
-        f"encoder.{encoder.name}": _Joined(older, initial.convolutions(stage, seed)),
+        f"encoder.{encoder.name}": Joined(older, initial.convolutions(stage, seed)),
         "merger": initial.merger(model.merger, merger.shapes, seed),
     }
     return replace(source, model=model, weights=weights)

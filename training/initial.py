@@ -2,6 +2,7 @@
 
 Linears and convolutions as torch.nn draws them by default, norms as ones and zeros. MMFuser's
 fuser as yuecao0119/MMFuser resets it: it begins as the identity. COMM's level weights are equal.
+Embeddings, positions and single tokens of a whole new model are N(0, 0.02), layer scales 1.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ import numpy as np
 from edgevlm.toolkit.checkpoints.weights import Shapes
 from edgevlm.toolkit.models.mergers import comm, mmfuser
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.vlm.config import ComponentConfig
+from edgevlm.toolkit.vlm.components import components
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Array]
 LAYER_SCALE = 1e-6  # ConvNeXt (Liu et al., arXiv 2201.03545)
+SPREAD = 0.02  # standard deviation of embeddings and positions, as in BERT and ViT
+_TABLES = ("position", "class_token", "class_angle", "registers", "embed.weight")
+_LAYER_SCALES = (".scale", ".scale1", ".scale2")
 
 
 class Initial(Mapping[str, Array]):
@@ -57,6 +62,29 @@ def merger(config: ComponentConfig, shapes: Shapes, seed: int) -> Initial:
         return _layer(key, shapes)
 
     return Initial(shapes, rule, seed, "merger")
+
+
+def whole(model: ModelConfig, seed: int) -> dict[str, Initial]:
+    """The tensors of every component that has any, for a small model that is trained from nothing.
+
+    Layer scales begin at 1: the published 1e-6 are for hundreds of epochs.
+    """
+    parts = {part.name: part.shapes for part in components(model) if part.shapes}
+    return {
+        name: merger(model.merger, shapes, seed)
+        if name == "merger"
+        else Initial(shapes, _from_nothing(shapes), seed, name)
+        for name, shapes in parts.items()
+    }
+
+
+def _from_nothing(shapes: Shapes) -> Callable[[str], Draw]:
+    def rule(key: str) -> Draw:
+        if key in _TABLES:
+            return lambda g, shape: g.normal(0.0, SPREAD, shape)
+        return _constant(1.0) if key.endswith(_LAYER_SCALES) else _layer(key, shapes)
+
+    return rule
 
 
 def convolutions(shapes: Shapes, seed: int) -> Initial:

@@ -15,11 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.toolkit.errors import ToolkitError
-from edgevlm.training.optimizer import factor, set_rates
+from edgevlm.training.optimizer import set_rates
 from edgevlm.training.options import Schedule
-from edgevlm.training.vlm import Batch, token_loss
+from edgevlm.training.vlm import Batch
 
 Micro = Sequence[Batch]  # the micro-batches of one optimizer step, those of this process
+
+
+class Task(Protocol):
+    """What a model is trained for: which targets a batch has, and the loss of the model on them."""
+
+    def counts(self, batch: Batch) -> tuple[int, int, int]:
+        """Targets, units that are told as speed (tokens, images), and samples of a batch."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Summed over the targets of the batch; each process differentiates its own."""
+
+    def judge(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of a held-out batch, float64 [3]: summed loss, right targets, targets."""
 
 
 class Reporter(Protocol):
@@ -65,7 +78,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One logged step: means since the last one. loss is per target; rates before this step."""
+    """One logged step: means since the last one. loss is per target; rates before this step.
+
+    pace: tokens or images per second.
+    """
 
     step: int
     steps: int
@@ -74,18 +90,18 @@ class StepRecord:
     gradient_norm: float
     samples: int
     targets: int
-    tokens_per_s: float
+    pace: float
     seconds: float
     faults: int
 
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """The held-out data after a step: loss per target, share of targets predicted greedily."""
+    """The held-out data after a step: loss per target, share of targets that were right."""
 
     step: int
     loss: float
-    token_accuracy: float
+    accuracy: float
     targets: int
 
 
@@ -95,7 +111,7 @@ class _Window:
 
     loss: float = 0.0
     targets: float = 0.0
-    tokens: float = 0.0
+    units: float = 0.0
     norm: float = 0.0
     steps: int = 0
     started: float = field(default_factory=time.perf_counter)
@@ -103,11 +119,14 @@ class _Window:
 
 @dataclass
 class Trainer:
-    """What a run works with. save: writes a state; averaged: told after each step, for the EMA."""
+    """What a run works with. optimizers: that of the model first; the others' gradients are not
+    clipped. save: writes a state; averaged: told after each step, for the EMA.
+    """
 
     accelerator: Any
+    task: Task
     model: nn.Module
-    optimizer: Any
+    optimizers: Sequence[Any]
     clip: float
     schedules: Schedules
     reporter: Reporter
@@ -133,7 +152,8 @@ class Trainer:
             if self._due(progress.step, self.schedules.log_every):
                 self._log(progress, window, started)
                 window = _Window()
-            if held_out is not None and self._due(progress.step, self.schedules.eval_every):
+            going_on = progress.step < self.schedules.steps  # after the last step others evaluate
+            if held_out and going_on and self._due(progress.step, self.schedules.eval_every):
                 self.reporter.evaluated(self.evaluate(held_out(), progress.step))
                 self.model.train()
             if progress.step % self.schedules.save_every == 0:
@@ -149,15 +169,15 @@ class Trainer:
 
     def _step(self, micro: Micro, progress: Progress, window: _Window) -> None:
         s = self.schedules
-        rate = factor(progress.step, s.steps, s.warmup, s.kind)
-        set_rates(self.optimizer, rate)
-        counts = [(_count(b), _tokens(b), len(b["ids"]) - _fillers(b)) for b in micro]
-        local = torch.tensor(counts, dtype=torch.float64).sum(0)
-        targets, tokens, samples = self._sum(local).tolist()
+        for optimizer in self.optimizers:
+            set_rates(optimizer, progress.step, s.steps, s.warmup, s.kind)
+        local = torch.tensor([self.task.counts(b) for b in micro], dtype=torch.float64).sum(0)
+        targets, units, samples = self._sum(local).tolist()
         loss = self._backward(micro, max(targets, 1.0))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if self.averaged is not None:
             self.averaged()
         progress.step += 1
@@ -165,7 +185,7 @@ class Trainer:
         progress.targets += int(targets)
         window.loss += float(self._sum(loss.double().cpu().reshape(1)))
         window.targets += targets
-        window.tokens += tokens
+        window.units += units
         window.norm += float(norm) if norm is not None else 0.0
         window.steps += 1
         if not window.loss < float("inf"):
@@ -186,9 +206,7 @@ class Trainer:
                 nullcontext() if last else self.accelerator.no_sync(self.model)
             )
             with waiting:
-                loss = token_loss(
-                    self.model(**_moved(batch, self.accelerator)), _targets(batch, total)
-                )
+                loss = self.task.loss(self.model, batch)
                 self.accelerator.backward(loss * (self.accelerator.num_processes / targets))
             total += loss.detach()
         return total
@@ -212,11 +230,11 @@ class Trainer:
                 progress.step,
                 self.schedules.steps,
                 window.loss / max(window.targets, 1.0),
-                max(group["lr"] for group in self.optimizer.param_groups),
+                max(group["lr"] for group in self.optimizers[0].param_groups),
                 window.norm / max(window.steps, 1),
                 progress.samples,
                 progress.targets,
-                window.tokens / max(now - window.started, 1e-9),
+                window.units / max(now - window.started, 1e-9),
                 now - started,
                 len(progress.faults),
             )
@@ -228,41 +246,7 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64)
         with torch.no_grad():
             for batch in batches:
-                logits = self.model(**_moved(batch, self.accelerator))
-                targets = batch["targets"].to(logits.device)
-                right = (logits.argmax(-1) == targets).sum()
-                values = (token_loss(logits, targets), right, (targets != -100).sum())
-                sums += torch.stack([value.double().cpu() for value in values])
+                sums += self.task.judge(self.model, batch)
         loss, right_count, count = self._sum(sums).tolist()
         count = max(count, 1.0)
         return EvalRecord(step, loss / count, right_count / count, int(count))
-
-
-def _count(batch: Batch) -> int:
-    return int((batch["targets"] != -100).sum())
-
-
-def _tokens(batch: Batch) -> int:
-    return int(batch["lengths"].sum()) if "lengths" in batch else int(batch["ids"].numel())
-
-
-def _fillers(batch: Batch) -> int:
-    """1 if the batch is a stand-in for one whose samples were all broken."""
-    return int(bool(batch.get("filler")))
-
-
-def _targets(batch: Batch, like: Tensor) -> Tensor:
-    targets: Tensor = batch["targets"].to(like.device)
-    return targets
-
-
-def _moved(batch: Batch, accelerator: Any) -> dict[str, Any]:
-    """The model's inputs on the device of this process."""
-    device = accelerator.device
-    inputs: dict[str, Any] = {
-        name: x.to(device, non_blocking=True)
-        for name, x in batch.items()
-        if isinstance(x, Tensor) and name not in ("targets", "lengths")
-    }
-    pixels = {name: x.to(device, non_blocking=True) for name, x in batch["pixels"].items()}
-    return {**inputs, "pixels": pixels}

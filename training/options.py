@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.strict import from_plain
 
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "constant", "one_cycle"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class TrainOptions:
     epochs: Annotated[float | None, "Passes over the data."] = None
     steps: Annotated[int | None, "Optimizer steps, instead of epochs."] = None
     rate: Annotated[float | None, "Learning rate; parts with a rate of their own keep it."] = None
-    schedule: Annotated[Schedule, "cosine, linear or constant."] = "cosine"
+    schedule: Annotated[Schedule | None, "cosine, linear, constant or one_cycle."] = None
     warmup: Annotated[float | None, "Share of the steps in which the rate rises."] = None
     weight_decay: Annotated[float | None, "Of matrices and kernels."] = None
     clip: Annotated[float, "Largest norm of the gradient."] = 1.0
@@ -102,12 +103,15 @@ def from_file(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in data.items()}
 
 
-def combine(flags: Mapping[str, Any], file: Mapping[str, Any], where: str) -> TrainOptions:
-    """Options from a file, of which the flags that were given replace some.
+def combine(
+    kind: type[Options], flags: Mapping[str, Any], file: Mapping[str, Any], where: str
+) -> Options:
+    """Options of a kind from a file, of which the flags that were given replace some.
 
     Raises ConfigError for a key that is no option, naming it.
     """
-    known = {field.name for field in fields(TrainOptions)}
+    hints = get_type_hints(kind)
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(file) - known)
     if unknown:
         raise ConfigError(
@@ -116,16 +120,17 @@ def combine(flags: Mapping[str, Any], file: Mapping[str, Any], where: str) -> Tr
         )
     listed = ("data", "eval_data", "train", "freeze")
     plain = {
-        k: [v] if k in listed and isinstance(v, str) else _number(k, v) for k, v in file.items()
+        k: [v] if k in listed and isinstance(v, str) else _number(hints[k], v)
+        for k, v in file.items()
     }
     given = {key: list(v) if isinstance(v, tuple) else v for key, v in flags.items()}
-    options: TrainOptions = from_plain(TrainOptions, plain | given, where)
+    options: Options = from_plain(kind, plain | given, where)
     return options
 
 
-def _number(key: str, value: Any) -> Any:
+def _number(hint: Any, value: Any) -> Any:
     """YAML takes 2e-5 for a text: only 2.0e-5 is a number there."""
-    if key not in ("rate", "weight_decay", "max_broken", "ema", "warmup", "clip", "epochs"):
+    if hint is not float and float not in get_args(hint):
         return value
     try:
         return float(value) if isinstance(value, str) else value

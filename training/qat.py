@@ -17,7 +17,7 @@ from edgevlm.toolkit.errors import CalibrationError
 from edgevlm.toolkit.ops.vocabulary import Ops, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
 from edgevlm.toolkit.quantization.blockwise import ZERO_POINT, Bits, block_of
-from edgevlm.toolkit.quantization.plan import WEIGHT_BITS, PrecisionPlan
+from edgevlm.toolkit.quantization.plan import TABLES_IN_8_BITS, WEIGHT_BITS, PrecisionPlan
 from edgevlm.toolkit.vlm.components import Component
 from edgevlm.training.train_ops import TrainOps
 
@@ -52,10 +52,12 @@ class FakeQuantize(Wrapper[Tensor]):
         down = w.get("lora_a")
         if down is not None:
             matrix = matrix + self.inner.lora_scale * (down @ w["lora_b"])
-        if precision == "int8":
-            x, rounded = self._input(x, w), _by_channel(matrix, 1)
+        if precision in ("int8", "int8_rows"):
+            x = self._input(x, w) if precision == "int8" else _by_row(x)
+            rounded = _by_channel(matrix, 1)
         else:
-            rounded = round_blocks(matrix.t(), WEIGHT_BITS[precision]).t()
+            block = self._plan.block_at(self.path_of(w))
+            rounded = round_blocks(matrix.t(), WEIGHT_BITS[precision], block).t()
         result = self.inner.linear(x, _with(w, rounded))
         return result
 
@@ -82,7 +84,7 @@ class FakeQuantize(Wrapper[Tensor]):
 
     def _table(self, w: Weights[Tensor]) -> Weights[Tensor]:
         """An embedding table, whose rows have 8 bits in every plan of weights alone."""
-        if self._plan.at(self.path_of(w)) not in WEIGHT_BITS:
+        if self._plan.at(self.path_of(w)) not in TABLES_IN_8_BITS:
             return w
         return _with(w, round_blocks(w["weight"], 8))
 
@@ -96,13 +98,14 @@ class FakeQuantize(Wrapper[Tensor]):
         return _rounded(x, x.new_tensor(max(self._plan.ranges[path], 1e-8) / 127))
 
 
-def round_blocks(rows: Tensor, bits: Bits) -> Tensor:
+def round_blocks(rows: Tensor, bits: Bits, most: int | None = None) -> Tensor:
     """The floats that stand for `rows` [outputs, inputs] in blockwise storage, see blockwise.py.
 
-    Rows whose inputs no block size divides stay as they are, as they do in a bundle.
+    most: the largest block. Rows whose inputs no block size divides stay as they are, as they do
+    in a bundle.
     """
     outputs, inputs = rows.shape
-    block = block_of(inputs)
+    block = block_of(inputs, most)
     if block is None:
         return rows
     blocks = rows.detach().float().reshape(outputs, -1, block)
@@ -123,6 +126,11 @@ def _by_channel(weight: Tensor, axis: int) -> Tensor:
     others = [i for i in range(weight.ndim) if i != axis]
     largest = weight.detach().float().abs().amax(others, keepdim=True)
     return _rounded(weight, (largest.clamp(min=1e-8) / 127).to(weight.dtype))
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """8 bits with one scale for each row of the last axis."""
+    return _rounded(x, x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127)
 
 
 def _rounded(x: Tensor, step: Tensor) -> Tensor:

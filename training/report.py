@@ -30,33 +30,47 @@ class Silent:
 
 
 class Report:
-    """Writes OUT/metrics.jsonl and shows progress; say: prints a line, for what is no terminal."""
+    """Writes OUT/metrics.jsonl and shows progress; say: prints a line, for what is no terminal.
+
+    begun: the step from which this call goes on.
+    unit: what is counted, in the singular: token or image.
+    """
 
     def __init__(
-        self, out: Path, steps: int, say: Callable[[str], None], *, quiet: bool, tensorboard: bool
+        self,
+        out: Path,
+        steps: int,
+        say: Callable[[str], None],
+        *,
+        begun: int = 0,
+        quiet: bool,
+        tensorboard: bool,
+        unit: str = "token",
     ) -> None:
+        self._begun, self._unit = begun, unit
         self._file = (out / METRICS).open("a", encoding="utf-8")
         self._say = say
         self._writer = _tensorboard(out) if tensorboard else None
-        self._bar = _Bar(steps) if sys.stderr.isatty() and not quiet else None
+        self._bar = _Bar(steps, begun, unit) if sys.stderr.isatty() and not quiet else None
 
     def step(self, record: StepRecord) -> None:
         """A logged step."""
-        self._write("step", asdict(record))
+        self._write("step", self._named(asdict(record), "pace", f"{self._unit}s_per_s"))
         if self._bar is not None:
             self._bar.show(record)
             return
-        left = (record.steps - record.step) * record.seconds / max(record.step, 1)
+        done = max(record.step - self._begun, 1)
+        left = (record.steps - record.step) * record.seconds / done
         self._say(
             f"step {record.step}/{record.steps}  loss {record.loss:.4f}  "
-            f"{record.tokens_per_s:,.0f} tokens/s  {_duration(left)} left"
+            f"{record.pace:,.0f} {self._unit}s/s  {_duration(left)} left"
             + (f"  {record.faults} samples skipped or cut" if record.faults else "")
         )
 
     def evaluated(self, record: EvalRecord) -> None:
         """An evaluation on held-out data."""
-        self._write("eval", asdict(record))
-        line = f"held-out loss {record.loss:.4f}, {record.token_accuracy:.1%} of tokens right"
+        self._write("eval", self._named(asdict(record), "accuracy", f"{self._unit}_accuracy"))
+        line = f"held-out loss {record.loss:.4f}, {record.accuracy:.1%} of {self._unit}s right"
         if self._bar is not None:
             self._bar.note(f"step {record.step}: {line}")
         else:
@@ -69,6 +83,9 @@ class Report:
             self._bar.close()
         if self._writer is not None:
             self._writer.close()
+
+    def _named(self, values: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
+        return {name if k == key else k: value for k, value in values.items()}
 
     def _write(self, kind: str, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({"kind": kind, **values}) + "\n")
@@ -103,7 +120,7 @@ def _tensorboard(out: Path) -> Any:
 class _Bar:
     """Rich's progress bar with loss, rate and the time that is left."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, begun: int, unit: str) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeRemainingColumn as Remaining
@@ -111,11 +128,11 @@ class _Bar:
         self._progress = Progress(
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s"),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} " + f"{unit}s/s"),
             Remaining(),
             console=Console(stderr=True),
         )
-        self._task = self._progress.add_task("", total=steps, loss="-", rate="-")
+        self._task = self._progress.add_task("", total=steps, completed=begun, loss="-", rate="-")
         self._progress.start()
 
     def show(self, record: StepRecord) -> None:
@@ -123,7 +140,7 @@ class _Bar:
             self._task,
             completed=record.step,
             loss=f"{record.loss:.4f}",
-            rate=f"{record.tokens_per_s:,.0f}",
+            rate=f"{record.pace:,.0f}",
         )
 
     def note(self, line: str) -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from edgevlm.toolkit import systems
+from edgevlm.toolkit.bundle import trained as trained_checkpoint
 from edgevlm.toolkit.bundle.atomic import refuse_source, writing
+from edgevlm.toolkit.bundle.manifest import MANIFEST
 from edgevlm.toolkit.checkpoints import edited, hub
 from edgevlm.toolkit.checkpoints.edited import Edited, Item, Part
 from edgevlm.toolkit.checkpoints.layouts import towers
@@ -66,10 +68,15 @@ def write_original(
     """Write `trained` as the new folder `out`, in the layout of `original_folder`.
 
     original_folder: the published folder that training started from, read with `options`; for a
-    model that `assemble` made, its language model's. dtype: of the tensors that changed; by default
-    that of the trained checkpoint. Raises ConfigError if the folder is of another model,
-    CheckpointError for weights that the layout cannot hold, OutputError.
+    model that `assemble` made, its language model's; or a trained checkpoint of an earlier stage
+    whose origin names that folder (as `folder`, or in `assembled`). dtype: of the tensors that
+    changed; by default that of the trained checkpoint. Raises ConfigError if the folder is of
+    another model, CheckpointError for weights that the layout cannot hold, OutputError.
     """
+    dtype = dtype or str(trained.origin.get("dtype", "fp32"))
+    if dtype not in _TORCH_NAMES:
+        raise ConfigError(f"dtype = {dtype!r}, expected one of {', '.join(_TORCH_NAMES)}")
+    original_folder = _published(original_folder)
     config, home, original = _open(trained, original_folder, options)
     _check_same_model(trained, original, original_folder)
     refuse_source(out, original_folder)
@@ -80,13 +87,41 @@ def write_original(
             config,
             home,
             options,
-            dtype or str(trained.origin.get("dtype", "fp32")),
+            dtype,
             partial,
             out.resolve(),
         )
         layouts = {"llava": _write_llava, "huggingface": _write_huggingface, "comm": _write_comm}
         new = layouts[str(original.origin["layout"])](job)
         (partial / "config.json").write_text(json.dumps(new, indent=2) + "\n", "utf-8")
+
+
+def _published(folder: Path) -> Path:
+    """The published folder that a trained checkpoint began with; any other folder itself.
+
+    Raises ConfigError if the checkpoint does not name it, or it is gone.
+    """
+    if not trained_checkpoint.is_trained(folder):
+        return folder
+    origin = trained_checkpoint.read_description(folder).origin
+    named = origin.get("assembled", {}).get("language_model") or origin.get("folder")
+    if named is None or not Path(str(named)).is_dir():
+        why = "does not name the folder" if named is None else f"names {named}, which is not here,"
+        raise ConfigError(
+            f"{folder} is a trained checkpoint and {why} that its first stage began with",
+            hint="name that published folder",
+        )
+    return Path(str(named))
+
+
+def write_run(
+    out: Path, trained: Path, model: str, options: Options, say: Callable[[str], None]
+) -> None:
+    """Write the finished run `trained` as `out`, in the layout of the model that it began with."""
+    say(f"writing {out}")
+    refuse_source(out, trained)
+    home = hub.locate(model, revision=None, offline=options.offline)
+    write_original(out, systems.load(trained, options), home, options)
 
 
 def _open(
@@ -97,7 +132,8 @@ def _open(
     home = options.base or folder
     path = next((p for p in (folder, home) if (p / "config.json").exists()), folder)
     config = read_json(path / "config.json")
-    if facts is not None and config.get("model_type") in language_models.MODEL_TYPES:
+    alone = config.get("model_type") in language_models.MODEL_TYPES
+    if facts is not None and alone and "mm_vision_tower" not in config:
         parts = assemble.Parts.from_facts(facts, folder, options)
         return assemble.published_config(parts, options), home, assemble.open_model(parts, options)
     return config, home, systems.load(folder, options)
@@ -150,8 +186,11 @@ def _part(job: _Job, component: str) -> Part:
 def _copy_files(source: Path, out: Path) -> None:
     """Configuration, tokenizer and the like; the weights are written anew."""
     for path in sorted(source.iterdir()):
-        index = path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in _COPIED and not index:
+        weights = path.name.endswith(".index.json") or path.name in (
+            trained_checkpoint.CHECKPOINT,
+            MANIFEST,
+        )
+        if path.is_file() and path.suffix in _COPIED and not weights:
             shutil.copyfile(path, out / path.name)
 
 

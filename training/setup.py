@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -14,12 +14,12 @@ from edgevlm.toolkit.images.preprocess import ImageRules
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm.config import ModelConfig
-from edgevlm.training import grown, lora, optimizer, qat
+from edgevlm.training import grown, lora, memory, optimizer, qat
 from edgevlm.training.data.broken import BrokenSample, Report
 from edgevlm.training.data.masking import check_template
 from edgevlm.training.data.prepare import SampleRules, rules_for
 from edgevlm.training.data.sampling import Batching
-from edgevlm.training.feed import DataSet, Feed, open_data
+from edgevlm.training.feed import Feed, Prepared, open_data
 from edgevlm.training.loop import Progress
 from edgevlm.training.options import TrainOptions
 from edgevlm.training.stages import Stage, Views
@@ -27,6 +27,7 @@ from edgevlm.training.vlm import VLM
 
 MICRO_BATCH = 8  # samples of one forward pass where nothing else is said
 Say = Callable[[str], None]
+Found = TypeVar("Found")
 
 
 def accelerator(precision: str) -> Any:
@@ -34,11 +35,26 @@ def accelerator(precision: str) -> Any:
 
     Raises MissingExtra.
     """
+    import torch
+
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
     except ImportError:
         raise MissingExtra("accelerate", "train", purpose="training") from None
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    # Without a word about it, processes on a machine without a GPU would not find one another.
+    cpu = not torch.accelerator.is_available()
+    if cpu:
+        memory.return_freed_tensors()
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what draws during steps (dropout); every process draws its own numbers."""
+    from accelerate.utils import set_seed
+
+    set_seed(seed, device_specific=True)
 
 
 def grown_for(stage: Stage, source: Source, seed: int) -> Source:
@@ -74,19 +90,21 @@ def shown(images: ImageRules, views: Views) -> ImageRules:
     return replace(images, encoders=encoders, tiling=None, arrangement=order)
 
 
-def batching(stage: Stage, options: TrainOptions, processes: int) -> Batching:
-    """How the samples of a step are dealt. Raises ConfigError if they cannot be dealt evenly."""
-    each = stage.batch // processes
-    micro = options.micro_batch or next(
-        (n for n in range(min(MICRO_BATCH, max(each, 1)), 1, -1) if each % n == 0), 1
+def batching(batch: int, micro_batch: int | None, processes: int, most: int) -> Batching:
+    """How the samples of a step are dealt; most: samples of a forward pass if none is stated.
+
+    Raises ConfigError if they cannot be dealt evenly.
+    """
+    each = batch // processes
+    micro = micro_batch or next(
+        (n for n in range(min(most, max(each, 1)), 1, -1) if each % n == 0), 1
     )
-    if stage.batch % (processes * micro):
+    if batch % (processes * micro):
         raise ConfigError(
-            f"a batch of {stage.batch} cannot be dealt to {processes} process(es) with "
-            f"{micro} at a time",
+            f"a batch of {batch} cannot be dealt to {processes} process(es) with {micro} at a time",
             hint=f"choose --batch as a multiple of {processes * micro}, or another --micro-batch",
         )
-    return Batching(micro, processes, stage.batch // (processes * micro))
+    return Batching(micro, processes, batch // (processes * micro))
 
 
 class FaultLog:
@@ -138,18 +156,15 @@ def feeds(
     for note in check_template(rules.text, tokenizer):
         say(f"note: {note}")
     say(f"reading {', '.join(options.data)}")
-    data = _opened(options.data, options.images, accelerator)
+    data = told_by_first(accelerator, lambda: open_data(options.data, options.images))
     faults = FaultLog(progress, data.size, options.max_broken)
     for fault in data.faults:
         faults.add(fault)
-    dealt = batching(stage, options, accelerator.num_processes)
-    rank = accelerator.process_index
     training = Feed(
         data,
-        rules,
-        tokenizer,
-        dealt,
-        rank,
+        Prepared(data.indexed, rules, tokenizer),
+        batching(stage.batch, options.micro_batch, accelerator.num_processes, MICRO_BATCH),
+        accelerator.process_index,
         faults.add,
         options.seed,
         stage.grouped,
@@ -157,31 +172,32 @@ def feeds(
     )
     if not options.eval_data:
         return Feeds(training, None, faults)
-    others = _opened(options.eval_data, options.images, accelerator)
+    others = told_by_first(accelerator, lambda: open_data(options.eval_data, options.images))
     held_faults = FaultLog(Progress(), others.size, options.max_broken)
     for fault in others.faults:
         held_faults.add(fault)
-    held = replace(training, data=others, on_fault=held_faults.add, grouped=False)
+    made = Prepared(others.indexed, rules, tokenizer)
+    held = replace(training, data=others, made=made, on_fault=held_faults.add, grouped=False)
     return Feeds(training, held, faults)
 
 
-def _opened(paths: tuple[str, ...], images: str | None, accelerator: Any) -> DataSet:
-    """One process scans, the others are told what it found."""
+def told_by_first(accelerator: Any, find: Callable[[], Found]) -> Found:
+    """What the first process finds; the others are told. Its error is raised in all."""
     from accelerate.utils import broadcast_object_list
 
     if accelerator.num_processes == 1:
-        return open_data(paths, images)
+        return find()
     shared: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            shared[0] = open_data(paths, images)
+            shared[0] = find()
         except Exception as failed:  # every process has to end, not the first alone
             shared[0] = failed
     broadcast_object_list(shared)
     if isinstance(shared[0], Exception):
         raise shared[0]
-    opened: DataSet = shared[0]
-    return opened
+    found: Found = shared[0]
+    return found
 
 
 def model(source: Source, stage: Stage, options: TrainOptions, plan: PrecisionPlan | None) -> VLM:

@@ -14,8 +14,11 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from edgevlm.toolkit.errors import ConfigError
+from edgevlm.training.tower_stages import STAGES as TOWER_STAGES
+from edgevlm.training.tower_stages import TowerStage
 
 Views = Literal["model", "square", "pad"]
+TOWER = "vision tower"  # the system of stages that train one by itself
 _COMM = "arXiv 2310.08825, sections 3 and 4.1"
 
 
@@ -224,13 +227,55 @@ STAGES = (
 )
 
 
-def find(name: str) -> Stage:
-    """The stage called `name`. Raises ConfigError naming the nearest ones."""
-    known = {stage.name: stage for stage in STAGES}
+def find(name: str) -> Stage | TowerStage:
+    """The stage called `name`, of a whole model or of a vision tower by itself.
+
+    Raises ConfigError naming the nearest ones.
+    """
+    known: dict[str, Stage | TowerStage] = {stage.name: stage for stage in STAGES}
+    known |= TOWER_STAGES
     if name in known:
         return known[name]
     close = difflib.get_close_matches(name, known, 3, 0.4) or sorted(known)
-    raise ConfigError(f"there is no training stage {name!r}", hint=f"known: {', '.join(close)}")
+    raise ConfigError(
+        f"there is no training stage {name!r}",
+        hint=f"near: {', '.join(close)}; edgevlm train list shows all",
+    )
+
+
+def find_vlm(name: str) -> Stage:
+    """The stage of a whole model called `name`. Raises ConfigError."""
+    stage = find(name)
+    if isinstance(stage, TowerStage):
+        raise ConfigError(f"stage {name} trains a vision tower by itself, not a whole model")
+    return stage
+
+
+def find_tower(name: str) -> TowerStage:
+    """The stage of a vision tower called `name`. Raises ConfigError."""
+    stage = find(name)
+    if isinstance(stage, Stage):
+        raise ConfigError(f"stage {name} trains a whole model, not a vision tower by itself")
+    return stage
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of `edgevlm train list`. systems: of whose models; empty for any."""
+
+    name: str
+    systems: tuple[str, ...]
+    purpose: str
+    rate: float
+    batch: int
+
+
+def listed() -> list[Row]:
+    """All stages, those of whole models first."""
+    rows = [Row(s.name, s.systems, s.purpose, s.rate, s.batch) for s in STAGES]
+    for s in TOWER_STAGES.values():
+        rows.append(Row(s.name, (TOWER,), s.purpose, s.learning_rate, s.global_batch))
+    return rows
 
 
 def check_system(stage: Stage, system: str) -> None:

@@ -1,20 +1,16 @@
 """A training run from its options to a checkpoint that `export` reads.
 
-OUT/training.json     what the run is; with it a killed run is resumed
-OUT/metrics.jsonl     loss, rate, tokens/s: a line for each logged step and evaluation
-OUT/states/           the last two states
-OUT/checkpoint.json, model*.safetensors, tokenizer.json      written at the end
+Beside the files of every run (run.py), at the end:
+
+OUT/checkpoint.json, model*.safetensors, tokenizer.json
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import resource
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +18,28 @@ from torch import Tensor
 
 from edgevlm.toolkit.bundle import trained
 from edgevlm.toolkit.checkpoints.layouts.source import Source
-from edgevlm.toolkit.errors import ConfigError, OutputError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.strict import read_json
 from edgevlm.toolkit.vlm.components import components
 from edgevlm.toolkit.vlm.config import to_json
-from edgevlm.training import lora, optimizer, setup, stages, states
-from edgevlm.training.averages import Average
-from edgevlm.training.loop import EvalRecord, Progress, Schedules, Trainer
+from edgevlm.training import lora, optimizer, setup, stages
+from edgevlm.training.answer_task import AnswerTask
+from edgevlm.training.loop import Progress
 from edgevlm.training.options import TrainOptions
-from edgevlm.training.report import Report, Silent, cut_back, losses
+from edgevlm.training.run import (
+    Home,
+    Result,
+    Run,
+    average_of,
+    check_out,
+    fit,
+    go_on,
+    open_home,
+    result,
+)
 from edgevlm.training.setup import Feeds, Say
 from edgevlm.training.stages import Stage
 from edgevlm.training.vlm import VLM, parameter_count
 
-FACTS = "training.json"
 LORA_RATE = 2e-4  # of the published scripts
 
 
@@ -56,86 +59,28 @@ class Request:
     quiet: bool = False
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run came to. first_loss, last_loss: of the first and last logged step.
-
-    faults: samples that were skipped or cut short, by kind. seconds: of this call.
-    """
-
-    stage: str
-    out: str
-    steps: int
-    samples: int
-    targets: int
-    parameters: int
-    trained_parameters: int
-    first_loss: float | None
-    last_loss: float | None
-    eval_loss: float | None
-    eval_token_accuracy: float | None
-    faults: Mapping[str, int]
-    seconds: float
-    peak_rss_mb: float
-
-
-@dataclass
-class _Run:
-    """A run that is set up. model: as accelerate wrapped it; bare: without that."""
-
-    request: Request
-    stage: Stage
-    source: Source
-    accelerator: Any
-    progress: Progress
-    feeds: Feeds
-    bare: VLM
-    model: Any
-    optimizer: Any
-    average: Average | None
-    facts: dict[str, Any]
-    say: Say
-
-
 def train(request: Request) -> Result:
     """Run a stage. Raises ToolkitError; a killed run leaves OUT with its last state to resume."""
     started = time.perf_counter()
-    run = _set_up(request)
-    steps = run.facts["steps"]
-    final = _fit(run, steps)
+    run, source = _set_up(request)
+    final = fit(run)
     for line in run.feeds.faults.report().lines():
-        run.say(f"note: {line}")
-    run.say(f"writing {request.out}")
-    _write(run)
-    logged = losses(request.out) if run.accelerator.is_main_process else []
-    everything, trained_count = parameter_count(run.bare)
-    return Result(
-        run.stage.name,
-        str(request.out),
-        run.progress.step,
-        run.progress.samples,
-        run.progress.targets,
-        everything,
-        trained_count,
-        logged[0] if logged else None,
-        logged[-1] if logged else None,
-        final.loss if final else None,
-        final.token_accuracy if final else None,
-        run.feeds.faults.report().counts,
-        time.perf_counter() - started,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    )
+        run.home.say(f"note: {line}")
+    run.home.say(f"writing {request.out}")
+    _write(run, source)
+    return result(run, final, time.perf_counter() - started)
 
 
-def _set_up(request: Request) -> _Run:
+def _set_up(request: Request) -> tuple[Run, Source]:
     options = request.options
-    stage = optimizer.applied(stages.find(request.stage), options)
+    stage = optimizer.applied(stages.find_vlm(request.stage), options)
     if options.lora and options.rate is None:
         stage = replace(stage, rate=LORA_RATE)
     stages.check_system(stage, request.source.model.system)
     check_out(request.out, resume=request.resume)
     accelerator = setup.accelerator(options.precision)
     say = request.say if accelerator.is_main_process else _nothing
+    setup.seed_everything(options.seed)
     source = setup.grown_for(stage, request.source, options.seed)
     progress = Progress()
     feeds = setup.feeds(source, stage, options, progress, accelerator, say)
@@ -148,40 +93,23 @@ def _set_up(request: Request) -> _Run:
     model, opt = accelerator.prepare(bare, optimizer.adamw(bare, stage))
     setup.save_only(accelerator, names)
     accelerator.register_for_checkpointing(progress)
-    average = _average(accelerator, bare, options.ema)
-    run = _Run(
-        request, stage, source, accelerator, progress, feeds, bare, model, opt, average, facts, say
+    run = Run(
+        Home(request.out, request.resume, options, facts, request.made_by, say, request.quiet),
+        stage.name,
+        accelerator,
+        progress,
+        feeds,
+        AnswerTask(accelerator.device),
+        bare,
+        model,
+        (opt,),
+        stage.warmup,
+        options.schedule or "cosine",
+        average_of(accelerator, bare, options.ema),
     )
-    _begin(run)
-    return run
-
-
-def check_out(out: Path, *, resume: bool) -> None:
-    """Raise OutputError where a run would overwrite something, or has nothing to go on with."""
-    if resume:
-        if not (out / FACTS).exists():
-            raise OutputError(
-                f"{out} holds no run to resume", hint="leave --resume out to begin one"
-            )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        hint = "--resume goes on with the run" if (out / FACTS).exists() else "choose another"
-        raise OutputError(f"{out} exists", hint=hint)
-
-
-def _begin(run: _Run) -> None:
-    """Make OUT, or load the newest state in it."""
-    request, first = run.request, run.accelerator.is_main_process
-    if request.resume:
-        states.check_same(read_json(request.out / FACTS), run.facts, request.out / FACTS)
-        states.resume(run.accelerator, request.out, run.progress, run.facts)
-        run.say(f"going on after step {run.progress.step}")
-        if first:
-            cut_back(request.out, run.progress.step)
-    elif first:
-        request.out.mkdir(parents=True, exist_ok=True)
-        description = run.facts | {"options": asdict(request.options), "made_by": request.made_by}
-        (request.out / FACTS).write_text(json.dumps(description, indent=1), "utf-8")
-    run.accelerator.wait_for_everyone()
+    open_home(run.home, accelerator)
+    go_on(run)
+    return run, source
 
 
 def _facts(
@@ -199,7 +127,7 @@ def _facts(
         "batch": stage.batch,
         "steps": steps,
         "rate": stage.rate,
-        "schedule": options.schedule,
+        "schedule": options.schedule or "cosine",
         "seed": options.seed,
         "lora": options.lora,
         "qat": options.qat,
@@ -207,86 +135,31 @@ def _facts(
     }
 
 
-def _average(accelerator: Any, model: VLM, decay: float) -> Average | None:
-    if not decay:
-        return None
-    if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise ConfigError(
-            f"--ema is not implemented for {accelerator.distributed_type.value}",
-            hint="leave --ema out where weights are sharded",
-        )
-    average = Average(model, decay)
-    accelerator.register_for_checkpointing(average)
-    return average
-
-
-def _fit(run: _Run, steps: int) -> EvalRecord | None:
-    """Train to the last step, then evaluate on the held-out data if there is any."""
-    options, out = run.request.options, run.request.out
-    report = (
-        Report(out, steps, run.say, quiet=run.request.quiet, tensorboard=options.tensorboard)
-        if run.accelerator.is_main_process
-        else Silent()
-    )
-    schedules = Schedules(
-        steps,
-        math.ceil(run.stage.warmup * steps),
-        options.schedule,
-        options.log_every,
-        options.save_every,
-        options.eval_every,
-    )
-
-    def save(progress: Progress) -> None:
-        states.save(run.accelerator, out, progress, run.facts)
-
-    trainer = Trainer(
-        run.accelerator,
-        run.model,
-        run.optimizer,
-        options.clip,
-        schedules,
-        report,
-        save,
-        run.average.update if run.average else None,
-    )
-    held_out = run.feeds.held_out
-    try:
-        feed = run.feeds.training.steps(run.progress.step)
-        trainer.fit(feed, run.progress, held_out.once if held_out else None)
-        if held_out is None:
-            return None
-        final = trainer.evaluate(held_out.once(), steps)
-        report.evaluated(final)
-        return final
-    finally:
-        report.close()
-
-
-def _write(run: _Run) -> None:
+def _write(run: Run, source: Source) -> None:
     """The checkpoint: whole weights, adapters merged, averaged weights where there are any."""
     state: dict[str, Tensor] = run.accelerator.get_state_dict(run.model)
     if not run.accelerator.is_main_process:
         return
     if run.average is not None:
         state = run.average.replacing(state)
+    assert isinstance(run.bare, VLM)
     scales = setup.lora_scales(run.bare)
     whole = lora.merged(state, scales)
     tensors = {
         part.name: _Arrays({key: whole[f"{part.name}.{key}"] for key in part.shapes})
-        for part in components(run.source.model)
+        for part in components(source.model)
         if part.shapes
     }
-    request = run.request
+    home = run.home
     trained.write_into(
-        request.out,
-        run.source.model,
-        run.source.tokenizer,
+        home.out,
+        source.model,
+        source.tokenizer,
         tensors,
-        dtype=request.options.dtype,
-        origin=run.source.origin,
-        training={**run.facts, "step": run.progress.step, "samples_seen": run.progress.samples},
-        made_by=request.made_by,
+        dtype=home.options.dtype,
+        origin=source.origin,
+        training={**home.facts, "step": run.progress.step, "samples_seen": run.progress.samples},
+        made_by=home.made_by,
     )
 
 

@@ -39,7 +39,7 @@ class TrainOps(TorchOps):
 
     def linear(self, x: Tensor, w: Weights[Tensor]) -> Tensor:
         """With the product of two low-rank matrices added where the layer has them."""
-        y = F.linear(x, w["weight"].t(), w.get("bias"))
+        y = _product(x, w["weight"], w.get("bias"))
         down = w.get("lora_a")
         if down is None:
             return y
@@ -84,6 +84,17 @@ class TrainOps(TorchOps):
         at = (flat >= 0).nonzero().squeeze(1)
         chosen = features.index_select(0, flat.index_select(0, at)).to(x.dtype)
         return x.flatten(0, 1).index_copy(0, at, chosen).view_as(x)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight + bias by products whose gradients have the layout of the weight, [in, out].
+
+    F.linear with a transposed weight gives transposed gradients, each of which is copied.
+    """
+    if bias is None:
+        return x @ weight
+    flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
+    return flat.reshape(*x.shape[:-1], weight.shape[1])
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

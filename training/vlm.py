@@ -94,6 +94,8 @@ class VLM(nn.Module):
 
     def forward(self, **batch: Any) -> Tensor:
         """Logits [B, P, vocabulary] of the positions `score` of a batch, see data/collate.py."""
+        for op in self.train_ops.values():
+            op.device = batch["ids"].device  # where tables are kept
         features = self.features(batch)
         lm = self.model.lm.config
         none = features.new_zeros(0)

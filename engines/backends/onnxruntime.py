@@ -22,6 +22,7 @@ from edgevlm.engines.backends.common import place
 from edgevlm.engines.backends.state import Allocation, State, check, zeros
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import (
+    Blocks,
     SafetensorsFile,
     TensorSpec,
     row_blocks,
@@ -29,7 +30,7 @@ from edgevlm.toolkit.checkpoints.safetensors_io import (
 )
 from edgevlm.toolkit.errors import BuildError, MissingExtra
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.target import Target, this_cpu, threads_here
+from edgevlm.toolkit.target import Target, machine, saturates_int8, this_cpu, threads_here
 
 if TYPE_CHECKING:
     import onnx
@@ -59,39 +60,65 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
         import onnx
     except ImportError:
         raise MissingExtra("onnx", "export", purpose="building an engine") from None
-    from edgevlm.engines.lowering import capabilities, lower
+    from edgevlm.engines.lowering import capabilities, lower, signed
 
     model = onnx.load(str(bundle.path / record.graph), load_external_data=False)
     lowered = lower.lower_component(record.name, model, target)
     model, notes, dtype = lowered.model, [], bundle.manifest.dtype
     if (computed := capabilities.of(target).computes_in(dtype)) != dtype and lower.upcast(model):
         notes.append(f"{dtype} upcast to {computed}: this processor has no half kernels")
-        _upcast_weights(bundle, record, folder, model)
+    flipped = frozenset[str]() if _unsigned_is_best() else signed.sign_weights(model)
+    if notes or flipped:
+        _convert_weights(bundle, record, folder, model, flipped)
     else:
         place(bundle.path / record.weights, folder / record.weights)
     (folder / record.graph).write_bytes(model.SerializeToString())
-    rounds_inputs = any(node.op_type == "MatMulNBits" for node in model.graph.node)
     return Compiled(
         record,
         (record.graph, record.weights),
-        "int8" if rounds_inputs else computed,
+        _precision(model, computed),
         tuple(notes),
         lowered.decisions,
     )
 
 
-def _upcast_weights(
-    bundle: Bundle, record: ComponentRecord, folder: Path, model: onnx.ModelProto
+def _precision(model: onnx.ModelProto, computed: str) -> str:
+    """What a lowered graph computes in, as check.py's tolerances name it."""
+    kinds = {node.op_type for node in model.graph.node}
+    if "MatMulNBits" in kinds:  # its kernel rounds the inputs, which the reference does not
+        return "int8"
+    return "int8_rows" if "MatMulInteger" in kinds else computed
+
+
+def _unsigned_is_best() -> bool:
+    """Whether 8-bit weights are multiplied as they are stored: not on x86 with VNNI."""
+    return machine() != "x86_64" or saturates_int8()
+
+
+def _convert_weights(
+    bundle: Bundle,
+    record: ComponentRecord,
+    folder: Path,
+    model: onnx.ModelProto,
+    signed: frozenset[str],
 ) -> None:
-    """Write the weights with floats as float32, and point the graph's tensors at them."""
+    """Write the weights with floats as float32 and the codes of `signed` as int8, and point the
+    graph's tensors at them.
+    """
     file = SafetensorsFile(bundle.path / record.weights)
+    changed = {"fp16": "fp32", "bf16": "fp32"}
     specs = [
-        TensorSpec(name, "fp32" if e.dtype in ("fp16", "bf16") else e.dtype, e.shape)
+        TensorSpec(name, "int8" if name in signed else changed.get(e.dtype, e.dtype), e.shape)
         for name, e in file.entries.items()
     ]
-    written = write_safetensors(
-        folder / record.weights, specs, lambda t: row_blocks(file.read(t.name))
-    )
+
+    def produce(tensor: TensorSpec) -> Blocks:
+        blocks = row_blocks(file.read(tensor.name))
+        if tensor.name not in signed:
+            return blocks
+        return ((block ^ np.uint8(128)).view(np.int8) for block in blocks)
+
+    written = write_safetensors(folder / record.weights, specs, produce)
     by_old_offset = {e.offset: written.entries[name] for name, e in file.entries.items()}
     for tensor in model.graph.initializer:
         if tensor.data_location != tensor.EXTERNAL:

@@ -10,9 +10,9 @@ import numpy as np
 from edgevlm.engines.backends import Compiled, LayerTime, Peaks, RunnerOptions
 from edgevlm.engines.backends.common import best_seconds, place
 from edgevlm.engines.backends.state import State, check, zeros
+from edgevlm.toolkit.bundle.goldens import reference
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord, Tensors
-from edgevlm.toolkit.ops.numpy_ops import NumpyOps
-from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
 from edgevlm.toolkit.target import Target, machine
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm import config as model_config
@@ -40,7 +40,8 @@ def open(
     """The component's function over NumPy."""
     config = model_config.from_json(dict(model), "engine.json: model")
     component = next(c for c in components.components(config) if c.name == record.name)
-    return ReferenceRunner(component, dict(Tensors(folder / record.weights)), options)
+    tensors = Tensors(folder / record.weights)
+    return ReferenceRunner(component, dict(tensors), options, reference(record.name, tensors))
 
 
 def peaks(folder: Path) -> Peaks:
@@ -53,11 +54,16 @@ def peaks(folder: Path) -> Peaks:
 
 
 class ReferenceRunner:
-    """A component run by NumpyOps, weights in memory as float32."""
+    """A component run by the reference's `ops`, weights in memory as float32."""
 
     def __init__(
-        self, component: components.Component, tensors: dict[str, Array], options: RunnerOptions
+        self,
+        component: components.Component,
+        tensors: dict[str, Array],
+        options: RunnerOptions,
+        ops: Ops[Array],
     ) -> None:
+        self._ops = ops
         self._component = component
         self._weights = Weights(tensors)
         self._context = options.context
@@ -73,7 +79,7 @@ class ReferenceRunner:
         if self._updates:
             batch, names = len(inputs["start"]), list(self._updates.values())
             states = check(state, names, batch, self._component.name).arrays
-        outputs = self._component.forward(NumpyOps(), self._weights, {**inputs, **states})
+        outputs = self._component.forward(self._ops, self._weights, {**inputs, **states})
         for output, name in self._updates.items():
             np.copyto(states[name], outputs.pop(output))
         return outputs

@@ -246,7 +246,9 @@ def _new_bytes(bundle: Bundle, request: Request) -> int:
     if request.requantization is None and not upcast:
         files = bundle.manifest.files
         return sum(files[c.weights].nbytes for c in bundle.manifest.components) + _GRAPHS_BYTES
-    return memory.weights_bytes(bundle.model, request.plan(bundle), 4) + _GRAPHS_BYTES
+    plan = request.plan(bundle)
+    copies = 2 if "int8_rows" in plan.precisions else 1  # some processors take other codes
+    return copies * memory.weights_bytes(bundle.model, plan, 4) + _GRAPHS_BYTES
 
 
 def _compile(

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 _OPSET_24 = (1, 24)  # the first release that reads opset 24
 
 _STANDARD = (
-    "Add And Attention Cast CastLike Clip Concat Constant Conv Cos DequantizeLinear Div Expand "
+    "Abs Add And Attention Cast CastLike Clip Concat Constant Conv Cos DequantizeLinear Div Expand "
     "Gather GatherND Gelu Greater GreaterOrEqual GridSample Identity LayerNormalization "
-    "LessOrEqual MatMul Max Mul QuantizeLinear RMSNormalization Range ReduceL2 ReduceMax "
-    "ReduceMean ReduceSum Relu Reshape RotaryEmbedding Shape Sigmoid Sin Slice Softmax Split Sqrt "
-    "Squeeze Sub Swish Tanh TensorScatter Transpose Unsqueeze Where"
+    "LessOrEqual MatMul MatMulInteger Max Mul QuantizeLinear RMSNormalization Range ReduceL2 "
+    "ReduceMax ReduceMean ReduceSum Relu Reshape RotaryEmbedding Round Shape Sigmoid Sin Slice "
+    "Softmax Split Sqrt Squeeze Sub Swish Tanh TensorScatter Transpose Unsqueeze Where"
 ).split()
 
 
@@ -90,6 +90,8 @@ _ATTENTION = Row(
     otherwise=_KEEP["Attention"],
 )
 
+_ROWS = Row("decompose", "products of 8-bit integers, which have a kernel; one scale per row")
+
 ROWS: dict[str, Row] = {
     **_KEEP,
     "Attention": _ATTENTION,
@@ -110,6 +112,8 @@ ROWS: dict[str, Row] = {
         "multiplies by the stored bytes; its input is rounded to 8 bits",
     ),
     "edgevlm.BlockedEmbed": _DECOMPOSE,
+    "edgevlm.RowQuantize": _ROWS,
+    "edgevlm.RowQuantizedLinear": _ROWS,
     "edgevlm.CachedAttention": _CACHED_ATTENTION,
     "edgevlm.RotaryAttention": _rewrite(
         rewrites.rotary_attention,

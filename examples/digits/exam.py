@@ -9,7 +9,7 @@ from pathlib import Path
 
 from examples.digits.scenes import Asked, Scene, overlap, questions, read_box, save
 
-KINDS = ("naming", "reading", "counting", "pointing")
+KINDS = ("naming", "counting", "pointing")
 HALF = 0.5  # a box counts from this overlap on, intersection over union
 
 

@@ -21,7 +21,7 @@ from edgevlm.toolkit.text.prompts import PromptRules
 from edgevlm.toolkit.vlm.components import Component, components
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 from edgevlm.training import initial
-from examples.digits.scenes import COUNT, NAME, POINT, READ, SIDE
+from examples.digits.scenes import COUNT, NAME, POINT, SIDE
 
 PATCH = 8  # pixels
 WIDTH, DEPTH, HEADS = 96, 2, 4  # of each encoder
@@ -36,7 +36,7 @@ _CUT = r" ?[A-Za-z]+|\[?\d\.\d\d[,\]]?|[\s\S]"  # words, [0.25, and 0.50, and 0.
 
 def vocabulary() -> list[str]:
     """Every token: the words of the questions, digits, and 0.00 to 1.00 as parts of a box."""
-    words = [COUNT, NAME.format(""), POINT.format(""), READ]
+    words = [COUNT, NAME, POINT]
     parts = [f" {word}" for text in words for word in text.rstrip("?").split()]
     heads = [text.split()[0] for text in words]
     numbers = [f"{before}{i / 100:.2f}{after}" for before, after in _SIDES for i in range(101)]

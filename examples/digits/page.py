@@ -39,7 +39,7 @@ def page(
 no PyTorch. Neither these scenes nor the digits in them were in its training data.</p>
 {_table(scores)}
 <h2>Scenes it had never seen</h2>
-<p class="note">Boxes are the engine's answers to &ldquo;Where is the N?&rdquo;: green where they
+<p class="note">Boxes are the engine's answers to &ldquo;Where is it?&rdquo;: green where they
 overlap the digit by half or more, red where not. Dashed: the digit's true box.</p>
 <div class="scenes">{shown}</div>
 <h2>Loss while it learned</h2>{_curve(losses)}

@@ -27,9 +27,8 @@ HELD_OUT = 5  # every fifth digit image is held out
 TURN = 8.0  # degrees by which training digits are turned, at most
 
 COUNT = "How many digits are there?"
-READ = "Which digits are there?"
-NAME = "Which digit is in {}?"
-POINT = "Where is the {}?"
+NAME = "Which digit is it?"
+POINT = "Where is it?"
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,10 @@ def enlarged(small: Array, turn: float) -> Array:
 
 
 def questions(scene: Scene) -> list[Asked]:
-    """Every question that is asked about a scene; READ wants the digits from left to right."""
-    asked = [counted(scene), read_out(scene)]
-    for digit in scene.digits:
-        asked += [named(digit), pointed(digit)]
+    """Every question that is asked about a scene: of a lone digit also what and where it is."""
+    asked = [counted(scene)]
+    if len(scene.digits) == 1:
+        asked += [named(scene.digits[0]), pointed(scene.digits[0])]
     return asked
 
 
@@ -139,38 +138,20 @@ def counted(scene: Scene) -> Asked:
     return Asked("counting", COUNT, str(len(scene.digits)))
 
 
-def read_out(scene: Scene) -> Asked:
-    """Which digits there are, from left to right."""
-    ordered = sorted(scene.digits, key=lambda digit: digit.box[0] + digit.box[2])
-    return Asked("reading", READ, " ".join(str(digit.value) for digit in ordered))
-
-
 def named(digit: Digit) -> Asked:
-    """Which digit is in a box."""
-    return Asked("naming", NAME.format(box_text(digit.box)), str(digit.value))
+    """Which digit it is."""
+    return Asked("naming", NAME, str(digit.value))
 
 
-def pointed(digit: Digit, name: str | None = None) -> Asked:
-    """Where a digit is, called by its value or by `name`."""
-    return Asked("pointing", POINT.format(name or digit.value), box_text(digit.box))
+def pointed(digit: Digit) -> Asked:
+    """Where it is."""
+    return Asked("pointing", POINT, box_text(digit.box))
 
 
 def lesson(scene: Scene, rng: np.random.Generator) -> list[Asked]:
-    """Questions of one conversation of the training data, none of which answers a later one.
-
-    Half of them count, read and point; the others name what is in each box, and count. A lone
-    digit may be pointed at before it is named.
-    """
-    order = [scene.digits[place] for place in rng.permutation(len(scene.digits))]
-    chance = rng.random()
-    if len(order) == 1 and chance < 0.5:
-        return [pointed(order[0], "digit"), named(order[0])]
-    if chance < 0.6:
-        first = [counted(scene)] * (chance < 0.3)
-        return [*first, read_out(scene), *(pointed(digit) for digit in order)]
-    if chance < 0.8:
-        return [pointed(digit) for digit in order]
-    return [*(named(digit) for digit in order), counted(scene)]
+    """The questions of one conversation of the training data, in any order."""
+    asked = questions(scene)
+    return [asked[number] for number in rng.permutation(len(asked))]
 
 
 def box_text(box: Box) -> str:

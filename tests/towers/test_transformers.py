@@ -145,6 +145,35 @@ def test_towers(name: str, tmp_path: Path) -> None:
         near(lowered[f"features.{i}"], array)
 
 
+@pytest.mark.parametrize("name", ["clip", "clip, gelu", "mlcd"])
+def test_embeddings_are_the_pooled_outputs(name: str, tmp_path: Path) -> None:
+    model = saved(name, tmp_path)
+    kind, _, _, size, _ = TOWERS[name]
+    file: Any = models.encoder(kind)
+    config, _ = loaded(name, tmp_path, (-2,))
+    table = dict(file.embed_names(config))
+    assert set(table) == set(file.embed_shapes(config))
+    checkpoint = opened(tmp_path / "model.safetensors")
+    prefix = find_prefix(table, checkpoint, "vision_model.", "")
+    table = {k: r.below(prefix) for k, r in table.items()}
+    check_tables([(table, file.embed_shapes(config))], checkpoint, ["*.position_ids"])
+    weights = tensors(table, checkpoint)
+    pixels = np.random.default_rng(1).normal(size=(2, 3, *size)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(pixels)).pooler_output.numpy()
+    part = components.Component(
+        f"encoder.{kind}",
+        lambda op, w, given: {"embedding": file.embed(op, config, w, given["pixels"])},
+        file.embed_shapes(config),
+        (components.Port("pixels", "float", ("tiles", 3, *size)),),
+        (components.Port("embedding", "float", ("tiles", config.hidden_size)),),
+    )
+    found = part.forward(NumpyOps(), Weights(weights), {"pixels": pixels})["embedding"]
+    lowered = run(lower(model_of(part, weights), this_cpu()), {"pixels": pixels})["embedding"]
+    near(found, expected)
+    near(lowered, expected)
+
+
 @pytest.mark.parametrize(("have", "wanted"), [(37, 24), (5, 9), (16, 16), (7, 3)])
 @pytest.mark.parametrize("antialias", [False, True])
 def test_bicubic_is_torchs(have: int, wanted: int, antialias: bool) -> None:

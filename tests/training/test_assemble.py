@@ -24,7 +24,7 @@ from edgevlm.toolkit.models.encoders import convnext
 from edgevlm.toolkit.models.mergers import mmfuser
 from edgevlm.toolkit.vlm.config import ComponentConfig
 from edgevlm.training import initial
-from edgevlm.training.assemble import assemble
+from edgevlm.training.assemble import assemble, with_settings
 from edgevlm.training.grown import with_fifth_stage
 from edgevlm.training.restore import write_original
 from tests.conftest import HERE
@@ -162,6 +162,41 @@ def test_published_values_are_those_of_the_original(tmp_path: Path) -> None:
     assert "newline" not in first.weights["merger"]
 
 
+def test_a_later_stage_has_other_settings_and_the_same_weights(tmp_path: Path) -> None:
+    plain = {"image_aspect_ratio": "square", "mm_patch_merge_type": "flat"}
+    lm, tower = qwen(tmp_path / "qwen"), clip(tmp_path / "clip")
+    first = moved(assemble("llava_next", lm, {"clip": tower}, overrides=plain))
+    first = systems.load(keep(tmp_path / "first", first), OPTIONS)
+    tiled = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+    second = with_settings(first, tiled)
+    direct = assemble("llava_next", lm, {"clip": tower})
+    assert second.model == direct.model
+    weights = {name: dict(group) for name, group in second.weights.items()}
+    newline = weights["merger"].pop("newline")
+    assert np.array_equal(newline, direct.weights["merger"]["newline"])
+    assert equal(replace(second, weights=weights), first)
+    again = systems.load(keep(tmp_path / "second", second), OPTIONS)
+    write_original(tmp_path / "out", again, lm, OPTIONS)
+    assert equal(systems.load(tmp_path / "out", OPTIONS), again)
+    with pytest.raises(ConfigError, match="do not fit"):
+        with_settings(first, {"mm_projector_type": "linear"})
+    with pytest.raises(ConfigError, match="was not put together here"):
+        with_settings(systems.load(TOKENIZER, Options()), tiled)
+
+
+def test_siglip_and_mistral_make_a_llava_too(tmp_path: Path) -> None:
+    lm = tmp_path / "mistral"
+    language_model("mistral", vocab_size=1000).save_pretrained(lm)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, lm)
+    config = hf.SiglipVisionConfig(**CLIP)
+    tower = saved(tmp_path / "siglip", hf.SiglipVisionModel(config), 56)
+    source = assemble("llava", lm, {"siglip": tower})
+    ours = systems.load(keep(tmp_path / "trained", moved(source)), OPTIONS)
+    write_original(tmp_path / "out", ours, lm, OPTIONS)
+    assert equal(systems.load(tmp_path / "out", OPTIONS), ours)
+
+
 # -- initial values ------------------------------------------------------------------------------
 
 
@@ -271,10 +306,10 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     lm, tower = vicuna(tmp_path / "vicuna"), clip(tmp_path / "clip")
     wrong: list[tuple[str, Path, dict[str, Path], dict[str, Any], str]] = [
         ("gpt", lm, {"clip": tower}, {}, "no model of system"),
-        ("llava", lm, {}, {}, "takes one tower"),
-        ("llava", lm, {"convnext": tower}, {}, "takes one tower"),
+        ("llava", lm, {}, {}, "takes one of clip or siglip"),
+        ("llava", lm, {"convnext": tower}, {}, "takes one of clip or siglip"),
         ("llava", lm, {"siglip": tower}, {}, "tower of kind clip, not siglip"),
-        ("comm", lm, {"clip": tower}, {}, "takes both of clip, dinov2"),
+        ("comm", lm, {"clip": tower}, {}, "takes both of clip and dinov2"),
         ("llava", TOKENIZER, {"clip": tower}, {}, "is no language model"),
         ("llava", tower, {"clip": tower}, {}, "is no language model"),
         ("llava", lm, {"clip": lm / "nothing"}, {}, "no folder of a vision tower"),

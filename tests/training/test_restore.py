@@ -326,6 +326,39 @@ def test_the_folder_of_another_model_is_refused(tmp_path: Path) -> None:
         )
 
 
+def test_a_checkpoint_of_an_earlier_stage_names_the_folder(tmp_path: Path) -> None:
+    folder = GOLDENS / FOLDERS["llava"]
+    source = systems.load(folder, OPTIONS)
+
+    def save(name: str, origin: Mapping[str, Any]) -> Source:
+        trained.write(tmp_path / name, source.model, source.tokenizer, source.weights,
+                      origin=origin, training={"stage": name}, made_by="tests")  # fmt: skip
+        return systems.load(tmp_path / name, OPTIONS)
+
+    first = save("first", {**source.origin, "folder": str(folder)})
+    second = save("second", first.origin)
+    assert second.origin["trained_from"] == "llava"
+    assert second.origin["earlier"] == [{"stage": "first"}]
+    write_original(tmp_path / "out", second, tmp_path / "first", OPTIONS)
+    assert equal(systems.load(tmp_path / "out", OPTIONS), source)
+    save("nameless", source.origin)
+    with pytest.raises(ConfigError, match="does not name the folder"):
+        write_original(tmp_path / "o", second, tmp_path / "nameless", OPTIONS)
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    source = systems.load(GOLDENS / FOLDERS["llava"], OPTIONS)
+    with pytest.raises(ConfigError, match="expected one of fp32, bf16, fp16"):
+        write_original(tmp_path / "o", source, GOLDENS / FOLDERS["llava"], OPTIONS, dtype="int8")
+
+
+def test_weights_that_a_quirk_replaced_are_refused(tmp_path: Path) -> None:
+    options = replace(OPTIONS, quirks=("renamed-gamma",))
+    source = systems.load(GOLDENS / FOLDERS["mmfuser"], options)
+    with pytest.raises(ConfigError, match="changed while it is read"):
+        write_original(tmp_path / "out", source, GOLDENS / FOLDERS["mmfuser"], options)
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     folder = tmp_path / "work/llava-v1.5-tiny"
     shutil.copytree(GOLDENS / "e2e_llava15", tmp_path / "work")

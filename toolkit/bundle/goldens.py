@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
+from edgevlm.toolkit.bundle.manifest import Tensors
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
-from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
+from edgevlm.toolkit.quantization.channels import RoundRows
 from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, Component, Port, zero_states
 
 AXES = {
@@ -107,12 +110,19 @@ def requantized(
         yield replace(answer, float_outputs=golden.float_outputs or golden.outputs)
 
 
+def reference(component: str, tensors: Mapping[str, Array]) -> Ops[Array]:
+    """The reference for weights of a file: where their storage says so, inputs are rounded too."""
+    stored = tensors.by_channel if isinstance(tensors, Tensors) else frozenset[str]()
+    return cast(Any, RoundRows(NumpyOps(), component, stored)) if stored else NumpyOps()
+
+
 def _answered(
     component: Component, tensors: Mapping[str, Array], calls: Iterable[dict[str, Array]]
 ) -> Iterator[Golden]:
     states = zero_states(component.inputs, component.outputs, AXES)
+    ops = reference(component.name, tensors)
     for inputs in calls:
-        outputs = component.forward(NumpyOps(), Weights(tensors), {**inputs, **states})
+        outputs = component.forward(ops, Weights(tensors), {**inputs, **states})
         states = {p.updates: outputs[p.name] for p in component.outputs if p.updates}
         plain = [p.name for p in component.outputs if p.updates is None]
         yield Golden(component.name, inputs, {n: sampled(outputs[n]) for n in plain})

@@ -18,7 +18,8 @@ from edgevlm.toolkit.bundle.atomic import sha256_of
 from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from edgevlm.toolkit.errors import BundleError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.quantization import blockwise
+from edgevlm.toolkit.quantization import blockwise, channels
+from edgevlm.toolkit.quantization.coded import Codes
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.strict import from_plain, read_json, to_plain
 from edgevlm.toolkit.text.tokenizer import Tokenizer
@@ -95,6 +96,7 @@ class Tensors(Mapping[str, Array]):
     """A component's weights, mapped from the file: what NumpyOps runs on, in whatever precision.
 
     Weights in 8 or 4 bits come back under their own names, as the floats that they stand for.
+    by_channel: those whose inputs are rounded too (toolkit/quantization/channels.py).
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,24 +108,39 @@ class Tensors(Mapping[str, Array]):
             for name in stored
             if name.endswith(storage.suffix) and name + blockwise.SCALE in stored
         }
-        packed = {key + storage.suffix for key, storage in self._formats.items()}
+        suffix = channels.SUFFIX
+        found = [n for n in stored if n.endswith(suffix) and n + blockwise.SCALE in stored]
+        self.by_channel = frozenset(name.removesuffix(suffix) for name in found)
+        packed = {key + storage.suffix for key, storage in self._formats.items()} | {*found}
         packed |= {name + blockwise.SCALE for name in packed}
-        self._names = [*(name for name in stored if name not in packed), *self._formats]
+        plain = (name for name in stored if name not in packed)
+        self._names = [*plain, *self._formats, *(n.removesuffix(suffix) for n in found)]
 
     def __getitem__(self, key: str) -> Array:
+        if key in self.by_channel:
+            name = key + channels.SUFFIX
+            return channels.dequantize(*map(self._file.read, (name, name + blockwise.SCALE)))
+        coded = self.codes(key)
+        if coded is not None:
+            return coded.floats()
+        if key not in self._file.entries:
+            raise KeyError(key)
+        return self._file.read(key)
+
+    def codes(self, key: str) -> Codes | None:
+        """A weight in 8 or 4 bits as it is stored; None for any other."""
         storage = self._formats.get(key)
         if storage is None:
-            if key not in self._file.entries:
-                raise KeyError(key)
-            return self._file.read(key)
+            return None
         stored, scales = (
             self._file.read(f"{key}{storage.suffix}{tail}") for tail in ("", blockwise.SCALE)
         )
-        rows = blockwise.dequantize(stored, scales, storage.bits)
-        return rows.T if storage.transposed else rows
+        return Codes(storage, stored, scales)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it."""
+        if key in self.by_channel:
+            return self._file.shape(key + channels.SUFFIX)
         storage = self._formats.get(key)
         if storage is None:
             return self._file.shape(key)
@@ -132,7 +149,7 @@ class Tensors(Mapping[str, Array]):
         return (inputs, outputs) if storage.transposed else (outputs, inputs)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._formats or key in self._file.entries
+        return key in self._formats or key in self.by_channel or key in self._file.entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

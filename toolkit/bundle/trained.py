@@ -38,6 +38,7 @@ from edgevlm.toolkit.vlm.config import ModelConfig
 
 FORMAT = 1
 CHECKPOINT = "checkpoint.json"
+LAYOUT = "edgevlm"  # in the origin of a model that was read from this format
 _PARTIAL = ".checkpoint-"
 _DAMAGED = "the folder was changed or copied in part; save the checkpoint again"
 
@@ -238,13 +239,19 @@ def load(folder: Path, options: Options) -> Source:
 
 
 def _origin(description: Description) -> dict[str, Any]:
-    """What the manifest of an export says about where its weights came from."""
+    """What the manifest of an export says about where its weights came from.
+
+    Of stages that follow one another, earlier holds the facts about those before the last.
+    """
     before = dict(description.origin)
-    if "layout" in before:
-        before["trained_from"] = before.pop("layout")
+    layout, facts = before.pop("layout", None), before.pop("training", None)
+    if layout not in (None, LAYOUT):
+        before["trained_from"] = layout
+    if layout == LAYOUT and facts:
+        before["earlier"] = [*before.get("earlier", ()), facts]
     return {
         **before,
-        "layout": "edgevlm",
+        "layout": LAYOUT,
         "dtype": description.dtype,
         "training": dict(description.training),
     }

@@ -165,6 +165,12 @@ def patches(op: Ops[T], w: Weights[T], pixels: T, hidden_size: int, patch_size: 
     return op.transpose(op.reshape(grid, (0, hidden_size, -1)), (0, 2, 1))
 
 
+def pooled(op: Ops[T], c: Vit, w: Weights[T], x: T) -> T:
+    """The first token behind its own norm: [B, S, hidden_size] -> [B, hidden_size]."""
+    token = op.reshape(op.slice(x, 1, 0, 1), (0, c.hidden_size))
+    return op.layer_norm(token, w / "norm_post", c.eps)
+
+
 def linear_shapes(sizes: Mapping[str, tuple[int, int]], bias: bool = True) -> Shapes:
     """Weight and bias of linears named in `sizes` as (in, out)."""
     shapes: Shapes = {}
@@ -213,6 +219,11 @@ def clip_block_names(count: int) -> dict[str, Recipe]:
             table[f"layers.{i}.{ours}.weight"] = change(f"{source}.weight")
             table[f"layers.{i}.{ours}.bias"] = keep(f"{source}.bias")
     return table
+
+
+def clip_pooled_names() -> dict[str, Recipe]:
+    """Where the norm of `pooled` stands in CLIP and MLCD files."""
+    return {f"norm_post.{leaf}": keep(f"post_layernorm.{leaf}") for leaf in ("weight", "bias")}
 
 
 def clip_unused(taps: tuple[int, ...], num_layers: int) -> tuple[str, ...]:

@@ -27,12 +27,14 @@ PIECE = 1 << 24  # weights that are quantized at a time
 class StorageFormat:
     """How a quantized weight is stored.
 
-    transposed: the model's weight is [inputs, outputs], the stored one [outputs, inputs].
+    transposed: the model's weight is [inputs, outputs], the stored one [outputs, inputs]. block:
+    the most inputs that share a scale, None for the largest of BLOCK_SIZES.
     """
 
     bits: Bits
     transposed: bool
     suffix: str
+    block: int | None = None
 
 
 LINEAR: dict[Bits, StorageFormat] = {
@@ -43,24 +45,28 @@ TABLE = StorageFormat(8, False, ".rows_int8")
 FORMATS = (*LINEAR.values(), TABLE)
 
 
-def block_of(inputs: int) -> int | None:
-    """The block size for so many inputs; None if none divides them: the weight stays in float."""
-    return next((size for size in BLOCK_SIZES if inputs % size == 0), None)
+def block_of(inputs: int, most: int | None = None) -> int | None:
+    """The largest block size, up to `most`, that divides so many inputs.
+
+    None if none does: the weight stays in float.
+    """
+    sizes = (size for size in BLOCK_SIZES if most is None or size <= most)
+    return next((size for size in sizes if inputs % size == 0), None)
 
 
-def quantize(rows: Array, bits: Bits) -> tuple[Array, Array]:
+def quantize(rows: Array, bits: Bits, most: int | None = None) -> tuple[Array, Array]:
     """Codes of `rows` [outputs, inputs], rounded to nearest, and scales in float32.
 
     Codes are uint8, two in a byte at 4 bits. The largest value of a block gets the end of the
     range exactly. At 4 bits the range has one step more below zero than above, so a scale may be
-    negative. Raises ValueError if no block size divides the inputs.
+    negative. most: the largest block. Raises ValueError if no block size divides the inputs.
     """
     outputs, inputs = rows.shape
-    block = block_of(inputs)
+    block = block_of(inputs, most)
     if block is None:
         raise ValueError(f"{inputs} inputs are not a multiple of {BLOCK_SIZES[-1]}")
     blocks = rows.astype(np.float32).reshape(outputs, inputs // block, block)
-    scales = _scales(blocks, bits)
+    scales = scales_of(blocks, bits)
     steps = np.where(scales == 0, np.float32(1), scales)
     zero_point = ZERO_POINT[bits]
     codes = np.clip(np.rint(blocks / steps[..., None]) + zero_point, 0, 2 * zero_point - 1)
@@ -68,7 +74,8 @@ def quantize(rows: Array, bits: Bits) -> tuple[Array, Array]:
     return (stored if bits == 8 else pack(stored)), scales
 
 
-def _scales(blocks: Array, bits: Bits) -> Array:
+def scales_of(blocks: Array, bits: Bits) -> Array:
+    """The scale of each block along the last axis: its largest value gets the end of the range."""
     if bits == 8:
         return np.asarray(np.abs(blocks).max(-1) / np.float32(127))
     farthest = np.abs(blocks).argmax(-1)[..., None]
@@ -94,8 +101,8 @@ def unpack(stored: Array) -> Array:
     return pairs.reshape(*stored.shape[:-1], -1)
 
 
-def pieces(rows: Array, bits: Bits, *, scales: bool) -> Iterator[Array]:
+def pieces(rows: Array, bits: Bits, most: int | None = None, *, scales: bool) -> Iterator[Array]:
     """`quantize` in pieces along the rows: the codes, or the scales."""
     step = max(PIECE // max(rows.shape[1], 1), 1)
     for start in range(0, rows.shape[0], step):
-        yield quantize(rows[start : start + step], bits)[int(scales)]
+        yield quantize(rows[start : start + step], bits, most)[int(scales)]

@@ -7,17 +7,24 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
-# int8: inputs and weights; int8_weights, int4_weights: weights alone (blockwise.py)
-Precision = Literal["float", "int8", "int8_weights", "int4_weights"]
+# int8: inputs and weights, in steps known beforehand; int8_rows: the same, the inputs' steps found
+# when it runs (channels.py); int8_weights, int4_weights: weights alone (blockwise.py)
+Precision = Literal["float", "int8", "int8_rows", "int8_weights", "int4_weights"]
+Block = Literal[16, 32, 64, 128]
 WEIGHT_BITS: dict[Precision, Literal[8, 4]] = {"int8_weights": 8, "int4_weights": 4}
+TABLES_IN_8_BITS = frozenset[Precision]((*WEIGHT_BITS, "int8_rows"))  # embedding tables
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Layers whose path matches the glob `paths` (lm/layers.*/mlp/*) run in `precision`."""
+    """Layers whose path matches the glob `paths` (lm/layers.*/mlp/*) run in `precision`.
+
+    block: of weights in 8 or 4 bits, the most inputs that share a scale; None for the usual 128.
+    """
 
     paths: str
     precision: Precision
+    block: Block | None = None
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,15 @@ class PrecisionPlan:
 
     def at(self, path: str) -> Precision:
         """The precision of the layer at `path`, for example lm/layers.3/attention/q."""
-        chosen = self.default
+        return self._rule(path).precision
+
+    def block_at(self, path: str) -> Block | None:
+        """The most inputs that share a scale in the weight of the layer at `path`."""
+        return self._rule(path).block
+
+    def _rule(self, path: str) -> Rule:
+        chosen = Rule("*", self.default)
         for rule in self.rules:
             if fnmatchcase(path, rule.paths):
-                chosen = rule.precision
+                chosen = rule
         return chosen

@@ -11,7 +11,7 @@ from edgevlm.toolkit.ops.shape_ops import ShapeOps, Spec, Specs
 from edgevlm.toolkit.ops.vocabulary import Weights
 from edgevlm.toolkit.ops.wrappers import Count
 from edgevlm.toolkit.quantization.blockwise import TABLE, block_of
-from edgevlm.toolkit.quantization.plan import WEIGHT_BITS, PrecisionPlan
+from edgevlm.toolkit.quantization.plan import TABLES_IN_8_BITS, WEIGHT_BITS, PrecisionPlan
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.components import Component, Port
 from edgevlm.toolkit.vlm.config import ModelConfig
@@ -38,15 +38,32 @@ def weight_bits(cost: Cost, plan: PrecisionPlan) -> int | None:
     """Bits of an element of the op's matrix; None if the plan leaves it in float, or no block
     divides it.
     """
-    bits = WEIGHT_BITS.get(plan.at(cost.path))
-    if bits is None or not cost.matrix_elements or block_of(cost.matrix_inputs) is None:
+    precision = plan.at(cost.path)
+    if not cost.matrix_elements or precision not in TABLES_IN_8_BITS:
         return None
-    return bits if cost.op == "linear" else TABLE.bits
+    if _by_channel(cost, plan):
+        return 8
+    if _block(cost, plan) is None:
+        return None
+    return WEIGHT_BITS[precision] if cost.op == "linear" else TABLE.bits
+
+
+def _by_channel(cost: Cost, plan: PrecisionPlan) -> bool:
+    """Whether the op's matrix is stored with one scale per output (quantization/channels.py)."""
+    return cost.op == "linear" and plan.at(cost.path) == "int8_rows"
+
+
+def _block(cost: Cost, plan: PrecisionPlan) -> int | None:
+    """The inputs that share a scale in the op's matrix; a table has the usual block."""
+    most = plan.block_at(cost.path) if cost.op == "linear" else None
+    return block_of(cost.matrix_inputs, most)
 
 
 def _bytes_each(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
-    """Bytes of one element of the op's matrix, its share of a block's scale included."""
-    bits, block = weight_bits(cost, plan), block_of(cost.matrix_inputs)
+    """Bytes of one element of the op's matrix, its share of a scale included."""
+    bits, block = weight_bits(cost, plan), _block(cost, plan)
+    if bits is not None and _by_channel(cost, plan):
+        block = cost.matrix_inputs
     return element_bytes if bits is None or block is None else bits / 8 + element_bytes / block
 
 

@@ -137,8 +137,8 @@ def test_an_engine_that_was_accepted_is_not_kept_for_a_stricter_build(
     Session.open(engine).close()  # the old engine stands as it was
 
 
-def zeroed(rows: Array, bits: blockwise.Bits) -> tuple[Array, Array]:
-    stored, scales = QUANTIZE(rows, bits)
+def zeroed(rows: Array, bits: blockwise.Bits, most: int | None = None) -> tuple[Array, Array]:
+    stored, scales = QUANTIZE(rows, bits, most)
     return stored, np.zeros_like(scales)
 
 

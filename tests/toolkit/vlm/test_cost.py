@@ -158,7 +158,10 @@ def test_every_parameter_is_read_once(folder: str, kind: str) -> None:
     assert total <= read <= total + loose
 
 
-PLANS = {"fp32": FLOAT, **{kind: weight_only.plan(kind) for kind in weight_only.KINDS}}
+PLANS = {
+    "fp32": FLOAT,
+    **{kind: weight_only.plan(kind) for kind in (*weight_only.KINDS, weight_only.ROWS)},
+}
 
 
 @pytest.mark.parametrize("precision", PLANS)

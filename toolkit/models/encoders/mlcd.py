@@ -7,7 +7,7 @@ learned angle. Source: deepglint/unicom; names of Hugging Face's MLCDVisionModel
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -169,6 +169,32 @@ def native_names(c: Config) -> Mapping[str, Recipe]:
 def unused(c: Config) -> tuple[str, ...]:
     """Globs of tensors a complete tower has and these taps never read."""
     return vit.clip_unused(c.taps, c.num_layers)
+
+
+# -- the tower by itself: one embedding per image, taps play no part ---------------------------
+
+
+def embed(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> T:
+    """pixels [B, 3, height, width] -> [B, hidden_size]: the pooled output of an MLCDVisionModel.
+
+    It is the class token behind the last block and `post_layernorm`, not normalised to length 1.
+    """
+    (x,) = forward(op, _whole(c), w, pixels)
+    return vit.pooled(op, c, w, x)
+
+
+def embed_shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Our tensors, those that `embed` needs."""
+    return shapes(_whole(c)) | vit.norm_shapes("norm_post", hidden_size=c.hidden_size)
+
+
+def embed_names(c: Config) -> Mapping[str, Recipe]:
+    """Where the tensors of `embed` stand in an MLCDVisionModel file (without `vision_model.`)."""
+    return {**names(_whole(c)), **vit.clip_pooled_names()}
+
+
+def _whole(c: Config) -> Config:
+    return replace(c, taps=(c.num_layers,), class_token=True)
 
 
 def tiny() -> Config:

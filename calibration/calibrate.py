@@ -1,0 +1,229 @@
+"""From text to codes: the language model's layers in 4 bits, the worst of them in 8, and its price.
+
+Linears are rounded in the order in which they run, each with the inputs that the layers before it
+give once they are rounded, so a layer makes up for errors before it as well as for its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgevlm.calibration import gptq, weight_only
+from edgevlm.calibration.many import Many, ManyOps, hidden
+from edgevlm.calibration.quality import Quality, compare
+from edgevlm.calibration.samples import BLOCKS, Settings, windows_of
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.bundle.atomic import refuse_existing, refuse_source
+from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.quantization import blockwise
+from edgevlm.toolkit.quantization.blockwise import LINEAR, TABLE, StorageFormat
+from edgevlm.toolkit.quantization.coded import Coded, Codes
+from edgevlm.toolkit.quantization.plan import Block, PrecisionPlan, Rule
+from edgevlm.toolkit.vlm.components import Component, lm_component
+
+Progress = Callable[[str], None]
+MOST_IN_8_BITS = 0.3  # of the linears' weights, to keep within the budget
+_STEPS = 3  # from none to that many, as each takes a measurement
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear: its bits, and the squared error of its outputs in 4 bits over their size."""
+
+    path: str
+    bits: int
+    error_4_bits: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What came out: the plan, the codes of the language model, and what they cost."""
+
+    plan: PrecisionPlan
+    codes: Mapping[str, Codes]
+    layers: tuple[Layer, ...]
+    share_4_bits: float
+    quality: Quality
+    within_budget: bool
+
+
+def of_bundle(
+    path: Path, out: Path, text: Path, settings: Settings, progress: Progress, force: bool
+) -> tuple[Source, Calibration]:
+    """A float bundle's model with calibrated weights, to be written to `out`.
+
+    Raises ToolkitError before any work where that cannot be.
+    """
+    bundle = Bundle.open(path)
+    bundle.check_sizes()
+    chosen = windows_of(bundle, text, settings)
+    refuse_source(out, path)
+    refuse_existing(out, force=force)
+    source = systems.load(path, Options())
+    lm = lm_component(source.model.lm)
+    plain = source.weights[lm.name]
+    found = calibrate(lm, plain, chosen, settings, progress)
+    weights = {**source.weights, lm.name: Coded(plain, found.codes)}
+    return replace(source, plan=found.plan, weights=weights), found
+
+
+def calibrate(
+    lm: Component,
+    weights: Mapping[str, Array],
+    windows: tuple[Array, Array],
+    settings: Settings,
+    progress: Progress,
+) -> Calibration:
+    """Codes for the language model's weights; `windows` as samples.windows_of gives them.
+
+    Raises CalibrationError naming a layer whose inputs say nothing.
+    """
+    calibrating, held = windows
+    linears = [k for k in lm.shapes if _is_layer(k, lm)]
+    codes = {key: _nearest(weights[key], LINEAR[8]) for key in linears}
+    kept = {k: _nearest(weights[k], s) for k, s in _ends(lm).items()}
+    if settings.to == "int8":
+        found = compare(lm, weights, Coded(weights, {**codes, **kept}), held, progress)
+        plan = weight_only.plan("int8", "--to")
+        layers = tuple(Layer(_path(key, lm), 8, 0.0) for key in linears)
+        within = found.growth <= settings.budget
+        return Calibration(plan, {**codes, **kept}, layers, 0.0, found, within)
+    storage = StorageFormat(4, True, LINEAR[4].suffix, settings.block)
+    ops = Compensate(storage, len(linears), progress)
+    ops.run(lm, Coded(weights, kept), calibrating)
+    errors, choices = ops.errors, (codes, ops.codes, kept)
+    in_8 = _until_it_fits(lm, weights, choices, errors, held, settings, progress)
+    chosen = {**ops.codes, **{key: codes[key] for key in in_8.keys}}
+    rules = [Rule(_path(key, lm), "int8_weights") for key in in_8.keys]
+    plan = PrecisionPlan(
+        "int8_weights",
+        (Rule(f"{lm.name}/layers.*", "int4_weights", _block(settings.block)), *rules),
+        method="gptq",
+        samples=len(calibrating),
+        samples_sha256=hashlib.sha256(calibrating.tobytes()).hexdigest(),
+    )
+    layers = tuple(Layer(_path(k, lm), chosen[k].storage.bits, errors[k]) for k in linears)
+    share = 1 - sum(_size(lm, k) for k in in_8.keys) / sum(_size(lm, k) for k in linears)
+    within = in_8.quality.growth <= settings.budget
+    return Calibration(plan, {**chosen, **kept}, layers, share, in_8.quality, within)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The linears that are kept in 8 bits, and how good the model is with them."""
+
+    keys: tuple[str, ...]
+    quality: Quality
+
+
+def _until_it_fits(
+    lm: Component,
+    weights: Mapping[str, Array],
+    codes: tuple[dict[str, Codes], dict[str, Codes], dict[str, Codes]],
+    errors: Mapping[str, float],
+    held: Array,
+    settings: Settings,
+    progress: Progress,
+) -> _Fit:
+    """Put the linears with the largest errors into 8 bits, until the budget holds."""
+    in_8, in_4, kept = codes
+    worst = sorted(errors, key=lambda key: -errors[key])
+    total, best = sum(_size(lm, key) for key in worst), None
+    known = hidden(lm, ManyOps(), weights, held)
+    for step in range(_STEPS + 1):
+        keys = _up_to(worst, lm, MOST_IN_8_BITS * step / _STEPS * total)
+        mixed = {**in_4, **{key: in_8[key] for key in keys}, **kept}
+        progress(f"{len(keys)} of {len(worst)} linears in 8 bits: measuring on held-out text")
+        found = _Fit(keys, compare(lm, weights, Coded(weights, mixed), held, progress, known))
+        if best is None or found.quality.growth < best.quality.growth:
+            best = found
+        if best.quality.growth <= settings.budget:
+            break
+    assert best is not None
+    return best
+
+
+def _up_to(worst: list[str], lm: Component, most: float) -> tuple[str, ...]:
+    """The first of `worst` that have at most so many weights together."""
+    taken, size = list[str](), 0
+    for key in worst:
+        if size + _size(lm, key) > most:
+            continue
+        taken.append(key)
+        size += _size(lm, key)
+    return tuple(taken)
+
+
+@dataclass
+class Compensate(ManyOps):
+    """Runs the samples, and rounds each linear of a layer as soon as they reach it."""
+
+    storage: StorageFormat
+    total: int
+    progress: Progress
+    codes: dict[str, Codes] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._seen: tuple[Many | None, Array] = (None, np.zeros(0))
+
+    def run(self, lm: Component, weights: Mapping[str, Array], windows: Array) -> None:
+        """Fill `codes` and `errors`, by key."""
+        hidden(lm, self, weights, windows)
+
+    def linear(self, x: Many, w: Weights[Any]) -> Many:
+        matrix, key = w["weight"], w.key("weight")
+        if not w.path.startswith("layers.") or blockwise.block_of(len(matrix)) is None:
+            return super().linear(x, w)
+        if self._seen[0] is not x:  # q, k and v have the same input
+            self._seen = (x, gptq.second_moments(list(x), w.path))
+        found = gptq.compensated(matrix, self._seen[1], self.storage, w.path)
+        self.codes[key], self.errors[key] = found.codes, found.error
+        self.progress(f"{w.path} ({len(self.codes)} of {self.total}): error {found.error:.2g}")
+        return super().linear(x, w.replacing(weight=found.codes.floats()))
+
+
+def _is_layer(key: str, lm: Component) -> bool:
+    shape = lm.shapes[key]
+    return (
+        key.startswith("layers.") and len(shape) == 2 and blockwise.block_of(shape[0]) is not None
+    )
+
+
+def _ends(lm: Component) -> dict[str, StorageFormat]:
+    """The embedding table and the output layer, which stay in 8 bits."""
+    ends = {"embed.weight": (TABLE, 1), "head.weight": (LINEAR[8], 0)}
+    return {
+        key: storage
+        for key, (storage, axis) in ends.items()
+        if key in lm.shapes and blockwise.block_of(lm.shapes[key][axis]) is not None
+    }
+
+
+def _nearest(matrix: Array, storage: StorageFormat) -> Codes:
+    rows = matrix.T if storage.transposed else matrix
+    return Codes(storage, *blockwise.quantize(rows, storage.bits))
+
+
+def _path(key: str, lm: Component) -> str:
+    """As plans name it: "layers.0.mlp.up.weight" is lm/layers.0/mlp/up."""
+    layers, number, *modules = key.removesuffix(".weight").split(".")
+    return "/".join((lm.name, f"{layers}.{number}", *modules))
+
+
+def _size(lm: Component, key: str) -> int:
+    return math.prod(lm.shapes[key])
+
+
+def _block(size: int) -> Block:
+    return next(block for block in BLOCKS if block == size)

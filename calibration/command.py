@@ -1,0 +1,95 @@
+"""The verb `edgevlm calibrate`: its flags, and what is printed of a result."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from edgevlm.toolkit.terminal.flags import Debug, Force, Json, Quiet
+
+
+def verb(run: Callable[..., None]) -> Callable[..., None]:
+    """The function that typer makes the verb from; run: called with all flags by name."""
+
+    def calibrate(
+        bundle: Annotated[Path, typer.Argument(help="A float bundle made by `export`.")],
+        out: Annotated[Path, typer.Argument(help="The quantized bundle to write.")],
+        text: Annotated[
+            Path, typer.Option(help="A text file (UTF-8) like what the model will see.")
+        ],
+        to: Annotated[
+            str, typer.Option(help="int4 (the worst layers in 8 bits) or int8.")
+        ] = "int4",
+        budget: Annotated[
+            float, typer.Option(help="How much perplexity may grow: 0.05 is 5 %.")
+        ] = 0.05,
+        block: Annotated[
+            int, typer.Option(help="Inputs that share a scale in 4 bits: 32, 64 or 128.")
+        ] = 32,
+        window: Annotated[int, typer.Option(help="Tokens of one sample.")] = 256,
+        windows: Annotated[int, typer.Option(help="The most samples to calibrate with.")] = 24,
+        report: Annotated[Optional[Path], typer.Option(help="Write the report as JSON.")] = None,
+        force: Force = False,
+        as_json: Json = False,
+        quiet: Quiet = False,
+        debug: Debug = False,
+    ) -> None:
+        """Quantize a bundle's weights with samples of text, within a budget; writes a bundle."""
+        given = dict(locals())
+        for name in ("run", "debug"):
+            given.pop(name, None)
+        run(**given)
+
+    return calibrate
+
+
+def summary(result: Any, bundle: Path, out: Path) -> tuple[Any, list[str], str]:
+    """Data, lines and the next command of a finished calibration of `bundle` into `out`."""
+    from edgevlm.toolkit.bundle.manifest import Bundle
+    from edgevlm.toolkit.strict import to_plain
+    from edgevlm.toolkit.terminal.console import human_bytes, table
+
+    before, after = (Bundle.open(path).manifest for path in (bundle, out))
+    sizes = {
+        c.name: (before.files[c.weights].nbytes, after.files[c.weights].nbytes)
+        for c in before.components
+    }
+    quality = result.quality
+    following = shlex.join(["edgevlm", "build", str(out), f"{out}-engine"])
+    data = {
+        "kind": "calibration",
+        "bundle": str(out),
+        "method": result.plan.method,
+        "components": [
+            {"name": name, "bytes_before": old, "bytes_after": new}
+            for name, (old, new) in sizes.items()
+        ],
+        **to_plain(quality),
+        "perplexity_growth": quality.growth,
+        "share_4_bits": result.share_4_bits,
+        "within_budget": result.within_budget,
+        "layers": to_plain(result.layers),
+        "next": following,
+    }
+    rows = [(n, human_bytes(a), human_bytes(b)) for n, (a, b) in sizes.items()]
+    lines = [
+        *table(("component", "weights before", "after"), rows),
+        f"perplexity       {quality.perplexity_float:.2f} -> {quality.perplexity:.2f} "
+        f"({quality.growth:+.2%}), on {quality.tokens:,} tokens of held-out text",
+        f"KL to float      {quality.kl:.4f}, same likeliest token {quality.same_top_1:.1%}",
+        f"in 4 bits        {result.share_4_bits:.0%} of the weights of the layers' linears",
+    ]
+    if not result.within_budget:
+        lines.append("the budget does not hold: this is the best that was found")
+    return data, lines, following
+
+
+def write_report(file: Path | None, data: Any) -> None:
+    """The report as a JSON file, if one was asked for."""
+    if file is not None:
+        file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

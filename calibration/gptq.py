@@ -1,0 +1,117 @@
+"""GPTQ: rounding one input channel after another, each error made up for by the channels to come.
+
+Frantar et al., arXiv 2210.17323: of a linear with inputs X, rounding channel i of the weight costs
+least if the channels after it change by the error times row i of U, where (X^T X)^-1 = U^T U and U
+is upper triangular.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgevlm.toolkit.errors import CalibrationError
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.quantization import blockwise
+from edgevlm.toolkit.quantization.blockwise import ZERO_POINT, StorageFormat
+from edgevlm.toolkit.quantization.coded import Codes
+
+DAMPING = 0.01  # of the mean of the diagonal, added to it
+_AT_ONCE = 128  # channels whose errors reach the later ones together; a multiple of every block
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded weight, and what it costs: error of the outputs over the outputs, squared."""
+
+    codes: Codes
+    error: float
+
+
+def second_moments(inputs: list[Array], path: str) -> Array:
+    """X^T X, float32, of the rows of all `inputs` [..., D]; CalibrationError for broken ones."""
+    width = inputs[0].shape[-1]
+    total = np.zeros((width, width), np.float32)
+    for x in inputs:
+        rows = x.reshape(-1, width)
+        total += rows.T @ rows
+    if not np.isfinite(total).all():
+        raise CalibrationError(
+            f"the input of {path} has values that are no numbers",
+            hint="the model breaks on this text; try another, or check the float model",
+        )
+    if not total.any():
+        raise CalibrationError(
+            f"the input of {path} is zero for every sample", hint="calibrate with other samples"
+        )
+    return total
+
+
+def compensated(matrix: Array, moments: Array, storage: StorageFormat, path: str) -> Rounded:
+    """A weight [inputs, outputs] in `storage`, of inputs with these second moments.
+
+    Channels whose input is always zero are rounded to nearest: nothing is known about them.
+    Raises CalibrationError if the moments are too few samples' to be inverted.
+    """
+    weight = np.array(matrix, np.float32)
+    upper = _inverse_root(moments, path)
+    block = blockwise.block_of(len(weight), storage.block)
+    assert block is not None
+    codes = np.empty(weight.shape, np.uint8)
+    scales = np.empty((len(weight) // block, weight.shape[1]), np.float32)
+    for start in range(0, len(weight), _AT_ONCE):
+        part = slice(start, min(start + _AT_ONCE, len(weight)))
+        errors = _round_part(weight, upper, part, storage, (codes, scales, block))
+        weight[part.stop :] -= upper[part, part.stop :].T @ errors
+    stored = np.ascontiguousarray(codes.T)
+    packed = stored if storage.bits == 8 else blockwise.pack(stored)
+    found = Codes(storage, packed, np.ascontiguousarray(scales.T))
+    return Rounded(found, output_error(matrix, found.floats(), moments))
+
+
+def _round_part(
+    weight: Array,
+    upper: Array,
+    part: slice,
+    storage: StorageFormat,
+    into: tuple[Array, Array, int],
+) -> Array:
+    """Round the channels `part` of `weight` into codes and scales; their errors."""
+    codes, scales, block = into
+    errors = np.empty((part.stop - part.start, weight.shape[1]), np.float32)
+    zero_point = ZERO_POINT[storage.bits]
+    for i in range(part.start, part.stop):
+        group = i // block
+        if i % block == 0:
+            scales[group] = blockwise.scales_of(weight[i : i + block].T, storage.bits)
+        step = np.where(scales[group] == 0, np.float32(1), scales[group])
+        code = np.clip(np.rint(weight[i] / step), -zero_point, zero_point - 1)
+        codes[i] = code + zero_point
+        error = errors[i - part.start]
+        np.divide(weight[i] - code * scales[group], upper[i, i], out=error)
+        rest = slice(i + 1, part.stop)
+        weight[rest] -= upper[i, rest, None] * error
+    return errors
+
+
+def _inverse_root(moments: Array, path: str) -> Array:
+    """U, upper triangular, with (moments + damping)^-1 = U^T U."""
+    damped = np.array(moments)
+    diagonal = np.einsum("ii->i", damped)
+    diagonal[diagonal == 0] = diagonal.mean()
+    diagonal += DAMPING * diagonal.mean()
+    try:  # of the matrix with its channels reversed, whose root is lower triangular
+        root = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    except np.linalg.LinAlgError:
+        raise CalibrationError(
+            f"the inputs of {path} are too few or too alike", hint="calibrate with more text"
+        ) from None
+    return np.triu(np.linalg.inv(root))
+
+
+def output_error(matrix: Array, rounded: Array, moments: Array) -> float:
+    """|X (W - Q)|^2 / |X W|^2."""
+    change = np.asarray(matrix - rounded, np.float32)
+    cost, size = (float(np.vdot(x, moments @ x)) for x in (change, np.asarray(matrix, np.float32)))
+    return cost / max(size, 1e-30)

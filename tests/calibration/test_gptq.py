@@ -1,0 +1,74 @@
+"""GPTQ on a small linear: against the paper's update, and against rounding to nearest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from edgevlm.calibration import gptq
+from edgevlm.toolkit.errors import CalibrationError
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.quantization import blockwise
+from edgevlm.toolkit.quantization.blockwise import LINEAR
+
+
+def case(generator: np.random.Generator, width: int = 192) -> tuple[Array, Array]:
+    """Inputs whose channels resemble each other, and a weight."""
+    mixing = generator.standard_normal((width, width)) / 8 + np.eye(width)
+    x = (generator.standard_normal((512, width)) @ mixing).astype(np.float32)
+    return x, generator.standard_normal((width, 40)).astype(np.float32)
+
+
+def plainly(weight: Array, moments: Array, block: int) -> Array:
+    """Channel by channel, with the inverse of what is left (optimal brain surgeon), in float64."""
+    w = weight.astype(np.float64)
+    h = moments.astype(np.float64)
+    h += np.eye(len(h)) * 0.01 * np.diag(h).mean()
+    for i in range(len(w)):
+        if i % block == 0:
+            scale = blockwise.scales_of(w[i : i + block].T.astype(np.float32), 4)
+        inverse = np.linalg.inv(h[i:, i:])
+        rounded = np.clip(np.rint(w[i] / scale), -8, 7) * scale
+        error = (w[i] - rounded) / inverse[0, 0]
+        w[i + 1 :] -= inverse[1:, :1] * error
+        w[i] = rounded
+    return w
+
+
+@pytest.mark.parametrize("block", [32, 64])
+def test_it_is_the_paper_s_update(block: int, generator: np.random.Generator) -> None:
+    x, weight = case(generator)
+    moments = gptq.second_moments([x[:100], x[100:]], "a")
+    np.testing.assert_allclose(moments, x.T @ x, rtol=1e-3, atol=1e-2)
+    found = gptq.compensated(weight, moments, replace(LINEAR[4], block=block), "a")
+    assert found.codes.scales.shape == (40, 192 // block)
+    expected = plainly(weight, moments, block)
+    same = np.abs(found.codes.floats() - expected) < 1e-4  # a tie may be rounded the other way
+    assert same.mean() > 0.97
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_it_beats_rounding_to_nearest(block: int, generator: np.random.Generator) -> None:
+    x, weight = case(generator, 256)
+    moments = gptq.second_moments([x], "a")
+    found = gptq.compensated(weight, moments, replace(LINEAR[4], block=block), "a")
+    rows = blockwise.dequantize(*blockwise.quantize(weight.T, 4, block), 4)
+    nearest = gptq.output_error(weight, rows.T, moments)
+    assert found.error < 0.7 * nearest
+    change = x @ (weight - found.codes.floats())
+    assert found.error == pytest.approx(float((change**2).sum() / ((x @ weight) ** 2).sum()), 1e-2)
+
+
+def test_a_channel_that_is_never_seen_is_rounded(generator: np.random.Generator) -> None:
+    x, weight = case(generator, 64)
+    x[:, 5] = 0
+    found = gptq.compensated(weight, gptq.second_moments([x], "a"), LINEAR[4], "a")
+    assert np.abs(found.codes.floats()[5] - weight[5]).max() < np.abs(weight).max() / 7
+
+
+@pytest.mark.parametrize(("value", "message"), [(np.nan, "no numbers"), (0.0, "is zero")])
+def test_inputs_that_say_nothing_are_refused(value: float, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        gptq.second_moments([np.full((4, 32), value, np.float32)], "lm/layers.0/mlp/up")

@@ -1,0 +1,137 @@
+"""The tower that a training begins with: published folders and files, or random weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints import hub
+from edgevlm.toolkit.checkpoints.layouts.source import Options, read_encoder
+from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint, open_file
+from edgevlm.toolkit.errors import CheckpointError, ConfigError
+from edgevlm.toolkit.models.encoders import clip, mlcd, unicom
+from edgevlm.toolkit.strict import from_plain, read_json
+from edgevlm.training.torch_files import TorchFile
+from edgevlm.training.tower import KINDS, Tower
+from edgevlm.training.tower_files import PREFIXES, read_tower
+from edgevlm.training.tower_sizes import resized
+
+RANDOM = "random:"
+_HEAD = 64  # channels of a head in every published UNICOM
+PRESETS: Mapping[str, tuple[str, Any]] = {
+    **{name: ("unicom", config) for name, config in unicom.PUBLISHED.items()},
+    "clip-b32": ("clip", clip.Config(768, 12, 12, 3072, 32, 224)),
+    "clip-b16": ("clip", clip.Config(768, 12, 12, 3072, 16, 224)),
+    "clip-l14": ("clip", clip.Config(1024, 24, 16, 4096, 14, 224)),
+    "clip-l14-336": ("clip", clip.Config(1024, 24, 16, 4096, 14, 336)),
+    "mlcd-bigg14-336": ("mlcd", mlcd.Config(1664, 48, 16, 8192, 14, (336, 336))),
+}
+
+
+def open_tower(
+    model: str,
+    *,
+    image_size: int | None = None,
+    drop_path: float = 0.0,
+    recompute: bool = False,
+    seed: int = 0,
+    ignore_keys: Sequence[str] = (),
+    offline: bool = False,
+) -> Tower:
+    """The tower that `model` names, in float32.
+
+    model: a folder or model id of a CLIP or MLCD tower, or of a UNICOM that was saved here; a .pt
+    file of UNICOM; random:PRESET; or random:KIND=FILE, where FILE is a config.json. image_size:
+    resize to it. Raises ConfigError and CheckpointError.
+    """
+    options = Options(ignore_keys=tuple(ignore_keys), offline=offline)
+    checkpoint: Checkpoint | None = None
+    if model.startswith(RANDOM):
+        kind, config = _random(model.removeprefix(RANDOM), options)
+    elif Path(model).is_file():
+        checkpoint = _file(Path(model))
+        kind, config = "unicom", _unicom_config(checkpoint, Path(model))
+    else:
+        folder = hub.locate(model, revision=None, offline=offline)
+        kind, config = _described(folder / "config.json", options)
+        checkpoint = open_checkpoint(folder, TorchFile)
+    tower = Tower(kind, config, drop_path=drop_path, recompute=recompute, seed=seed)
+    if checkpoint is not None:
+        read_tower(tower, checkpoint)
+    same = image_size is None or config.pixels == (image_size, image_size)
+    return tower if same or image_size is None else resized(tower, image_size)
+
+
+def _random(text: str, options: Options) -> tuple[str, Any]:
+    name, equals, file = text.partition("=")
+    if not equals and name in PRESETS:
+        return PRESETS[name]
+    if not equals or name not in KINDS:
+        raise ConfigError(
+            f"there is no tower {RANDOM}{text}",
+            hint=f"random:PRESET of {', '.join(PRESETS)}; or random:KIND=config.json, "
+            f"KIND one of {', '.join(KINDS)}",
+        )
+    kind, config = _described(Path(file), options)
+    if kind != name:
+        raise ConfigError(f"{file} describes a {kind} tower, not {name}")
+    return kind, config
+
+
+def _described(path: Path, options: Options) -> tuple[str, Any]:
+    """Kind and configuration that a config.json states; UNICOM's are our own fields."""
+    data = read_json(path)
+    if data.get("model_type") == "unicom":
+        plain = {key: value for key, value in data.items() if key != "model_type"}
+        return "unicom", from_plain(unicom.Config, plain, str(path))
+    kind, reader = read_encoder(data, str(path), options)
+    if kind not in KINDS:
+        raise ConfigError(f"{path} describes a {kind} tower", hint=f"trained here: {KINDS}")
+    file: Any = models.encoder(kind)
+    config = file.Config.read(reader, (-1,), True)
+    reader.done()
+    return kind, config
+
+
+def _file(path: Path) -> Checkpoint:
+    stored = open_file(path, TorchFile)
+    return Checkpoint(dict.fromkeys(stored.keys(), stored), str(path))
+
+
+def _unicom_config(checkpoint: Checkpoint, path: Path) -> unicom.Config:
+    """From the shapes of UNICOM's tensors, and a config.json beside the file if there is one."""
+    beside = path.with_name("config.json")
+    if beside.exists() and read_json(beside).get("model_type") == "unicom":
+        config: unicom.Config = _described(beside, Options())[1]
+        return config
+    name = "patch_embed.proj.weight"
+    prefix = next((p for p in PREFIXES if p + name in checkpoint), None)
+    if prefix is None:
+        raise CheckpointError(
+            f"{path} is no UNICOM: it has no tensor {name}",
+            hint="CLIP and MLCD towers are read from their folders",
+        )
+    hidden, _, patch, _ = checkpoint.shape(prefix + name)
+    start, names = f"{prefix}blocks.", checkpoint.keys()
+    blocks = {key.removeprefix(start).split(".")[0] for key in names if key.startswith(start)}
+    side = math.isqrt(checkpoint.shape(f"{prefix}pos_embed")[1]) * patch
+    embedding = checkpoint.shape(f"{prefix}feature.2.weight")[0]
+    if hidden % _HEAD:
+        raise ConfigError(
+            f"{path} has {hidden} channels, and does not say how many heads",
+            hint="put the config.json of a UNICOM that was saved here beside it",
+        )
+    config = unicom.PUBLISHED["unicom-b32"]
+    return replace(
+        config,
+        hidden_size=hidden,
+        num_layers=len(blocks),
+        num_heads=hidden // _HEAD,
+        patch_size=patch,
+        image_size=side,
+        embedding_dim=embedding,
+    )
