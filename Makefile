@@ -1,4 +1,5 @@
-# make demo    every step on a tiny model: checkpoint, bundle, engine, answer, profile
+# make demo    a tiny model learns to name, count and point at digits, and becomes an engine
+# make demo-exact   every step on a tiny model of random weights, equal to the original, no torch
 # make test    the test suite
 # make check   formatting, lint, types, imports and sizes
 # make bench   the benchmarks
@@ -18,10 +19,13 @@ BENCHMARKS := start_up export lm_decode precision train_step
 CODE := __init__.py api.py cli.py toolkit export engines training calibration tests examples benchmarks
 
 .NOTPARALLEL:
-.PHONY: demo test check types bench wheel clean distclean
+.PHONY: demo demo-exact test check types bench wheel clean distclean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
+
+demo-exact: $(VENV)/.demo-exact
+	$(BIN)/python -m examples.demo_exact
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -45,7 +49,7 @@ wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf build dist demo-out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist demo-out demo-exact-out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
@@ -63,8 +67,14 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The demo takes one photograph from scikit-image's folder and needs none of its code.
 $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "installing what the demo needs into $(VENV), torch among it (takes a while) ..."
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-build-isolation --editable '.[demo]'
+	@touch $@
+
+# The exact demo takes one photograph from scikit-image's folder and needs none of its code.
+$(VENV)/.demo-exact: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "installing what the demo needs into $(VENV) ..."
 	@$(INSTALL) setuptools
 	@$(INSTALL) --no-build-isolation --editable '.[cpu,export]'
@@ -75,4 +85,4 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "installing what development needs into $(VENV), torch among it (takes a while) ..."
 	@$(INSTALL) setuptools
 	@$(INSTALL) --no-build-isolation --editable '.[dev]'
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo $(VENV)/.demo-exact

@@ -1,229 +1,210 @@
-"""Every step on a model of one megabyte: checkpoint, bundle, engine, answer, profile.
+"""A tiny vision-language model learns digits, and is deployed: train, export, build, run, profile.
 
-python examples/demo.py [OUT]     writes into OUT, by default demo-out/
+python -m examples.demo [OUT]     writes into OUT, by default demo-out/
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import shutil
-import subprocess
 import sys
-import textwrap
+import time
 from collections.abc import Sequence
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-CASE = Path("tests/goldens/e2e_llava15")
-CHECKPOINT, IMAGE = CASE / "llava-v1.5-tiny", CASE / "image.png"
-INSTALLED = Path(sys.executable).with_name("edgevlm")
+from examples.digits import exam, model, page, scenes
+from examples.digits.exam import KINDS, Graded, Scores
+from examples.digits.scenes import Scene
+from examples.steps import ROOT, command, output, run, say, title
 
 
-def main() -> int:
-    """Run the six steps; 1 if the answer is not the original code's."""
+@dataclass(frozen=True)
+class Lesson:
+    """A part of the training: so many scenes, with one of `counts` digits each; steps and rate."""
+
+    name: str
+    counts: tuple[int, ...]
+    scenes: int
+    steps: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is learned and asked. shown: held-out scenes on the page."""
+
+    lessons: tuple[Lesson, ...]
+    batch: int
+    held_out: int
+    shown: int
+
+
+FULL = Plan(
+    (
+        Lesson("one digit", (1,), 8000, 400, 1e-3),
+        Lesson("one to four digits", (1, 1, 1, 2, 3, 4), 12000, 500, 1e-3),
+    ),
+    batch=32,
+    held_out=400,
+    shown=12,
+)
+
+
+def main(plan: Plan = FULL) -> int:
+    """Run all steps."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("demo-out")
-    (ROOT / out).mkdir(parents=True, exist_ok=True)
-    bundle, engine = out / "bundle", out / "engine"
+    folder = ROOT / out
+    shutil.rmtree(folder / "training", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     introduce()
-    step_export(bundle)
-    step_build(bundle, engine)
-    agrees = step_original_image(engine)
-    step_photograph(engine, out)
-    step_8_bits(bundle, out)
-    step_profile(engine, out)
-    farewell(engine, out)
-    return 0 if agrees else 1
+    held_out = step_scenes(folder, plan)
+    trained, losses = step_train(out, plan)
+    engines = step_deploy(out, trained)
+    graded = {name: step_answers(out, name, engine, held_out) for name, engine in engines.items()}
+    scores = {name: exam.scores(g for one in all_ for g in one) for name, all_ in graded.items()}
+    step_results(out, held_out[: plan.shown], graded["float32"], scores, losses)
+    step_profile(out)
+    farewell(out)
+    return 0
 
 
 def introduce() -> None:
-    """Explain what the demo does, and what its answers mean."""
+    """Explain what the demo does."""
     say(
-        "edgevlm takes a vision-language model from its training checkpoint to an engine that "
-        "runs without PyTorch. This demo takes every step with a LLaVA-1.5 of 0.3 million "
-        "parameters in its original checkpoint layout."
-    )
-    say(
-        "Its weights are RANDOM, so its answers are gibberish. What can be checked is that they "
-        "are exactly the gibberish of the original LLaVA code, whose answer with the same weights "
-        "is stored with them."
+        "edgevlm trains vision-language models, or reads trained ones, and makes engines that run "
+        "without PyTorch. Here a model with two vision encoders (CLIP and DINOv2, merged as in "
+        "COMM) begins with random weights, learns to name, count and point at handwritten digits, "
+        "and answers from an engine about scenes that it has never seen."
     )
 
 
-def step_export(bundle: Path) -> None:
-    """Checkpoint -> bundle."""
-    title(1, "export: read the checkpoint, write a bundle")
-    run("export", CHECKPOINT, bundle, "--force")
-    say(
-        f"{bundle} holds one ONNX graph per component, the weights as safetensors, the tokenizer, "
-        "and small inputs with the answers of a NumPy reference (the goldens)."
-    )
-
-
-def step_build(bundle: Path, engine: Path) -> None:
-    """Bundle -> engine, with the interesting part of the lowering table."""
-    title(2, "build: compile the bundle for this machine's processor")
-    lines = output("build", bundle, engine, "--force", "--explain").splitlines()
-    kept = [line for line in lines if "  keep  " in line]
-    print("\n".join(line for line in lines if line not in kept))
-    print(f"(not shown: {len(kept)} kinds of standard ops that are kept)")
-    say(
-        "Ops for which this target has faster ones were swapped. Then the goldens were replayed: "
-        "an engine that differs from the reference is refused, not written."
-    )
-
-
-def step_original_image(engine: Path) -> bool:
-    """The golden's question and image; True if the tokens are the original code's."""
-    title(3, "run: the same question that the original LLaVA code was asked")
-    answer, expected, equal = ask_as_the_original(engine)
-    print(f"answer           {answer['text']!r}")
-    print(f"its tokens       {answer['token_ids']}")
-    print(f"the original's   {expected}")
-    agrees = bool(answer["token_ids"] == expected)
-    say(
-        f"{equal} of {len(expected)} tokens are equal"
-        + ("." if agrees else ": THIS IS A DEFECT. Please report it.")
-        + f" The prompt took {answer['prompt_tokens']} tokens, "
-        f"{answer['image_tokens']} of them made from the image."
-    )
-    return agrees
-
-
-def ask_as_the_original(engine: Path) -> tuple[dict[str, Any], list[int], int]:
-    """The output of `run` for the golden's question, the original's tokens, and how many agree."""
-    question = json.loads((ROOT / CASE / "case.json").read_text())["question"]
-    expected = [int(i) for i in np.load(ROOT / CASE / "outputs.npz")["greedy_ids"]]
-    words = ["run", engine, question, "--image", IMAGE, "--max-tokens", len(expected), "--json"]
-    answer: dict[str, Any] = json.loads(output(*words))
-    equal = sum(a == b for a, b in zip(answer["token_ids"], expected, strict=False))
-    return answer, expected, equal
-
-
-def step_8_bits(bundle: Path, out: Path) -> None:
-    """The same bundle with weights in 8 bits."""
-    title(5, "build again with weights in 8 bits")
-    engine = out / "engine-int8"
-    made = json.loads(output("build", bundle, engine, "--precision", "int8", "--force", "--json"))
-    sizes = [
-        sum(f["nbytes"] for name, f in files.items() if name.endswith(".safetensors"))
-        for files in (
-            json.loads((ROOT / bundle / "manifest.json").read_text())["files"],
-            made["files"],
-        )
+def step_scenes(folder: Path, plan: Plan) -> list[Scene]:
+    """Training data and the held-out scenes; no digit image is in both."""
+    title(1, "scenes: handwritten digits of scikit-learn, one to four on a canvas")
+    images, values, training, held = scenes.split_digits()
+    rng = np.random.default_rng(0)
+    for number, lesson in enumerate(plan.lessons, 1):
+        made = [
+            scenes.scene(images, values, training, count, rng, turn=scenes.TURN)
+            for count in rng.choice(lesson.counts, lesson.scenes).tolist()
+        ]
+        scenes.write(folder / "training", made, f"lesson-{number}", rng)
+        print(f"{lesson.scenes:6,} scenes of {lesson.name} to learn from")
+    held_out = [
+        scenes.scene(images, values, held, 1 + number % scenes.MOST, rng)
+        for number in range(plan.held_out)
     ]
-    print(f"weights          {sizes[0] / 1e6:.2f} MB in float32, {sizes[1] / 1e6:.2f} MB now")
-    kernels, losses = (
-        max(made["build"][name].values()) for name in ("kernel_differences", "precision_losses")
-    )
-    print(f"differences      {losses:.1%} (rms) from the float model; kernels alone {kernels:.1%},")
-    print("                 because they round their inputs to 8 bits too")
-    answer, expected, _ = ask_as_the_original(engine)
-    pairs = zip(answer["token_ids"], expected, strict=False)
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(expected))
+    exam.write(folder / "training", held_out)
+    print(f"{plan.held_out:6,} scenes to be asked about afterwards")
     say(
-        f"The first {same} of {len(expected)} tokens are still the original's"
-        + (
-            "."
-            if same == len(expected)
-            else "; then two tokens were almost equally likely, as "
-            "is common with random weights, and another token leads to another text."
+        f"Each scene has {scenes.SIDE} x {scenes.SIDE} pixels and a conversation: how many digits "
+        f"there are, and of a lone one which it is and where. The {len(images):,} digit "
+        f"images were split first: {len(held)} of them appear in the held-out scenes only."
+    )
+    return held_out
+
+
+def step_train(out: Path, plan: Plan) -> tuple[Path, list[tuple[int, float]]]:
+    """Random weights, then every lesson: the trained model, and the losses of logged steps."""
+    title(2, "train: every parameter, from random weights")
+    folder, start = out / "training", out / "training/random"
+    model.write(ROOT / start)
+    losses: list[tuple[int, float]] = []
+    began, before = time.perf_counter(), 0
+    for number, lesson in enumerate(plan.lessons, 1):
+        trained = folder / f"model-{number}"
+        run(
+            *("train", "all", "--model", start, "--data", folder / f"lesson-{number}.json"),
+            *("-o", trained, "--steps", lesson.steps, "--rate", lesson.rate),
+            *("--batch", plan.batch, "--micro-batch", plan.batch, "--warmup", 0.1),
+            *("--save-every", lesson.steps, "--log-every", max(lesson.steps // 10, 1)),
         )
-        + " Convolutions, norms and positions stay in float; --precision int4 is smaller still."
-    )
+        for line in (ROOT / trained / "metrics.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            losses.append((before + entry["step"], entry["loss"]))
+        start, before = trained, before + lesson.steps
+    print(f"\n{before:,} steps in {time.perf_counter() - began:.0f} s")
+    return start, losses
 
 
-def step_photograph(engine: Path, out: Path) -> None:
-    """A photograph of an ordinary size."""
-    title(4, "run: a real photograph")
-    photo = photograph(out)
-    run("run", engine, "What animal is this?", "--image", photo, "--max-tokens", 24)
+def step_deploy(out: Path, trained: Path) -> dict[str, Path]:
+    """The trained model as a bundle, and engines of it in float and in 8 bits."""
+    title(3, "export and build: one bundle, an engine in float and one in 8 bits")
+    bundle = out / "bundle"
+    engines = {"float32": out / "engine", "int8": out / "engine-int8"}
+    run("export", trained, bundle, "--force", "--quiet")
+    for precision, engine in engines.items():
+        chosen = [] if precision == "float32" else ["--precision", precision]
+        output("build", bundle, engine, *chosen, "--force", "--quiet")
+        size = sum(file.stat().st_size for file in (ROOT / engine).glob("*.safetensors"))
+        print(f"an engine with weights of {size / 1e6:.2f} MB")
+    return engines
+
+
+def step_answers(
+    out: Path, name: str, engine: Path, held_out: Sequence[Scene]
+) -> list[list[Graded]]:
+    """Ask an engine every question about the held-out scenes."""
+    if name == "float32":
+        title(4, "run: questions about scenes that it has never seen")
+    answers = out / f"training/answers-{name}.jsonl"
+    began = time.perf_counter()
+    (ROOT / answers).unlink(missing_ok=True)
+    output("run", engine, "--input", out / "training/exam.jsonl", "--output", answers, "--quiet")
+    graded = exam.read(ROOT / answers, held_out)
+    count = sum(map(len, graded))
+    print(f"{count:,} answers in {time.perf_counter() - began:.1f} s")
+    return graded
+
+
+def step_results(
+    out: Path,
+    shown: Sequence[Scene],
+    graded: Sequence[Sequence[Graded]],
+    scores: dict[str, Scores],
+    losses: Sequence[tuple[int, float]],
+) -> None:
+    """Print accuracies and a few answers, and write the page."""
+    print()
+    for one in [answer for answers in graded[1:3] for answer in answers]:
+        mark = "right" if one.right else f"wrong: {one.truth}"
+        print(f"  {one.question:<48} {one.answer:<24} {mark}")
+    print(f"\n{'right answers':<16}" + "".join(f"{kind:>12}" for kind in KINDS))
+    for name, score in scores.items():
+        print(f"{name:<16}" + "".join(f"{score.share(kind):>12.1%}" for kind in KINDS))
+    print(f"{'questions':<16}" + "".join(f"{scores['float32'].asked[k]:>12,}" for k in KINDS))
+    text = page.page(shown, graded[: len(shown)], scores, losses)
+    (ROOT / out / "page.html").write_text(text)
     say(
-        "Gibberish again. The photograph (a cat) was padded to a square and scaled exactly as the "
-        "original does it. With trained weights the commands are the same."
+        "A box counts where it overlaps the digit's by half or more (intersection over union). "
+        f"{out / 'page.html'} shows held-out scenes with the boxes drawn in."
     )
 
 
-def step_profile(engine: Path, out: Path) -> None:
+def step_profile(out: Path) -> None:
     """Show where the time goes."""
-    title(6, "profile: where each millisecond goes")
-    page = out / "profile.html"
-    run("profile", engine, "--image", out / "chelsea.png", "--html", page, "--quiet")
+    title(5, "profile: where each millisecond goes")
+    image = out / "training/exam/00003.png"
+    run("profile", out / "engine", "--image", image, "--html", out / "profile.html", "--quiet")
     say(
         "The floor is the shortest time that this machine's measured arithmetic and memory rate "
         "allow for a stage; reached is floor over measured. A model this small is all overhead; "
-        f"floors matter for real ones. {page} shows the same as a page."
+        f"floors matter for real ones. {out / 'profile.html'} shows the same as a page."
     )
 
 
-def farewell(engine: Path, out: Path) -> None:
+def farewell(out: Path) -> None:
     """Suggest what to do next."""
-    title(7, "what to try next")
-    ask = command("run", engine, "What do you see?", "--image", "YOUR.jpg", "--json")
-    shape = command("export", "preset:llava-qwen2-0.5b", out / "half", "--random-weights")
-    print(f"your own image         {ask}")
-    print(f"your own checkpoint    {command('export', 'CHECKPOINT_FOLDER', 'BUNDLE')}")
-    print(f"a real size (3.1 GB)   {shape}")
-    print(f"what this machine has  {command('doctor')}")
+    title(6, "what to try next")
+    image = out / "training/exam/00003.png"
+    ask = command("run", out / "engine", scenes.POINT, "--image", image)
+    print(f"another question       {ask}")
+    print("a published system     docs/systems.md, and `edgevlm train --help` for its stages")
+    print("exactness              make demo-exact: the original LLaVA's answer, token for token")
     print("every verb and option  docs/cli.md")
-    print("the test suite         make test")
-
-
-# -- helpers -----------------------------------------------------------------------------------
-
-
-def run(*words: object) -> None:
-    """Print a command of edgevlm and run it; exit if it fails."""
-    _start(words, None)
-
-
-def output(*words: object) -> str:
-    """The same; what the command printed."""
-    return _start(words, subprocess.PIPE).stdout.rstrip()
-
-
-def _start(words: Sequence[object], stdout: int | None) -> subprocess.CompletedProcess[str]:
-    print(f"$ {command(*words)}", flush=True)
-    program = [str(INSTALLED)] if INSTALLED.exists() else [sys.executable, "cli.py"]
-    done = subprocess.run([*program, *map(str, words)], cwd=ROOT, stdout=stdout, text=True)
-    if done.returncode:
-        sys.exit(f"the command failed with exit code {done.returncode}")
-    return done
-
-
-def command(*words: object) -> str:
-    """The command as typed in a shell here."""
-    name = "python cli.py"
-    if INSTALLED.exists():
-        name = (
-            "edgevlm" if shutil.which("edgevlm") == str(INSTALLED) else os.path.relpath(INSTALLED)
-        )
-    return f"{name} {shlex.join(map(str, words))}"
-
-
-def photograph(out: Path) -> Path:
-    """Chelsea the cat, by Stéfan van der Walt (CC0), copied from scikit-image's package."""
-    package = find_spec("skimage")
-    if package is None or not package.submodule_search_locations:
-        sys.exit("the photograph comes with scikit-image: use `make demo`, or pip install it")
-    source = Path(package.submodule_search_locations[0]) / "data/chelsea.png"
-    shutil.copyfile(source, ROOT / out / source.name)
-    return out / source.name
-
-
-def title(number: int, text: str) -> None:
-    """A heading."""
-    print(f"\n-- {number}. {text} {'-' * max(0, 86 - len(text))}\n", flush=True)
-
-
-def say(text: str) -> None:
-    """A paragraph of explanation."""
-    print("\n" + textwrap.fill(text, 92), flush=True)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_the_base_install_is_light(files: zipfile.ZipFile) -> None:
 
 def test_whatever_make_installs_is_pinned(files: zipfile.ZipFile) -> None:
     required = re.findall(r"^Requires-Dist: ([\w-]+)([^\n]*)", text_of(files, "METADATA"), re.M)
-    extras = re.compile(r"extra == .(cpu|export|train|dev).")
+    extras = re.compile(r"extra == .(cpu|export|train|demo|dev).")
     needed = {name for name, rest in required if "extra ==" not in rest or extras.search(rest)}
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0] for line in lines if "==" in line}
