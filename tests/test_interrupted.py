@@ -23,7 +23,8 @@ from tests.refusals import GOLDEN, IMAGE, LM, edgevlm, refuses, tree
 # The command line in a process of its own. It waits at a progress line until it is released, so
 # that a signal always arrives there; it may be limited to small files.
 START = """
-import json, resource, sys, time
+import json, resource, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" leaves it ignored
 stop, limit = json.loads(sys.argv.pop(1))
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from edgevlm import cli
+from edgevlm import api
 from edgevlm.engines.build.build import build, lint
 from edgevlm.engines.build.check import TOLERANCE
 from edgevlm.export.write import graphs
@@ -18,11 +19,13 @@ from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.errors import ToolkitError
 from edgevlm.toolkit.target import parse
+from edgevlm.training import stages
 from tests.conftest import ROOT, golden_case
 from tests.pipeline import ask, engine_of, requantized, silent
 from tests.systems import test_comm, test_huggingface, test_huggingface_next
 from tests.systems.test_huggingface import IMAGE
 from tests.systems.test_same_answer import replayed
+from tests.training import runs
 
 COLUMNS = ("system", "loads original", "loads Hugging Face", "exports", "runs on CPU", "trains",
            "int8", "int4", "TensorRT lowering")  # fmt: skip
@@ -94,6 +97,17 @@ def answers_in(kind: str, work: Path) -> None:
     assert ask(work / kind, "<image>What?", [IMAGE], 2).token_ids
 
 
+def trains(system: str, folder: Path, work: Path) -> bool:
+    """Whether the system's last published stage takes steps from this checkpoint, and is read."""
+    stage = [stage.name for stage in stages.STAGES if system in stage.systems][-1]
+    data, out = runs.data_set(work / "data", 8), work / "trained"
+    result = api.train(
+        stage, str(folder), out, data=[str(data)], batch=4, micro_batch=2, steps=2, log_every=1
+    )
+    finite = result.last_loss is not None and math.isfinite(result.last_loss)
+    return finite and systems.load(out, Options()).model.system == system
+
+
 def portable(bundle: Path) -> bool:
     """Whether plain ONNX Runtime reproduces the goldens with the unlowered graphs."""
     pairs = list(replayed(Bundle.open(bundle)))
@@ -108,13 +122,11 @@ def row(system: str, work: Path) -> tuple[str, ...]:
     recorded = graphs(source, "fp32")
     engine = engine_of(folder, work)
     runs = len(ask(engine, "<image>What?", [IMAGE], 2).token_ids) > 0
-    verbs = {command.name or command.callback.__name__ for command in cli.app.registered_commands
-             if command.callback}  # fmt: skip
     lowers = tried(lambda: lint(recorded, parse("jetson-agx-orin")))
     quantized = [tried(lambda kind=kind: answers_in(kind, work)) for kind in ("int8", "int4")]  # type: ignore[misc]
     exports = portable(work / "bundle")
     loads_hf = loads_huggingface(system, work)
-    cells = (loads, loads_hf, exports, runs, "train" in verbs, *quantized, lowers)
+    cells = (loads, loads_hf, exports, runs, trains(system, folder, work), *quantized, lowers)
     return (system, *("yes" if cell else "-" for cell in cells))
 
 
