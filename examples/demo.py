@@ -169,7 +169,7 @@ def step_results(
 ) -> None:
     """Print accuracies and a few answers, and write the page."""
     print()
-    for one in [answer for answers in graded[1:3] for answer in answers]:
+    for one in [answer for answers in graded[:2] for answer in answers]:
         mark = "right" if one.right else f"wrong: {one.truth}"
         print(f"  {one.question:<48} {one.answer:<24} {mark}")
     print(f"\n{'right answers':<16}" + "".join(f"{kind:>12}" for kind in KINDS))
