@@ -18,7 +18,7 @@ PACKAGES = ("toolkit", "export", "engines", "training", "calibration")
 MAY_IMPORT = {name: {name, "toolkit"} for name in PACKAGES} | {"toolkit": {"toolkit"}}
 LOOSE = ("__init__.py", "api.py", "cli.py")
 HEAVY = {"torch", "transformers", "accelerate"}
-MOST_ARROWS = 120  # training and calibration have a dozen each: they read and write models
+MOST_ARROWS = 114  # 88 before training and calibration were built, which have 21
 
 
 def sources(*packages: str) -> Iterator[Path]:
@@ -158,17 +158,24 @@ def test_only_training_imports_torch_and_only_export_and_build_import_onnx() -> 
                 assert package in ("export", "engines"), f"{path.relative_to(ROOT)} imports {name}"
 
 
+# What cli.py reads to declare flags and verbs; they load nothing but typer themselves.
+DECLARING = {
+    "edgevlm.calibration",
+    "edgevlm.training",
+    "edgevlm.toolkit.terminal.flags",
+}
+
+
 @pytest.mark.parametrize("name", LOOSE)
 def test_loose_files_import_little_at_module_level(name: str) -> None:
-    heads = set()
+    found = set()
     for node in ast.parse((ROOT / name).read_text()).body:
         if isinstance(node, ast.Import):
-            heads |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            heads.add((node.module or "").split(".")[0])
-    assert heads - set(sys.stdlib_module_names) <= (
-        {"typer", "edgevlm"} if name == "cli.py" else set()
-    )
+            found.add(node.module or "")
+    allowed = {"typer", *DECLARING} if name == "cli.py" else set()
+    assert {name for name in found if name.split(".")[0] not in sys.stdlib_module_names} <= allowed
 
 
 def functions() -> Iterator[tuple[str, int]]:
