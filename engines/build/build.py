@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends import Backend, Compiled
-from edgevlm.engines.build import check
+from edgevlm.engines.build import check, second_form
+from edgevlm.engines.build.second_form import SecondForm
 from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.lowering.capabilities import Decision
-from edgevlm.engines.manifest import Built, Engine
+from edgevlm.engines.manifest import Built, Engine, Trial
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.memory import peak_rss_mb
 from edgevlm.toolkit.bundle.atomic import (
@@ -40,12 +41,20 @@ _GRAPHS_BYTES = 64_000_000  # graphs, tokenizer and manifest are smaller togethe
 
 @dataclass(frozen=True)
 class Requantization:
-    """The bundle's model in another precision: its plan, how to write it, and its graphs alone."""
+    """The bundle's model in another precision: its plan, how to write it, and its graphs alone.
+
+    choice: the options that say how its number formats were chosen; trials: what was timed for
+    that; notes: what came of it, for the user. prompts: the language model a second time.
+    """
 
     name: str
     plan: PrecisionPlan
     write: Callable[[Path], None]
     graphs: Callable[[], Mapping[str, onnx.ModelProto]]
+    choice: tuple[str, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    notes: tuple[str, ...] = ()
+    prompts: SecondForm | None = None
 
 
 @dataclass(frozen=True)
@@ -94,18 +103,26 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
         return current, False
     refuse_source(out, path)
     refuse_existing(out, force=request.force)
+    for note in request.requantization.notes if request.requantization else ():
+        progress(note)
     progress("checking the bundle's files")
     bundle.verify()
     require_space(out, _new_bytes(bundle, request))
     memory.require_component(bundle, request.plan(bundle), request.target)
     with writing(out, force=request.force) as folder, ExitStack() as stack:
-        source = bundle
-        if request.requantization is not None:
-            source = stack.enter_context(_requantized(request.requantization, folder))
+        source, prompts, chosen = bundle, None, request.requantization
+        if chosen is not None:
+            source = stack.enter_context(_requantized(chosen, folder))
         compiled, files = _compile(source, backend, folder, request.target, progress)
         errors = check.check(
             source, compiled, backend, folder, allowed, progress, bisect=request.bisect
         )
+        if chosen is not None and chosen.prompts is not None:
+            second = second_form.add(
+                chosen.prompts, source, backend, folder, request.target, allowed, progress
+            )
+            prompts, files = second.form, files | second.files
+            errors = errors.joined(second.errors, second_form.IN_PROMPTS)
         engine = Engine(
             manifest.FORMAT,
             request.made_by,
@@ -129,6 +146,9 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
                 errors.losses,
                 request.accept_loss,
             ),
+            chosen.choice if chosen else (),
+            prompts,
+            chosen.trials if chosen else (),
         )
         manifest.write(folder, engine)
     return engine, True
@@ -156,8 +176,16 @@ def existing(
         manifest.check(out, engine)
     except Exception:  # a damaged or foreign engine is not the requested one
         return None
-    requested = (bundle.sha256, str(request.target), context, model, request.precision)
-    actual = (engine.bundle_sha256, engine.target, engine.context, engine.model, engine.precision)
+    choice = request.requantization.choice if request.requantization else ()
+    requested = (bundle.sha256, str(request.target), context, model, request.precision, choice)
+    actual = (
+        engine.bundle_sha256,
+        engine.target,
+        engine.context,
+        engine.model,
+        engine.precision,
+        engine.choice,
+    )
     allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
     accurate = all(loss <= allowed for loss in engine.build.precision_losses.values())
     return engine if actual == requested and accurate else None
@@ -247,7 +275,9 @@ def _new_bytes(bundle: Bundle, request: Request) -> int:
         files = bundle.manifest.files
         return sum(files[c.weights].nbytes for c in bundle.manifest.components) + _GRAPHS_BYTES
     plan = request.plan(bundle)
-    copies = 2 if "int8_rows" in plan.precisions else 1  # some processors take other codes
+    chosen = request.requantization
+    # some processors take other codes, and prompts may have a form of their own
+    copies = 1 + ("int8_rows" in plan.precisions) + 2 * bool(chosen and chosen.prompts)
     return copies * memory.weights_bytes(bundle.model, plan, 4) + _GRAPHS_BYTES
 
 
@@ -257,7 +287,7 @@ def _compile(
     components, files = [], {}
     for record in bundle.manifest.components:
         progress(f"{record.name}: lowering for {target}")
-        compiled = backend.compile(bundle, record, folder, target)
+        compiled = backend.compile(bundle.path, bundle.manifest.dtype, record, folder, target)
         for note in compiled.notes:
             progress(f"{record.name}: {note}")
         components.append(compiled)

@@ -65,7 +65,8 @@ def estimate(
 
 def of_engine(engine: Engine) -> Estimate:
     """The same for an engine on disk; the weights are those of its files."""
-    weights = sum(engine.files[c.weights].nbytes for c in engine.components)
+    second = (engine.prompt_form.record,) if engine.prompt_form else ()
+    weights = sum(engine.files[c.weights].nbytes for c in (*engine.components, *second))
     size = element_bytes(engine.parsed_target(), engine.dtype)
     return _with_weights(engine.parsed_model(), weights, engine.context, size)
 
