@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,9 @@ class Tensors(Mapping[str, Array]):
         self._file = SafetensorsFile(path)
         stored = self._file.entries
         self._formats = {
-            name.removesuffix(storage.suffix): storage
+            name.removesuffix(storage.suffix): replace(
+                storage, zero_points=name + blockwise.ZERO_POINTS in stored
+            )
             for storage in blockwise.FORMATS
             for name in stored
             if name.endswith(storage.suffix) and name + blockwise.SCALE in stored
@@ -112,7 +114,7 @@ class Tensors(Mapping[str, Array]):
         found = [n for n in stored if n.endswith(suffix) and n + blockwise.SCALE in stored]
         self.by_channel = frozenset(name.removesuffix(suffix) for name in found)
         packed = {key + storage.suffix for key, storage in self._formats.items()} | {*found}
-        packed |= {name + blockwise.SCALE for name in packed}
+        packed |= {n + tail for n in packed for tail in (blockwise.SCALE, blockwise.ZERO_POINTS)}
         plain = (name for name in stored if name not in packed)
         self._names = [*plain, *self._formats, *(n.removesuffix(suffix) for n in found)]
 
@@ -132,10 +134,8 @@ class Tensors(Mapping[str, Array]):
         storage = self._formats.get(key)
         if storage is None:
             return None
-        stored, scales = (
-            self._file.read(f"{key}{storage.suffix}{tail}") for tail in ("", blockwise.SCALE)
-        )
-        return Codes(storage, stored, scales)
+        tails = ["", blockwise.SCALE, *([blockwise.ZERO_POINTS] * storage.zero_points)]
+        return Codes(storage, *(self._file.read(f"{key}{storage.suffix}{t}") for t in tails))
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it."""

@@ -17,22 +17,33 @@ from edgevlm.toolkit.quantization.blockwise import StorageFormat
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight as it is stored: codes [outputs, inputs], two in a byte at 4 bits, and scales."""
+    """A weight as it is stored: codes [outputs, inputs], two in a byte at 4 bits, and scales.
+
+    zero_points: [outputs, blocks], packed like the codes, where the storage has them.
+    """
 
     storage: StorageFormat
     codes: Array
     scales: Array
+    zero_points: Array | None = None
 
     def floats(self) -> Array:
         """The weight that the codes stand for, as the model takes it."""
-        rows = blockwise.dequantize(self.codes, self.scales, self.storage.bits)
+        zeros, bits = self.zero_points, self.storage.bits
+        if zeros is not None and bits == 4:
+            zeros = blockwise.unpack(zeros)
+        rows = blockwise.dequantize(self.codes, self.scales, bits, zeros)
         return rows.T if self.storage.transposed else rows
 
     def fit(self, storage: StorageFormat) -> bool:
         """Whether a file with weights in `storage` can hold these codes as they are."""
         block = self.codes.shape[1] * 8 // self.storage.bits // self.scales.shape[1]
-        wanted = blockwise.block_of(block * self.scales.shape[1], storage.block)
-        return self.storage.suffix == storage.suffix and block == wanted
+        wanted = storage.block_in(block * self.scales.shape[1])
+        same = (self.storage.suffix, self.storage.zero_points) == (
+            storage.suffix,
+            storage.zero_points,
+        )
+        return same and block == wanted
 
 
 @runtime_checkable
