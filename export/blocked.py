@@ -12,6 +12,7 @@ from onnx import helper
 from edgevlm.export.nodes import function, ints, node, shape
 from edgevlm.toolkit.checkpoints.safetensors_io import TensorSpec
 from edgevlm.toolkit.quantization.blockwise import (
+    ORDER,
     SCALE,
     TABLE,
     ZERO_POINT,
@@ -69,6 +70,7 @@ class QuantizedWeights:
             TensorSpec(name, "uint8", (outputs, inputs * storage.bits // 8)),
             TensorSpec(name + SCALE, dtype, (outputs, blocks)),
             *([zeros] if storage.zero_points else []),
+            *([TensorSpec(name + ORDER, "int64", (inputs,))] if storage.ordered else []),
         ]
 
     def declared(self, name: str) -> tuple[int, tuple[int, ...]] | None:
@@ -94,6 +96,8 @@ def product(e: Emitter, stored: QuantizedWeights, x: str, weight: str, path: str
     zeros = name + ZERO_POINTS
     if not storage.zero_points:
         zeros = _zero_points(e, storage.bits, (outputs, inputs // block))
+    if storage.ordered:
+        x = e.one("Gather", [x, name + ORDER], f"{path}/order", axis=-1)
     return e.one(
         "edgevlm.BlockedLinear",
         [x, name, name + SCALE, zeros],

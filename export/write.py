@@ -248,22 +248,21 @@ def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array])
 
 def _split(name: str) -> tuple[str, str]:
     """A stored tensor's name without the tail that says which part of a weight it is; the tail."""
-    tails = (tail for tail in (blockwise.SCALE, blockwise.ZERO_POINTS) if name.endswith(tail))
-    tail = next(tails, "")
+    tail = next((tail for tail in blockwise.TAILS if name.endswith(tail)), "")
     return name.removesuffix(tail), tail
 
 
 def _quantized(
     weights: Mapping[str, Array], name: str, storage: StorageFormat, tail: str
 ) -> Blocks:
-    """The codes, scales or zero points of a weight: those known, or of rounding to nearest."""
+    """A part of a weight, by its tail: that of known codes, or of rounding to nearest."""
     known = weights.codes(name) if isinstance(weights, Offers) else None
     if known is not None and known.fit(storage):
-        part = {"": known.codes, blockwise.SCALE: known.scales}.get(tail, known.zero_points)
-        assert part is not None
-        return row_blocks(part)
+        return row_blocks(known.part(tail))
     rows = weights[name].T if storage.transposed else weights[name]
     block = storage.block_in(rows.shape[1])
+    if tail == blockwise.ORDER:
+        return iter([np.arange(rows.shape[1])])
     if tail == blockwise.ZERO_POINTS:
         return iter([blockwise.fixed_zero_points(rows.shape, storage)])
     return blockwise.pieces(rows, storage.bits, block, scales=tail == blockwise.SCALE)

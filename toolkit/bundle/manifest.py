@@ -104,7 +104,9 @@ class Tensors(Mapping[str, Array]):
         stored = self._file.entries
         self._formats = {
             name.removesuffix(storage.suffix): replace(
-                storage, zero_points=name + blockwise.ZERO_POINTS in stored
+                storage,
+                zero_points=name + blockwise.ZERO_POINTS in stored,
+                ordered=name + blockwise.ORDER in stored,
             )
             for storage in blockwise.FORMATS
             for name in stored
@@ -114,7 +116,7 @@ class Tensors(Mapping[str, Array]):
         found = [n for n in stored if n.endswith(suffix) and n + blockwise.SCALE in stored]
         self.by_channel = frozenset(name.removesuffix(suffix) for name in found)
         packed = {key + storage.suffix for key, storage in self._formats.items()} | {*found}
-        packed |= {n + tail for n in packed for tail in (blockwise.SCALE, blockwise.ZERO_POINTS)}
+        packed |= {name + tail for name in packed for tail in blockwise.TAILS}
         plain = (name for name in stored if name not in packed)
         self._names = [*plain, *self._formats, *(n.removesuffix(suffix) for n in found)]
 
@@ -134,8 +136,11 @@ class Tensors(Mapping[str, Array]):
         storage = self._formats.get(key)
         if storage is None:
             return None
-        tails = ["", blockwise.SCALE, *([blockwise.ZERO_POINTS] * storage.zero_points)]
-        return Codes(storage, *(self._file.read(f"{key}{storage.suffix}{t}") for t in tails))
+        name = key + storage.suffix
+        zeros = self._file.read(name + blockwise.ZERO_POINTS) if storage.zero_points else None
+        order = self._file.read(name + blockwise.ORDER) if storage.ordered else None
+        stored, scales = self._file.read(name), self._file.read(name + blockwise.SCALE)
+        return Codes(storage, stored, scales, zeros, order)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it."""

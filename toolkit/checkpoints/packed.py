@@ -41,8 +41,8 @@ class Packing:
     """How a checkpoint packs its quantized weights.
 
     group: the inputs that share a scale, None for all. zero_points: whether groups have zero points
-    of their own; otherwise all are 8 (128 at 8 bits). less_one: they are stored less one. by_order:
-    whether g_idx has to say which group an input is in.
+    of their own; otherwise all are 8 (128 at 8 bits). less_one: they are stored less one.
+    reordered: whether groups may be of inputs in another order, which g_idx says (desc_act).
     """
 
     method: Literal["gptq", "awq"]
@@ -50,7 +50,7 @@ class Packing:
     group: int | None
     zero_points: bool
     less_one: bool
-    by_order: bool = False
+    reordered: bool = False
 
     @property
     def storage(self) -> StorageFormat:
@@ -90,7 +90,7 @@ def read(stated: Mapping[str, Any], where: str, allow: Iterable[str] = ()) -> Pa
     if not isinstance(own_rules, dict) or any(not key.startswith("-:") for key in own_rules):
         raise _unknown(r, "dynamic", own_rules, "rules that leave modules in float")
     symmetric = not awq and r.take("sym", bool, True)
-    by_order = not awq and group != -1 and r.take("desc_act", bool, False)
+    reordered = not awq and group != -1 and r.take("desc_act", bool, False)
     r.ignore("packed")
     r.done()
     return Packing(
@@ -99,7 +99,7 @@ def read(stated: Mapping[str, Any], where: str, allow: Iterable[str] = ()) -> Pa
         None if group == -1 else group,
         not symmetric,
         layout == "gptq",
-        by_order,
+        reordered,
     )
 
 
@@ -138,7 +138,7 @@ def unpacked(checkpoint: Checkpoint, packing: Packing) -> Checkpoint:
     both = sorted(plain.keys() & set(packed.keys()))
     if both:
         raise CheckpointError(f"{checkpoint.where} holds {both[0]} twice, packed and plain")
-    storages = dict.fromkeys(packed.keys(), packing.storage)
+    storages = dict.fromkeys(packed.keys(), packed.storage)
     # Older programs give every packed linear a bias; one of zeros changes nothing.
     biases = [f"{module}.bias" for module in modules if f"{module}.bias" in plain]
     idle = tuple(key for key in biases if not checkpoint.read(key).any())
@@ -148,8 +148,9 @@ def unpacked(checkpoint: Checkpoint, packing: Packing) -> Checkpoint:
 
 def plan(component: str, weights: Recipes, packing: Packing) -> PrecisionPlan:
     """The plan under which a component's packed linears keep their codes; the rest is float."""
-    checkpoint, storage = weights.checkpoint, packing.storage
+    checkpoint = weights.checkpoint
     assert isinstance(checkpoint, Checkpoint)
+    storage = next(iter(checkpoint.packed.values()))
 
     def keeps(source: str) -> bool:
         return (
@@ -163,7 +164,7 @@ def plan(component: str, weights: Recipes, packing: Packing) -> PrecisionPlan:
     paths += [_path(component, key) for key in linears.keys() - layers.keys() if linears[key]]
     precision: Precision = "int8_weights" if packing.bits == 8 else "int4_weights"
     block = cast(Block, storage.block)
-    rules = [Rule(path, precision, block, storage.zero_points) for path in paths]
+    rules = [Rule(p, precision, block, storage.zero_points, storage.ordered) for p in paths]
     rules += [Rule(_path(component, key), "float") for key, kept in layers.items() if not kept]
     return PrecisionPlan(rules=tuple(rules), method=f"{packing.method} checkpoint")
 
@@ -177,7 +178,7 @@ class Packed:
     """The packed linears of a checkpoint, as torch stores linears: X.weight [outputs, inputs].
 
     Each is read when it is used; the codes of the last one are kept, as their parts are asked for
-    one after another.
+    one after another. storage: how a bundle stores them.
     """
 
     def __init__(self, checkpoint: Checkpoint, packing: Packing, modules: Iterable[str]) -> None:
@@ -185,6 +186,8 @@ class Packed:
         self._packing = packing
         self._per_word = 32 // packing.bits
         self._sizes = {f"{module}.weight": self._check(module) for module in modules}
+        ordered = any(self._order(key) is not None for key in self._sizes)
+        self.storage = replace(packing.storage, ordered=ordered)
         self._last: tuple[str, Codes | None] = ("", None)
 
     def keys(self) -> Iterable[str]:
@@ -204,7 +207,9 @@ class Packed:
         zeros = self._zero_points(key)
         spread = None if zeros is None else self._spread(zeros, inputs, block)
         scales = self._spread(self._scales(key), inputs, block)
-        return blockwise.dequantize(self._codes(key), scales, self._packing.bits, spread)
+        codes, order = self._codes(key), self._order(key)
+        columns = blockwise.dequantize(codes, scales, self._packing.bits, spread)
+        return columns if order is None else blockwise.inputs_of(columns, order)
 
     def codes(self, key: str) -> Codes | None:
         """The codes as a bundle stores them; None where no block divides the inputs."""
@@ -213,7 +218,7 @@ class Packed:
         return self._last[1]
 
     def _made(self, key: str) -> Codes | None:
-        storage, (_, inputs) = self._packing.storage, self.shape(key)
+        storage, (_, inputs) = self.storage, self.shape(key)
         block = storage.block_in(inputs)
         if block is None:
             return None
@@ -222,7 +227,10 @@ class Packed:
             zeros = self._spread(zeros, inputs, block)
             zeros = zeros if storage.bits == 8 else blockwise.pack(zeros)
         scales = self._spread(self._scales(key), inputs, block)
-        return Codes(storage, self._codes(key), scales, zeros)
+        order = self._order(key)
+        if order is None and storage.ordered:
+            order = np.arange(inputs)
+        return Codes(storage, self._codes(key), scales, zeros, order)
 
     def _group(self, inputs: int) -> int:
         return self._packing.group or inputs
@@ -236,13 +244,20 @@ class Packed:
         return self._checkpoint.read(f"{key.removesuffix('.weight')}.{part}")
 
     def _codes(self, key: str) -> Array:
-        """uint8 [outputs, inputs], two in a byte at 4 bits."""
-        outputs, inputs = self.shape(key)
+        """uint8 [outputs, inputs], two in a byte at 4 bits; the columns in the order of groups."""
+        outputs, _ = self.shape(key)
         words = np.ascontiguousarray(self._part(key, "qweight"), "<i4")
-        if self._packing.method == "gptq":  # the bytes of a word are ours, in our order
-            split = words.view(np.uint8).reshape(len(words), outputs, 4)
-            return np.ascontiguousarray(split.transpose(1, 0, 2)).reshape(outputs, -1)
-        return blockwise.pack(np.ascontiguousarray(self._fields(words).T))
+        if self._packing.method == "awq":
+            return blockwise.pack(np.ascontiguousarray(self._fields(words).T))
+        split = words.view(np.uint8).reshape(len(words), outputs, 4)
+        # The bytes of GPTQ's words, from one word of an output to the next, are what we store.
+        codes = np.ascontiguousarray(split.transpose(1, 0, 2)).reshape(outputs, -1)
+        order = self._order(key)
+        if order is None:
+            return codes
+        if self._packing.bits == 8:
+            return codes[:, order]
+        return blockwise.pack(blockwise.unpack(codes)[:, order])
 
     def _fields(self, words: Array) -> Array:
         """uint8 [rows, outputs] from words [rows, outputs / n]."""
@@ -322,17 +337,28 @@ class Packed:
         self._check_order(key, inputs)
         return outputs, inputs
 
-    def _check_order(self, key: str, inputs: int) -> None:
-        """Raise CheckpointError unless groups are runs of neighbouring inputs."""
+    def _order(self, key: str) -> Array | None:
+        """int64 [inputs]: the inputs by group; None if groups are of neighbours."""
         if f"{key.removesuffix('.weight')}.g_idx" not in self._checkpoint:
-            if self._packing.by_order:
+            return None
+        groups = self._part(key, "g_idx")
+        return None if (np.diff(groups) >= 0).all() else np.argsort(groups, kind="stable")
+
+    def _check_order(self, key: str, inputs: int) -> None:
+        """Raise CheckpointError unless groups are whole, and reordered only where that is said."""
+        if f"{key.removesuffix('.weight')}.g_idx" not in self._checkpoint:
+            if self._packing.reordered:
                 raise self._broken(key, "g_idx", "is missing, and desc_act needs it", _FETCH)
             return
-        found = self._part(key, "g_idx")
-        if not np.array_equal(found, np.arange(inputs) // self._group(inputs)):
+        groups = self._part(key, "g_idx")
+        expected = np.arange(inputs) // self._group(inputs)
+        if not np.array_equal(np.sort(groups), expected):
+            raise self._broken(key, "g_idx", f"does not make {self._packing} of inputs", _FETCH)
+        if not self._packing.reordered and not np.array_equal(groups, expected):
             raise self._broken(
                 key,
                 "g_idx",
-                "puts inputs into groups by their activations (desc_act), not by neighbourhood",
-                f"take a checkpoint without desc_act, or {FLOAT_WEIGHTS}",
+                "puts inputs into groups in an order of its own, and quantization_config does not "
+                "say desc_act",
+                'set "desc_act": true in quantization_config of config.json',
             )

@@ -5,7 +5,9 @@ first; `NAME.int4.scale` holds [outputs, inputs / block]: weight = (code - zero 
 zero point 8 or 128. Where blocks have zero points of their own, as AWQ's and some of GPTQ's
 checkpoints do, `NAME.int4.zero_point` holds them, [outputs, inputs / block], packed like the codes.
 Both ONNX Runtime's MatMulNBits and ONNX's DequantizeLinear (UINT4, UINT8) read these bytes without
-conversion. An embedding table, whose rows are outputs, is `NAME.rows_int8`.
+conversion. Where blocks are not of neighbouring inputs (GPTQ with desc_act), `NAME.int4.order`
+[inputs] names the input of each column of codes. An embedding table, whose rows are outputs, is
+`NAME.rows_int8`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ BLOCK_SIZES = (128, 64, 32, 16)  # inputs that share a scale: the largest that d
 ZERO_POINT: dict[Bits, int] = {8: 128, 4: 8}
 SCALE = ".scale"
 ZERO_POINTS = ".zero_point"
+ORDER = ".order"
+TAILS = (SCALE, ZERO_POINTS, ORDER)  # of the names of what stands beside codes
 PIECE = 1 << 24  # weights that are quantized at a time
 
 
@@ -32,7 +36,7 @@ class StorageFormat:
 
     transposed: the model's weight is [inputs, outputs], the stored one [outputs, inputs]. block:
     the most inputs that share a scale, None for the largest of BLOCK_SIZES. zero_points: whether
-    each block has a zero point of its own.
+    each block has a zero point of its own. ordered: whether columns are in an order of their own.
     """
 
     bits: Bits
@@ -40,6 +44,7 @@ class StorageFormat:
     suffix: str
     block: int | None = None
     zero_points: bool = False
+    ordered: bool = False
 
     def block_in(self, inputs: int) -> int | None:
         """The inputs that share a scale in a weight of so many; None if it stays in float.
@@ -106,6 +111,13 @@ def dequantize(stored: Array, scales: Array, bits: Bits, zero_points: Array | No
     blocks = codes.reshape(outputs, scales.shape[1], -1).astype(np.float32)
     blocks -= ZERO_POINT[bits] if zero_points is None else zero_points[..., None]
     return np.asarray((blocks * scales[..., None].astype(np.float32)).reshape(outputs, inputs))
+
+
+def inputs_of(columns: Array, order: Array) -> Array:
+    """Rows by input from rows whose column i is of input order[i]."""
+    rows = np.empty_like(columns)
+    rows[:, order] = columns
+    return rows
 
 
 def fixed_zero_points(shape: tuple[int, ...], storage: StorageFormat) -> Array:

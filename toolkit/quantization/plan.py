@@ -22,13 +22,15 @@ class Rule:
     """Layers whose path matches the glob `paths` (lm/layers.*/mlp/*) run in `precision`.
 
     block: of weights in 8 or 4 bits, the most inputs that share a scale; None for the usual 128.
-    zero_points: whether each block of such weights has a zero point of its own.
+    zero_points: whether each block of such weights has a zero point of its own. ordered: whether
+    blocks are of inputs in an order of their own.
     """
 
     paths: str
     precision: Precision
     block: Block | None = None
     zero_points: bool = False
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ class PrecisionPlan:
         bits = WEIGHT_BITS.get(rule.precision)
         if bits is None:
             return None
-        return replace(LINEAR[bits], block=rule.block, zero_points=rule.zero_points)
+        return replace(
+            LINEAR[bits], block=rule.block, zero_points=rule.zero_points, ordered=rule.ordered
+        )
 
     def _rule(self, path: str) -> Rule:
         chosen = Rule("*", self.default)

@@ -60,15 +60,19 @@ def _block(cost: Cost, plan: PrecisionPlan) -> int | None:
 
 
 def _bytes_each(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
-    """Bytes of one element of the op's matrix, its share of a scale and a zero point included."""
+    """Bytes of one element of the op's matrix, with its share of scales, zero points and order."""
     bits, block = weight_bits(cost, plan), _block(cost, plan)
     if bits is not None and _by_channel(cost, plan):
         block = cost.matrix_inputs
     if bits is None or block is None:
         return element_bytes
     storage = plan.storage_at(cost.path) if cost.op == "linear" else None
-    of_block = element_bytes + (bits / 8 if storage is not None and storage.zero_points else 0)
-    return bits / 8 + of_block / block
+    of_block, order = float(element_bytes), 0.0
+    if storage is not None and storage.zero_points:
+        of_block += bits / 8
+    if storage is not None and storage.ordered:
+        order = 8 * cost.matrix_inputs / cost.matrix_elements
+    return bits / 8 + of_block / block + order
 
 
 def stored_bytes(model: ModelConfig, plan: PrecisionPlan, element_bytes: int) -> dict[str, int]:
