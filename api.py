@@ -346,19 +346,11 @@ def _begun(model: str, options: Options, *, random_weights: bool, seed: int) -> 
     """The model that a run begins with; its origin remembers the folder."""
     from dataclasses import replace
 
-    from edgevlm.toolkit.errors import ConfigError
-
     source = open_source(
         model, options, random_weights=random_weights, seed=seed, offline=options.offline
     )
     if random_weights:
         return source
-    if "quantization" in source.origin:
-        raise ConfigError(
-            f"{model} holds weights that another program quantized "
-            f"({source.origin['quantization']}), which are not trained",
-            hint="train the float checkpoint that it was made from",
-        )
     return replace(source, origin={"folder": model, **source.origin})
 
 

@@ -84,7 +84,7 @@ def along_inputs(codes: Array, bits: int) -> Array:
     count = 32 // bits
     return np.asarray(
         [
-            [word(codes[start : start + count, o], bits) for o in range(codes.shape[1])]
+            [word(list(codes[start : start + count, o]), bits) for o in range(codes.shape[1])]
             for start in range(0, len(codes), count)
         ],
         np.int32,

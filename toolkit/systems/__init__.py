@@ -67,6 +67,8 @@ def load(folder: Path, options: Options) -> Source:
         raise ConfigError(f"{folder / 'config.json'}: model_type = {stated!r}, expected a name")
     name = options.system or _detect(folder, config, options)
     source = _named(find(name).load(folder, config, options), folder)
+    if options.packing is not None and "quantization" not in source.origin:
+        raise _quantized(folder, options.packing.method)  # this system reads none
     return quirks.keep(source, config, options.quirks)
 
 
@@ -122,12 +124,16 @@ def _packing(home: Path, made: Any, before: Packing | None, options: Options) ->
     taken = isinstance(made, dict) and method in packed.METHODS and options.base is None
     found = packed.read(made, str(home / "config.json"), options.ignore_keys) if taken else None
     if found is None or before not in (None, found):
-        raise ConfigError(
-            f"{home} holds weights that another program quantized: quantization_config names "
-            f"{method!r}",
-            hint=FLOAT_WEIGHTS,
-        )
+        raise _quantized(home, method)
     return found
+
+
+def _quantized(home: Path, method: object) -> ConfigError:
+    return ConfigError(
+        f"{home} holds weights that another program quantized: quantization_config names "
+        f"{method!r}",
+        hint=FLOAT_WEIGHTS,
+    )
 
 
 def _detect(folder: Path, config: Mapping[str, Any], options: Options) -> str:

@@ -78,14 +78,13 @@ def integers(found: Codes) -> tuple[Array, Array]:
     """Codes [inputs, outputs] and zero points of each input, as they were before packing."""
     bits = found.storage.bits
     columns = found.codes if bits == 8 else blockwise.unpack(found.codes)
-    zeros = found.zero_points
-    if zeros is None:
-        zeros = np.full(found.scales.shape, blockwise.ZERO_POINT[bits])
-    elif bits == 4:
-        zeros = blockwise.unpack(zeros)
+    zeros: Array = np.full(found.scales.shape, blockwise.ZERO_POINT[bits])
+    if found.zero_points is not None:
+        zeros = found.zero_points if bits == 8 else blockwise.unpack(found.zero_points)
     each = np.repeat(zeros, columns.shape[1] // zeros.shape[1], 1)
     if found.order is not None:
-        columns, each = (blockwise.inputs_of(x, found.order) for x in (columns, each))
+        columns = blockwise.inputs_of(columns, found.order)
+        each = blockwise.inputs_of(each, found.order)
     return columns.T, each.T
 
 
@@ -150,14 +149,14 @@ def test_tensors_are_read_when_they_are_used() -> None:
 
 def test_a_word_that_a_person_packed() -> None:
     """Eight inputs of one output: codes 0 to 7 are 0x76543210. AWQ's eight outputs likewise."""
-    gptq = {
+    gptq: dict[str, Array] = {
         "a.qweight": np.asarray([[0x76543210] * 8] * 2, np.int32),
         "a.qzeros": np.asarray([[0x77777777]], np.int32),
         "a.scales": np.ones((1, 8), np.float16),
     }
     found = opened(Kind(group=-1), gptq).read("a.weight")
     np.testing.assert_array_equal(found, np.tile(np.arange(-8, 0), (8, 2)))
-    awq = {
+    awq: dict[str, Array] = {
         "a.qweight": np.asarray([[0x75316420]] * 16, np.int32),  # outputs 0 2 4 6 1 3 5 7
         "a.qzeros": np.asarray([[0]], np.int32),
         "a.scales": np.ones((1, 8), np.float16),
