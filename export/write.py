@@ -263,14 +263,14 @@ def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array])
     def produce(tensor: TensorSpec) -> Blocks:
         if tensor.name in tables:
             return row_blocks(tables[tensor.name])
-        stored = tensor.name.removesuffix(blockwise.SCALE)
+        stored, tail = _split(tensor.name)
         if stored in by_channel:
             weight = weights[by_channel[stored]]
             steps = channels.scales(weight)
             return iter([steps]) if stored != tensor.name else channels.codes(weight, steps)
         quantized = formats.get(stored)
         if quantized is not None:
-            return _quantized(weights, *quantized, scales=tensor.name.endswith(blockwise.SCALE))
+            return _quantized(weights, *quantized, tail)
         if isinstance(weights, RandomWeights):
             return weights.blocks(tensor.name)
         return row_blocks(weights[tensor.name])
@@ -278,15 +278,26 @@ def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array])
     return write_safetensors(path, recorded.planned(), produce)
 
 
+def _split(name: str) -> tuple[str, str]:
+    """A stored tensor's name without the tail that says which part of a weight it is; the tail."""
+    tail = next((tail for tail in blockwise.TAILS if name.endswith(tail)), "")
+    return name.removesuffix(tail), tail
+
+
 def _quantized(
-    weights: Mapping[str, Array], name: str, storage: StorageFormat, *, scales: bool
+    weights: Mapping[str, Array], name: str, storage: StorageFormat, tail: str
 ) -> Blocks:
-    """The codes or the scales of a weight: those that are known, or rounded to nearest."""
+    """A part of a weight, by its tail: that of known codes, or of rounding to nearest."""
     known = weights.codes(name) if isinstance(weights, Offers) else None
     if known is not None and known.fit(storage):
-        return row_blocks(known.scales if scales else known.codes)
+        return row_blocks(known.part(tail))
     rows = weights[name].T if storage.transposed else weights[name]
-    return blockwise.pieces(rows, storage.bits, storage.block, scales=scales)
+    block = storage.block_in(rows.shape[1])
+    if tail == blockwise.ORDER:
+        return iter([np.arange(rows.shape[1])])
+    if tail == blockwise.ZERO_POINTS:
+        return iter([blockwise.fixed_zero_points(rows.shape, storage)])
+    return blockwise.pieces(rows, storage.bits, block, scales=tail == blockwise.SCALE)
 
 
 def describe(component: Component, graph: str, weights: str) -> ComponentRecord:

@@ -55,12 +55,14 @@ def unembed(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
 
 def blocked_linear(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     """MatMulNBits reads the stored bytes; it rounds its input to 8 bits, block by block."""
-    x, stored, scale, _ = node.input
+    x, stored, scale, zeros = node.input
     k, n, bits, block = (
         int(attribute(node, name)) for name in ("in_features", "out_features", "bits", "block_size")
     )
     shape = (n, k // block, block * bits // 8)
     inputs = [x, r.as_bytes(stored, shape), scale]
+    if any(a.name == "zero_points" and a.i for a in node.attribute):  # otherwise all are 8 or 128
+        inputs.append(r.as_bytes(zeros, (n, k // block * bits // 8)))
     op = f"{CONTRIB}.MatMulNBits"
     sizes = {"K": k, "N": n, "bits": bits, "block_size": block}
     return [r.node(op, inputs, node.output, node.name, accuracy_level=4, **sizes)]
