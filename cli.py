@@ -24,6 +24,7 @@ from edgevlm.toolkit.terminal.flags import (
     KeepSlower,
     LowPrecision,
     NoRepeatNgram,
+    NoTune,
     Offline,
     Quiet,
     Quirk,
@@ -32,7 +33,6 @@ from edgevlm.toolkit.terminal.flags import (
     System,
     Threads,
     Tower,
-    Tune,
 )
 from edgevlm.training import command
 
@@ -132,7 +132,7 @@ def build(
         Optional[int], typer.Option(help="Most tiles of an image; default: the model's.")
     ] = None,
     precision: LowPrecision = None,
-    tune: Tune = True,
+    no_tune: NoTune = False,
     keep_slower: KeepSlower = False,
     accept_loss: AcceptLoss = None,
     bisect: Bisect = False,
@@ -157,7 +157,7 @@ def build(
         max_context=max_context,
         max_image_tiles=max_image_tiles,
         precision=precision,
-        tune=tune,
+        tune=not no_tune,
         keep_slower=keep_slower,
         accept_loss=accept_loss,
         bisect=bisect,

@@ -188,8 +188,7 @@ def compare(system: str, work: Path, asked: Sequence[Question]) -> dict[str, Any
     for precision in (None, "int8"):
         engine = work / f"{system}-engine-{precision or 'float32'}"
         # Tiny linears may be faster in float: then float would be measured twice.
-        small = {} if precision is None else {"precision": precision, "keep_slower": True}
-        api.build_engine(bundle, engine, force=True, **small)
+        api.build_engine(bundle, engine, precision=precision, keep_slower=True, force=True)
         others, texts = by_engine(engine, asked, model.prompts.eos)
         found[precision or "float32"] = accuracy(asked, texts)
         if precision is None:

@@ -16,7 +16,7 @@ from edgevlm.engines.build import check, second_form
 from edgevlm.engines.build.second_form import SecondForm
 from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.lowering.capabilities import Decision
-from edgevlm.engines.manifest import Built, Engine, Trial
+from edgevlm.engines.manifest import Built, Engine, PromptForm, Trial
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.memory import peak_rss_mb
 from edgevlm.toolkit.bundle.atomic import (
@@ -110,19 +110,10 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     require_space(out, _new_bytes(bundle, request))
     memory.require_component(bundle, request.plan(bundle), request.target)
     with writing(out, force=request.force) as folder, ExitStack() as stack:
-        source, prompts, chosen = bundle, None, request.requantization
+        source, chosen = bundle, request.requantization
         if chosen is not None:
             source = stack.enter_context(_requantized(chosen, folder))
-        compiled, files = _compile(source, backend, folder, request.target, progress)
-        errors = check.check(
-            source, compiled, backend, folder, allowed, progress, bisect=request.bisect
-        )
-        if chosen is not None and chosen.prompts is not None:
-            second = second_form.add(
-                chosen.prompts, source, backend, folder, request.target, allowed, progress
-            )
-            prompts, files = second.form, files | second.files
-            errors = errors.joined(second.errors, second_form.IN_PROMPTS)
+        parts = _parts(source, backend, folder, request, allowed, progress)
         engine = Engine(
             manifest.FORMAT,
             request.made_by,
@@ -134,24 +125,55 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
             request.precision,
             source.manifest.dtype,
             model,
-            tuple(c.record for c in compiled),
+            tuple(c.record for c in parts.compiled),
             source.manifest.edges,
-            files,
+            parts.files,
             source.manifest.plan,
-            tuple(decision for c in compiled for decision in c.lowering),
+            tuple(decision for c in parts.compiled for decision in c.lowering),
             Built(
                 time.perf_counter() - started,
                 peak_rss_mb(),
-                errors.kernels,
-                errors.losses,
+                parts.errors.kernels,
+                parts.errors.losses,
                 request.accept_loss,
             ),
             chosen.choice if chosen else (),
-            prompts,
+            parts.prompts,
             chosen.trials if chosen else (),
         )
         manifest.write(folder, engine)
     return engine, True
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What an engine is made of, and its errors."""
+
+    compiled: list[Compiled]
+    files: dict[str, FileRecord]
+    errors: check.Errors
+    prompts: PromptForm | None
+
+
+def _parts(
+    source: Bundle,
+    backend: Backend,
+    folder: Path,
+    request: Request,
+    allowed: float,
+    progress: Progress,
+) -> _Parts:
+    """Compile all components and compare them with the reference; a second form of one too."""
+    compiled, files = _compile(source, backend, folder, request.target, progress)
+    errors = check.check(
+        source, compiled, backend, folder, allowed, progress, bisect=request.bisect
+    )
+    wanted = request.requantization.prompts if request.requantization else None
+    if wanted is None:
+        return _Parts(compiled, files, errors, None)
+    second = second_form.add(wanted, source, backend, folder, request.target, allowed, progress)
+    errors = errors.joined(second.errors, second_form.IN_PROMPTS)
+    return _Parts(compiled, files | second.files, errors, second.form)
 
 
 @contextmanager

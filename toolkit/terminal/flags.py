@@ -65,11 +65,9 @@ LowPrecision = Annotated[
         "int4-blocks. No samples needed."
     ),
 ]
-Tune = Annotated[
+NoTune = Annotated[
     bool,
-    typer.Option(
-        "--tune/--no-tune", help="Time the number formats of --precision on this machine."
-    ),
+    typer.Option("--no-tune", help="Do not time the number formats of --precision here."),
 ]
 KeepSlower = Annotated[
     bool, typer.Option("--keep-slower", help="Low precision where float is faster here, too.")

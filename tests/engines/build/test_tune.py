@@ -24,6 +24,7 @@ from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import Precision
 from edgevlm.toolkit.target import this_cpu
+from edgevlm.toolkit.vlm import components
 from tests.conftest import HERE
 from tests.pipeline import LOSS_IN_4_BITS, ask, engine_of, silent
 
@@ -96,7 +97,7 @@ def test_what_is_slower_than_float_stays_in_float_unless_asked(bundle: Path) -> 
 
 
 def test_the_output_layer_is_not_counted(bundle: Path) -> None:
-    lm = next(c for c in tune.components.components(Bundle.open(bundle).model) if c.name == "lm")
+    lm = next(c for c in components.components(Bundle.open(bundle).model) if c.name == "lm")
     axes = {"batch": 1, "rows": 1, "scored": 1, "sequence": 5, "context": 8}
     products = tune._products(lm, axes)
     linears = [k for k in lm.shapes if k.startswith("layers.") and len(lm.shapes[k]) == 2]
