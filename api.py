@@ -181,17 +181,16 @@ def build_request(
     from edgevlm.engines.build.build import Request
     from edgevlm.toolkit.target import parse
 
-    requantization, parsed = None, parse(target)
-    if precision is not None:
-        requantization = requantize.requantization(
-            Path(bundle),
-            precision,
-            parsed,
-            progress or _silent,
-            made_by=made_by(),
-            tune=tune,
-            keep_slower=keep_slower,
-        )
+    parsed = parse(target)
+    requantization, tuning = requantize.chosen(
+        Path(bundle),
+        precision,
+        parsed,
+        progress or _silent,
+        made_by=made_by(),
+        tune=tune,
+        keep_slower=keep_slower,
+    )
     return Request(
         parsed,
         max_context,
@@ -201,6 +200,7 @@ def build_request(
         bisect,
         requantization,
         accept_loss,
+        tuning,
     )
 
 

@@ -69,8 +69,8 @@ class Engine:
     """What engine.json holds.
 
     context: positions of the KV cache. max_image_tiles: None for all. precision: the requested
-    one, None for the bundle's own; choice: the options that say how its formats are chosen. plan:
-    the precision plan of the engine. prompt_form: where prompts run in another precision than
+    one, None for the bundle's own; tuning_options: --no-tune and --keep-slower as given.
+    plan: the precision plan of the engine. prompt_form: where prompts run in another precision than
     single tokens. trials: what was timed to choose.
     """
 
@@ -90,7 +90,7 @@ class Engine:
     plan: PrecisionPlan
     lowering: tuple[Decision, ...]
     build: Built
-    choice: tuple[str, ...] = ()
+    tuning_options: tuple[str, ...] = ()
     prompt_form: PromptForm | None = None
     trials: tuple[Trial, ...] = ()
 
@@ -109,7 +109,8 @@ class Engine:
         if self.max_image_tiles is not None:
             words += ["--max-image-tiles", str(self.max_image_tiles)]
         if self.precision is not None:
-            words += ["--precision", self.precision, *self.choice]
+            words += ["--precision", self.precision]
+        words += self.tuning_options
         if self.build.accepted_loss is not None:
             words += ["--accept-loss", f"{self.build.accepted_loss:g}"]
         return shlex.join([*words, "--force"])

@@ -31,6 +31,7 @@ from edgevlm.toolkit.errors import ConfigError, MissingExtra, TargetMismatch
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import Target, check_runs_here
 from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.vlm.cost import stored_bytes
 
 if TYPE_CHECKING:
     import onnx
@@ -41,17 +42,23 @@ _GRAPHS_BYTES = 64_000_000  # graphs, tokenizer and manifest are smaller togethe
 
 @dataclass(frozen=True)
 class Requantization:
-    """The bundle's model in another precision: its plan, how to write it, and its graphs alone.
-
-    choice: the options that say how its number formats were chosen; trials: what was timed for
-    that; notes: what came of it, for the user. prompts: the language model a second time.
-    """
+    """The bundle's model in another precision: its plan, how to write it, and its graphs alone."""
 
     name: str
     plan: PrecisionPlan
     write: Callable[[Path], None]
     graphs: Callable[[], Mapping[str, onnx.ModelProto]]
-    choice: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the number formats of an engine were chosen.
+
+    options: that say so, as given; trials: what was timed; notes: what came of it, for the user.
+    prompts: the language model a second time.
+    """
+
+    options: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
     notes: tuple[str, ...] = ()
     prompts: SecondForm | None = None
@@ -64,7 +71,8 @@ class Request:
     context: positions of the KV cache, None for the bundle's. tiles: the most tiles that an image
     is cut into, None for all that the model knows. bisect: on divergence, look for the first op.
     requantization: the model in another precision than the bundle's. accept_loss: the relative rms
-    error against the float model that is accepted, None for the precision's own limit.
+    error against the float model that is accepted, None for the precision's own limit. tuning: how
+    the number formats of the precision, or of the bundle, were chosen.
     """
 
     target: Target
@@ -75,6 +83,7 @@ class Request:
     bisect: bool = False
     requantization: Requantization | None = None
     accept_loss: float | None = None
+    tuning: Tuning = Tuning()
 
     def plan(self, bundle: Bundle) -> PrecisionPlan:
         """The plan of the engine."""
@@ -103,16 +112,16 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
         return current, False
     refuse_source(out, path)
     refuse_existing(out, force=request.force)
-    for note in request.requantization.notes if request.requantization else ():
+    for note in request.tuning.notes:
         progress(note)
     progress("checking the bundle's files")
     bundle.verify()
     require_space(out, _new_bytes(bundle, request))
     memory.require_component(bundle, request.plan(bundle), request.target)
     with writing(out, force=request.force) as folder, ExitStack() as stack:
-        source, chosen = bundle, request.requantization
-        if chosen is not None:
-            source = stack.enter_context(_requantized(chosen, folder))
+        source = bundle
+        if request.requantization is not None:
+            source = stack.enter_context(_requantized(request.requantization, folder))
         parts = _parts(source, backend, folder, request, allowed, progress)
         engine = Engine(
             manifest.FORMAT,
@@ -137,9 +146,9 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
                 parts.errors.losses,
                 request.accept_loss,
             ),
-            chosen.choice if chosen else (),
+            request.tuning.options,
             parts.prompts,
-            chosen.trials if chosen else (),
+            request.tuning.trials,
         )
         manifest.write(folder, engine)
     return engine, True
@@ -168,7 +177,7 @@ def _parts(
     errors = check.check(
         source, compiled, backend, folder, allowed, progress, bisect=request.bisect
     )
-    wanted = request.requantization.prompts if request.requantization else None
+    wanted = request.tuning.prompts
     if wanted is None:
         return _Parts(compiled, files, errors, None)
     second = second_form.add(wanted, source, backend, folder, request.target, allowed, progress)
@@ -198,19 +207,12 @@ def existing(
         manifest.check(out, engine)
     except Exception:  # a damaged or foreign engine is not the requested one
         return None
-    choice = request.requantization.choice if request.requantization else ()
-    requested = (bundle.sha256, str(request.target), context, model, request.precision, choice)
-    actual = (
-        engine.bundle_sha256,
-        engine.target,
-        engine.context,
-        engine.model,
-        engine.precision,
-        engine.choice,
-    )
+    requested = (bundle.sha256, str(request.target), context, model, request.precision)
+    actual = (engine.bundle_sha256, engine.target, engine.context, engine.model, engine.precision)
     allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
     accurate = all(loss <= allowed for loss in engine.build.precision_losses.values())
-    return engine if actual == requested and accurate else None
+    tuned = engine.tuning_options == request.tuning.options
+    return engine if actual == requested and accurate and tuned else None
 
 
 def lowering(bundle: Bundle, request: Request) -> list[Decision]:
@@ -293,14 +295,19 @@ def _new_bytes(bundle: Bundle, request: Request) -> int:
     """
     dtype = bundle.manifest.dtype
     upcast = capabilities.of(request.target).computes_in(dtype) != dtype
+    # some processors take other codes, and prompts may have a form of their own
+    second = 2 * _lm_bytes(bundle, request.tuning.prompts.plan) if request.tuning.prompts else 0
     if request.requantization is None and not upcast:
         files = bundle.manifest.files
-        return sum(files[c.weights].nbytes for c in bundle.manifest.components) + _GRAPHS_BYTES
+        first = sum(files[c.weights].nbytes for c in bundle.manifest.components)
+        return first + second + _GRAPHS_BYTES
     plan = request.plan(bundle)
-    chosen = request.requantization
-    # some processors take other codes, and prompts may have a form of their own
-    copies = 1 + ("int8_rows" in plan.precisions) + 2 * bool(chosen and chosen.prompts)
-    return copies * memory.weights_bytes(bundle.model, plan, 4) + _GRAPHS_BYTES
+    copies = 2 if "int8_rows" in plan.precisions else 1
+    return second + copies * memory.weights_bytes(bundle.model, plan, 4) + _GRAPHS_BYTES
+
+
+def _lm_bytes(bundle: Bundle, plan: PrecisionPlan) -> int:
+    return stored_bytes(bundle.model, plan, 4)[bundle.model.lm.name]
 
 
 def _compile(

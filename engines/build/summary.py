@@ -32,7 +32,8 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
     context, _ = builder.settled(bundle, request)
     plan = request.plan(bundle)
     check.allowed_loss(plan, request.accept_loss)
-    memory = estimate(bundle, request.target, context, plan)
+    second = request.tuning.prompts.plan if request.tuning.prompts else None
+    memory = estimate(bundle, request.target, context, plan, second)
     time = floors(bundle.model, plan, request.target, bundle.manifest.dtype)
     decisions = builder.lowering(bundle, request)
     data = {
@@ -51,8 +52,7 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
     ]
     lines = [*table(("memory", "about"), rows), "", *_floor_lines(time)]
     if explain:
-        trials = request.requantization.trials if request.requantization else ()
-        lines += [*_explained(decisions), *_timed(trials)]
+        lines += [*_explained(decisions), *_timed(request.tuning.trials)]
     return data, lines, ""
 
 

@@ -99,6 +99,16 @@ def tuned(
     )
 
 
+def tuned_prompts(model: ModelConfig, timings: Timings, progress: Callable[[str], None]) -> Choice:
+    """The language model alone, of a bundle that has its layers in 4 bits already."""
+    work = question(model)
+    axes = image_axes(model, work.views, work.image_tokens)
+    progress(f"{model.lm.name}: timing number formats")
+    choice = _language_model(model, "int4", timings, axes, work.prompt_tokens, True)
+    timings.save()
+    return choice
+
+
 def _language_model(
     model: ModelConfig,
     kind: str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from edgevlm import api
+from edgevlm.calibration import weight_only
 from edgevlm.engines import manifest
 from edgevlm.engines.backends import LayerTime
 from edgevlm.engines.backends.state import State
@@ -19,8 +21,10 @@ from edgevlm.engines.build.timings import Product, Timings
 from edgevlm.engines.build.tune import Choice
 from edgevlm.engines.runtime.session import Session
 from edgevlm.engines.runtime.two_forms import TwoForms
-from edgevlm.export import probe
+from edgevlm.export import probe, write
+from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import Precision
 from edgevlm.toolkit.target import this_cpu
@@ -173,6 +177,27 @@ def test_a_prompt_is_read_in_one_form_and_answered_in_the_other(
         expected = blocks.decode(int(ids[0, 8]), 8, state)
         np.testing.assert_array_equal(found, expected)
         assert both.layers() is not None
+
+
+def test_a_bundle_in_4_bits_gets_a_second_form_too(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = replace(systems.load(bundle, Options()), plan=weight_only.plan("int4"))
+    write.write_bundle(source, tmp_path / "b", made_by="tests", progress=silent)
+    rows = Choice({"lm": "int4_weights"}, "int8_rows")
+    monkeypatch.setattr(tune, "tuned_prompts", lambda *a, **k: rows)
+    found = {}
+    for name, tuned in (("two", True), ("one", False)):
+        made = api.build_engine(
+            tmp_path / "b", tmp_path / name, tune=tuned, accept_loss=LOSS_IN_4_BITS
+        )
+        assert (made.prompt_form is not None) == tuned
+        assert ("--no-tune" in made.rebuild_command(tmp_path / name)) != tuned
+        found[name] = made.build.precision_losses
+    assert found["two"]["lm"] == found["one"]["lm"]
+    assert 0 < found["two"]["lm, prompts"] <= LOSS_IN_4_BITS
+    plan = found["two"].keys() - found["one"].keys()
+    assert plan == {"lm, prompts"}
 
 
 def test_such_an_engine_answers_and_says_what_was_chosen(two: Path, bundle: Path) -> None:
