@@ -50,20 +50,22 @@ def prepare(place: Place, only: Sequence[str], notes: list[str]) -> list[Pair]:
     return pairs
 
 
-def measure(place: Place, pairs: list[Pair], options: Namespace, notes: list[str]) -> None:
-    """Every setting in turn, `rounds` times, with all threads and with one."""
-    runs = math.ceil(options.runs / options.rounds)
+def measure(place: Place, pairs: Sequence[Pair], options: Namespace, notes: list[str]) -> None:
+    """Every setting in turn, `rounds` times, with all threads and with one; no more if it fails."""
+    runs, failed = math.ceil(options.runs / options.rounds), set[str]()
     for number in range(options.rounds):
-        for setting, row in list(pairs):
+        for setting, row in pairs:
+            if row.key in failed:
+                continue
             told(f"round {number + 1} of {options.rounds}: {row.key}")
             try:
                 for threads in dict.fromkeys((options.threads, 1)):
                     line = child(place, setting, row, threads, runs, options.patience)
                     row.lines.setdefault(threads, []).append(line)
             except Unavailable as reason:
-                notes.append(f"left out: {row.key}: {reason}")
+                notes.append(f"round {number + 1}: {row.key}: {reason}")
                 told(notes[-1])
-                pairs.remove((setting, row))
+                failed.add(row.key)
 
 
 def child(
@@ -146,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = Place(folder)
         pairs = prepare(place, only, notes)
         measure(place, pairs, options, notes)
-        rows = [row for _, row in pairs]
+        rows = [row for _, row in pairs if {options.threads, 1} <= row.lines.keys()]
         if not rows:
             sys.exit("\n".join(["nothing was measured", *notes]))
         draw(rows, options)

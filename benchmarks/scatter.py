@@ -85,7 +85,7 @@ def _grid(across: Axis, up: Axis) -> list[str]:
 
 
 def _points(points: Sequence[Point], across: Axis, up: Axis, colours: dict[str, str]) -> list[str]:
-    """From the top, each name to the right of its point (left of it near the edge), or lower."""
+    """From the top, each name to the right of its point, or to the left near the edge."""
     parts: list[str] = []
     taken: list[tuple[float, float, float]] = []  # left, right, height of names and points
     placed = [(LEFT + across.pixels(p.x), HEIGHT - BOTTOM - up.pixels(p.y), p) for p in points]
@@ -94,19 +94,27 @@ def _points(points: Sequence[Point], across: Axis, up: Axis, colours: dict[str, 
         colour, long = colours[point.group], 6.5 * len(point.name)
         inwards = at + 9 + long > WIDTH - RIGHT
         begin = at - 9 - long if inwards else at + 9
-        line = height
-        while any(
-            begin < right and left < begin + long and abs(line - other) < LINE
-            for left, right, other in taken
-            if (left, right, other) != (at - 5, at + 5, height)
-        ):
-            line += 2
+        others = [t for t in taken if t != (at - 5, at + 5, height)]
+        line = _free(height, begin, begin + long, others)
         taken.append((begin, begin + long, line))
         parts.append(f'<circle cx="{at:.1f}" cy="{height:.1f}" r="5" fill="{colour}"/>')
         anchor = "text-anchor='end' " if inwards else ""
         where = at - 9 if inwards else at + 9
         parts.append(_text(where, line + 4, point.name, f"{anchor}fill='{colour}'"))
     return parts
+
+
+def _free(
+    height: float, begin: float, end: float, taken: Sequence[tuple[float, float, float]]
+) -> float:
+    """The nearest line to `height` where a name from `begin` to `end` meets none of `taken`."""
+    lines = [height + sign * step for step in range(0, HEIGHT, 2) for sign in (1, -1)]
+    near = [other for left, right, other in taken if begin < right and left < end]
+    for line in lines:
+        inside = TOP <= line <= HEIGHT - BOTTOM - LINE / 2
+        if inside and all(abs(line - other) >= LINE for other in near):
+            return line
+    return height
 
 
 def _legend(colours: dict[str, str]) -> list[str]:
