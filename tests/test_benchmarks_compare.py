@@ -126,6 +126,27 @@ def test_a_program_that_cannot_be_had_is_left_out(
     assert notes == ["left out: openvino: no network"]
 
 
+def test_a_setting_that_fails_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def child(place: Place, setting: Setting, row: Row, threads: int, *more: Any) -> dict[str, Any]:
+        asked.append(f"{row.name} {threads}")
+        if row.name == "bad" and threads == 1:
+            raise Unavailable("it broke")
+        return line(1.0, 1.0)
+
+    monkeypatch.setattr(compare, "child", child)
+    options = compare.command_line().parse_args(["--rounds", "2"])
+    pairs = [(Setting(n, "it", tmp_path), Row("it", n, 1.0, 1.0)) for n in ("good", "bad")]
+    notes: list[str] = []
+    compare.measure(Place(tmp_path), pairs, options, notes)
+    assert asked == ["good 2", "good 1", "bad 2", "bad 1", "good 2", "good 1"]
+    assert notes == ["round 1: it bad: it broke"]
+    assert pairs[1][1].lines.keys() == {2}
+
+
 def test_a_child_measures_answers_and_the_encoder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
