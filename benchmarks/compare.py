@@ -8,7 +8,7 @@ time when it has one thread, which other programs on the machine hardly change. 
 features of one image are compared, to see that all do the same work.
 
 Needs 25 GB of disk, 12 GB of memory, a compiler, and the network the first time. What cannot be
-installed here is named and left out.
+installed here is named and left out. Measuring takes about 45 minutes on two quiet cores.
 """
 
 from __future__ import annotations

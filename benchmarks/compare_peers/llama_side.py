@@ -82,10 +82,15 @@ class Llama:
                 check(mtmd.mtmd_encode_chunk(self.vision, chunk))
 
     def features(self) -> Any:
-        """What `encode` has left."""
+        """What `encode` has left, with the row of each patch in its place.
+
+        Its graph of a LLaVA appends the class token that CLIP puts first, and still leaves out row
+        0: the first patch is lost, the others are a row early (ggml-org/llama.cpp issue 25814).
+        """
         width = llama.llama_model_n_embd(self.model)
         pointer = mtmd.mtmd_get_output_embd(self.vision)
-        return np.ctypeslib.as_array(pointer, (side.IMAGE_TOKENS, width)).copy()
+        rows = np.ctypeslib.as_array(pointer, (side.IMAGE_TOKENS, width))
+        return np.roll(rows, 1, axis=0)
 
 
 def check(code: int) -> None:

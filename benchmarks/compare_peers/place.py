@@ -87,7 +87,8 @@ class Place:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unavailable(f"{Path(words[0]).name}: {error}") from None
         if done.returncode != 0:
-            raise Unavailable(f"`{_short(words)}` failed: {_last(done.stderr or done.stdout)}")
+            last = _last(done.stderr or done.stdout).replace(str(self.work), "WORK")
+            raise Unavailable(f"`{_short(words)}` failed: {last.replace(str(ROOT), '.')}")
         return done.stdout
 
     def _path(self, command: Sequence[str | Path]) -> str:

@@ -218,7 +218,7 @@ def versions(rows: Sequence[Row]) -> str:
 
 
 def ratios(all_wanted: Sequence[Wanted], medians: dict[str, dict[str, float]]) -> list[str]:
-    """The table of the bars, on both clocks."""
+    """The table of the bars that were measured, on both clocks."""
     lines = [_line("bar", "limit", "wall", "CPU, one thread"), "|---|---|---|---|"]
     for bar in all_wanted:
         values = [ratio(bar, medians, ending) for ending in ("", "_cpu")]
