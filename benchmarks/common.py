@@ -1,7 +1,7 @@
 """What the benchmarks share: child processes with their peak memory, medians, tables, results.
 
 This module imports the standard library only: on Linux the memory of a process counts towards the
-peak of those that it starts, so it has to stay small.
+peak of those that it starts, so it has to stay small, and other programs' environments read it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-from edgevlm.toolkit.terminal.console import table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -89,7 +87,8 @@ class Finished:
 
 def child(command: Sequence[str], cwd: Path = ROOT) -> Finished:
     """Run a command to its end; exits with its error output if it fails."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         since = Moment.now()
         process = subprocess.Popen(
@@ -174,6 +173,8 @@ class Report:
         if options.json:
             print(json.dumps(data))
         else:
+            from edgevlm.toolkit.terminal.console import table
+
             bars = [str(bar) for bar in self.bars]
             lines = [*table(self.columns, self.rows), *self.notes, *bars]
             print(f"{self.benchmark}: {data['device']['processor']}", *lines, "", sep="\n")
