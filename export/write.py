@@ -127,7 +127,8 @@ class Recorded:
                 used += stored.planned(name, self.dtype)
             else:
                 plain = [TensorSpec(name, self.dtype, shape)]
-                used += self.ops.channels.planned(name, self.dtype) or plain
+                found = self.ops.channels.planned(name, self.dtype)
+                used += found or self.ops.static.planned(name, self.dtype) or plain
         return used + [TensorSpec(n, "fp32", x.shape) for n, x in self.ops.constants.items()]
 
     def nbytes(self) -> int:
@@ -138,6 +139,8 @@ class Recorded:
         """The ONNX model whose weights are in the file `location`."""
         initializers = list(self.ops.small.values())
         for name, entry in written.entries.items():
+            if name in self.ops.static.unread:
+                continue
             kind, dims = self.ops.quantized.declared(name) or (ELEMENT[entry.dtype], entry.shape)
             tensor = onnx.TensorProto(name=name, dims=dims, data_type=kind)
             tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -231,6 +234,9 @@ def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array])
     def produce(tensor: TensorSpec) -> Blocks:
         if tensor.name in tables:
             return row_blocks(tables[tensor.name])
+        static = recorded.ops.static.content(tensor.name, weights)
+        if static is not None:
+            return static
         stored = tensor.name.removesuffix(blockwise.SCALE)
         if stored in by_channel:
             weight = weights[by_channel[stored]]

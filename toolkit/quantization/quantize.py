@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import numpy as np
-
-from edgevlm.toolkit.errors import CalibrationError
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
+from edgevlm.toolkit.quantization import static
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 
 T = TypeVar("T")
@@ -46,20 +44,11 @@ class Quantize(Wrapper[T]):
         return self.inner.conv(self._input(x, w), self._weight(w, axis=0), **sizes)
 
     def _input(self, x: T, w: Weights[T]) -> T:
-        path = self.path_of(w)
-        if path not in self._plan.ranges:
-            raise CalibrationError(
-                f"the plan has no range for the input of {path}",
-                hint="calibrate again with samples that reach every component",
-            )
-        scale = np.float32(max(self._plan.ranges[path], 1e-8) / 127)
-        path = f"{w.path}/input"
-        return self.inner.fake_quant(x, np.asarray(scale), axis=None, path=path)
+        scale = static.input_step(self._plan.ranges, self.path_of(w))
+        return self.inner.fake_quant(x, scale, axis=None, path=f"{w.path}/input")
 
     def _weight(self, w: Weights[T], axis: int) -> Weights[T]:
-        array = np.abs(self._weights(w.key("weight")).astype(np.float32))
-        others = tuple(i for i in range(array.ndim) if i != axis)
-        scale = np.maximum(array.max(others), 1e-8).astype(np.float32) / np.float32(127)
+        scale = static.scales(self._weights(w.key("weight")))
         path = f"{w.path}/weight"
         rounded = self.inner.fake_quant(w["weight"], scale, axis=axis, path=path)
         bias = w.get("bias")

@@ -1,0 +1,158 @@
+"""SmoothQuant: outliers of a norm's output are moved into the weights of the linears that read it.
+
+Xiao et al., arXiv 2211.10438: channel j of the norm's output is divided by
+s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), which goes into the norm's weight and bias, and row j
+of every linear that reads it is multiplied by s_j. In float the model stays the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+
+from edgevlm.toolkit.ops.shape_ops import ShapeOps, Spec, Specs
+from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.ops.wrappers import Wrapper
+from edgevlm.toolkit.vlm import cost
+from edgevlm.toolkit.vlm.components import Component
+
+_SMALLEST = 1e-5  # of a scale: a channel that is nearly silent is not made loud
+
+
+@dataclass
+class Link:
+    """A norm whose output nothing but linears read: keys of its tensors and of their weights.
+
+    path: of the first linear, whose input stands for that of all.
+    """
+
+    norm: str
+    path: str = ""
+    linears: list[str] = field(default_factory=list)
+
+
+class Trace(Wrapper[Spec]):
+    """Runs a component over shapes, and sees where the output of each norm goes."""
+
+    def __init__(self, component: Component) -> None:
+        super().__init__(cast(Any, ShapeOps()), component.name)
+        self._keys = component.shapes.keys()
+        self._norms: dict[int, tuple[Spec, Link]] = {}
+        self._spoiled: set[int] = set()
+        self._uses: Counter[str] = Counter()
+
+    def __getattr__(self, op: str) -> Any:
+        run = getattr(self.inner, op)
+
+        def traced(*args: Any, **options: Any) -> Any:
+            self._spoil([*args, *options.values()])
+            return run(*args, **options)
+
+        return traced
+
+    def layer_merge(self, xs: Sequence[Spec], w: Weights[Spec], eps: float) -> Spec:
+        """As one op: its norms and its linear stay as they are."""
+        self._spoil(xs)
+        return self.inner.layer_merge(xs, w, eps)
+
+    def layer_norm(self, x: Spec, w: Weights[Spec], eps: float) -> Spec:
+        return self._normed(x, w, self.inner.layer_norm(x, w, eps))
+
+    def rms_norm(self, x: Spec, w: Weights[Spec], eps: float) -> Spec:
+        return self._normed(x, w, self.inner.rms_norm(x, w, eps))
+
+    def linear(self, x: Spec, w: Weights[Spec]) -> Spec:
+        key = w.key("weight")
+        self._uses[key] += 1
+        known = self._norms.get(id(x))
+        if known is None or key not in self._keys:
+            self._spoil([x])
+        else:
+            known[1].path = known[1].path or self.path_of(w)
+            known[1].linears.append(key)
+        return self.inner.linear(x, w)
+
+    def _normed(self, x: Spec, w: Weights[Spec], y: Spec) -> Spec:
+        self._spoil([x])
+        key, y = w.key("weight"), Spec(y.shape)  # an object of its own, as it is known by its id
+        self._uses[key] += 1
+        self._spoiled.discard(id(y))  # of something that is gone
+        if key in self._keys:  # and not made by another op
+            self._norms[id(y)] = (y, Link(w.key("")))  # y is kept, so that no other gets its id
+        return y
+
+    def _spoil(self, values: Iterable[Any]) -> None:
+        """These are read by something that is no linear."""
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                self._spoil(value)
+            self._spoiled.add(id(value))
+
+    def links(self, outputs: Iterable[Spec]) -> list[Link]:
+        """The norms that can be smoothed; outputs: of the component."""
+        self._spoil(outputs)
+        whole = (link for key, (_, link) in self._norms.items() if key not in self._spoiled)
+        return [
+            link
+            for link in whole
+            if link.linears
+            and all(self._uses[key] == 1 for key in (link.norm + "weight", *link.linears))
+        ]
+
+
+def links(component: Component, axes: Mapping[str, int]) -> list[Link]:
+    """The norms of a component that only linears read; axes: any sizes that it can run with."""
+    trace: Any = Trace(component)
+    inputs = cost.inputs(component, axes)
+    outputs = component.forward(trace, Weights(Specs(component.shapes)), inputs)
+    found: list[Link] = trace.links(outputs.values())
+    return found
+
+
+def scales(link: Link, largest: Array, weights: Mapping[str, Array], alpha: float) -> Array:
+    """s [inputs] of a link, float32; largest: max|x| of each channel of the norm's output."""
+    rows = np.max([np.abs(weights[key].astype(np.float32)).max(1) for key in link.linears], 0)
+    loud = (largest > 0) & (rows > 0)
+    found = np.where(loud, largest, 1.0) ** alpha / np.where(loud, rows, 1.0) ** (1 - alpha)
+    return np.where(loud, np.maximum(found, _SMALLEST), 1.0).astype(np.float32)
+
+
+class Changed(Mapping[str, Array]):
+    """The weights of a component, some of them changed when they are read."""
+
+    def __init__(
+        self, weights: Mapping[str, Array], changes: Mapping[str, Callable[[Array], Array]]
+    ) -> None:
+        self._weights = weights
+        self._changes = changes
+
+    def __getitem__(self, key: str) -> Array:
+        array, change = self._weights[key], self._changes.get(key)
+        return array if change is None else change(array.astype(np.float32))
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def smoothed(
+    weights: Mapping[str, Array], found: Mapping[str, Array], linked: Sequence[Link]
+) -> Changed:
+    """The weights with the scales `found`, by a link's norm, in norms and linears."""
+    changes: dict[str, Callable[[Array], Array]] = {}
+    for link in linked:
+        s = found[link.norm]
+        for leaf in ("weight", "bias"):
+            changes[link.norm + leaf] = lambda array, s=s: array / s  # type: ignore[misc]
+        for key in link.linears:
+            changes[key] = lambda array, s=s: array * s[:, None]  # type: ignore[misc]
+    return Changed(weights, changes)

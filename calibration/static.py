@@ -1,0 +1,367 @@
+"""Static INT8: ranges of what enters each layer, from samples; a plan, and what it costs.
+
+Samples go through the float model one at a time, and leave counts: memory does not grow with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgevlm.calibration import samples, smooth
+from edgevlm.calibration.appraise import Appraise, LayerError, Whole
+from edgevlm.calibration.chain import Arithmetic, Chain, Passage, in_numpy
+from edgevlm.calibration.histogram import Histogram, ranges_of
+from edgevlm.calibration.pictures import Chosen, Given, Progress, Sample, gather
+from edgevlm.calibration.samples import Settings
+from edgevlm.toolkit import systems
+from edgevlm.toolkit.bundle.atomic import refuse_existing, refuse_source
+from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.errors import CalibrationError, ConfigError
+from edgevlm.toolkit.ops.vocabulary import Array, Ops
+from edgevlm.toolkit.ops.wrappers import Observe
+from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
+from edgevlm.toolkit.quantization.quantize import Quantize
+from edgevlm.toolkit.vlm import components
+from edgevlm.toolkit.vlm.components import Component
+from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm.cost import count, image_axes
+
+_HEAD = "lm/head"  # reads one row a token, and its errors reach the logits as they are
+_CORRECTED_ON = 16  # samples that bias correction takes
+
+Interpreter = tuple[Ops[Any], Callable[[Array], Any], Callable[[Any], Array]]
+Store = Mapping[str, Mapping[str, Array]]
+
+
+@dataclass(frozen=True)
+class ComponentCost:
+    """A component on held-out samples: cosine and relative rms error of its outputs to the float
+    model's, errors of earlier components included; which share of its arithmetic is in INT8.
+    """
+
+    name: str
+    cosine: float
+    relative_rms: float
+    share_int8: float
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """A layer on held-out samples: relative rms error of its outputs, by its own rounding alone.
+
+    range: the largest |x| that its input keeps.
+    """
+
+    path: str
+    range: float
+    error: float
+
+
+@dataclass(frozen=True)
+class StaticCalibration:
+    """What came out. layers: those that cost most first. kl, same_top_1: of the logits, at `scored`
+    positions of held-out samples. smoothed, corrected: how many norms and biases were changed.
+    """
+
+    plan: PrecisionPlan
+    components: tuple[ComponentCost, ...]
+    layers: tuple[LayerCost, ...]
+    kl: float
+    same_top_1: float
+    scored: int
+    held_out: int
+    smoothed: int
+    corrected: int
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The linears and convolutions of a model by path, with their FLOPs for one image and one
+    token; those whose weight is not stored as it is used; and the FLOPs of each component.
+    """
+
+    flops: Mapping[str, int]
+    made: tuple[str, ...]
+    totals: Mapping[str, int]
+
+
+def of_bundle(
+    path: Path,
+    out: Path,
+    given: Given,
+    settings: Settings,
+    interpreter: Interpreter | None,
+    progress: Progress,
+    force: bool,
+) -> tuple[Source, StaticCalibration]:
+    """A float bundle's model with a plan for static INT8, to be written to `out`.
+
+    interpreter: ops, from an array to their tensors, and back; None for NumPy's. Raises
+    ToolkitError before any work where that cannot be.
+    """
+    samples.check(settings)
+    arithmetic = Arithmetic(*interpreter) if interpreter else in_numpy()
+    bundle = Bundle.open(path)
+    samples.check_bundle(bundle)
+    bundle.check_sizes()
+    refuse_source(out, path)
+    refuse_existing(out, force=force)
+    plan = plan_of(bundle.model, settings)
+    chosen = gather(bundle, given, settings, progress)
+    _check_reach(bundle.model, plan, chosen)
+    source = systems.load(path, Options())
+    chain = Chain(bundle.model, bundle.tokenizer())
+    return Calibrator(chain, arithmetic, settings, progress).run(source, plan, chosen)
+
+
+def layers_of(model: ModelConfig) -> Layers:
+    """Every layer that static INT8 is about."""
+    axes = image_axes(model, 1, 1) | {"sequence": 1, "context": 1}
+    flops, made, totals = dict[str, int](), list[str](), dict[str, int]()
+    for part in components.components(model):
+        counter = count(part, axes)
+        totals[part.name] = counter.flops
+        for cost in counter.costs:
+            if cost.op in ("linear", "conv") and cost.matrix_elements:
+                flops[cost.path] = flops.get(cost.path, 0) + cost.flops
+            elif cost.op in ("linear", "conv"):
+                made.append(cost.path)
+    return Layers(flops, tuple(made), totals)
+
+
+def plan_of(model: ModelConfig, settings: Settings) -> PrecisionPlan:
+    """All linears and convolutions in INT8, but the output layer and what is to stay in float.
+
+    Raises ConfigError for a glob that no layer matches.
+    """
+    layers = layers_of(model)
+    for glob in settings.keep_float:
+        if not any(fnmatchcase(path, glob) for path in layers.flops):
+            raise ConfigError(
+                f"--keep-float {glob} matches no layer",
+                hint=f"paths look like {next(iter(layers.flops))}; the report lists them",
+            )
+    head = (_HEAD,) if _HEAD in layers.flops else ()
+    globs = (*head, *layers.made, *settings.keep_float)
+    rules = tuple(Rule(glob, "float") for glob in dict.fromkeys(globs))
+    return PrecisionPlan("int8", rules, method=settings.range)
+
+
+def _check_reach(model: ModelConfig, plan: PrecisionPlan, chosen: Chosen) -> None:
+    """Raise CalibrationError naming a component that is to be in INT8 and sees no sample."""
+    if any(sample.image is not None for sample in chosen.calibrating):
+        return
+    if not chosen.calibrating:
+        raise CalibrationError("there are no samples", hint="give --images, --prompts or --text")
+    for path in layers_of(model).flops:
+        name = path.split("/")[0]
+        if name != model.lm.name and plan.at(path) == "int8":
+            raise CalibrationError(
+                f"no sample reaches {name}: none has an image",
+                hint=f"give --images FOLDER, or leave it in float: --keep-float '{name}/*'",
+            )
+
+
+class Calibrator:
+    """Runs samples through a model, and finds out what static INT8 needs to know."""
+
+    def __init__(
+        self, chain: Chain, arithmetic: Arithmetic, settings: Settings, progress: Progress
+    ) -> None:
+        self._chain = chain
+        self._arithmetic = arithmetic
+        self._settings = settings
+        self._progress = progress
+
+    def run(
+        self, source: Source, plan: PrecisionPlan, chosen: Chosen
+    ) -> tuple[Source, StaticCalibration]:
+        """The source with its plan and changed weights, and what that costs."""
+        weights: Store = source.weights
+        smoothed = 0
+        if self._settings.smooth is not None:
+            weights, smoothed = self._smooth(weights, chosen.calibrating, self._settings.smooth)
+        plan = replace(
+            plan,
+            ranges=self.ranges(weights, plan, chosen.calibrating),
+            samples=len(chosen.calibrating),
+            samples_sha256=_sha256(chosen.calibrating),
+        )
+        biases: dict[str, dict[str, Array]] = {}
+        if self._settings.bias_correction:
+            biases = self._biases(weights, plan, chosen.calibrating)
+        found = self._appraise(weights, biases, plan, chosen.held_out)
+        corrected = sum(map(len, biases.values()))
+        final = {name: _with(own, biases.get(name, {})) for name, own in weights.items()}
+        source = replace(source, plan=plan, weights=final)
+        return source, replace(found, smoothed=smoothed, corrected=corrected)
+
+    def ranges(
+        self, weights: Store, plan: PrecisionPlan, given: Sequence[Sample]
+    ) -> dict[str, float]:
+        """The range of each layer that the plan has in INT8.
+
+        Raises CalibrationError naming a layer whose input is never reached, always zero, or no
+        number.
+        """
+        expected = [p for p in layers_of(self._chain.model).flops if plan.at(p) == "int8"]
+        histograms: dict[str, Histogram] = {}
+        wanted = frozenset(expected)
+
+        def see(path: str, x: Any) -> None:
+            if path in wanted:
+                histograms.setdefault(path, Histogram()).add(self._arithmetic.read(x), path)
+
+        self._observe(weights, given, "ranges", see)
+        for path in expected:
+            if path not in histograms:
+                raise CalibrationError(
+                    f"no sample reaches {path}", hint="give samples with images and prompts"
+                )
+        return ranges_of({path: histograms[path] for path in expected}, self._settings.range)
+
+    def _observe(
+        self, weights: Store, given: Sequence[Sample], what: str, see: Callable[[str, Any], None]
+    ) -> None:
+        by = Passage(weights, self._arithmetic, lambda ops, part: Observe(ops, part.name, see))
+        for number, sample in enumerate(given, 1):
+            self._progress(f"{what}: sample {number} of {len(given)}")
+            self._chain.run(sample, by)
+
+    def _smooth(self, weights: Store, given: Sequence[Sample], alpha: float) -> tuple[Store, int]:
+        """The weights with outliers moved into them, and how many norms changed."""
+        axes = image_axes(self._chain.model, 1, 1) | {"sequence": 1, "context": 1}
+        linked = {part.name: smooth.links(part, axes) for part in self._chain.parts}
+        wanted = {link.path for links in linked.values() for link in links}
+        largest: dict[str, Array] = {}
+
+        def see(path: str, x: Any) -> None:
+            if path in wanted:
+                values = np.abs(self._arithmetic.read(x))
+                found = values.reshape(-1, values.shape[-1]).max(0)
+                largest[path] = np.maximum(largest.get(path, found), found)
+
+        self._observe(weights, given, "channels", see)
+        changed, total = dict(weights), 0
+        for name, links in linked.items():
+            reached = [link for link in links if link.path in largest]
+            if not reached:
+                continue
+            found = {
+                link.norm: smooth.scales(link, largest[link.path], weights[name], alpha)
+                for link in reached
+            }
+            changed[name] = smooth.smoothed(weights[name], found, reached)
+            total += len(reached)
+        return changed, total
+
+    def _errors(
+        self,
+        weights: Store,
+        biases: Mapping[str, Mapping[str, Array]],
+        plan: PrecisionPlan,
+        errors: dict[str, LayerError],
+    ) -> Passage:
+        """The float model, each layer compared with what it is in the plan."""
+
+        def wrap(ops: Ops[Any], part: Component) -> Appraise:
+            own = {k: self._arithmetic.load(b) for k, b in biases.get(part.name, {}).items()}
+            read, store = self._arithmetic.read, weights.get(part.name, {})
+            return Appraise(ops, part.name, plan, store, read, errors, own)
+
+        return Passage(weights, self._arithmetic, wrap)
+
+    def _biases(
+        self, weights: Store, plan: PrecisionPlan, given: Sequence[Sample]
+    ) -> dict[str, dict[str, Array]]:
+        """Biases with the mean error of their outputs added, by component and key."""
+        errors: dict[str, LayerError] = {}
+        by = self._errors(weights, {}, plan, errors)
+        some = given[:: -(-len(given) // _CORRECTED_ON)]
+        for number, sample in enumerate(some, 1):
+            self._progress(f"biases: sample {number} of {len(some)}")
+            self._chain.run(sample, by)
+        found: dict[str, dict[str, Array]] = {}
+        for path, error in errors.items():
+            name, inner = path.split("/", 1)
+            key = inner.replace("/", ".") + ".bias"
+            if key in weights[name]:
+                bias = weights[name][key].astype(np.float32) + error.shift / error.rows
+                found.setdefault(name, {})[key] = bias.astype(np.float32)
+        return found
+
+    def _appraise(
+        self,
+        weights: Store,
+        biases: Mapping[str, Mapping[str, Array]],
+        plan: PrecisionPlan,
+        held: Sequence[Sample],
+    ) -> StaticCalibration:
+        """What the plan costs on samples that it was not made from."""
+        errors, whole = dict[str, LayerError](), Whole()
+        plain = self._errors(weights, biases, plan, errors)
+        final = {name: _with(own, biases.get(name, {})) for name, own in weights.items()}
+
+        def wrap(ops: Ops[Any], part: Component) -> Any:
+            return Quantize(ops, part.name, plan, final.get(part.name, {}).__getitem__)
+
+        rounded = Passage(final, self._arithmetic, wrap)
+        for number, sample in enumerate(held, 1):
+            self._progress(f"errors: held-out sample {number} of {len(held)}")
+            whole.add(self._chain.run(sample, plain), self._chain.run(sample, rounded))
+        layers = layers_of(self._chain.model)
+        costs = [
+            LayerCost(path, plan.ranges[path], error.compared.relative_rms)
+            for path, error in errors.items()
+        ]
+        found = tuple(
+            ComponentCost(name, c.cosine, c.relative_rms, _share(name, layers, plan))
+            for name, c in whole.components.items()
+        )
+        scored = max(whole.scored, 1)
+        return StaticCalibration(
+            plan,
+            found,
+            tuple(sorted(costs, key=lambda cost: -cost.error)),
+            whole.kl / scored,
+            whole.same / scored,
+            whole.scored,
+            len(held),
+            0,
+            0,
+        )
+
+
+def _share(name: str, layers: Layers, plan: PrecisionPlan) -> float:
+    """Of a component's arithmetic, what its layers in INT8 do."""
+    own = [path for path in layers.flops if path.split("/")[0] == name]
+    in_int8 = sum(layers.flops[path] for path in own if plan.at(path) == "int8")
+    return in_int8 / max(layers.totals[name], 1)
+
+
+def _with(weights: Mapping[str, Array], biases: Mapping[str, Array]) -> Mapping[str, Array]:
+    """The weights with these biases."""
+    if not biases:
+        return weights
+    return smooth.Changed(weights, {k: lambda _, b=b: b for k, b in biases.items()})  # type: ignore[misc]
+
+
+def _sha256(given: Sequence[Sample]) -> str:
+    """Of all samples: the images' bytes, prompts, token ids."""
+    digest = hashlib.sha256()
+    for sample in given:
+        if sample.ids is not None:
+            digest.update(sample.ids.tobytes())
+            continue
+        digest.update(sample.prompt.encode())
+        if sample.image is not None:
+            digest.update(sample.image.read_bytes())
+    return digest.hexdigest()
