@@ -279,7 +279,9 @@ def calibrate(
     given = Given(*(None if file is None else Path(file) for file in (images, prompts, text)))
     say, where = progress or _silent, (Path(bundle), Path(out), given, Settings(to, **settings))
     source, found = calibration.of_bundle(*where, forward.interpreter(), say, force)
-    write.write_bundle(source, Path(out), made_by=made_by(), force=force, progress=say)
+    write.write_bundle(
+        source, Path(out), dtype=found.dtype, made_by=made_by(), force=force, progress=say
+    )
     return found
 
 

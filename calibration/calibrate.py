@@ -49,7 +49,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What came out: the plan, the codes of the language model, and what they cost."""
+    """What came out: the plan, the codes of the language model, and what they cost.
+
+    dtype: of what the bundle has in float.
+    """
 
     plan: PrecisionPlan
     codes: Mapping[str, Codes]
@@ -57,6 +60,7 @@ class Calibration:
     share_4_bits: float
     quality: Quality
     within_budget: bool
+    dtype: str = "fp32"
 
 
 def of_bundle(

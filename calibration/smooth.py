@@ -25,13 +25,13 @@ _SMALLEST = 1e-5  # of a scale: a channel that is nearly silent is not made loud
 
 @dataclass
 class Link:
-    """A norm whose output nothing but linears read: keys of its tensors and of their weights.
+    """A norm whose output nothing but linears read: what its keys begin with, and their weights.
 
-    path: of the first linear, whose input stands for that of all.
+    paths: of the linears, all of which have the same input.
     """
 
     norm: str
-    path: str = ""
+    paths: list[str] = field(default_factory=list)
     linears: list[str] = field(default_factory=list)
 
 
@@ -72,7 +72,7 @@ class Trace(Wrapper[Spec]):
         if known is None or key not in self._keys:
             self._spoil([x])
         else:
-            known[1].path = known[1].path or self.path_of(w)
+            known[1].paths.append(self.path_of(w))
             known[1].linears.append(key)
         return self.inner.linear(x, w)
 

@@ -67,8 +67,11 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class StaticCalibration:
-    """What came out. layers: those that cost most first. kl, same_top_1: of the logits, at `scored`
-    positions of held-out samples. smoothed, corrected: how many norms and biases were changed.
+    """What came out.
+
+    layers: those that cost most first. kl, same_top_1: of the logits, at `scored` positions of
+    held-out samples. smoothed, corrected: how many norms and biases were changed. dtype: of what
+    the bundle has in float.
     """
 
     plan: PrecisionPlan
@@ -78,8 +81,9 @@ class StaticCalibration:
     same_top_1: float
     scored: int
     held_out: int
-    smoothed: int
-    corrected: int
+    smoothed: int = 0
+    corrected: int = 0
+    dtype: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ def of_bundle(
     _check_reach(bundle.model, plan, chosen)
     source = systems.load(path, Options())
     chain = Chain(bundle.model, bundle.tokenizer())
-    return Calibrator(chain, arithmetic, settings, progress).run(source, plan, chosen)
+    made, found = Calibrator(chain, arithmetic, settings, progress).run(source, plan, chosen)
+    return made, replace(found, dtype=bundle.manifest.dtype)
 
 
 def layers_of(model: ModelConfig) -> Layers:
@@ -188,7 +193,7 @@ class Calibrator:
         weights: Store = source.weights
         smoothed = 0
         if self._settings.smooth is not None:
-            weights, smoothed = self._smooth(weights, chosen.calibrating, self._settings.smooth)
+            weights, smoothed = self._smooth(weights, plan, chosen.calibrating)
         plan = replace(
             plan,
             ranges=self.ranges(weights, plan, chosen.calibrating),
@@ -236,11 +241,20 @@ class Calibrator:
             self._progress(f"{what}: sample {number} of {len(given)}")
             self._chain.run(sample, by)
 
-    def _smooth(self, weights: Store, given: Sequence[Sample], alpha: float) -> tuple[Store, int]:
+    def _smooth(
+        self, weights: Store, plan: PrecisionPlan, given: Sequence[Sample]
+    ) -> tuple[Store, int]:
         """The weights with outliers moved into them, and how many norms changed."""
+        alpha = self._settings.smooth
+        assert alpha is not None
         axes = image_axes(self._chain.model, 1, 1) | {"sequence": 1, "context": 1}
         linked = {part.name: smooth.links(part, axes) for part in self._chain.parts}
-        wanted = {link.path for links in linked.values() for link in links}
+        wanted = {
+            link.paths[0]
+            for links in linked.values()
+            for link in links
+            if any(plan.at(path) == "int8" for path in link.paths)
+        }
         largest: dict[str, Array] = {}
 
         def see(path: str, x: Any) -> None:
@@ -252,11 +266,11 @@ class Calibrator:
         self._observe(weights, given, "channels", see)
         changed, total = dict(weights), 0
         for name, links in linked.items():
-            reached = [link for link in links if link.path in largest]
+            reached = [link for link in links if link.paths[0] in largest]
             if not reached:
                 continue
             found = {
-                link.norm: smooth.scales(link, largest[link.path], weights[name], alpha)
+                link.norm: smooth.scales(link, largest[link.paths[0]], weights[name], alpha)
                 for link in reached
             }
             changed[name] = smooth.smoothed(weights[name], found, reached)
@@ -335,8 +349,6 @@ class Calibrator:
             whole.same / scored,
             whole.scored,
             len(held),
-            0,
-            0,
         )
 
 

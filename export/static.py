@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import onnx
@@ -25,27 +24,18 @@ class Emitter(Protocol):
     def one(self, kind: str, inputs: Sequence[str], name: str = "", **attrs: Any) -> str: ...
 
 
-@dataclass(frozen=True)
-class _Rounded:
-    """An input behind its Q/DQ: the step, and the tensor."""
-
-    step: float
-    tensor: str
-
-
 class StaticWeights:
     """The weights of one component that its graph takes in codes, and the steps of their inputs.
 
-    unread: input steps that the graph does not read, as another layer with the same input and the
-    same step reads its own; the reference reads each.
+    Every layer has Q/DQ of its own around its input, also where several read one: TensorRT joins
+    what is the same, and ONNX Runtime makes integer products only where nothing else reads the
+    codes.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], plan: PrecisionPlan) -> None:
         self._shapes = shapes
         self._plan = plan
         self.steps: dict[str, Array] = {}
-        self.unread: set[str] = set()
-        self._inputs: dict[str, _Rounded] = {}
 
     def operands(self, e: Emitter, x: str, weight: str, path: str) -> tuple[str, str]:
         """x and `weight` as the product at `path` takes them: as they are, or both behind Q/DQ.
@@ -57,21 +47,12 @@ class StaticWeights:
         name, shape = weight + SUFFIX, self._shapes[weight]
         self.steps[weight] = static.input_step(self._plan.ranges, path)
         axis = static.channel_axis(shape)
-        zeros = _zeros(e, shape[axis])
-        stored = [name, name + SCALE, zeros]
+        step = [name + INPUT, _zeros(e, None)]
+        codes = e.one("QuantizeLinear", [x, *step], f"{path}/input/quantize")
+        rounded = e.one("DequantizeLinear", [codes, *step], f"{path}/input/dequantize")
+        stored = [name, name + SCALE, _zeros(e, shape[axis])]
         w = e.one("DequantizeLinear", stored, f"{path}/weight/dequantize", axis=axis)
-        return self._rounded(e, x, weight, path), w
-
-    def _rounded(self, e: Emitter, x: str, weight: str, path: str) -> str:
-        step, known = float(self.steps[weight]), self._inputs.get(x)
-        if known is not None and known.step == step:  # q, k and v share the codes of their input
-            self.unread.add(weight + SUFFIX + INPUT)
-            return known.tensor
-        steps = [weight + SUFFIX + INPUT, _zeros(e, None)]
-        q = e.one("QuantizeLinear", [x, *steps], f"{path}/input/quantize")
-        tensor = e.one("DequantizeLinear", [q, *steps], f"{path}/input/dequantize")
-        self._inputs[x] = _Rounded(step, tensor)
-        return tensor
+        return rounded, w
 
     def planned(self, weight: str, dtype: str) -> list[TensorSpec]:
         """The three tensors of a weight in the weights file; none of a weight stored otherwise."""

@@ -139,8 +139,6 @@ class Recorded:
         """The ONNX model whose weights are in the file `location`."""
         initializers = list(self.ops.small.values())
         for name, entry in written.entries.items():
-            if name in self.ops.static.unread:
-                continue
             kind, dims = self.ops.quantized.declared(name) or (ELEMENT[entry.dtype], entry.shape)
             tensor = onnx.TensorProto(name=name, dims=dims, data_type=kind)
             tensor.data_location = onnx.TensorProto.EXTERNAL

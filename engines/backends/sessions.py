@@ -13,6 +13,8 @@ from typing import Any
 from edgevlm.toolkit.target import saturates_int8
 
 _EXACT_PRODUCTS = "session.x64quantprecision"
+# Merges the Q/DQ of layers with one input; but a product is of integers only if no other reads its.
+_MERGING = "CommonSubexpressionElimination"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _ERRORS_ONLY = 3
 
@@ -36,10 +38,12 @@ def open_session(model: Path | str | bytes, options: Any | None = None) -> Any:
     """
     import onnxruntime
 
+    graph = model if isinstance(model, bytes) else Path(model).read_bytes()
     return onnxruntime.InferenceSession(
         model if isinstance(model, bytes) else str(model),
         options or session_options(),
         providers=["CPUExecutionProvider"],
+        disabled_optimizers=[_MERGING] if b"QuantizeLinear" in graph else None,
     )
 
 
