@@ -90,7 +90,7 @@ class Chain:
     def run(self, sample: Sample, by: Passage) -> dict[str, dict[str, Array]]:
         """What every component that the sample reaches gives, by component and port.
 
-        The language model's are logits at up to SCORED positions, spread evenly.
+        The language model's are logits at up to SCORED positions of text, spread evenly.
         """
         if sample.ids is not None:
             ids = sample.ids[None]
@@ -150,10 +150,12 @@ class Chain:
         self, ids: Array, rows: Array, features: Array | None, by: Passage
     ) -> dict[str, dict[str, Array]]:
         part, length = self.parts[-1], ids.shape[1]
-        if length == 0:
-            raise CalibrationError("a prompt has no tokens", hint="leave it out")
+        if not (rows < 0).any():
+            raise CalibrationError("a prompt has no text that the model sees", hint="leave it out")
         width = int(self.model.lm.config.hidden_size)
-        scored = np.unique(np.linspace(0, length - 1, min(SCORED, length)).astype(np.int64))
+        texts = np.flatnonzero(rows[0] < 0)  # after an image token, logits mean nothing
+        spread = np.linspace(0, len(texts) - 1, min(SCORED, len(texts))).astype(np.int64)
+        scored = np.unique(texts[spread])
         inputs = {
             "ids": ids,
             "rows": rows,

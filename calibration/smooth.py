@@ -1,8 +1,10 @@
-"""SmoothQuant: outliers of a norm's output are moved into the weights of the linears that read it.
+"""SmoothQuant: channels with outliers are made smaller, and the weights that read them larger.
 
-Xiao et al., arXiv 2211.10438: channel j of the norm's output is divided by
+Xiao et al., arXiv 2211.10438: channel j of a norm's output is divided by
 s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), which goes into the norm's weight and bias, and row j
-of every linear that reads it is multiplied by s_j. In float the model stays the same.
+of every linear that reads it is multiplied by s_j. In float the model stays the same. So it does
+where a linear reads silu(gate) * up: there s goes into the columns of `up`. Language models have
+their largest values there.
 """
 
 from __future__ import annotations
@@ -25,23 +27,30 @@ _SMALLEST = 1e-5  # of a scale: a channel that is nearly silent is not made loud
 
 @dataclass
 class Link:
-    """A norm whose output nothing but linears read: what its keys begin with, and their weights.
+    """A norm whose output nothing but linears read, or a linear behind whose SwiGLU they stand.
 
-    paths: of the linears, all of which have the same input.
+    source: what its keys begin with. linears: the keys of the weights that read it; paths: of those
+    layers, all of which have the same input. through: the tensor in between, by id.
     """
 
-    norm: str
+    source: str
     paths: list[str] = field(default_factory=list)
     linears: list[str] = field(default_factory=list)
+    through: int | None = None
 
 
 class Trace(Wrapper[Spec]):
-    """Runs a component over shapes, and sees where the output of each norm goes."""
+    """Runs a component over shapes, and sees where outputs of norms and linears go.
+
+    Tensors are known by their ids: each of these is an object of its own, and kept.
+    """
 
     def __init__(self, component: Component) -> None:
         super().__init__(cast(Any, ShapeOps()), component.name)
         self._keys = component.shapes.keys()
-        self._norms: dict[int, tuple[Spec, Link]] = {}
+        self._sources: dict[int, tuple[Spec, Link]] = {}
+        self._products: dict[int, tuple[Spec, str]] = {}
+        self._kept: list[Spec | None] = []
         self._spoiled: set[int] = set()
         self._uses: Counter[str] = Counter()
 
@@ -66,24 +75,42 @@ class Trace(Wrapper[Spec]):
         return self._normed(x, w, self.inner.rms_norm(x, w, eps))
 
     def linear(self, x: Spec, w: Weights[Spec]) -> Spec:
-        key = w.key("weight")
+        key, y = w.key("weight"), self._own(self.inner.linear(x, w))
         self._uses[key] += 1
-        known = self._norms.get(id(x))
-        if known is None or key not in self._keys:
+        known = self._sources.get(id(x))
+        if known is None or key not in self._keys:  # or made by another op
             self._spoil([x])
         else:
             known[1].paths.append(self.path_of(w))
             known[1].linears.append(key)
-        return self.inner.linear(x, w)
+        self._products[id(y)] = (y, w.key(""))
+        return y
+
+    def swiglu(self, gate: Spec, up: Spec) -> Spec:
+        y, product = self._own(self.inner.swiglu(gate, up)), self._products.pop(id(up), None)
+        self._spoil([gate] if product else [gate, up])
+        if product is not None:
+            self._source(y, product[1], product[0])
+        return y
 
     def _normed(self, x: Spec, w: Weights[Spec], y: Spec) -> Spec:
         self._spoil([x])
-        key, y = w.key("weight"), Spec(y.shape)  # an object of its own, as it is known by its id
-        self._uses[key] += 1
-        self._spoiled.discard(id(y))  # of something that is gone
-        if key in self._keys:  # and not made by another op
-            self._norms[id(y)] = (y, Link(w.key("")))  # y is kept, so that no other gets its id
+        y = self._own(y)
+        self._uses[w.key("weight")] += 1
+        self._source(y, w.key(""), None)
         return y
+
+    def _own(self, y: Spec) -> Spec:
+        """The same as an object of its own; its id may be that of something that is gone."""
+        y = Spec(y.shape)
+        self._spoiled.discard(id(y))
+        return y
+
+    def _source(self, y: Spec, prefix: str, through: Spec | None) -> None:
+        if prefix + "weight" in self._keys:
+            self._kept.append(through)
+            link = Link(prefix, through=None if through is None else id(through))
+            self._sources[id(y)] = (y, link)
 
     def _spoil(self, values: Iterable[Any]) -> None:
         """These are read by something that is no linear."""
@@ -93,19 +120,20 @@ class Trace(Wrapper[Spec]):
             self._spoiled.add(id(value))
 
     def links(self, outputs: Iterable[Spec]) -> list[Link]:
-        """The norms that can be smoothed; outputs: of the component."""
+        """Where outliers can be moved; outputs: of the component."""
         self._spoil(outputs)
-        whole = (link for key, (_, link) in self._norms.items() if key not in self._spoiled)
+        whole = (link for key, (_, link) in self._sources.items() if key not in self._spoiled)
         return [
             link
             for link in whole
             if link.linears
-            and all(self._uses[key] == 1 for key in (link.norm + "weight", *link.linears))
+            and link.through not in self._spoiled
+            and all(self._uses[key] == 1 for key in (link.source + "weight", *link.linears))
         ]
 
 
 def links(component: Component, axes: Mapping[str, int]) -> list[Link]:
-    """The norms of a component that only linears read; axes: any sizes that it can run with."""
+    """Where outliers of a component can be moved; axes: any sizes that it can run with."""
     trace: Any = Trace(component)
     inputs = cost.inputs(component, axes)
     outputs = component.forward(trace, Weights(Specs(component.shapes)), inputs)
@@ -114,7 +142,7 @@ def links(component: Component, axes: Mapping[str, int]) -> list[Link]:
 
 
 def scales(link: Link, largest: Array, weights: Mapping[str, Array], alpha: float) -> Array:
-    """s [inputs] of a link, float32; largest: max|x| of each channel of the norm's output."""
+    """s [inputs] of a link, float32; largest: max|x| of each channel that they read."""
     rows = np.max([np.abs(weights[key].astype(np.float32)).max(1) for key in link.linears], 0)
     loud = (largest > 0) & (rows > 0)
     found = np.where(loud, largest, 1.0) ** alpha / np.where(loud, rows, 1.0) ** (1 - alpha)
@@ -147,12 +175,19 @@ class Changed(Mapping[str, Array]):
 def smoothed(
     weights: Mapping[str, Array], found: Mapping[str, Array], linked: Sequence[Link]
 ) -> Changed:
-    """The weights with the scales `found`, by a link's norm, in norms and linears."""
-    changes: dict[str, Callable[[Array], Array]] = {}
+    """The weights with the scales `found`, by a link's source, in sources and linears."""
+    columns: dict[str, Array] = {}
+    rows: dict[str, Array] = {}
     for link in linked:
-        s = found[link.norm]
-        for leaf in ("weight", "bias"):
-            changes[link.norm + leaf] = lambda array, s=s: array / s  # type: ignore[misc]
-        for key in link.linears:
-            changes[key] = lambda array, s=s: array * s[:, None]  # type: ignore[misc]
-    return Changed(weights, changes)
+        columns |= {link.source + leaf: found[link.source] for leaf in ("weight", "bias")}
+        rows |= dict.fromkeys(link.linears, found[link.source])
+
+    def change(key: str) -> Callable[[Array], Array]:
+        def scaled(array: Array) -> Array:
+            if key in columns:
+                array = array / columns[key]
+            return array * rows[key][:, None] if key in rows else array
+
+        return scaled
+
+    return Changed(weights, {key: change(key) for key in columns | rows})

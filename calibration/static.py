@@ -70,8 +70,8 @@ class StaticCalibration:
     """What came out.
 
     layers: those that cost most first. kl, same_top_1: of the logits, at `scored` positions of
-    held-out samples. smoothed, corrected: how many norms and biases were changed. dtype: of what
-    the bundle has in float.
+    held-out samples. smoothed: how many inputs were; corrected: how many biases. dtype: of what the
+    bundle has in float.
     """
 
     plan: PrecisionPlan
@@ -244,7 +244,7 @@ class Calibrator:
     def _smooth(
         self, weights: Store, plan: PrecisionPlan, given: Sequence[Sample]
     ) -> tuple[Store, int]:
-        """The weights with outliers moved into them, and how many norms changed."""
+        """The weights with outliers moved into them, and how many places changed."""
         alpha = self._settings.smooth
         assert alpha is not None
         axes = image_axes(self._chain.model, 1, 1) | {"sequence": 1, "context": 1}
@@ -270,7 +270,7 @@ class Calibrator:
             if not reached:
                 continue
             found = {
-                link.norm: smooth.scales(link, largest[link.paths[0]], weights[name], alpha)
+                link.source: smooth.scales(link, largest[link.paths[0]], weights[name], alpha)
                 for link in reached
             }
             changed[name] = smooth.smoothed(weights[name], found, reached)

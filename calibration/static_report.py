@@ -54,8 +54,8 @@ def summary(
         *table(columns, rows),
         f"logits           KL {result.kl:.4f}, same likeliest token {result.same_top_1:.1%}, at "
         f"{result.scored} positions of {result.held_out} held-out samples",
-        f"calibrated       {plan.samples} samples, {plan.method}; {result.smoothed} norms smoothed,"
-        f" {result.corrected} biases corrected",
+        f"calibrated       {plan.samples} samples, {plan.method}",
+        f"changed          {result.smoothed} inputs smoothed, {result.corrected} biases corrected",
         *table(("layers that cost most", "range", "relative rms"), worst),
     ]
     return data, lines

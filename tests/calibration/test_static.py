@@ -306,8 +306,8 @@ def test_smoothing_changes_nothing_in_float(role: str, kind: str) -> None:
     links = smooth.links(part, AXES)
     found = {}
     for link in links:
-        outlying = generator.uniform(0.01, 30, part.shapes[link.norm + "weight"])
-        found[link.norm] = smooth.scales(link, outlying.astype(np.float32), weights, 0.5)
+        outlying = generator.uniform(0.01, 30, part.shapes[link.source + "weight"][-1])
+        found[link.source] = smooth.scales(link, outlying.astype(np.float32), weights, 0.5)
     changed = smooth.smoothed(weights, found, links)
     expected = part.forward(NumpyOps(), Weights(weights), inputs)
     actual = part.forward(NumpyOps(), Weights(changed), inputs)
@@ -315,6 +315,10 @@ def test_smoothing_changes_nothing_in_float(role: str, kind: str) -> None:
         assert relative_difference(actual[name], array) < 2e-5, name
     if (role, kind) in (("encoders", "clip"), ("lms", "llama"), ("encoders", "convnext")):
         assert len(links) >= 4
+    if role == "lms":  # also behind the SwiGLU
+        read = {key for link in links for key in link.linears}
+        assert {"layers.0.attention.q.weight", "layers.0.mlp.up.weight"} <= read
+        assert "layers.1.mlp.down.weight" in read
 
 
 def test_smoothing_helps_where_channels_are_outliers(bundle: Path, images: Path) -> None:
@@ -325,9 +329,10 @@ def test_smoothing_helps_where_channels_are_outliers(bundle: Path, images: Path)
     part = next(p for p in Chain(model, Bundle.open(bundle).tokenizer()).parts if "clip" in p.name)
     for link in smooth.links(part, AXES):
         own = weights[part.name]
+        assert link.through is None
         for leaf in ("weight", "bias"):
-            own[link.norm + leaf] = own[link.norm + leaf].copy()
-            own[link.norm + leaf][3] *= 30
+            own[link.source + leaf] = own[link.source + leaf].copy()
+            own[link.source + leaf][3] *= 30
         for key in link.linears:
             own[key] = own[key].copy()
             own[key][3] /= 30
