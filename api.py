@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgevlm.calibration.calibrate import Calibration
     from edgevlm.calibration.static import StaticCalibration
-    from edgevlm.engines.build.build import Requantization, Request
+    from edgevlm.engines.build.build import Request
     from edgevlm.engines.manifest import Engine
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
@@ -170,20 +170,30 @@ def build_request(
     max_context: int | None = None,
     max_image_tiles: int | None = None,
     precision: str | None = None,
+    tune: bool = True,
+    keep_slower: bool = False,
     accept_loss: float | None = None,
     bisect: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Request:
     """The request of `edgevlm build`; `precision` adds the recorder of the requantized model."""
+    from edgevlm import requantize
     from edgevlm.engines.build.build import Request
     from edgevlm.toolkit.target import parse
 
-    requantization = None
-    if precision is not None:
-        requantization = _requantization(Path(bundle), precision, progress or _silent)
+    parsed = parse(target)
+    requantization, tuning = requantize.chosen(
+        Path(bundle),
+        precision,
+        parsed,
+        progress or _silent,
+        made_by=made_by(),
+        tune=tune,
+        keep_slower=keep_slower,
+    )
     return Request(
-        parse(target),
+        parsed,
         max_context,
         force,
         made_by(),
@@ -191,26 +201,8 @@ def build_request(
         bisect,
         requantization,
         accept_loss,
+        tuning,
     )
-
-
-def _requantization(bundle: Path, precision: str, progress: Progress) -> Requantization:
-    from dataclasses import replace
-    from functools import partial
-
-    from edgevlm.calibration import weight_only
-    from edgevlm.engines.build.build import Requantization
-    from edgevlm.export import available
-    from edgevlm.toolkit import systems
-    from edgevlm.toolkit.checkpoints.layouts.source import Options
-
-    available.check()
-    from edgevlm.export import write
-
-    plan = weight_only.plan(precision)
-    source = replace(systems.load(bundle, Options()), plan=plan)
-    writing = partial(write.write_bundle, source, made_by=made_by(), progress=progress)
-    return Requantization(precision, plan, writing, partial(write.graphs, source))
 
 
 def build_engine(
@@ -221,6 +213,8 @@ def build_engine(
     max_context: int | None = None,
     max_image_tiles: int | None = None,
     precision: str | None = None,
+    tune: bool = True,
+    keep_slower: bool = False,
     accept_loss: float | None = None,
     bisect: bool = False,
     force: bool = False,
@@ -228,10 +222,11 @@ def build_engine(
 ) -> Engine:
     """Build a bundle into the engine `out`, as `edgevlm build` does; what engine.json holds.
 
-    accept_loss: the relative rms error against the float model that rounded weights may have, in
-    place of the limit of `precision`; beyond it the build raises AccuracyError.
-    An engine of the same bundle and options that exists at `out` is kept. Raises ToolkitError;
-    nothing half-written stays.
+    tune: time number formats on this machine, see docs/cli.md. keep_slower: low precision where
+    float is faster, too. accept_loss: the relative rms error against the float model that rounded
+    weights may have, in place of the limit of `precision`; beyond it the build raises
+    AccuracyError. An engine of the same bundle and options that exists at `out` is kept. Raises
+    ToolkitError; nothing half-written stays.
     """
     from edgevlm.engines.build.build import build
 
@@ -241,6 +236,8 @@ def build_engine(
         max_context=max_context,
         max_image_tiles=max_image_tiles,
         precision=precision,
+        tune=tune,
+        keep_slower=keep_slower,
         accept_loss=accept_loss,
         bisect=bisect,
         force=force,

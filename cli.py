@@ -10,8 +10,10 @@ import typer
 
 from edgevlm.calibration import command as calibration
 from edgevlm.toolkit.terminal.flags import (
+    AcceptLoss,
     AllowBanned,
     Base,
+    Bisect,
     Context,
     Debug,
     DryRun,
@@ -19,7 +21,10 @@ from edgevlm.toolkit.terminal.flags import (
     Force,
     IgnoreKey,
     Json,
+    KeepSlower,
+    LowPrecision,
     NoRepeatNgram,
+    NoTune,
     Offline,
     Quiet,
     Quirk,
@@ -126,20 +131,11 @@ def build(
     max_image_tiles: Annotated[
         Optional[int], typer.Option(help="Most tiles of an image; default: the model's.")
     ] = None,
-    precision: Annotated[
-        Optional[str],
-        typer.Option(help="int8, int4: weights alone; int8-rows: inputs too. No samples needed."),
-    ] = None,
-    accept_loss: Annotated[
-        Optional[float],
-        typer.Option(help="Accept this relative rms error against float, such as 0.5."),
-    ] = None,
-    bisect: Annotated[
-        bool,
-        typer.Option(
-            "--bisect", help="If the engine differs from the reference, name the first op."
-        ),
-    ] = False,
+    precision: LowPrecision = None,
+    no_tune: NoTune = False,
+    keep_slower: KeepSlower = False,
+    accept_loss: AcceptLoss = None,
+    bisect: Bisect = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show how each op is lowered, and why.")
     ] = False,
@@ -161,6 +157,8 @@ def build(
         max_context=max_context,
         max_image_tiles=max_image_tiles,
         precision=precision,
+        tune=not no_tune,
+        keep_slower=keep_slower,
         accept_loss=accept_loss,
         bisect=bisect,
         force=force,

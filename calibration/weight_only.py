@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
+from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan, Rule
 
 KINDS = ("int8", "int4")
 ROWS = "int8-rows"  # inputs in 8 bits too, without samples: one step per row, found when it runs
+BLOCKS: Mapping[str, str] = {"int8-blocks": "int8", "int4-blocks": "int4"}  # weights alone
+
+
+def chosen(lm: str, forms: Mapping[str, Precision]) -> PrecisionPlan:
+    """The linears of each component in the precision that `forms` has for it.
+
+    lm: the name of the language model, see `of_lm`.
+    """
+    rules = [Rule(f"{name}/*", form) for name, form in forms.items() if name != lm]
+    rules += of_lm(lm, forms[lm]).rules
+    return PrecisionPlan("int8_weights", tuple(rules), method="round to nearest")
+
+
+def of_lm(lm: str, form: Precision) -> PrecisionPlan:
+    """The language model's layers in one precision; its embedding table and output layer in 8 bits,
+    or in float as the layers are.
+    """
+    if form == "float":
+        return PrecisionPlan("int8_weights", (Rule(f"{lm}/*", "float"),), method="none")
+    rules = (Rule(f"{lm}/layers.*", form),)
+    return PrecisionPlan("int8_weights", rules, method="round to nearest")
 
 
 def plan(kind: str, option: str = "--precision") -> PrecisionPlan:
@@ -17,10 +40,11 @@ def plan(kind: str, option: str = "--precision") -> PrecisionPlan:
     input (toolkit/quantization/channels.py), the embedding table as in int8. Raises ConfigError
     for other names, which `option` stated.
     """
+    kind = BLOCKS.get(kind, kind)
     if kind == ROWS:
         return PrecisionPlan("int8_rows", method="round to nearest")
     if kind not in KINDS:
-        known = ", ".join((*KINDS, ROWS))
+        known = ", ".join((*KINDS, ROWS, *BLOCKS) if option == "--precision" else KINDS)
         raise ConfigError(f"{option} {kind!r} is unknown", hint=f"known: {known}")
     rules = (Rule("lm/layers.*", "int4_weights"),) if kind == "int4" else ()
     return PrecisionPlan("int8_weights", rules, method="round to nearest")

@@ -13,14 +13,14 @@ from edgevlm.engines import backends
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle.manifest import ComponentRecord, FileRecord, check_parts
 from edgevlm.toolkit.errors import BundleError, ConfigError
-from edgevlm.toolkit.quantization.plan import PrecisionPlan
+from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
 from edgevlm.toolkit.strict import from_plain, read_json, to_plain
 from edgevlm.toolkit.target import Target, check_runs_here, parse
 from edgevlm.toolkit.vlm import config as model_config
 from edgevlm.toolkit.vlm.components import Edge
 from edgevlm.toolkit.vlm.config import ModelConfig
 
-FORMAT = 2
+FORMAT = 3
 DESCRIPTION = "engine.json"
 PREFILL_CHUNK = 256  # tokens of a prompt that the language model reads at a time
 
@@ -42,11 +42,36 @@ class Built:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A component in one number format: what the linears of a call take on this machine.
+
+    call: "view" of an image, "prompt" of the usual length, or "token". ms: milliseconds of all
+    its linears together. chosen: whether the engine runs such calls in this format.
+    """
+
+    component: str
+    call: str
+    precision: Precision
+    ms: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """The language model once more, in the precision that reads prompts fastest; no logits."""
+
+    record: ComponentRecord
+    plan: PrecisionPlan
+
+
+@dataclass(frozen=True)
 class Engine:
     """What engine.json holds.
 
     context: positions of the KV cache. max_image_tiles: None for all. precision: the requested
-    one, None for the bundle's own. plan: the precision plan of the engine.
+    one, None for the bundle's own; tuning_options: --no-tune and --keep-slower as given.
+    plan: the precision plan of the engine. prompt_form: where prompts run in another precision than
+    single tokens. trials: what was timed to choose.
     """
 
     format: int
@@ -65,6 +90,9 @@ class Engine:
     plan: PrecisionPlan
     lowering: tuple[Decision, ...]
     build: Built
+    tuning_options: tuple[str, ...] = ()
+    prompt_form: PromptForm | None = None
+    trials: tuple[Trial, ...] = ()
 
     def parsed_target(self) -> Target:
         """The target as a value."""
@@ -82,6 +110,7 @@ class Engine:
             words += ["--max-image-tiles", str(self.max_image_tiles)]
         if self.precision is not None:
             words += ["--precision", self.precision]
+        words += self.tuning_options
         if self.build.accepted_loss is not None:
             words += ["--accept-loss", f"{self.build.accepted_loss:g}"]
         return shlex.join([*words, "--force"])

@@ -137,7 +137,7 @@ def step_deploy(out: Path, trained: Path) -> dict[str, Path]:
     engines = {"float32": out / "engine", "int8": out / "engine-int8"}
     run("export", trained, bundle, "--force", "--quiet")
     for precision, engine in engines.items():
-        chosen = [] if precision == "float32" else ["--precision", precision]
+        chosen = [] if precision == "float32" else ["--precision", precision, "--keep-slower"]
         output("build", bundle, engine, *chosen, "--force", "--quiet")
         size = sum(file.stat().st_size for file in (ROOT / engine).glob("*.safetensors"))
         print(f"an engine with weights of {size / 1e6:.2f} MB")

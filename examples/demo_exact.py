@@ -104,7 +104,9 @@ def step_8_bits(bundle: Path, out: Path) -> None:
     """The same bundle with weights in 8 bits."""
     title(5, "build again with weights in 8 bits")
     engine = out / "engine-int8"
-    made = json.loads(output("build", bundle, engine, "--precision", "int8", "--force", "--json"))
+    made = json.loads(
+        output("build", bundle, engine, "--precision", "int8", "--keep-slower", "--force", "--json")
+    )
     sizes = [
         sum(f["nbytes"] for name, f in files.items() if name.endswith(".safetensors"))
         for files in (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,16 +12,16 @@ from onnx import helper
 from edgevlm.export.nodes import function, ints, node, shape
 from edgevlm.toolkit.checkpoints.safetensors_io import TensorSpec
 from edgevlm.toolkit.quantization.blockwise import (
-    LINEAR,
+    ORDER,
     SCALE,
     TABLE,
     ZERO_POINT,
+    ZERO_POINTS,
     Bits,
     StorageFormat,
-    block_of,
     pack,
 )
-from edgevlm.toolkit.quantization.plan import TABLES_IN_8_BITS, WEIGHT_BITS, PrecisionPlan
+from edgevlm.toolkit.quantization.plan import TABLES_IN_8_BITS, PrecisionPlan
 
 CODES: dict[Bits, int] = {8: onnx.TensorProto.UINT8, 4: onnx.TensorProto.UINT4}
 
@@ -44,7 +43,7 @@ class QuantizedWeights:
 
     def use(self, weight: str, storage: StorageFormat) -> bool:
         """Store `weight` in this storage; False where no block divides its inputs."""
-        if block_of(self._rows(weight, storage)[1], storage.block) is None:
+        if storage.block_in(self._rows(weight, storage)[1]) is None:
             return False
         self.formats[weight] = storage
         return True
@@ -57,35 +56,36 @@ class QuantizedWeights:
         """Outputs, inputs and block of a weight in use."""
         storage = self.formats[weight]
         outputs, inputs = self._rows(weight, storage)
-        block = block_of(inputs, storage.block)
+        block = storage.block_in(inputs)
         assert block is not None
         return outputs, inputs, block
 
     def planned(self, weight: str, dtype: str) -> list[TensorSpec]:
-        """The two tensors of a weight in the weights file."""
+        """The tensors of a weight in the weights file: codes, scales and perhaps zero points."""
         storage, (outputs, inputs, block) = self.formats[weight], self.sizes(weight)
         name = weight + storage.suffix
+        blocks = inputs // block
+        zeros = TensorSpec(name + ZERO_POINTS, "uint8", (outputs, blocks * storage.bits // 8))
         return [
             TensorSpec(name, "uint8", (outputs, inputs * storage.bits // 8)),
-            TensorSpec(name + SCALE, dtype, (outputs, inputs // block)),
+            TensorSpec(name + SCALE, dtype, (outputs, blocks)),
+            *([zeros] if storage.zero_points else []),
+            *([TensorSpec(name + ORDER, "int64", (inputs,))] if storage.ordered else []),
         ]
 
     def declared(self, name: str) -> tuple[int, tuple[int, ...]] | None:
-        """ONNX type and shape of a stored tensor's codes; None for any other tensor."""
+        """ONNX type and shape of stored codes or zero points; None for any other tensor."""
+        stem = name.removesuffix(ZERO_POINTS)
         for weight, storage in self.formats.items():
-            if name == weight + storage.suffix:
-                return CODES[storage.bits], self.sizes(weight)[:2]
+            if stem == weight + storage.suffix:
+                outputs, inputs, block = self.sizes(weight)
+                columns = inputs if stem == name else inputs // block
+                return CODES[storage.bits], (outputs, columns)
         return None
 
 
-def linear_format(plan: PrecisionPlan, path: str) -> StorageFormat | None:
-    """How the plan wants the weight of a linear stored; None in float."""
-    bits = WEIGHT_BITS.get(plan.at(path))
-    return None if bits is None else replace(LINEAR[bits], block=plan.block_at(path))
-
-
 def table_format(plan: PrecisionPlan, path: str) -> StorageFormat | None:
-    """The same of an embedding table, for which there is only one storage."""
+    """How the plan wants an embedding table stored, for which there is one way; None in float."""
     return TABLE if plan.at(path) in TABLES_IN_8_BITS else None
 
 
@@ -93,14 +93,20 @@ def product(e: Emitter, stored: QuantizedWeights, x: str, weight: str, path: str
     """x times a stored weight."""
     storage, (outputs, inputs, block) = stored.formats[weight], stored.sizes(weight)
     name = weight + storage.suffix
+    zeros = name + ZERO_POINTS
+    if not storage.zero_points:
+        zeros = _zero_points(e, storage.bits, (outputs, inputs // block))
+    if storage.ordered:
+        x = e.one("Gather", [x, name + ORDER], f"{path}/order", axis=-1)
     return e.one(
         "edgevlm.BlockedLinear",
-        [x, name, name + SCALE, _zero_points(e, storage.bits, (outputs, inputs // block))],
+        [x, name, name + SCALE, zeros],
         path,
         bits=storage.bits,
         block_size=block,
         in_features=inputs,
         out_features=outputs,
+        zero_points=int(storage.zero_points),
     )
 
 
@@ -122,12 +128,15 @@ def _zero_points(e: Emitter, bits: Bits, shape: tuple[int, int]) -> str:
 
 
 def blocked_linear() -> onnx.FunctionProto:
-    """x @ weight^T, the weight [outputs, inputs] in 8 or 4 bits, a scale per block_size inputs."""
+    """x @ weight^T, the weight [outputs, inputs] in 8 or 4 bits, a scale per block_size inputs.
+
+    zero_points: whether they are stored with the weight; 0 if all are 8 or 128.
+    """
     return function(
         "BlockedLinear",
         ["x", "stored", "scale", "zero_point"],
         ["y"],
-        ["bits", "block_size", "in_features", "out_features"],
+        ["bits", "block_size", "in_features", "out_features", "zero_points"],
         [
             node(
                 "DequantizeLinear",

@@ -121,7 +121,7 @@ class OnnxOps:
         return y if bias is None else self.one("Add", [y, bias], f"{path}/bias")
 
     def _product(self, x: str, weight: str, path: str) -> str:
-        storage = blocked.linear_format(self._plan, path)
+        storage = self._plan.storage_at(path)
         if weight in self._shapes:  # and not made by another op
             if self._plan.at(path) == "int8_rows":
                 return self.channels.product(self, x, weight, path)

@@ -41,6 +41,7 @@ from edgevlm.toolkit.vlm.components import Component, Port
 from edgevlm.toolkit.vlm.cost import count
 
 Progress = Callable[[str], None]
+PROMPT_FORM = ".prompt"  # in the names of the files of a second language model
 
 
 def write_bundle(
@@ -56,7 +57,30 @@ def write_bundle(
 
     dtype: fp32, fp16 or bf16, of weights that the source's plan leaves in float.
     """
-    model_components = components.components(source.model)
+    every = components.components(source.model)
+    _write(source, out, every, "", made_by=made_by, progress=progress, dtype=dtype, force=force)
+
+
+def write_prompt_form(source: Source, out: Path, *, made_by: str, progress: Progress) -> None:
+    """Write the language model alone, as `write_bundle` does but under the names of PROMPT_FORM:
+    for an engine that has it in two precisions. No bundle to keep: the other components lack.
+    """
+    lm = components.lm_component(source.model.lm)
+    _write(source, out, (lm,), PROMPT_FORM, made_by=made_by, progress=progress)
+
+
+def _write(
+    source: Source,
+    out: Path,
+    model_components: tuple[Component, ...],
+    suffix: str,
+    *,
+    made_by: str,
+    progress: Progress,
+    dtype: str = "fp32",
+    force: bool = False,
+) -> None:
+    """The bundle of some components, whose files have `suffix` in their names."""
     recordings = [record(component, dtype, source.plan) for component in model_components]
     functions = set[str]().union(*(recorded.ops.functions for recorded in recordings))
     require_space(out, sum(recorded.nbytes() for recorded in recordings))
@@ -65,8 +89,8 @@ def write_bundle(
         records = []
         for recorded in recordings:
             progress(f"{recorded.component.name}: writing graph and weights")
-            records.append(_write_component(folder, recorded, source, files))
-        _write_tokenizer_and_goldens(folder, model_components, source, files, progress)
+            records.append(_write_component(folder, recorded, suffix, source, files))
+        _write_tokenizer_and_goldens(folder, recordings, suffix, source, files, progress)
         manifest = Manifest(
             bundles.FORMAT,
             made_by,
@@ -84,19 +108,27 @@ def write_bundle(
 
 
 def _write_component(
-    folder: Path, recorded: Recorded, source: Source, files: dict[str, FileRecord]
+    folder: Path, recorded: Recorded, suffix: str, source: Source, files: dict[str, FileRecord]
 ) -> ComponentRecord:
     component = recorded.component
-    weights = f"{component.name}.safetensors"
-    written = _write_weights(folder / weights, recorded, source.weights.get(component.name, {}))
+    graph, weights = (f"{component.name}{suffix}.{kind}" for kind in ("onnx", "safetensors"))
+    values = source.weights.get(component.name, {})
+    written = write_graph(folder, recorded, graph, weights, values)
     files[weights] = FileRecord(written.nbytes, written.sha256)
-    graph = folder / f"{component.name}.onnx"
+    files[graph] = bundles.record_file(folder / graph)
+    return describe(component, graph, weights)
+
+
+def write_graph(
+    folder: Path, recorded: Recorded, graph: str, weights: str, values: Mapping[str, Array]
+) -> Written:
+    """Write a component's weights and its graph under these names, and check the graph."""
+    written = _write_weights(folder / weights, recorded, values)
     model = recorded.model(weights, written)
-    graph.write_bytes(model.SerializeToString())
-    onnx.checker.check_model(str(graph), full_check=True)
+    (folder / graph).write_bytes(model.SerializeToString())
+    onnx.checker.check_model(str(folder / graph), full_check=True)
     check_shapes(model)
-    files[graph.name] = bundles.record_file(graph)
-    return describe(component, graph.name, weights)
+    return written
 
 
 def check_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -235,14 +267,14 @@ def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array])
         static = recorded.ops.static.content(tensor.name, weights)
         if static is not None:
             return static
-        stored = tensor.name.removesuffix(blockwise.SCALE)
+        stored, tail = _split(tensor.name)
         if stored in by_channel:
             weight = weights[by_channel[stored]]
             steps = channels.scales(weight)
             return iter([steps]) if stored != tensor.name else channels.codes(weight, steps)
         quantized = formats.get(stored)
         if quantized is not None:
-            return _quantized(weights, *quantized, scales=tensor.name.endswith(blockwise.SCALE))
+            return _quantized(weights, *quantized, tail)
         if isinstance(weights, RandomWeights):
             return weights.blocks(tensor.name)
         return row_blocks(weights[tensor.name])
@@ -250,15 +282,26 @@ def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array])
     return write_safetensors(path, recorded.planned(), produce)
 
 
+def _split(name: str) -> tuple[str, str]:
+    """A stored tensor's name without the tail that says which part of a weight it is; the tail."""
+    tail = next((tail for tail in blockwise.TAILS if name.endswith(tail)), "")
+    return name.removesuffix(tail), tail
+
+
 def _quantized(
-    weights: Mapping[str, Array], name: str, storage: StorageFormat, *, scales: bool
+    weights: Mapping[str, Array], name: str, storage: StorageFormat, tail: str
 ) -> Blocks:
-    """The codes or the scales of a weight: those that are known, or rounded to nearest."""
+    """A part of a weight, by its tail: that of known codes, or of rounding to nearest."""
     known = weights.codes(name) if isinstance(weights, Offers) else None
     if known is not None and known.fit(storage):
-        return row_blocks(known.scales if scales else known.codes)
+        return row_blocks(known.part(tail))
     rows = weights[name].T if storage.transposed else weights[name]
-    return blockwise.pieces(rows, storage.bits, storage.block, scales=scales)
+    block = storage.block_in(rows.shape[1])
+    if tail == blockwise.ORDER:
+        return iter([np.arange(rows.shape[1])])
+    if tail == blockwise.ZERO_POINTS:
+        return iter([blockwise.fixed_zero_points(rows.shape, storage)])
+    return blockwise.pieces(rows, storage.bits, block, scales=tail == blockwise.SCALE)
 
 
 def describe(component: Component, graph: str, weights: str) -> ComponentRecord:
@@ -279,7 +322,8 @@ def describe(component: Component, graph: str, weights: str) -> ComponentRecord:
 
 def _write_tokenizer_and_goldens(
     folder: Path,
-    model_components: tuple[Component, ...],
+    recordings: list[Recorded],
+    suffix: str,
     source: Source,
     files: dict[str, FileRecord],
     progress: Progress,
@@ -287,11 +331,10 @@ def _write_tokenizer_and_goldens(
     (folder / bundles.TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
     answered: list[Golden] = []
     with np.errstate(over="ignore"):
-        for component in model_components:
+        for component in (recorded.component for recorded in recordings):
             progress(f"{component.name}: running the reference for its goldens")
-            answered += _goldens(
-                component, Tensors(folder / f"{component.name}.safetensors"), source
-            )
+            weights = folder / f"{component.name}{suffix}.safetensors"
+            answered += _goldens(component, Tensors(weights), source)
     goldens.save(folder / bundles.GOLDENS, answered)
     for name in (bundles.TOKENIZER, bundles.GOLDENS):
         files[name] = bundles.record_file(folder / name)

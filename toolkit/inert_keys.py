@@ -160,6 +160,17 @@ GROUPS: Mapping[str, Group] = {
         "megatron_config megatron_core peft_version auto_mapping qalora_group_size revision "
         "runtime_config target_modules task_type",
     ),
+    "packed": _group(
+        "how GPTQ and AWQ chose the codes, what programs run them with, and which modules are in "
+        "float, which the tensors show; the order of desc_act is in the tensors too",
+        "act_group_aware backend batch_size block_name_to_quantize cache_block_outputs "
+        "damp_auto_increment damp_percent dataset desc_act disable_exllama do_fuse "
+        "exllama_config fuse_max_seq_len inside_layer_modules lm_head max_input_length meta "
+        "method model_file_base_name model_name_or_path model_seqlen "
+        "module_name_preceding_first_block modules_in_block_to_quantize modules_to_fuse "
+        "modules_to_not_convert mse static_groups sym tokenizer true_sequential use_cuda_fp16 "
+        "use_exllama",
+    ),
     "preprocessing": _group(
         "read elsewhere, or not read by the image processors of CLIP, SigLIP and LLaVA",
         "_valid_processor_keys auto_map crop_pct data_format default_to_square device "
@@ -190,6 +201,7 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     "convnext": ("tower", "convnext"),
     "preprocessing": ("preprocessing",),
     "lora": ("lora",),
+    "packed": ("packed",),
 }
 BOOKKEEPING = frozenset().union(
     *(GROUPS[name].keys for name in ("bookkeeping", "generation", "dropout"))

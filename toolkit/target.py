@@ -96,6 +96,28 @@ def machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
+def processor_name() -> str:
+    """What this machine's processor calls itself; some share a name, see processor_kind."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def processor_kind() -> str:
+    """Name, family and model of this processor, and which 8-bit products it has."""
+    info = _cpuinfo()
+    numbers = [info[key] for key in ("cpu family", "model", "stepping") if key in info]
+    return " ".join([processor_name(), "/".join(numbers), f"saturates={saturates_int8()}"])
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The fields of the first processor, empty where the system has no such file."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
 def this_cpu() -> Target:
     """ONNX Runtime on this machine's processor; the version is () when it is not installed."""
     return Target("onnxruntime", installed("onnxruntime"), machine())

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edgevlm.toolkit.bundle import trained
 from edgevlm.toolkit.checkpoints.layouts.source import Source
+from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.vlm.components import components
 from edgevlm.toolkit.vlm.config import to_json
@@ -62,6 +63,7 @@ class Request:
 def train(request: Request) -> Result:
     """Run a stage. Raises ToolkitError; a killed run leaves OUT with its last state to resume."""
     started = time.perf_counter()
+    _refuse_packed(request)
     run, source = _set_up(request)
     final = fit(run)
     for line in run.feeds.faults.report().lines():
@@ -69,6 +71,17 @@ def train(request: Request) -> Result:
     run.home.say(f"writing {request.out}")
     _write(run, source)
     return result(run, final, time.perf_counter() - started)
+
+
+def _refuse_packed(request: Request) -> None:
+    """Raise ConfigError for GPTQ's and AWQ's weights: a checkpoint that is trained holds floats."""
+    packed = request.source.origin.get("quantization")
+    if packed is not None:
+        raise ConfigError(
+            f"{request.model} holds weights that another program quantized ({packed}), which are "
+            "not trained",
+            hint="train the float checkpoint that it was made from",
+        )
 
 
 def _set_up(request: Request) -> tuple[Run, Source]:

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 from edgevlm.engines.backends.state import State
 from edgevlm.engines.lowering.capabilities import Decision
-from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
+from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import Target
@@ -91,9 +91,16 @@ class Backend(Protocol):
         ...
 
     def compile(
-        self, bundle: Bundle, record: ComponentRecord, folder: Path, target: Target
+        self, source: Path, dtype: str, record: ComponentRecord, folder: Path, target: Target
     ) -> Compiled:
-        """Write one component's engine files into `folder`."""
+        """Write one component's engine files into `folder`.
+
+        source: the folder with its graph and weights; dtype: of the weights left in float.
+        """
+        ...
+
+    def without_logits(self, folder: Path, record: ComponentRecord) -> ComponentRecord:
+        """Cut from a compiled decoder what only logits need; it fills the KV cache then."""
         ...
 
     def extras(self, folder: Path) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -20,7 +21,7 @@ from edgevlm.engines.backends import Compiled, LayerTime, Peaks, RunnerOptions, 
 from edgevlm.engines.backends.bindings import Bindings
 from edgevlm.engines.backends.common import place
 from edgevlm.engines.backends.state import Allocation, State, check, zeros
-from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
+from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     Blocks,
     SafetensorsFile,
@@ -54,7 +55,9 @@ def _load_package() -> Any:
 # -- build -----------------------------------------------------------------------------------
 
 
-def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Target) -> Compiled:
+def compile(
+    source: Path, dtype: str, record: ComponentRecord, folder: Path, target: Target
+) -> Compiled:
     """Lower one component; weights are linked if they need no upcast."""
     try:
         import onnx
@@ -62,16 +65,16 @@ def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Targe
         raise MissingExtra("onnx", "export", purpose="building an engine") from None
     from edgevlm.engines.lowering import capabilities, lower, signed
 
-    model = onnx.load(str(bundle.path / record.graph), load_external_data=False)
+    model = onnx.load(str(source / record.graph), load_external_data=False)
     lowered = lower.lower_component(record.name, model, target)
-    model, notes, dtype = lowered.model, [], bundle.manifest.dtype
+    model, notes = lowered.model, list[str]()
     if (computed := capabilities.of(target).computes_in(dtype)) != dtype and lower.upcast(model):
         notes.append(f"{dtype} upcast to {computed}: this processor has no half kernels")
     flipped = frozenset[str]() if _unsigned_is_best() else signed.sign_weights(model)
     if notes or flipped:
-        _convert_weights(bundle, record, folder, model, flipped)
+        _convert_weights(source, record, folder, model, flipped)
     else:
-        place(bundle.path / record.weights, folder / record.weights)
+        place(source / record.weights, folder / record.weights)
     (folder / record.graph).write_bytes(model.SerializeToString())
     return Compiled(
         record,
@@ -87,8 +90,8 @@ def _precision(model: onnx.ModelProto, computed: str) -> str:
     kinds = {node.op_type for node in model.graph.node}
     if "MatMulNBits" in kinds:  # its kernel rounds the inputs, which the reference does not
         return "int8"
-    rounds = {"MatMulInteger", "QuantizeLinear"}  # as the reference does
-    return "int8_rows" if rounds & kinds else computed
+    rounds = {"MatMulInteger", "MatMulIntegerToFloat", "QuantizeLinear"}  # as the reference does
+    return "int8_rows" if kinds & rounds else computed
 
 
 def _unsigned_is_best() -> bool:
@@ -97,20 +100,22 @@ def _unsigned_is_best() -> bool:
 
 
 def _convert_weights(
-    bundle: Bundle,
+    source: Path,
     record: ComponentRecord,
     folder: Path,
     model: onnx.ModelProto,
     signed: frozenset[str],
 ) -> None:
-    """Write the weights with floats as float32 and the codes of `signed` as int8, and point the
-    graph's tensors at them.
+    """Write the weights that the graph reads, floats as float32 and the codes of `signed` as int8,
+    and point its tensors at them.
     """
-    file = SafetensorsFile(bundle.path / record.weights)
+    file = SafetensorsFile(source / record.weights)
     changed = {"fp16": "fp32", "bf16": "fp32"}
+    read = {_offset(t) for t in model.graph.initializer if t.data_location == t.EXTERNAL}
     specs = [
         TensorSpec(name, "int8" if name in signed else changed.get(e.dtype, e.dtype), e.shape)
         for name, e in file.entries.items()
+        if e.offset in read
     ]
 
     def produce(tensor: TensorSpec) -> Blocks:
@@ -120,15 +125,40 @@ def _convert_weights(
         return ((block ^ np.uint8(128)).view(np.int8) for block in blocks)
 
     written = write_safetensors(folder / record.weights, specs, produce)
-    by_old_offset = {e.offset: written.entries[name] for name, e in file.entries.items()}
+    by_old_offset = {file.entries[name].offset: e for name, e in written.entries.items()}
     for tensor in model.graph.initializer:
         if tensor.data_location != tensor.EXTERNAL:
             continue
-        entry = by_old_offset[next(int(d.value) for d in tensor.external_data if d.key == "offset")]
+        entry = by_old_offset[_offset(tensor)]
         span = {"location": record.weights, "offset": entry.offset, "length": entry.nbytes}
         del tensor.external_data[:]
         for key, value in span.items():
             tensor.external_data.add(key=key, value=str(value))
+
+
+def _offset(tensor: onnx.TensorProto) -> int:
+    """Where an external tensor begins in its file."""
+    return next(int(item.value) for item in tensor.external_data if item.key == "offset")
+
+
+def without_logits(folder: Path, record: ComponentRecord) -> ComponentRecord:
+    """The graph without its output layer, and the weights that are left."""
+    import onnx
+
+    from edgevlm.engines.lowering.graph import cut
+
+    file, weights = folder / record.graph, folder / record.weights
+    model = onnx.load(str(file), load_external_data=False)
+    cut(model, ["score"], ["logits"])
+    with tempfile.TemporaryDirectory(dir=folder) as whole:
+        weights.replace(Path(whole) / record.weights)
+        _convert_weights(Path(whole), record, folder, model, frozenset())
+    file.write_bytes(model.SerializeToString())
+    return replace(
+        record,
+        inputs=tuple(port for port in record.inputs if port.name != "score"),
+        outputs=tuple(port for port in record.outputs if port.name != "logits"),
+    )
 
 
 def extras(folder: Path) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from edgevlm.engines.backends import Compiled, LayerTime, Peaks, RunnerOptions
 from edgevlm.engines.backends.common import best_seconds, place
 from edgevlm.engines.backends.state import State, check, zeros
 from edgevlm.toolkit.bundle.goldens import reference
-from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord, Tensors
+from edgevlm.toolkit.bundle.manifest import ComponentRecord, Tensors
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
 from edgevlm.toolkit.target import Target, machine
 from edgevlm.toolkit.vlm import components
@@ -23,10 +23,17 @@ def here() -> Target:
     return Target("reference", (), machine())
 
 
-def compile(bundle: Bundle, record: ComponentRecord, folder: Path, target: Target) -> Compiled:
+def compile(
+    source: Path, dtype: str, record: ComponentRecord, folder: Path, target: Target
+) -> Compiled:
     """Copy the weights; there is no graph to compile."""
-    place(bundle.path / record.weights, folder / record.weights)
+    place(source / record.weights, folder / record.weights)
     return Compiled(record, (record.weights,))
+
+
+def without_logits(folder: Path, record: ComponentRecord) -> ComponentRecord:
+    """As it is: there is no graph to cut."""
+    return record
 
 
 def extras(folder: Path) -> tuple[str, ...]:

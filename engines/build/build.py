@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends import Backend, Compiled
-from edgevlm.engines.build import check
+from edgevlm.engines.build import check, second_form
+from edgevlm.engines.build.second_form import SecondForm
 from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.lowering.capabilities import Decision
-from edgevlm.engines.manifest import Built, Engine
+from edgevlm.engines.manifest import Built, Engine, PromptForm, Trial
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.memory import peak_rss_mb
 from edgevlm.toolkit.bundle.atomic import (
@@ -30,6 +31,7 @@ from edgevlm.toolkit.errors import ConfigError, MissingExtra, TargetMismatch
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import Target, check_runs_here
 from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.vlm.cost import stored_bytes
 
 if TYPE_CHECKING:
     import onnx
@@ -49,13 +51,28 @@ class Requantization:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """How the number formats of an engine were chosen.
+
+    options: that say so, as given; trials: what was timed; notes: what came of it, for the user.
+    prompts: the language model a second time.
+    """
+
+    options: tuple[str, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    notes: tuple[str, ...] = ()
+    prompts: SecondForm | None = None
+
+
+@dataclass(frozen=True)
 class Request:
     """What is to be built.
 
     context: positions of the KV cache, None for the bundle's. tiles: the most tiles that an image
     is cut into, None for all that the model knows. bisect: on divergence, look for the first op.
     requantization: the model in another precision than the bundle's. accept_loss: the relative rms
-    error against the float model that is accepted, None for the precision's own limit.
+    error against the float model that is accepted, None for the precision's own limit. tuning: how
+    the number formats of the precision, or of the bundle, were chosen.
     """
 
     target: Target
@@ -66,6 +83,7 @@ class Request:
     bisect: bool = False
     requantization: Requantization | None = None
     accept_loss: float | None = None
+    tuning: Tuning = Tuning()
 
     def plan(self, bundle: Bundle) -> PrecisionPlan:
         """The plan of the engine."""
@@ -94,6 +112,8 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
         return current, False
     refuse_source(out, path)
     refuse_existing(out, force=request.force)
+    for note in request.tuning.notes:
+        progress(note)
     progress("checking the bundle's files")
     bundle.verify()
     require_space(out, _new_bytes(bundle, request))
@@ -102,10 +122,7 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
         source = bundle
         if request.requantization is not None:
             source = stack.enter_context(_requantized(request.requantization, folder))
-        compiled, files = _compile(source, backend, folder, request.target, progress)
-        errors = check.check(
-            source, compiled, backend, folder, allowed, progress, bisect=request.bisect
-        )
+        parts = _parts(source, backend, folder, request, allowed, progress)
         engine = Engine(
             manifest.FORMAT,
             request.made_by,
@@ -117,21 +134,55 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
             request.precision,
             source.manifest.dtype,
             model,
-            tuple(c.record for c in compiled),
+            tuple(c.record for c in parts.compiled),
             source.manifest.edges,
-            files,
+            parts.files,
             source.manifest.plan,
-            tuple(decision for c in compiled for decision in c.lowering),
+            tuple(decision for c in parts.compiled for decision in c.lowering),
             Built(
                 time.perf_counter() - started,
                 peak_rss_mb(),
-                errors.kernels,
-                errors.losses,
+                parts.errors.kernels,
+                parts.errors.losses,
                 request.accept_loss,
             ),
+            request.tuning.options,
+            parts.prompts,
+            request.tuning.trials,
         )
         manifest.write(folder, engine)
     return engine, True
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What an engine is made of, and its errors."""
+
+    compiled: list[Compiled]
+    files: dict[str, FileRecord]
+    errors: check.Errors
+    prompts: PromptForm | None
+
+
+def _parts(
+    source: Bundle,
+    backend: Backend,
+    folder: Path,
+    request: Request,
+    allowed: float,
+    progress: Progress,
+) -> _Parts:
+    """Compile all components and compare them with the reference; a second form of one too."""
+    compiled, files = _compile(source, backend, folder, request.target, progress)
+    errors = check.check(
+        source, compiled, backend, folder, allowed, progress, bisect=request.bisect
+    )
+    wanted = request.tuning.prompts
+    if wanted is None:
+        return _Parts(compiled, files, errors, None)
+    second = second_form.add(wanted, source, backend, folder, request.target, allowed, progress)
+    errors = errors.joined(second.errors, second_form.IN_PROMPTS)
+    return _Parts(compiled, files | second.files, errors, second.form)
 
 
 @contextmanager
@@ -160,7 +211,8 @@ def existing(
     actual = (engine.bundle_sha256, engine.target, engine.context, engine.model, engine.precision)
     allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
     accurate = all(loss <= allowed for loss in engine.build.precision_losses.values())
-    return engine if actual == requested and accurate else None
+    tuned = engine.tuning_options == request.tuning.options
+    return engine if actual == requested and accurate and tuned else None
 
 
 def lowering(bundle: Bundle, request: Request) -> list[Decision]:
@@ -243,12 +295,19 @@ def _new_bytes(bundle: Bundle, request: Request) -> int:
     """
     dtype = bundle.manifest.dtype
     upcast = capabilities.of(request.target).computes_in(dtype) != dtype
+    # some processors take other codes, and prompts may have a form of their own
+    second = 2 * _lm_bytes(bundle, request.tuning.prompts.plan) if request.tuning.prompts else 0
     if request.requantization is None and not upcast:
         files = bundle.manifest.files
-        return sum(files[c.weights].nbytes for c in bundle.manifest.components) + _GRAPHS_BYTES
+        first = sum(files[c.weights].nbytes for c in bundle.manifest.components)
+        return first + second + _GRAPHS_BYTES
     plan = request.plan(bundle)
-    copies = 2 if "int8_rows" in plan.precisions else 1  # some processors take other codes
-    return copies * memory.weights_bytes(bundle.model, plan, 4) + _GRAPHS_BYTES
+    copies = 2 if "int8_rows" in plan.precisions else 1
+    return second + copies * memory.weights_bytes(bundle.model, plan, 4) + _GRAPHS_BYTES
+
+
+def _lm_bytes(bundle: Bundle, plan: PrecisionPlan) -> int:
+    return stored_bytes(bundle.model, plan, 4)[bundle.model.lm.name]
 
 
 def _compile(
@@ -257,7 +316,7 @@ def _compile(
     components, files = [], {}
     for record in bundle.manifest.components:
         progress(f"{record.name}: lowering for {target}")
-        compiled = backend.compile(bundle, record, folder, target)
+        compiled = backend.compile(bundle.path, bundle.manifest.dtype, record, folder, target)
         for note in compiled.notes:
             progress(f"{record.name}: {note}")
         components.append(compiled)

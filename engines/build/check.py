@@ -50,6 +50,14 @@ class Errors:
     kernels: dict[str, float]
     losses: dict[str, float]
 
+    def joined(self, others: Errors, suffix: str) -> Errors:
+        """These and others, whose components get `suffix` behind their names."""
+        kernels, losses = (
+            {**mine, **{name + suffix: error for name, error in theirs.items()}}
+            for mine, theirs in ((self.kernels, others.kernels), (self.losses, others.losses))
+        )
+        return Errors(kernels, losses)
+
 
 def allowed_loss(plan: PrecisionPlan, accept: float | None) -> float:
     """The largest loss that a build with this plan accepts.

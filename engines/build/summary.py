@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from edgevlm.engines import manifest
 from edgevlm.engines.build import build as builder
 from edgevlm.engines.build import check
 from edgevlm.engines.lowering.capabilities import Decision
-from edgevlm.engines.manifest import Engine
+from edgevlm.engines.manifest import Engine, Trial
 from edgevlm.engines.profiling.roofline import Floors, floors
 from edgevlm.engines.runtime.memory import estimate
 from edgevlm.toolkit.bundle.manifest import Bundle
@@ -31,7 +32,8 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
     context, _ = builder.settled(bundle, request)
     plan = request.plan(bundle)
     check.allowed_loss(plan, request.accept_loss)
-    memory = estimate(bundle, request.target, context, plan)
+    second = request.tuning.prompts.plan if request.tuning.prompts else None
+    memory = estimate(bundle, request.target, context, plan, second)
     time = floors(bundle.model, plan, request.target, bundle.manifest.dtype)
     decisions = builder.lowering(bundle, request)
     data = {
@@ -49,7 +51,9 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
         ("in all", human_bytes(memory.total_bytes)),
     ]
     lines = [*table(("memory", "about"), rows), "", *_floor_lines(time)]
-    return data, [*lines, *(_explained(decisions) if explain else [])], ""
+    if explain:
+        lines += [*_explained(decisions), *_timed(request.tuning.trials)]
+    return data, lines, ""
 
 
 def _floor_lines(time: Floors) -> list[str]:
@@ -70,7 +74,9 @@ def built_engine(engine: Engine, out: Path, written: bool, explain: bool) -> Res
         line = f"{out}: built for {engine.target} in {engine.build.seconds:.1f} s"
     else:
         line = f"{out}: already built ({engine.build.seconds:.1f} s saved)"
-    lines = [*component_lines(engine), *(_explained(list(engine.lowering)) if explain else [])]
+    lines = component_lines(engine)
+    if explain:
+        lines += [*_explained(list(engine.lowering)), *_timed(engine.trials)]
     lines += [f"{line}; {_errors(engine)}"]
     data = _engine_data(engine, out) | {"already_built": not written, "next": following}
     return data, lines, following
@@ -79,6 +85,17 @@ def built_engine(engine: Engine, out: Path, written: bool, explain: bool) -> Res
 def _explained(decisions: list[Decision]) -> list[str]:
     rows = [(d.component, d.op, d.count, d.action, d.into, d.why) for d in decisions]
     return ["", *table(("component", "op", "count", "action", "into", "why"), rows), ""]
+
+
+def _timed(trials: Sequence[Trial]) -> list[str]:
+    """What was timed to choose number formats."""
+    if not trials:
+        return []
+    rows = [
+        (t.component, t.call, t.precision, f"{t.ms:.2f}", "chosen" if t.chosen else "")
+        for t in trials
+    ]
+    return [*table(("component", "linears of a", "precision", "ms", ""), rows), ""]
 
 
 def _engine_data(engine: Engine, out: Path) -> dict[str, Any]:
@@ -101,6 +118,10 @@ def inspect_engine(path: Path) -> tuple[Any, list[str]]:
         for name, error in engine.build.kernel_differences.items()
     ]
     lines = [heading, *component_lines(engine), *plan_lines(engine.plan)]
+    if engine.prompt_form is not None:
+        lines.append(f"prompts: {engine.prompt_form.record.weights}")
+        lines += plan_lines(engine.prompt_form.plan)
+    lines += _timed(engine.trials)
     lines += [*generation_lines(engine.parsed_model()), ""]
     lines += table(("relative rms error", "of kernels", "of the precision"), rows)
     return data, [*lines, _errors(engine)]

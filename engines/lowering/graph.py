@@ -91,6 +91,24 @@ class Rewriter:
         self.model.opset_import.extend(helper.make_opsetid(d, 1) for d in sorted(domains))
 
 
+def cut(model: onnx.ModelProto, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    """Drop outputs of a graph, all that only they need, and `inputs`, which must be of that."""
+    graph, dropped = model.graph, {*inputs, *outputs}
+    for values in (graph.input, graph.output):
+        kept = [value for value in values if value.name not in dropped]
+        del values[:]
+        values.extend(kept)
+    nodes = _used(list(graph.node), {value.name for value in graph.output})
+    del graph.node[:]
+    graph.node.extend(nodes)
+    read = {name for node in nodes for name in node.input}
+    if read & dropped:
+        raise AssertionError(f"{sorted(read & dropped)} are needed for other outputs")
+    tensors = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(tensors)
+
+
 def _used(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
     """Nodes that contribute to `wanted`. Nodes may come in any order."""
     maker = {output: node for node in nodes for output in node.output if output}

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 _OPSET_24 = (1, 24)  # the first release that reads opset 24
 
 _STANDARD = (
-    "Abs Add And Attention Cast CastLike Clip Concat Constant Conv Cos DequantizeLinear Div Expand "
-    "Gather GatherND Gelu Greater GreaterOrEqual GridSample Identity LayerNormalization "
-    "LessOrEqual MatMul MatMulInteger Max Mul QuantizeLinear RMSNormalization Range ReduceL2 "
-    "ReduceMax ReduceMean ReduceSum Relu Reshape RotaryEmbedding Round Shape Sigmoid Sin Slice "
-    "Softmax Split Sqrt Squeeze Sub Swish Tanh TensorScatter Transpose Unsqueeze Where"
+    "Abs Add And Attention Cast CastLike Clip Concat Constant Conv Cos DequantizeLinear Div "
+    "Expand Flatten Gather GatherND Gelu Greater GreaterOrEqual GridSample Identity "
+    "LayerNormalization LessOrEqual MatMul MatMulInteger Max Mul Neg QuantizeLinear "
+    "RMSNormalization Range ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape "
+    "RotaryEmbedding Round Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Swish Tanh "
+    "TensorScatter Transpose Unsqueeze Where"
 ).split()
 
 
@@ -90,8 +91,6 @@ _ATTENTION = Row(
     otherwise=_KEEP["Attention"],
 )
 
-_ROWS = Row("decompose", "products of 8-bit integers, which have a kernel; one scale per row")
-
 ROWS: dict[str, Row] = {
     **_KEEP,
     "Attention": _ATTENTION,
@@ -112,8 +111,14 @@ ROWS: dict[str, Row] = {
         "multiplies by the stored bytes; its input is rounded to 8 bits",
     ),
     "edgevlm.BlockedEmbed": _DECOMPOSE,
-    "edgevlm.RowQuantize": _ROWS,
-    "edgevlm.RowQuantizedLinear": _ROWS,
+    "edgevlm.RowQuantize": _rewrite(
+        rewrites.row_quantize, "QuantizeLinear", "a scale for each row, one pass over memory"
+    ),
+    "edgevlm.RowQuantizedLinear": _rewrite(
+        rewrites.row_quantized_linear,
+        "com.microsoft.MatMulIntegerToFloat",
+        "products of 8-bit integers, scaled while they are written",
+    ),
     "edgevlm.CachedAttention": _CACHED_ATTENTION,
     "edgevlm.RotaryAttention": _rewrite(
         rewrites.rotary_attention,

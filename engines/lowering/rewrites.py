@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 
 from edgevlm.engines.lowering.graph import CONTRIB, Rewriter, attribute
+from edgevlm.toolkit.quantization.channels import LARGEST, SMALLEST, ZERO_POINT
 
 
 def quick_gelu(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
@@ -54,15 +55,59 @@ def unembed(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
 
 def blocked_linear(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     """MatMulNBits reads the stored bytes; it rounds its input to 8 bits, block by block."""
-    x, stored, scale, _ = node.input
+    x, stored, scale, zeros = node.input
     k, n, bits, block = (
         int(attribute(node, name)) for name in ("in_features", "out_features", "bits", "block_size")
     )
     shape = (n, k // block, block * bits // 8)
     inputs = [x, r.as_bytes(stored, shape), scale]
+    if any(a.name == "zero_points" and a.i for a in node.attribute):  # otherwise all are 8 or 128
+        inputs.append(r.as_bytes(zeros, (n, k // block * bits // 8)))
     op = f"{CONTRIB}.MatMulNBits"
     sizes = {"K": k, "N": n, "bits": bits, "block_size": block}
     return [r.node(op, inputs, node.output, node.name, accuracy_level=4, **sizes)]
+
+
+def row_quantize(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """QuantizeLinear along the rows: one pass for what the function says in four."""
+    (x,), (codes, step), name = node.input, node.output, node.name
+    last, flat = r.constant("row.last", np.asarray([1])), f"{name}/flat"
+    tiny = r.constant("row.smallest", np.asarray(SMALLEST, np.float32))
+    most = r.constant("row.steps", np.asarray(LARGEST, np.float32))
+    middle = r.constant("row.zero_point", np.asarray(ZERO_POINT, np.uint8))
+    column = r.constant("row.column", np.asarray([1]))
+    high, low, minus, span, steps, rows, zeros, whole, shape, outer, sizes = (
+        f"{name}/{part}"
+        for part in "high low minus span steps rows zeros whole shape outer sizes".split()
+    )
+    return [
+        r.node("Flatten", [x], [flat], flat, axis=-1),
+        r.node("ReduceMax", [flat, last], [high], high, keepdims=0),
+        r.node("ReduceMin", [flat, last], [low], low, keepdims=0),
+        r.node("Neg", [low], [minus], minus),
+        r.node("Max", [high, minus, tiny], [span], span),
+        r.node("Div", [span, most], [steps], steps),
+        r.node("Shape", [steps], [rows], rows),
+        r.node("Expand", [middle, rows], [zeros], zeros),
+        r.node("QuantizeLinear", [flat, steps, zeros], [whole], whole, axis=0),
+        r.node("Shape", [x], [shape], shape),
+        r.node("Reshape", [whole, shape], [codes], name, allowzero=1),
+        r.node("Shape", [x], [outer], outer, end=-1),
+        r.node("Concat", [outer, column], [sizes], sizes, axis=0),
+        r.node("Reshape", [steps, sizes], [step], f"{name}/step", allowzero=1),
+    ]
+
+
+def row_quantized_linear(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """A product scaled by the outputs' steps while it is written, by the rows' after it."""
+    codes, step, stored, scale = node.input
+    one = r.constant("row.one", np.asarray(1, np.float32))
+    middle = r.constant("row.zero_point", np.asarray(ZERO_POINT, np.uint8))
+    inputs, whole = [codes, stored, one, scale, middle, middle], f"{node.name}/columns"
+    return [
+        r.node(f"{CONTRIB}.MatMulIntegerToFloat", inputs, [whole], whole),
+        r.node("Mul", [whole, step], node.output, node.name),
+    ]
 
 
 def plain_attention(node: onnx.NodeProto) -> bool:

@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 _ZERO_POINT = "signed.zero_point"
+_ZERO_POINT_AT = {"MatMulInteger": 3, "MatMulIntegerToFloat": 5}  # of the weight, among the inputs
 
 
 def sign_weights(model: onnx.ModelProto) -> frozenset[str]:
@@ -23,11 +24,12 @@ def sign_weights(model: onnx.ModelProto) -> frozenset[str]:
     graph, signed = model.graph, set[str]()
     weights = {t.name: t for t in graph.initializer if t.data_location == t.EXTERNAL}
     for node in graph.node:
-        weight = weights.get(node.input[1]) if node.op_type == "MatMulInteger" else None
-        if weight is not None:
+        at = _ZERO_POINT_AT.get(node.op_type)
+        weight = None if at is None else weights.get(node.input[1])
+        if at is not None and weight is not None:
             signed.add(weight.name)
             weight.data_type = TensorProto.INT8
-            node.input[3] = _ZERO_POINT
+            node.input[at] = _ZERO_POINT
     if signed:
         graph.initializer.append(numpy_helper.from_array(np.asarray(0, np.int8), _ZERO_POINT))
     return frozenset(signed)

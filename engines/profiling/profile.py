@@ -19,7 +19,7 @@ from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.images import decode
 from edgevlm.toolkit.images.decode import LoadedImage
-from edgevlm.toolkit.target import installed
+from edgevlm.toolkit.target import installed, processor_name
 from edgevlm.toolkit.text import prompts
 from edgevlm.toolkit.text.prompts import Prompt
 
@@ -211,7 +211,9 @@ def _summarise(
     samples["decode"] = [ms for run in runs for ms in run.decode_ms]
     stages = {stage: _spread(values) for stage, values in samples.items()}
     medians = {stage: spread.p50_ms for stage, spread in stages.items()}
-    size = memory.element_bytes(session.engine.parsed_target(), session.engine.dtype)
+    engine = session.engine
+    size = memory.element_bytes(engine.parsed_target(), engine.dtype)
+    prompts = engine.prompt_form.plan if engine.prompt_form else None
     encoders = [f"encoder.{encoder.name}" for encoder in session.model.encoders]
     views = max(sum(span.stage == name for span in runs[0].spans) for name in encoders)
     work = Work(views, runs[0].image_tokens, runs[0].prompt_tokens)
@@ -231,7 +233,7 @@ def _summarise(
         prompt_tokens=runs[0].prompt_tokens,
         image_tokens=runs[0].image_tokens,
         generated_tokens=generated,
-        roofline=roofline(session.model, session.engine.plan, peaks, work, medians, size),
+        roofline=roofline(session.model, engine.plan, peaks, work, medians, size, prompts),
         device=_device(session),
         samples={stage: [round(ms, 3) for ms in values] for stage, values in samples.items()},
         layers=layers,
@@ -248,19 +250,10 @@ def _device(session: Session) -> dict[str, str]:
     engine = session.engine
     return {
         "target": engine.target,
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": str(session.threads),
         "system": f"{platform.system()} {platform.release()}",
         "backend": ".".join(map(str, installed("onnxruntime"))),
         "precision": engine.precision or engine.dtype,
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -72,13 +72,16 @@ def roofline(
     work: Work,
     measured_ms: Mapping[str, float],
     size: int,
+    prompt_plan: PrecisionPlan | None = None,
 ) -> Roofline:
     """Every stage's floor, and how near its measured median came (0 where there is none).
 
-    size: bytes of a weight that the plan leaves in float, and of an element of the KV cache.
+    prompt_plan: where prompts are read in another precision than `plan` says. size: bytes of a
+    weight that the plan leaves in float, and of an element of the KV cache.
     """
+    plans = {"prefill": prompt_plan or plan}
     bounds = [
-        _bound(_traffic(stage, calls, counter, plan, size), peaks, measured_ms)
+        _bound(_traffic(stage, calls, counter, plans.get(stage, plan), size), peaks, measured_ms)
         for stage, calls, counter in _stages(model, work)
     ]
     return Roofline(peaks.gflop_s, peaks.int8_gop_s, peaks.gb_s, tuple(bounds))

@@ -49,23 +49,30 @@ def element_bytes(target: Target, dtype: str) -> int:
 
 
 def estimate(
-    bundle: Bundle, target: Target, context: int, plan: PrecisionPlan | None = None
+    bundle: Bundle,
+    target: Target,
+    context: int,
+    plan: PrecisionPlan | None = None,
+    prompt_plan: PrecisionPlan | None = None,
 ) -> Estimate:
     """Memory of an engine at a context length, for one image and a full prompt.
 
-    plan: in place of the bundle's own. Activations: twice the inputs and outputs of the op that
-    has most of them, as the residual stream is alive beside it, and the scores of attention over
-    the cache for one chunk of the prompt. Not known here, and not in it: what kernels allocate
-    for themselves.
+    plan: in place of the bundle's own; prompt_plan: of a second language model. Activations: twice
+    the inputs and outputs of the op that has most of them, as the residual stream is alive beside
+    it, and the scores of attention over the cache for one chunk of the prompt. Not known here, and
+    not in it: what kernels allocate for themselves.
     """
     size = element_bytes(target, bundle.manifest.dtype)
     weights = weights_bytes(bundle.model, plan or bundle.manifest.plan, size)
+    if prompt_plan is not None:
+        weights += stored_bytes(bundle.model, prompt_plan, size)[bundle.model.lm.name]
     return _with_weights(bundle.model, weights, context, size)
 
 
 def of_engine(engine: Engine) -> Estimate:
     """The same for an engine on disk; the weights are those of its files."""
-    weights = sum(engine.files[c.weights].nbytes for c in engine.components)
+    second = (engine.prompt_form.record,) if engine.prompt_form else ()
+    weights = sum(engine.files[c.weights].nbytes for c in (*engine.components, *second))
     size = element_bytes(engine.parsed_target(), engine.dtype)
     return _with_weights(engine.parsed_model(), weights, engine.context, size)
 

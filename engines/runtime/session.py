@@ -27,6 +27,7 @@ from edgevlm.engines.runtime.question import Question as Question
 from edgevlm.engines.runtime.reply import Answer as Answer
 from edgevlm.engines.runtime.reply import Reply as Reply
 from edgevlm.engines.runtime.reply import Token as Token
+from edgevlm.engines.runtime.two_forms import TwoForms
 from edgevlm.engines.runtime.vision import Features, Vision, side_by_side
 from edgevlm.toolkit.bundle.manifest import TOKENIZER
 from edgevlm.toolkit.errors import InputError
@@ -110,6 +111,11 @@ class Session:
                 options = shared if record.name.startswith("encoder.") else alone
                 runners[record.name] = backend.open(folder, record, engine.model, options)
                 opened.callback(runners[record.name].close)
+            if engine.prompt_form is not None:
+                prompts = backend.open(folder, engine.prompt_form.record, engine.model, alone)
+                opened.callback(prompts.close)
+                name = engine.prompt_form.record.name
+                runners[name] = TwoForms(prompts, runners[name])
             load_ms = 1000 * (time.perf_counter() - started)
             session = cls(
                 folder,

@@ -276,7 +276,7 @@ def test_placeholders_of_zero3_are_named(where: str, tmp_path: Path) -> None:
 
 
 QUANTIZED: list[tuple[dict[str, Any], str, str]] = [
-    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "", "'awq'"),
+    ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, "", "'hqq'"),
     (
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
         "",

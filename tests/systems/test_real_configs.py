@@ -301,7 +301,7 @@ def test_preprocessing_keys_in_a_towers_config_are_not_read(tmp_path: Path) -> N
 
 # What changes a number for the class stays refused, and no hint advises to ignore it.
 REFUSED: dict[str, tuple[Config, str]] = {
-    "quantized": (_QWEN | {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+    "quantized": (_QWEN | {"quantization_config": {"quant_method": "hqq"}}, "quantization_config"),
     "multiscale": (_QWEN | {"s2": True}, "s2 = True"),
     "a second projector": (_QWEN | {"use_mm2_proj": True}, "use_mm2_proj = True"),
     "a dense connector": (_QWEN | {"mm_dense_connector_type": "sti"}, "mm_dense_connector_type"),

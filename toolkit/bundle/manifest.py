@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,11 @@ class Tensors(Mapping[str, Array]):
         self._file = SafetensorsFile(path)
         stored = self._file.entries
         self._formats = {
-            name.removesuffix(storage.suffix): storage
+            name.removesuffix(storage.suffix): replace(
+                storage,
+                zero_points=name + blockwise.ZERO_POINTS in stored,
+                ordered=name + blockwise.ORDER in stored,
+            )
             for storage in blockwise.FORMATS
             for name in stored
             if name.endswith(storage.suffix) and name + blockwise.SCALE in stored
@@ -122,7 +126,7 @@ class Tensors(Mapping[str, Array]):
             name.removesuffix(static.SUFFIX): self._file.read(n).astype(np.float32)
             for name, n in steps.items()
         }
-        packed |= {name + blockwise.SCALE for name in packed}
+        packed |= {name + tail for name in packed for tail in blockwise.TAILS}
         plain = (name for name in stored if name not in packed)
         by_channel = (n.removesuffix(suffix) for n in found)
         self._names = [*plain, *self._formats, *by_channel, *self.input_steps]
@@ -146,10 +150,11 @@ class Tensors(Mapping[str, Array]):
         storage = self._formats.get(key)
         if storage is None:
             return None
-        stored, scales = (
-            self._file.read(f"{key}{storage.suffix}{tail}") for tail in ("", blockwise.SCALE)
-        )
-        return Codes(storage, stored, scales)
+        name = key + storage.suffix
+        zeros = self._file.read(name + blockwise.ZERO_POINTS) if storage.zero_points else None
+        order = self._file.read(name + blockwise.ORDER) if storage.ordered else None
+        stored, scales = self._file.read(name), self._file.read(name + blockwise.SCALE)
+        return Codes(storage, stored, scales, zeros, order)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it."""

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from edgevlm.toolkit.checkpoints.safetensors_io import (
 from edgevlm.toolkit.errors import CheckpointError
 from edgevlm.toolkit.models.recipes import Recipe, same, transposed
 from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.quantization.blockwise import StorageFormat
+from edgevlm.toolkit.quantization.coded import Codes, Offers
 from edgevlm.toolkit.strict import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -48,11 +51,23 @@ TorchReader = Callable[[Path], TensorSource]
 
 
 class Checkpoint:
-    """The tensors of a folder (one file, or shards with an index) or of one file."""
+    """The tensors of a folder (one file, or shards with an index) or of one file.
 
-    def __init__(self, sources: Mapping[str, TensorSource], where: str) -> None:
+    packed: the tensors whose codes are known, and how a bundle stores them (packed.py). idle:
+    tensors that change nothing if nobody reads them.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, TensorSource],
+        where: str,
+        packed: Mapping[str, StorageFormat] = MappingProxyType({}),
+        idle: tuple[str, ...] = (),
+    ) -> None:
         self._sources = sources
         self.where = where
+        self.packed = packed
+        self.idle = idle
 
     def keys(self) -> list[str]:
         """All tensor names."""
@@ -68,6 +83,15 @@ class Checkpoint:
     def read(self, key: str) -> Array:
         """One tensor."""
         return self._sources[key].read(key)
+
+    def source(self, key: str) -> TensorSource:
+        """What one tensor is read from."""
+        return self._sources[key]
+
+    def codes(self, key: str) -> Codes | None:
+        """The codes of a packed tensor; None for any other."""
+        source = self._sources[key]
+        return source.codes(key) if isinstance(source, Offers) else None
 
     def dtype(self, key: str) -> str:
         """In which dtype one tensor is stored, in our names."""
@@ -208,6 +232,12 @@ class Recipes(Mapping[str, Array]):
         recipe = self.table[key]
         return recipe.make(*(self._read(source) for source in recipe.sources))
 
+    def codes(self, key: str) -> Codes | None:
+        """The codes of a linear's weight that the checkpoint holds packed; None for any other."""
+        recipe = self.table[key]
+        plain = recipe.make is not transposed or not isinstance(self.checkpoint, Offers)
+        return None if plain else cast(Offers, self.checkpoint).codes(recipe.sources[0])
+
     def _read(self, source: str) -> Array:
         """A stored tensor. Raises CheckpointError for what cannot be a weight, such as a NaN.
 
@@ -247,7 +277,7 @@ def check_tables(
     tables = list(tables)
     needed = {s for table, _ in tables for recipe in table.values() for s in recipe.sources}
     stored = set(checkpoint.keys())
-    globs = tuple(unused)
+    globs = (*unused, *checkpoint.idle)
     _refuse_placeholders(sorted(needed & stored), checkpoint)
     _refuse_quantized(stored, checkpoint)
     missing = sorted(needed - stored)

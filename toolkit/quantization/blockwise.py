@@ -2,8 +2,12 @@
 
 `NAME.int4` holds unsigned codes [outputs, inputs], two in a byte along the inputs, the low half
 first; `NAME.int4.scale` holds [outputs, inputs / block]: weight = (code - zero point) * scale, with
-zero point 8 or 128. Both ONNX Runtime's MatMulNBits and ONNX's DequantizeLinear (UINT4, UINT8) read
-these bytes without conversion. An embedding table, whose rows are outputs, is `NAME.rows_int8`.
+zero point 8 or 128. Where blocks have zero points of their own, as AWQ's and some of GPTQ's
+checkpoints do, `NAME.int4.zero_point` holds them, [outputs, inputs / block], packed like the codes.
+Both ONNX Runtime's MatMulNBits and ONNX's DequantizeLinear (UINT4, UINT8) read these bytes without
+conversion. Where blocks are not of neighbouring inputs (GPTQ with desc_act), `NAME.int4.order`
+[inputs] names the input of each column of codes. An embedding table, whose rows are outputs, is
+`NAME.rows_int8`.
 """
 
 from __future__ import annotations
@@ -20,6 +24,9 @@ Bits = Literal[8, 4]
 BLOCK_SIZES = (128, 64, 32, 16)  # inputs that share a scale: the largest that divides their number
 ZERO_POINT: dict[Bits, int] = {8: 128, 4: 8}
 SCALE = ".scale"
+ZERO_POINTS = ".zero_point"
+ORDER = ".order"
+TAILS = (SCALE, ZERO_POINTS, ORDER)  # of the names of what stands beside codes
 PIECE = 1 << 24  # weights that are quantized at a time
 
 
@@ -28,13 +35,25 @@ class StorageFormat:
     """How a quantized weight is stored.
 
     transposed: the model's weight is [inputs, outputs], the stored one [outputs, inputs]. block:
-    the most inputs that share a scale, None for the largest of BLOCK_SIZES.
+    the most inputs that share a scale, None for the largest of BLOCK_SIZES. zero_points: whether
+    each block has a zero point of its own. ordered: whether columns are in an order of their own.
     """
 
     bits: Bits
     transposed: bool
     suffix: str
     block: int | None = None
+    zero_points: bool = False
+    ordered: bool = False
+
+    def block_in(self, inputs: int) -> int | None:
+        """The inputs that share a scale in a weight of so many; None if it stays in float.
+
+        Zero points of 4 bits need an even number of blocks: MatMulNBits begins each row of them in
+        a new byte, and DequantizeLinear leaves no gap.
+        """
+        pairs = self.zero_points and self.bits == 4
+        return block_of(inputs // 2 if pairs and inputs % 2 == 0 else inputs, self.block)
 
 
 LINEAR: dict[Bits, StorageFormat] = {
@@ -82,12 +101,32 @@ def scales_of(blocks: Array, bits: Bits) -> Array:
     return np.asarray(np.take_along_axis(blocks, farthest, -1)[..., 0] / np.float32(-8))
 
 
-def dequantize(stored: Array, scales: Array, bits: Bits) -> Array:
-    """float32 [outputs, inputs] from the codes and scales of `quantize`."""
+def dequantize(stored: Array, scales: Array, bits: Bits, zero_points: Array | None = None) -> Array:
+    """float32 [outputs, inputs] from the codes and scales of `quantize`.
+
+    zero_points: [outputs, blocks], where they are not all 8 or 128.
+    """
     codes = stored if bits == 8 else unpack(stored)
     outputs, inputs = codes.shape
-    blocks = codes.reshape(outputs, scales.shape[1], -1).astype(np.float32) - ZERO_POINT[bits]
+    blocks = codes.reshape(outputs, scales.shape[1], -1).astype(np.float32)
+    blocks -= ZERO_POINT[bits] if zero_points is None else zero_points[..., None]
     return np.asarray((blocks * scales[..., None].astype(np.float32)).reshape(outputs, inputs))
+
+
+def inputs_of(columns: Array, order: Array) -> Array:
+    """Rows by input from rows whose column i is of input order[i]."""
+    rows = np.empty_like(columns)
+    rows[:, order] = columns
+    return rows
+
+
+def fixed_zero_points(shape: tuple[int, ...], storage: StorageFormat) -> Array:
+    """The zero points of `quantize` for rows of this shape, stored as those that differ are."""
+    outputs, inputs = shape
+    block = storage.block_in(inputs)
+    assert block is not None
+    codes = np.full((outputs, inputs // block), ZERO_POINT[storage.bits], np.uint8)
+    return codes if storage.bits == 8 else pack(codes)
 
 
 def pack(codes: Array) -> Array:

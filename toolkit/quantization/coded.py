@@ -7,7 +7,7 @@ the end of the range; so whoever stores such weights again takes the codes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -17,22 +17,40 @@ from edgevlm.toolkit.quantization.blockwise import StorageFormat
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight as it is stored: codes [outputs, inputs], two in a byte at 4 bits, and scales."""
+    """A weight as it is stored: codes [outputs, inputs], two in a byte at 4 bits, and scales.
+
+    zero_points: [outputs, blocks], packed like the codes; order [inputs]: the input of each column;
+    both where the storage has them.
+    """
 
     storage: StorageFormat
     codes: Array
     scales: Array
+    zero_points: Array | None = None
+    order: Array | None = None
 
     def floats(self) -> Array:
         """The weight that the codes stand for, as the model takes it."""
-        rows = blockwise.dequantize(self.codes, self.scales, self.storage.bits)
+        zeros, bits = self.zero_points, self.storage.bits
+        if zeros is not None and bits == 4:
+            zeros = blockwise.unpack(zeros)
+        rows = blockwise.dequantize(self.codes, self.scales, bits, zeros)
+        if self.order is not None:
+            rows = blockwise.inputs_of(rows, self.order)
         return rows.T if self.storage.transposed else rows
+
+    def part(self, tail: str) -> Array:
+        """The tensor that is stored under a tail of blockwise.TAILS; "" is that of the codes."""
+        parts = (self.codes, self.scales, self.zero_points, self.order)
+        found = dict(zip(("", *blockwise.TAILS), parts, strict=True))[tail]
+        assert found is not None
+        return found
 
     def fit(self, storage: StorageFormat) -> bool:
         """Whether a file with weights in `storage` can hold these codes as they are."""
         block = self.codes.shape[1] * 8 // self.storage.bits // self.scales.shape[1]
-        wanted = blockwise.block_of(block * self.scales.shape[1], storage.block)
-        return self.storage.suffix == storage.suffix and block == wanted
+        wanted = storage.block_in(block * self.scales.shape[1])
+        return block == wanted and replace(self.storage, block=None) == replace(storage, block=None)
 
 
 @runtime_checkable

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal
+
+from edgevlm.toolkit.quantization.blockwise import LINEAR, StorageFormat
 
 # int8: inputs and weights, in steps known beforehand; int8_rows: the same, the inputs' steps found
 # when it runs (channels.py); int8_weights, int4_weights: weights alone (blockwise.py)
@@ -20,11 +22,15 @@ class Rule:
     """Layers whose path matches the glob `paths` (lm/layers.*/mlp/*) run in `precision`.
 
     block: of weights in 8 or 4 bits, the most inputs that share a scale; None for the usual 128.
+    zero_points: whether each block of such weights has a zero point of its own. ordered: whether
+    blocks are of inputs in an order of their own.
     """
 
     paths: str
     precision: Precision
     block: Block | None = None
+    zero_points: bool = False
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,16 @@ class PrecisionPlan:
     def block_at(self, path: str) -> Block | None:
         """The most inputs that share a scale in the weight of the layer at `path`."""
         return self._rule(path).block
+
+    def storage_at(self, path: str) -> StorageFormat | None:
+        """How the weight of the linear at `path` is stored; None in float, or by channel."""
+        rule = self._rule(path)
+        bits = WEIGHT_BITS.get(rule.precision)
+        if bits is None:
+            return None
+        return replace(
+            LINEAR[bits], block=rule.block, zero_points=rule.zero_points, ordered=rule.ordered
+        )
 
     def _rule(self, path: str) -> Rule:
         chosen = Rule("*", self.default)

@@ -13,9 +13,10 @@ from typing import Any, Protocol, cast
 from edgevlm.toolkit.bundle import source as bundle_source
 from edgevlm.toolkit.bundle import trained
 from edgevlm.toolkit.bundle.manifest import MANIFEST
-from edgevlm.toolkit.checkpoints import hub, partial
+from edgevlm.toolkit.checkpoints import hub, packed, partial
 from edgevlm.toolkit.checkpoints.layouts import huggingface, original, quirks, towers
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, random_source, with_context
+from edgevlm.toolkit.checkpoints.packed import Packing
 from edgevlm.toolkit.checkpoints.weights import FLOAT_WEIGHTS, refuse_pointer
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.strict import read_json
@@ -60,12 +61,14 @@ def load(folder: Path, options: Options) -> Source:
     else:
         base = hub.locate_part(str(options.base), offline=options.offline)
         options = replace(options, base=base)
-    config = _config(folder, options)
+    config, options = _config(folder, options)
     stated = config.get("model_type")
     if not isinstance(stated, (str, type(None))):
         raise ConfigError(f"{folder / 'config.json'}: model_type = {stated!r}, expected a name")
     name = options.system or _detect(folder, config, options)
     source = _named(find(name).load(folder, config, options), folder)
+    if options.packing is not None and "quantization" not in source.origin:
+        raise _quantized(folder, options.packing.method)  # this system reads none
     return quirks.keep(source, config, options.quirks)
 
 
@@ -81,11 +84,12 @@ def _named(source: Source, folder: Path) -> Source:
     )
 
 
-def _config(folder: Path, options: Options) -> dict[str, Any]:
+def _config(folder: Path, options: Options) -> tuple[dict[str, Any], Options]:
     """config.json of the folder, or of the base where an adapter has none of its own.
 
+    Its quantization_config is taken out and put into the options, if its weights can be read.
     Raises CheckpointError for files that a clone without git-lfs lacks, and ConfigError for
-    weights that another program quantized.
+    weights that another program quantized in a way that is not implemented.
     """
     home = folder
     if options.base is not None and not (folder / "config.json").exists():
@@ -97,16 +101,39 @@ def _config(folder: Path, options: Options) -> dict[str, Any]:
         for place in {home, options.base or folder}:
             refuse_pointer(place / name)
     config = read_json(home / "config.json")
-    for section in (config, config.get("text_config")):
-        made = section.get("quantization_config") if isinstance(section, dict) else None
-        if made and "quantization_config" not in options.ignore_keys:
-            method = made.get("quant_method") if isinstance(made, dict) else made
-            raise ConfigError(
-                f"{home} holds weights that another program quantized: quantization_config names "
-                f"{method!r}",
-                hint=FLOAT_WEIGHTS,
-            )
-    return config
+    if "quantization_config" in options.ignore_keys:
+        return config, options
+    sections = [
+        section for section in (config, config.get("text_config")) if isinstance(section, dict)
+    ]
+    packing: Packing | None = None
+    for section in sections:
+        made = section.get("quantization_config")
+        if made:
+            packing = _packing(home, made, packing, options)
+            del section["quantization_config"]  # it is read
+    return config, replace(options, packing=packing)
+
+
+def _packing(home: Path, made: Any, before: Packing | None, options: Options) -> Packing:
+    """How weights are packed that another program quantized.
+
+    before: what another section of the same config.json says, which must be the same.
+    """
+    method = made.get("quant_method") if isinstance(made, dict) else made
+    taken = isinstance(made, dict) and method in packed.METHODS and options.base is None
+    found = packed.read(made, str(home / "config.json"), options.ignore_keys) if taken else None
+    if found is None or before not in (None, found):
+        raise _quantized(home, method)
+    return found
+
+
+def _quantized(home: Path, method: object) -> ConfigError:
+    return ConfigError(
+        f"{home} holds weights that another program quantized: quantization_config names "
+        f"{method!r}",
+        hint=FLOAT_WEIGHTS,
+    )
 
 
 def _detect(folder: Path, config: Mapping[str, Any], options: Options) -> str:

@@ -58,3 +58,25 @@ AllowBanned = Annotated[
 For = Annotated[
     Optional[str], typer.Option("--for", help="Check against this target; no device needed.")
 ]
+LowPrecision = Annotated[
+    Optional[str],
+    typer.Option(
+        help="int8 or int4, in the fastest number formats here; or int8-rows, int8-blocks, "
+        "int4-blocks. No samples needed."
+    ),
+]
+NoTune = Annotated[
+    bool,
+    typer.Option("--no-tune", help="Do not time the number formats of --precision here."),
+]
+KeepSlower = Annotated[
+    bool, typer.Option("--keep-slower", help="Low precision where float is faster here, too.")
+]
+AcceptLoss = Annotated[
+    Optional[float],
+    typer.Option(help="Accept this relative rms error against float, such as 0.5."),
+]
+Bisect = Annotated[
+    bool,
+    typer.Option("--bisect", help="If the engine differs from the reference, name the first op."),
+]

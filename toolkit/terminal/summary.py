@@ -20,6 +20,7 @@ from edgevlm.toolkit.strict import read_json, to_plain
 from edgevlm.toolkit.terminal.console import human_bytes, human_count, table
 from edgevlm.toolkit.vlm.components import components
 from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm.cost import stored_bytes
 from edgevlm.toolkit.vlm.generation import described
 
 Result = tuple[Any, list[str], str]
@@ -38,9 +39,12 @@ class Described(Protocol):
 def planned_bundle(source: Source, dtype: str, out: Path) -> Result:
     """What `export` would write."""
     sizes: list[dict[str, Any]] = []
+    size = STORAGE[dtype].itemsize
+    planned = source.plan.precisions
+    stored = stored_bytes(source.model, source.plan, size) if planned else {}
     for component in components(source.model):
         params = sum(math.prod(shape) for shape in component.shapes.values())
-        nbytes = params * STORAGE[dtype].itemsize
+        nbytes = stored.get(component.name, params * size)
         sizes.append({"name": component.name, "params": params, "bytes": nbytes})
     total = sum(size["bytes"] for size in sizes)
     data = {
@@ -55,6 +59,7 @@ def planned_bundle(source: Source, dtype: str, out: Path) -> Result:
     rows = [(s["name"], human_count(s["params"]), human_bytes(s["bytes"])) for s in sizes]
     lines = [
         *table(("component", "parameters", "on disk"), rows),
+        *plan_lines(source.plan),
         *generation_lines(source.model),
         *template_line(source.origin),
         f"would write {human_bytes(total)} to {out}",

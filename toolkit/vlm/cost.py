@@ -10,7 +10,7 @@ from edgevlm.toolkit.ops.costs import Cost, Parameter
 from edgevlm.toolkit.ops.shape_ops import ShapeOps, Spec, Specs
 from edgevlm.toolkit.ops.vocabulary import Weights
 from edgevlm.toolkit.ops.wrappers import Count
-from edgevlm.toolkit.quantization.blockwise import TABLE, block_of
+from edgevlm.toolkit.quantization.blockwise import TABLE
 from edgevlm.toolkit.quantization.plan import TABLES_IN_8_BITS, WEIGHT_BITS, PrecisionPlan
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.components import Component, Port
@@ -63,19 +63,27 @@ def _static(cost: Cost, plan: PrecisionPlan) -> bool:
 
 def _block(cost: Cost, plan: PrecisionPlan) -> int | None:
     """The inputs that share a scale in the op's matrix; a table has the usual block."""
-    most = plan.block_at(cost.path) if cost.op == "linear" else None
-    return block_of(cost.matrix_inputs, most)
+    storage = plan.storage_at(cost.path) if cost.op == "linear" else None
+    return (storage or TABLE).block_in(cost.matrix_inputs)
 
 
 def _bytes_each(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
-    """Bytes of one element of the op's matrix, its share of a scale included."""
+    """Bytes of one element of the op's matrix, with its share of scales, zero points and order."""
     if _static(cost, plan):  # a scale per output, and the input's step
         outputs = cost.matrix_elements // cost.matrix_inputs
         return 1 + element_bytes * (outputs + 1) / cost.matrix_elements
     bits, block = weight_bits(cost, plan), _block(cost, plan)
     if bits is not None and _by_channel(cost, plan):
         block = cost.matrix_inputs
-    return element_bytes if bits is None or block is None else bits / 8 + element_bytes / block
+    if bits is None or block is None:
+        return element_bytes
+    storage = plan.storage_at(cost.path) if cost.op == "linear" else None
+    of_block, order = float(element_bytes), 0.0
+    if storage is not None and storage.zero_points:
+        of_block += bits / 8
+    if storage is not None and storage.ordered:
+        order = 8 * cost.matrix_inputs / cost.matrix_elements
+    return bits / 8 + of_block / block + order
 
 
 def stored_bytes(model: ModelConfig, plan: PrecisionPlan, element_bytes: int) -> dict[str, int]:

@@ -118,11 +118,13 @@ def test_four_bits_of_random_weights_are_refused(bundle: Path, tmp_path: Path) -
     offered = re.search(r"--accept-loss ([0-9.]+)", caught.value.hint)
     assert offered is not None
     accepted = float(offered[1])
-    made = api.build_engine(bundle, tmp_path / "e", precision="int4", accept_loss=accepted)
+    made = api.build_engine(bundle, tmp_path / "e", precision="int4-blocks", accept_loss=accepted)
     on_disk = json.loads((tmp_path / "e/engine.json").read_text())["build"]
     assert on_disk["accepted_loss"] == accepted
     assert 0.2 < on_disk["precision_losses"]["lm"] <= accepted
-    assert f"--precision int4 --accept-loss {accepted:g}" in made.rebuild_command(tmp_path / "e")
+    assert f"--precision int4-blocks --accept-loss {accepted:g}" in made.rebuild_command(
+        tmp_path / "e"
+    )
 
 
 def test_an_engine_that_was_accepted_is_not_kept_for_a_stricter_build(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
-from edgevlm.toolkit.checkpoints import partial
 from edgevlm.toolkit.checkpoints.layouts import conversation, towers
 from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
@@ -23,7 +22,9 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     check,
     embed_from_head,
     find_prefix,
+    open_weights,
     read_encoder,
+    read_source,
     with_context,
 )
 from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import check_tokenizer, read_tokenizer
@@ -120,7 +121,7 @@ def load(
     image_text = _image_text(folder, text, token)
     prompts = conversation.huggingface(folder, config, lm.kind, text, base=options.base)
 
-    checkpoint = partial.open_joined(folder, options.base, options.torch_reader)
+    checkpoint = open_weights(folder, options)
     lm = _tied(lm, ties, rules, checkpoint)
     newline = images.arrangement is not None and images.arrangement.newline
     tensors = _tensors(lm, encoder, merger, newline, checkpoint)
@@ -143,7 +144,8 @@ def load(
         read_rules(home, config, lm.config.vocab_size, options.ignore_keys, config["text_config"]),
     )
     weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}
-    return Source(model, weights, text, {"layout": "huggingface", "template": prompts.origin})
+    origin = {"layout": "huggingface", "template": prompts.origin}
+    return read_source(model, weights, text, origin, options.packing)
 
 
 def _read_lm(r: Reader) -> ComponentConfig:

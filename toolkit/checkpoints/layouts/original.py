@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
-from edgevlm.toolkit.checkpoints import partial
 from edgevlm.toolkit.checkpoints.layouts import conversation, huggingface, image_rules, towers
 from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
 from edgevlm.toolkit.checkpoints.layouts.source import (
@@ -26,6 +25,8 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
     embed_from_head,
     find_prefix,
     new_tensors,
+    open_weights,
+    read_source,
     with_context,
 )
 from edgevlm.toolkit.checkpoints.layouts.tokenizer_files import (
@@ -123,7 +124,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     text, pieces = read_tokenizer(home, slow=True)
     text = add_tokens(text, [*extra, *around])
     rows = check_tokenizer(text, lm.config.vocab_size, str(folder), around)
-    checkpoint = partial.open_joined(folder, options.base, options.torch_reader)
+    checkpoint = open_weights(folder, options)
     tensors = _tensors(lm, merger, ends_rows, checkpoint, options.new_merger)
     inside = _tower_inside(tower, checkpoint) if wins else None
     check(
@@ -159,7 +160,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         "template": prompts.origin,
     }
     weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}
-    return Source(model, weights, text, origin)
+    return read_source(model, weights, text, origin, options.packing)
 
 
 def _as_its_class_reads_it(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
+from edgevlm.toolkit.checkpoints import packed, partial
+from edgevlm.toolkit.checkpoints.packed import Packing
 from edgevlm.toolkit.checkpoints.weights import (
     Checkpoint,
     RandomWeights,
@@ -33,6 +35,7 @@ class Options:
 
     vision_tower: a folder, a weight file or a model id. offline: download no tower.
     base: the base model of a LoRA adapter or of a projector alone, a folder or a model id.
+    packing: how the weights are packed that another program quantized; None if none are.
     new_merger: makes the merger's tensors, from its configuration and their shapes, where a new
     model is put together from a language model and towers; the folder then holds none.
     """
@@ -46,6 +49,7 @@ class Options:
     offline: bool = True
     base: Path | None = None
     new_merger: NewMerger | None = None
+    packing: Packing | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,26 @@ def random_source(model: ModelConfig, seed: int, tokenizer: str, preset: str) ->
     return Source(
         model, weights, tokenizer, {"preset": preset, "random_weights": True, "seed": seed}
     )
+
+
+def open_weights(folder: Path, options: Options) -> Checkpoint:
+    """The weights of a folder, joined with its base, or unpacked. Raises CheckpointError."""
+    found = partial.open_joined(folder, options.base, options.torch_reader)
+    return found if options.packing is None else packed.unpacked(found, options.packing)
+
+
+def read_source(
+    model: ModelConfig,
+    weights: Mapping[str, Recipes],
+    tokenizer: str,
+    origin: Mapping[str, Any],
+    packing: Packing | None,
+) -> Source:
+    """The source of a checkpoint; linears of the language model that it holds packed stay so."""
+    if packing is None:
+        return Source(model, weights, tokenizer, origin)
+    plan = packed.plan(model.lm.name, weights[model.lm.name], packing)
+    return Source(model, weights, tokenizer, {**origin, "quantization": str(packing)}, plan)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""A language model in two forms: one number format for prompts, another for single tokens.
+
+Both read and write the same KV cache, so either may go on where the other stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edgevlm.engines.backends import LayerTime, Runner
+from edgevlm.engines.backends.state import State
+from edgevlm.toolkit.ops.vocabulary import Array
+
+
+class TwoForms:
+    """A Runner of two. prompts: only fills the cache; tokens: has the output layer.
+
+    What is scored is read by `tokens`, one position at a time: of a prompt that is its last one.
+    """
+
+    def __init__(self, prompts: Runner, tokens: Runner) -> None:
+        self._prompts, self._tokens = prompts, tokens
+
+    def new_state(self, slots: int = 1) -> State:
+        return self._tokens.new_state(slots)
+
+    def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+        length, score = inputs["ids"].shape[1], inputs["score"]
+        if length == 1:
+            return self._tokens.run(inputs, state)
+        first = int(score.min()) if score.size else length
+        if first:
+            self._prompts.run(_piece(inputs, 0, first), state)
+        logits: dict[int, Array] = {}
+        for at in range(first, length):
+            found = self._tokens.run(_piece(inputs, at, at + 1), state)["logits"]
+            logits[at] = found[:, 0].copy()
+        if not score.size:
+            return {"logits": np.zeros((*score.shape, 0), np.float32)}
+        picked = [
+            [logits[int(at)][slot] for at in positions] for slot, positions in enumerate(score)
+        ]
+        return {"logits": np.asarray(picked)}
+
+    def layers(self) -> list[LayerTime]:
+        times = [
+            LayerTime(f"{form}/{time.name}", time.op, time.total_ms, time.calls)
+            for form, runner in (("prompts", self._prompts), ("tokens", self._tokens))
+            for time in runner.layers()
+        ]
+        return sorted(times, key=lambda time: -time.total_ms)
+
+    def close(self) -> None:
+        self._prompts.close()
+        self._tokens.close()
+
+
+def _piece(inputs: Mapping[str, Array], begin: int, end: int) -> dict[str, Array]:
+    """The tokens [begin, end) of a call; a single one is scored, several are not."""
+    slots = len(inputs["ids"])
+    return {
+        "ids": inputs["ids"][:, begin:end],
+        "rows": inputs["rows"][:, begin:end],
+        "features": inputs["features"],
+        "start": inputs["start"] + begin,
+        "score": np.zeros((slots, int(end - begin == 1)), np.int64),
+    }

@@ -1,0 +1,129 @@
+"""What `build --precision` connects: the bundle's model recorded again in fewer bits, each part in
+the number format that runs fastest on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgevlm.engines.build.build import Requantization, Tuning
+    from edgevlm.engines.build.second_form import SecondForm
+    from edgevlm.engines.build.tune import Choice
+    from edgevlm.toolkit.checkpoints.layouts.source import Source
+    from edgevlm.toolkit.quantization.plan import PrecisionPlan
+    from edgevlm.toolkit.target import Target
+
+Progress = Callable[[str], None]
+
+
+def chosen(
+    bundle: Path,
+    precision: str | None,
+    target: Target,
+    progress: Progress,
+    *,
+    made_by: str,
+    tune: bool,
+    keep_slower: bool,
+) -> tuple[Requantization | None, Tuning]:
+    """What a build records again, and how it chose number formats.
+
+    precision: int8 and int4 are tuned, other names are fixed; with None a bundle that has its
+    language model in 4 bits may get a second form for prompts. tune: measure on this machine, else
+    take the table's formats. keep_slower: low precision where float is faster, too. Raises
+    ConfigError, MissingExtra or BundleError.
+    """
+    from edgevlm.engines.build.build import Requantization, Tuning
+
+    options = ("--no-tune",) * (not tune) + ("--keep-slower",) * keep_slower
+    if precision is None:
+        return None, _prompts_alone(bundle, target, progress, made_by, options)
+    from edgevlm.calibration import weight_only
+    from edgevlm.export import available
+    from edgevlm.toolkit import systems
+    from edgevlm.toolkit.checkpoints.layouts.source import Options
+
+    available.check()
+    from edgevlm.export import write
+
+    plan, tuning = weight_only.plan(precision), Tuning(options)
+    source = systems.load(bundle, Options())
+    if precision in weight_only.KINDS and not source.plan.precisions:
+        found = _measured(source, precision, target, progress, options)
+        plan = weight_only.chosen(source.model.lm.name, found.forms)
+        tuning = _tuning(source, found, options, made_by, progress)
+    source = replace(source, plan=plan)
+    writing = partial(write.write_bundle, source, made_by=made_by, progress=progress)
+    return Requantization(precision, plan, writing, partial(write.graphs, source)), tuning
+
+
+def _measured(
+    source: Source, kind: str, target: Target, progress: Progress, options: tuple[str, ...]
+) -> Choice:
+    """The fastest formats, or the table's where they are not to be measured or cannot be here."""
+    from edgevlm.engines.build import tune
+    from edgevlm.engines.build.timings import Timings
+    from edgevlm.export import probe
+
+    if "--no-tune" in options or not _runs_here(target):
+        return tune.untuned(source.model, kind)
+    timings, keep_slower = Timings(target, probe.linears), "--keep-slower" in options
+    return tune.tuned(source.model, kind, timings, progress, keep_slower=keep_slower)
+
+
+def _prompts_alone(
+    bundle: Path, target: Target, progress: Progress, made_by: str, options: tuple[str, ...]
+) -> Tuning:
+    """A second form of a bundle's language model, if its layers are in 4 bits."""
+    from edgevlm.engines.build import tune
+    from edgevlm.engines.build.build import Tuning
+    from edgevlm.engines.build.timings import Timings
+    from edgevlm.export import available
+    from edgevlm.toolkit import systems
+    from edgevlm.toolkit.bundle.manifest import Bundle
+    from edgevlm.toolkit.checkpoints.layouts.source import Options
+
+    tuned = "--no-tune" not in options and _runs_here(target)
+    if not tuned or "int4_weights" not in Bundle.open(bundle).manifest.plan.precisions:
+        return Tuning(options)
+    available.check()
+    from edgevlm.export import probe
+
+    source = systems.load(bundle, Options())
+    found = tune.tuned_prompts(source.model, Timings(target, probe.linears), progress)
+    return _tuning(source, found, options, made_by, progress)
+
+
+def _tuning(
+    source: Source, found: Choice, options: tuple[str, ...], made_by: str, progress: Progress
+) -> Tuning:
+    from edgevlm.calibration import weight_only
+    from edgevlm.engines.build.build import Tuning
+
+    prompts = None
+    if found.prompts is not None:
+        plan = weight_only.of_lm(source.model.lm.name, found.prompts)
+        prompts = _second_form(replace(source, plan=plan), plan, made_by, progress)
+    return Tuning(options, found.trials, found.notes, prompts)
+
+
+def _second_form(
+    source: Source, plan: PrecisionPlan, made_by: str, progress: Progress
+) -> SecondForm:
+    from edgevlm.engines.build.second_form import SecondForm
+    from edgevlm.export import write
+
+    writing = partial(write.write_prompt_form, source, made_by=made_by, progress=progress)
+    return SecondForm(plan, writing)
+
+
+def _runs_here(target: Target) -> bool:
+    """Whether formats for `target` can be timed on this machine."""
+    from edgevlm.engines import backends
+
+    return target.backend == "onnxruntime" and target == backends.backend(target).here()
