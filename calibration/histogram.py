@@ -155,4 +155,4 @@ def ranges_of(histograms: Mapping[str, Histogram], method: str) -> dict[str, flo
             f"the input of {dead[0]}{more} is zero for every sample",
             hint=f"calibrate with other samples, or leave it in float: --keep-float {dead[0]}",
         )
-    return {path: METHODS[method](histogram) for path, histogram in histograms.items()}
+    return {path: float(METHODS[method](histogram)) for path, histogram in histograms.items()}

@@ -21,6 +21,7 @@ from edgevlm.calibration.chain import Arithmetic, Chain, Passage, in_numpy
 from edgevlm.calibration.pictures import QUESTION, Given, Sample, gather
 from edgevlm.calibration.samples import Settings
 from edgevlm.calibration.static import Calibrator, StaticCalibration, layers_of, plan_of
+from edgevlm.engines.backends import sessions
 from edgevlm.engines.build.check import TOLERANCE
 from edgevlm.engines.lowering.lower import lower
 from edgevlm.engines.runtime.session import Question, Session
@@ -174,6 +175,21 @@ def test_zero_points_are_zero_and_codes_signed(tmp_path: Path) -> None:
 def test_a_layer_without_a_range_is_refused() -> None:
     with pytest.raises(CalibrationError, match=r"no range for the input of merger/linears\.0"):
         write.record(component("mergers", "mlp"), "fp32", PrecisionPlan("int8"))
+
+
+def test_products_are_of_integers_where_several_read_one_input(tmp_path: Path) -> None:
+    """ONNX Runtime would merge the Q/DQ of q, k and v, and then multiply floats."""
+    part = component("lms", "llama")
+    weights, inputs = tensors(part), feed(component("lms", "llama"))
+    plan = PrecisionPlan("int8", (), largest(part, weights, inputs))
+    model = lower(stored(part, weights, plan, tmp_path), this_cpu())
+    options = sessions.read_weights_from(sessions.session_options(1), tmp_path)
+    options.optimized_model_filepath = str(tmp_path / "run.onnx")
+    sessions.open_session(model.SerializeToString(), options)
+    nodes = onnx.load(str(tmp_path / "run.onnx"), load_external_data=False).graph.node
+    kinds = [node.op_type for node in nodes]
+    assert kinds.count("MatMul") == kinds.count("DequantizeLinear") == 0
+    assert kinds.count("MatMulIntegerToFloat") == len(plan.ranges)
 
 
 # -- the whole way -----------------------------------------------------------------------------
