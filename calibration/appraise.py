@@ -13,6 +13,7 @@ from edgevlm.toolkit.ops.wrappers import Wrapper
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.quantization.quantize import Quantize
 
+_PIECE = 1 << 22  # values that are compared at a time
 _CENTERED = "logits"  # a constant added to a row means nothing
 
 
@@ -27,11 +28,13 @@ class Compared:
 
     def add(self, a: Array, b: Array) -> None:
         """Add a pair of one shape."""
-        a, b = (x.reshape(-1).astype(np.float64) for x in (a, b))
-        self.error += float(np.square(a - b).sum())
-        self.plain += float(a @ a)
-        self.rounded += float(b @ b)
-        self.product += float(a @ b)
+        a, b = a.reshape(-1), b.reshape(-1)
+        for start in range(0, a.size, _PIECE):
+            p, q = (x[start : start + _PIECE].astype(np.float64) for x in (a, b))
+            self.error += float(np.square(p - q).sum())
+            self.plain += float(p @ p)
+            self.rounded += float(q @ q)
+            self.product += float(p @ q)
 
     @property
     def relative_rms(self) -> float:
@@ -103,11 +106,11 @@ class Appraise(Wrapper[Any]):
         found = self._errors.setdefault(self.path_of(w), LayerError())
         plain, rounded = self._read(y), self._read(z)
         found.compared.add(plain, rounded)
-        difference = np.moveaxis(plain - rounded, axis, -1)
-        difference = difference.reshape(-1, difference.shape[-1]).astype(np.float64)
-        shift = difference.sum(0)
+        difference = plain - rounded
+        others = tuple(i for i in range(difference.ndim) if i != axis % difference.ndim)
+        shift = difference.sum(others, dtype=np.float64)
         found.shift = found.shift + shift if found.rows else shift
-        found.rows += len(difference)
+        found.rows += difference.size // len(shift)
 
 
 @dataclass

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from edgevlm.calibration.pictures import Sample
-from edgevlm.toolkit.errors import CalibrationError
+from edgevlm.toolkit.errors import CalibrationError, InputError
 from edgevlm.toolkit.images import decode, views
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
 from edgevlm.toolkit.text import prompts
+from edgevlm.toolkit.text.prompts import Prompt
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.components import Component, zero_states
@@ -62,17 +63,22 @@ class Loaded(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class Passage:
-    """How a sample goes through: the weights of each component, and the ops around `arithmetic`."""
+    """How samples go through: the weights of each component, and the ops around `arithmetic`,
+    which `wrap` makes once for each.
+    """
 
     weights: Mapping[str, Mapping[str, Array]]
     arithmetic: Arithmetic
     wrap: Callable[[Ops[Any], Component], Any] = lambda ops, part: ops
+    _made: dict[str, Any] = field(default_factory=dict)
 
     def run(self, part: Component, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs of one component, states aside."""
         load, read = self.arithmetic.load, self.arithmetic.read
         loaded: Weights[Any] = Weights(Loaded(self.weights.get(part.name, {}), load))
-        ops = self.wrap(self.arithmetic.ops, part)
+        if part.name not in self._made:
+            self._made[part.name] = self.wrap(self.arithmetic.ops, part)
+        ops = self._made[part.name]
         outputs = part.forward(ops, loaded, {name: load(x) for name, x in inputs.items()})
         kept = [port.name for port in part.outputs if port.updates is None]
         return {name: np.asarray(read(outputs[name])) for name in kept}
@@ -95,20 +101,37 @@ class Chain:
         if sample.ids is not None:
             ids = sample.ids[None]
             return self._language(ids, np.full_like(ids, -1), None, by)
-        rules, images = self.model.prompts, int(sample.image is not None)
-        rendered = prompts.render(rules, [sample.prompt], images, "auto")
-        prompt = prompts.tokenize(rules, self._tokenizer, rendered)
+        prompt, tiles = self._prompt(sample)
         found: dict[str, dict[str, Array]] = {}
         features, indices = None, list[Array]()
         if sample.image is not None:
-            found = self._vision(sample, by, tiles=rendered.tiles)
+            found = self._vision(sample, by, tiles=tiles)
             features, order = self._features(found)
-            reused = rules.reuse_last and prompt.images == 2
-            indices = [order] * (1 + reused)
+            indices = [order] * prompt.images
         sequence = prompts.assemble(prompt, indices)
-        longest = min(rules.cut or sequence.length, self.model.lm.config.context)
+        longest = min(self.model.prompts.cut or sequence.length, self.model.lm.config.context)
         sequence = sequence.first(longest)
         return found | self._language(sequence.ids, sequence.rows, features, by)
+
+    def check(self, sample: Sample) -> None:
+        """Raise CalibrationError for a prompt that the model cannot be asked."""
+        if sample.ids is not None:
+            return
+        try:
+            self._prompt(sample)
+        except InputError as odd:
+            raise CalibrationError(
+                f"{sample.prompt[:60]!r}: {odd.message}", hint=odd.hint
+            ) from None
+
+    def _prompt(self, sample: Sample) -> tuple[Prompt, bool]:
+        """The prompt as tokens, and whether its images are cut into tiles."""
+        rules, images = self.model.prompts, int(sample.image is not None)
+        rendered = prompts.render(rules, [sample.prompt], images, "auto")
+        prompt = prompts.tokenize(rules, self._tokenizer, rendered)
+        reused = rules.reuse_last and images == 1 == prompt.images - 1  # the quirk of that name
+        prompts.check_slots(prompt, images + reused)
+        return prompt, rendered.tiles
 
     def _vision(self, sample: Sample, by: Passage, *, tiles: bool) -> dict[str, dict[str, Array]]:
         assert sample.image is not None

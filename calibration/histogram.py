@@ -22,6 +22,7 @@ PERCENTILE = 0.9999
 _LEVELS = LARGEST + 1  # steps of |x|, zero included
 _FEWEST = 128  # bins below which a range would have finer steps than the histogram
 _CANDIDATES = 128  # ranges that mse and entropy try
+_PIECE = 1 << 22  # values counted at a time: early layers of large images have 10^8
 _POINTS = 4  # in a bin, at which the error is taken
 
 
@@ -39,9 +40,11 @@ class Histogram:
 
     def add(self, x: Array, path: str) -> None:
         """Count the values of `x`. Raises CalibrationError naming `path` if one is no number."""
-        sizes = np.abs(x.reshape(-1).astype(np.float32, copy=False))
-        if not sizes.size:
-            return
+        values = x.reshape(-1)
+        for start in range(0, values.size, _PIECE):
+            self._add(np.abs(values[start : start + _PIECE].astype(np.float32, copy=False)), path)
+
+    def _add(self, sizes: Array, path: str) -> None:
         largest = float(sizes.max())
         if not math.isfinite(largest):
             raise CalibrationError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,20 @@ from edgevlm.calibration.chain import Arithmetic, Chain, Passage, in_numpy
 from edgevlm.calibration.histogram import Histogram, ranges_of
 from edgevlm.calibration.pictures import Chosen, Given, Progress, Sample, gather
 from edgevlm.calibration.samples import Settings
+from edgevlm.calibration.static_plan import layers_of, plan_of, share
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle.atomic import refuse_existing, refuse_source
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
-from edgevlm.toolkit.errors import CalibrationError, ConfigError
+from edgevlm.toolkit.errors import CalibrationError
 from edgevlm.toolkit.ops.vocabulary import Array, Ops
 from edgevlm.toolkit.ops.wrappers import Observe
-from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
+from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.quantization.quantize import Quantize
-from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.components import Component
 from edgevlm.toolkit.vlm.config import ModelConfig
-from edgevlm.toolkit.vlm.cost import count, image_axes
+from edgevlm.toolkit.vlm.cost import image_axes
 
-_HEAD = "lm/head"  # reads one row a token, and its errors reach the logits as they are
 _CORRECTED_ON = 16  # samples that bias correction takes
 
 Interpreter = tuple[Ops[Any], Callable[[Array], Any], Callable[[Any], Array]]
@@ -86,17 +84,6 @@ class StaticCalibration:
     dtype: str = "fp32"
 
 
-@dataclass(frozen=True)
-class Layers:
-    """The linears and convolutions of a model by path, with their FLOPs for one image and one
-    token; those whose weight is not stored as it is used; and the FLOPs of each component.
-    """
-
-    flops: Mapping[str, int]
-    made: tuple[str, ...]
-    totals: Mapping[str, int]
-
-
 def of_bundle(
     path: Path,
     out: Path,
@@ -123,41 +110,10 @@ def of_bundle(
     _check_reach(bundle.model, plan, chosen)
     source = systems.load(path, Options())
     chain = Chain(bundle.model, bundle.tokenizer())
+    for sample in (*chosen.calibrating, *chosen.held_out):
+        chain.check(sample)
     made, found = Calibrator(chain, arithmetic, settings, progress).run(source, plan, chosen)
     return made, replace(found, dtype=bundle.manifest.dtype)
-
-
-def layers_of(model: ModelConfig) -> Layers:
-    """Every layer that static INT8 is about."""
-    axes = image_axes(model, 1, 1) | {"sequence": 1, "context": 1}
-    flops, made, totals = dict[str, int](), list[str](), dict[str, int]()
-    for part in components.components(model):
-        counter = count(part, axes)
-        totals[part.name] = counter.flops
-        for cost in counter.costs:
-            if cost.op in ("linear", "conv") and cost.matrix_elements:
-                flops[cost.path] = flops.get(cost.path, 0) + cost.flops
-            elif cost.op in ("linear", "conv"):
-                made.append(cost.path)
-    return Layers(flops, tuple(made), totals)
-
-
-def plan_of(model: ModelConfig, settings: Settings) -> PrecisionPlan:
-    """All linears and convolutions in INT8, but the output layer and what is to stay in float.
-
-    Raises ConfigError for a glob that no layer matches.
-    """
-    layers = layers_of(model)
-    for glob in settings.keep_float:
-        if not any(fnmatchcase(path, glob) for path in layers.flops):
-            raise ConfigError(
-                f"--keep-float {glob} matches no layer",
-                hint=f"paths look like {next(iter(layers.flops))}; the report lists them",
-            )
-    head = (_HEAD,) if _HEAD in layers.flops else ()
-    globs = (*head, *layers.made, *settings.keep_float)
-    rules = tuple(Rule(glob, "float") for glob in dict.fromkeys(globs))
-    return PrecisionPlan("int8", rules, method=settings.range)
 
 
 def _check_reach(model: ModelConfig, plan: PrecisionPlan, chosen: Chosen) -> None:
@@ -337,7 +293,7 @@ class Calibrator:
             for path, error in errors.items()
         ]
         found = tuple(
-            ComponentCost(name, c.cosine, c.relative_rms, _share(name, layers, plan))
+            ComponentCost(name, c.cosine, c.relative_rms, share(name, layers, plan))
             for name, c in whole.components.items()
         )
         scored = max(whole.scored, 1)
@@ -350,13 +306,6 @@ class Calibrator:
             whole.scored,
             len(held),
         )
-
-
-def _share(name: str, layers: Layers, plan: PrecisionPlan) -> float:
-    """Of a component's arithmetic, what its layers in INT8 do."""
-    own = [path for path in layers.flops if path.split("/")[0] == name]
-    in_int8 = sum(layers.flops[path] for path in own if plan.at(path) == "int8")
-    return in_int8 / max(layers.totals[name], 1)
 
 
 def _with(weights: Mapping[str, Array], biases: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -20,8 +20,10 @@ from edgevlm.calibration import smooth
 from edgevlm.calibration.chain import Arithmetic, Chain, Passage, in_numpy
 from edgevlm.calibration.pictures import QUESTION, Given, Sample, gather
 from edgevlm.calibration.samples import Settings
-from edgevlm.calibration.static import Calibrator, StaticCalibration, layers_of, plan_of
+from edgevlm.calibration.static import Calibrator, StaticCalibration
+from edgevlm.calibration.static_plan import layers_of, plan_of
 from edgevlm.engines.backends import sessions
+from edgevlm.engines.build import check
 from edgevlm.engines.build.check import TOLERANCE
 from edgevlm.engines.lowering.lower import lower
 from edgevlm.engines.runtime.session import Question, Session
@@ -30,7 +32,7 @@ from edgevlm.toolkit import models, systems
 from edgevlm.toolkit.bundle.goldens import reference, relative_difference, relative_rms
 from edgevlm.toolkit.bundle.manifest import Bundle, Tensors
 from edgevlm.toolkit.checkpoints.layouts.source import Options
-from edgevlm.toolkit.errors import CalibrationError, ConfigError
+from edgevlm.toolkit.errors import AccuracyError, CalibrationError, ConfigError
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
 from edgevlm.toolkit.ops.wrappers import Observe
@@ -384,6 +386,27 @@ def test_bias_correction_takes_the_mean_error_away(bundle: Path, images: Path) -
         assert means[1][path] < 0.05 * means[0][path] + 1e-6
 
 
+def test_kernels_may_differ_by_what_rounding_costs_and_no_more(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated(bundle, tmp_path / "q", images=images)
+    monkeypatch.setitem(check.TOLERANCE, "int8_rows", 1e-12)
+    monkeypatch.setitem(check.DECODER_TOLERANCE, "int8_rows", 1e-12)
+    api.build_engine(tmp_path / "q", tmp_path / "e")  # they differ by 1e-7, at a loss of 0.02
+    right = check._answers
+
+    def wrong(*given: Any) -> Any:
+        answers = right(*given)
+        return [
+            {name: replace(answer, values=0.8 * answer.values) for name, answer in one.items()}
+            for one in answers
+        ]
+
+    monkeypatch.setattr(check, "_answers", wrong)
+    with pytest.raises(AccuracyError, match="differs from the reference by 0.2"):
+        api.build_engine(tmp_path / "q", tmp_path / "f", accept_loss=0.5)
+
+
 # -- what cannot be ----------------------------------------------------------------------------
 
 
@@ -435,6 +458,17 @@ def test_lines_of_prompts_are_checked(
     file.write_text('{"image": "00.png", "prompt": "x"}\n' + line)
     with pytest.raises(CalibrationError, match=message):
         gather(Bundle.open(bundle), Given(images, file), Settings(), silent)
+
+
+def test_prompts_with_a_slot_too_many_are_named(bundle: Path, images: Path, tmp_path: Path) -> None:
+    lines = [{"image": f"{i:02}.png", "prompt": "What is it?"} for i in range(4)]
+    lines.append({"prompt": "An <image> that is not there"})
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    seen: list[str] = []
+    with pytest.raises(CalibrationError, match=r"'An <image> that.*has 1 image slot"):
+        given = {"prompts": tmp_path / "p.jsonl", "progress": seen.append}
+        calibrated(bundle, tmp_path / "q", images=images, **given)
+    assert seen == []
 
 
 def test_a_component_that_no_sample_reaches_is_named(bundle: Path, tmp_path: Path) -> None:

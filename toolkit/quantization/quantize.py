@@ -18,8 +18,8 @@ class Quantize(Wrapper[T]):
 
     Activations: one symmetric scale per tensor, from the plan's ranges. Weights: one symmetric
     scale per output channel, from `weights` (the arrays; the inner ops may hold names or
-    parameters). Running it is fake quantization; recording it gives QuantizeLinear and
-    DequantizeLinear.
+    parameters), which are read once. Running it is fake quantization; recording it gives
+    QuantizeLinear and DequantizeLinear.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Quantize(Wrapper[T]):
         super().__init__(inner, component)
         self._plan = plan
         self._weights = weights
+        self._scales: dict[str, Array] = {}
 
     def linear(self, x: T, w: Weights[T]) -> T:
         if self._plan.at(self.path_of(w)) != "int8":
@@ -48,8 +49,10 @@ class Quantize(Wrapper[T]):
         return self.inner.fake_quant(x, scale, axis=None, path=f"{w.path}/input")
 
     def _weight(self, w: Weights[T], axis: int) -> Weights[T]:
-        scale = static.scales(self._weights(w.key("weight")))
-        path = f"{w.path}/weight"
+        path, key = f"{w.path}/weight", w.key("weight")
+        if key not in self._scales:  # they read the whole weight
+            self._scales[key] = static.scales(self._weights(key))
+        scale = self._scales[key]
         rounded = self.inner.fake_quant(w["weight"], scale, axis=axis, path=path)
         bias = w.get("bias")
         return w.holding(weight=rounded) if bias is None else w.holding(weight=rounded, bias=bias)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from edgevlm.calibration import static, weight_only
+from edgevlm.calibration import static_plan, weight_only
 from edgevlm.calibration.samples import Settings
 from edgevlm.export.write import record
 from edgevlm.toolkit.ops.costs import Cost
@@ -184,8 +184,8 @@ def test_weights_are_what_the_recorder_writes(name: str, precision: str) -> None
 @pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("fp16", 2)])
 def test_static_weights_are_what_the_recorder_writes(name: str, dtype: str, size: int) -> None:
     model = preset(name)
-    plan = static.plan_of(model, Settings("int8-static"))
-    plan = replace(plan, ranges=dict.fromkeys(static.layers_of(model).flops, 1.0))
+    plan = static_plan.plan_of(model, Settings("int8-static"))
+    plan = replace(plan, ranges=dict.fromkeys(static_plan.layers_of(model).flops, 1.0))
     written = {p.name: record(p, dtype, plan).nbytes() for p in components.components(model)}
     assert stored_bytes(model, plan, size) == written
     counter = count(components.components(model)[0], image_axes(model, 1, 1))
