@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx.external_data_helper import load_external_data_for_model
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -177,6 +179,20 @@ def test_zero_points_are_zero_and_codes_signed(tmp_path: Path) -> None:
 def test_a_layer_without_a_range_is_refused() -> None:
     with pytest.raises(CalibrationError, match=r"no range for the input of merger/linears\.0"):
         write.record(component("mergers", "mlp"), "fp32", PrecisionPlan("int8"))
+
+
+def test_the_graph_means_the_same_to_onnx_itself(tmp_path: Path) -> None:
+    """Its reference evaluator, which knows nothing of ONNX Runtime's rewriting."""
+    part = component("mergers", "mlp")
+    weights, inputs = tensors(part), feed(component("mergers", "mlp"))
+    plan = PrecisionPlan("int8", (), largest(part, weights, inputs))
+    model = stored(part, weights, plan, tmp_path)
+    file = Tensors(tmp_path / "w.safetensors")
+    expected = part.forward(reference(part.name, file), Weights(file), inputs)["features"]
+    load_external_data_for_model(model, str(tmp_path))
+    (found,) = ReferenceEvaluator(model).run(None, inputs)
+    rows = np.abs(found - expected).max(-1)
+    assert (rows < 1e-5 * np.abs(expected).max()).mean() > 0.9
 
 
 def test_products_are_of_integers_where_several_read_one_input(tmp_path: Path) -> None:
