@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +30,7 @@ class Rewriter:
         self.model = model
         self.shared: dict[str, onnx.NodeProto] = {}
         self._constants: dict[str, onnx.TensorProto] = {}
+        self._users: dict[str, list[onnx.NodeProto]] = defaultdict(list)
 
     def node(
         self,
@@ -63,6 +65,18 @@ class Rewriter:
             tensor.dims.extend(shape)
             self._constants[alias] = tensor
         return alias
+
+    def users(self, tensor: str) -> list[onnx.NodeProto]:
+        """The nodes of the original graph that read a tensor."""
+        if not self._users:
+            for node in self.model.graph.node:
+                for name in node.input:
+                    self._users[name].append(node)
+        return self._users[tensor]
+
+    def shape_of(self, weight: str) -> tuple[int, ...]:
+        """The shape of a stored tensor."""
+        return tuple(next(t.dims for t in self.model.graph.initializer if t.name == weight))
 
     def finish(self, nodes: list[onnx.NodeProto]) -> None:
         """Put the new nodes into the model, drop what is unused, and sort the rest."""

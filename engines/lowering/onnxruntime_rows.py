@@ -20,7 +20,7 @@ _OPSET_24 = (1, 24)  # the first release that reads opset 24
 
 _STANDARD = (
     "Abs Add And Attention Cast CastLike Clip Concat Constant Conv Cos DequantizeLinear Div "
-    "Expand Flatten Gather GatherND Gelu Greater GreaterOrEqual GridSample Identity "
+    "Expand Gather GatherND Gelu Greater GreaterOrEqual GridSample Identity "
     "LayerNormalization LessOrEqual MatMul MatMulInteger Max Mul Neg QuantizeLinear "
     "RMSNormalization Range ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape "
     "RotaryEmbedding Round Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Swish Tanh "

@@ -16,18 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from edgevlm.engines import backends, manifest
+from edgevlm.engines import manifest
 from edgevlm.engines.backends import LayerTime, Runner, RunnerOptions
 from edgevlm.engines.backends.state import State
 from edgevlm.engines.manifest import PREFILL_CHUNK, Engine
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock
+from edgevlm.engines.runtime.components import open_components
 from edgevlm.engines.runtime.concurrency import StatePool, Turns
 from edgevlm.engines.runtime.question import Question as Question
 from edgevlm.engines.runtime.reply import Answer as Answer
 from edgevlm.engines.runtime.reply import Reply as Reply
 from edgevlm.engines.runtime.reply import Token as Token
-from edgevlm.engines.runtime.two_forms import TwoForms
 from edgevlm.engines.runtime.vision import Features, Vision, side_by_side
 from edgevlm.toolkit.bundle.manifest import TOKENIZER
 from edgevlm.toolkit.errors import InputError
@@ -100,22 +100,16 @@ class Session:
         engine = manifest.read(folder)
         manifest.check(folder, engine)
         memory.require(memory.of_engine(engine), f"opening {folder}")
-        backend = backends.backend(engine.parsed_target())
         encoders = len(engine.parsed_model().encoders)
         together = side_by_side(encoders, cores)
         shared = RunnerOptions(engine.context, cores // encoders if together else threads, profile)
         alone = RunnerOptions(engine.context, threads, profile)
+        options = {
+            record.name: shared if record.name.startswith("encoder.") else alone
+            for record in engine.components
+        }
         with ExitStack() as opened:
-            runners: dict[str, Runner] = {}
-            for record in engine.components:
-                options = shared if record.name.startswith("encoder.") else alone
-                runners[record.name] = backend.open(folder, record, engine.model, options)
-                opened.callback(runners[record.name].close)
-            if engine.prompt_form is not None:
-                prompts = backend.open(folder, engine.prompt_form.record, engine.model, alone)
-                opened.callback(prompts.close)
-                name = engine.prompt_form.record.name
-                runners[name] = TwoForms(prompts, runners[name])
+            runners = open_components(folder, engine, options, cores, opened)
             load_ms = 1000 * (time.perf_counter() - started)
             session = cls(
                 folder,
