@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgevlm.calibration.calibrate import Calibration
+    from edgevlm.calibration.static import StaticCalibration
     from edgevlm.engines.build.build import Request
     from edgevlm.engines.manifest import Engine
     from edgevlm.toolkit.bundle.manifest import Bundle
@@ -250,30 +251,34 @@ def calibrate(
     bundle: str | Path,
     out: str | Path,
     *,
-    text: str | Path,
+    text: str | Path | None = None,
+    images: str | Path | None = None,
+    prompts: str | Path | None = None,
     to: str = "int4",
-    budget: float = 0.05,
-    block: int = 32,
-    window: int = 256,
-    windows: int = 24,
     force: bool = False,
     progress: Progress | None = None,
-) -> Calibration:
-    """Quantize a float bundle with samples of text, as `edgevlm calibrate` does.
+    **settings: Any,
+) -> Calibration | StaticCalibration:
+    """Quantize a float bundle with samples, as `edgevlm calibrate` does.
 
-    Writes the bundle `out`; what was found. Raises ToolkitError; nothing half-written stays.
+    settings: see edgevlm.calibration.samples.Settings. Writes the bundle `out`; what was found.
+    Raises ToolkitError; nothing half-written stays.
     """
     from edgevlm.calibration import calibrate as calibration
+    from edgevlm.calibration.pictures import Given
     from edgevlm.calibration.samples import Settings
     from edgevlm.export import available
+    from edgevlm.training import forward
 
     available.check()
     from edgevlm.export import write
 
-    settings = Settings(to, window, windows, block, budget)
-    say, target = progress or _silent, Path(out)
-    source, found = calibration.of_bundle(Path(bundle), target, Path(text), settings, say, force)
-    write.write_bundle(source, target, made_by=made_by(), force=force, progress=say)
+    given = Given(*(None if file is None else Path(file) for file in (images, prompts, text)))
+    say, where = progress or _silent, (Path(bundle), Path(out), given, Settings(to, **settings))
+    source, found = calibration.of_bundle(*where, forward.interpreter(), say, force)
+    write.write_bundle(
+        source, Path(out), dtype=found.dtype, made_by=made_by(), force=force, progress=say
+    )
     return found
 
 

@@ -15,14 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.calibration import gptq, weight_only
+from edgevlm.calibration import gptq, static, weight_only
 from edgevlm.calibration.many import Many, ManyOps, hidden
+from edgevlm.calibration.pictures import Given
 from edgevlm.calibration.quality import Quality, compare
-from edgevlm.calibration.samples import BLOCKS, Settings, windows_of
+from edgevlm.calibration.samples import BLOCKS, STATIC, Settings, check, windows_of
+from edgevlm.calibration.static import Interpreter, StaticCalibration
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle.atomic import refuse_existing, refuse_source
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
 from edgevlm.toolkit.quantization import blockwise
 from edgevlm.toolkit.quantization.blockwise import LINEAR, TABLE, StorageFormat
@@ -46,7 +49,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What came out: the plan, the codes of the language model, and what they cost."""
+    """What came out: the plan, the codes of the language model, and what they cost.
+
+    dtype: of what the bundle has in float.
+    """
 
     plan: PrecisionPlan
     codes: Mapping[str, Codes]
@@ -54,18 +60,33 @@ class Calibration:
     share_4_bits: float
     quality: Quality
     within_budget: bool
+    dtype: str = "fp32"
 
 
 def of_bundle(
-    path: Path, out: Path, text: Path, settings: Settings, progress: Progress, force: bool
-) -> tuple[Source, Calibration]:
+    path: Path,
+    out: Path,
+    given: Given,
+    settings: Settings,
+    interpreter: Interpreter | None,
+    progress: Progress,
+    force: bool,
+) -> tuple[Source, Calibration | StaticCalibration]:
     """A float bundle's model with calibrated weights, to be written to `out`.
 
-    Raises ToolkitError before any work where that cannot be.
+    interpreter: for static INT8; None for NumPy's. Raises ToolkitError before any work where that
+    cannot be.
     """
+    check(settings)
+    if settings.to == STATIC:
+        return static.of_bundle(path, out, given, settings, interpreter, progress, force)
+    if given.text is None or given.images or given.prompts:
+        raise ConfigError(
+            f"--to {settings.to} is calibrated with text alone", hint="give --text FILE, no images"
+        )
     bundle = Bundle.open(path)
     bundle.check_sizes()
-    chosen = windows_of(bundle, text, settings)
+    chosen = windows_of(bundle, given.text, settings)
     refuse_source(out, path)
     refuse_existing(out, force=force)
     source = systems.load(path, Options())

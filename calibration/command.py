@@ -20,29 +20,56 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
         bundle: Annotated[Path, typer.Argument(help="A float bundle made by `export`.")],
         out: Annotated[Path, typer.Argument(help="The quantized bundle to write.")],
         text: Annotated[
-            Path, typer.Option(help="A text file (UTF-8) like what the model will see.")
-        ],
+            Optional[Path], typer.Option(help="A text file (UTF-8) like what the model will see.")
+        ] = None,
+        images: Annotated[
+            Optional[Path], typer.Option(help="int8-static: a folder of images.")
+        ] = None,
+        prompts: Annotated[
+            Optional[Path],
+            typer.Option(help='int8-static: a file of lines {"image": ..., "prompt": ...}.'),
+        ] = None,
         to: Annotated[
-            str, typer.Option(help="int4 (the worst layers in 8 bits) or int8.")
+            str,
+            typer.Option(
+                help="Weights: int4 (the worst layers in 8 bits) or int8. With inputs: int8-static."
+            ),
         ] = "int4",
+        range: Annotated[
+            str, typer.Option(help="int8-static: minmax, percentile, entropy or mse.")
+        ] = "mse",
+        smooth: Annotated[
+            Optional[float], typer.Option(help="int8-static: SmoothQuant's alpha, such as 0.5.")
+        ] = None,
+        bias_correction: Annotated[
+            bool, typer.Option("--bias-correction", help="int8-static: mend the mean error.")
+        ] = False,
+        keep_float: Annotated[
+            Optional[list[str]],
+            typer.Option(help="int8-static: layers to leave in float, lm/layers.0/*. Repeatable."),
+        ] = None,
+        samples: Annotated[int, typer.Option(help="int8-static: the most images or prompts.")] = 64,
         budget: Annotated[
             float, typer.Option(help="How much perplexity may grow: 0.05 is 5 %.")
         ] = 0.05,
         block: Annotated[
             int, typer.Option(help="Inputs that share a scale in 4 bits: 32, 64 or 128.")
         ] = 32,
-        window: Annotated[int, typer.Option(help="Tokens of one sample.")] = 256,
-        windows: Annotated[int, typer.Option(help="The most samples to calibrate with.")] = 24,
+        window: Annotated[int, typer.Option(help="Tokens of one sample of text.")] = 256,
+        windows: Annotated[
+            int, typer.Option(help="The most samples of text to calibrate with.")
+        ] = 24,
         report: Annotated[Optional[Path], typer.Option(help="Write the report as JSON.")] = None,
         force: Force = False,
         as_json: Json = False,
         quiet: Quiet = False,
         debug: Debug = False,
     ) -> None:
-        """Quantize a bundle's weights with samples of text, within a budget; writes a bundle."""
+        """Quantize a bundle with samples of text, or of images and prompts; writes a bundle."""
         given = dict(locals())
         for name in ("run", "debug"):
             given.pop(name, None)
+        given["keep_float"] = tuple(keep_float or ())
         run(**given)
 
     return calibrate
@@ -50,6 +77,7 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
 
 def summary(result: Any, bundle: Path, out: Path) -> tuple[Any, list[str], str]:
     """Data, lines and the next command of a finished calibration of `bundle` into `out`."""
+    from edgevlm.calibration import static_report
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.strict import to_plain
     from edgevlm.toolkit.terminal.console import human_bytes, table
@@ -59,8 +87,10 @@ def summary(result: Any, bundle: Path, out: Path) -> tuple[Any, list[str], str]:
         c.name: (before.files[c.weights].nbytes, after.files[c.weights].nbytes)
         for c in before.components
     }
-    quality = result.quality
     following = shlex.join(["edgevlm", "build", str(out), f"{out}-engine"])
+    if not hasattr(result, "quality"):
+        return *static_report.summary(result, out, sizes, following), following
+    quality = result.quality
     data = {
         "kind": "calibration",
         "bundle": str(out),

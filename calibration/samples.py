@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from edgevlm.calibration import weight_only
+from edgevlm.calibration.histogram import METHODS
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.errors import CalibrationError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import Block
 
+STATIC = "int8-static"
+_STATIC = ("range", "smooth", "bias_correction", "keep_float", "samples")
+_WEIGHT_ONLY = ("block", "budget")
 BLOCKS: tuple[Block, ...] = (32, 64, 128)
 _HELD_OUT = 8  # windows, a quarter of the text at most
 
 
 @dataclass(frozen=True)
 class Settings:
-    """window: tokens of a sample; windows: the most samples. block: inputs that share a scale in 4
-    bits. budget: how much the perplexity of held-out text may grow, 0.05 for 5 %.
+    """window: tokens of a sample of text; windows: the most of them.
+
+    Of weights alone: block, inputs that share a scale in 4 bits; budget, how much the perplexity of
+    held-out text may grow, 0.05 for 5 %. Of static INT8: range, the method (histogram.py); smooth,
+    SmoothQuant's alpha; keep_float, globs over paths of layers; samples, the most images or
+    prompts.
     """
 
     to: str = "int4"
@@ -29,27 +37,59 @@ class Settings:
     windows: int = 24
     block: int = 32
     budget: float = 0.05
+    range: str = "mse"
+    smooth: float | None = None
+    bias_correction: bool = False
+    keep_float: tuple[str, ...] = ()
+    samples: int = 64
 
 
 def check(settings: Settings) -> None:
     """Raise ConfigError for settings that cannot be."""
-    weight_only.plan(settings.to, "--to")
+    known = (*weight_only.KINDS, STATIC)
+    if settings.to not in known:
+        raise ConfigError(f"--to {settings.to!r} is unknown", hint=f"known: {', '.join(known)}")
+    _refuse_others(settings)
+    if settings.range not in METHODS:
+        raise ConfigError(
+            f"--range {settings.range!r} is unknown", hint=f"known: {', '.join(METHODS)}"
+        )
+    if settings.smooth is not None and not 0 < settings.smooth < 1:
+        raise ConfigError(f"--smooth {settings.smooth} is not between 0 and 1", hint="0.5 is usual")
     if settings.block not in BLOCKS:
         raise ConfigError(f"--block {settings.block} is unknown", hint="known: 32, 64, 128")
     if not (math.isfinite(settings.budget) and settings.budget > 0):
         raise ConfigError(f"--budget {settings.budget} is not a number above 0")
-    for name in ("window", "windows"):
+    for name in ("window", "windows", "samples"):
         if getattr(settings, name) < 2:
             raise ConfigError(f"--{name} {getattr(settings, name)} is less than 2")
+
+
+def _refuse_others(settings: Settings) -> None:
+    """Raise ConfigError for options that have no meaning for what is asked."""
+    static = settings.to == STATIC
+    for option in fields(Settings):
+        name = option.name
+        changed = getattr(settings, name) != option.default
+        if changed and name in (_WEIGHT_ONLY if static else _STATIC):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} has no meaning for --to {settings.to}", hint=f"leave {flag} out"
+            )
+
+
+def check_bundle(bundle: Bundle) -> None:
+    """Raise ConfigError unless a bundle is in float."""
+    if bundle.manifest.plan.precisions:
+        raise ConfigError(
+            f"{bundle.path} is quantized already", hint="calibrate the float bundle that it is of"
+        )
 
 
 def windows_of(bundle: Bundle, text: Path, settings: Settings) -> tuple[Array, Array]:
     """`windows` of the file `text`. Raises ConfigError and CalibrationError, before any work."""
     check(settings)
-    if bundle.manifest.plan.precisions:
-        raise ConfigError(
-            f"{bundle.path} is quantized already", hint="calibrate the float bundle that it is of"
-        )
+    check_bundle(bundle)
     longest = bundle.model.lm.config.context
     if settings.window > longest:
         raise ConfigError(

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edgevlm.export import blocked, rows
+from edgevlm.export import blocked, rows, static
 from edgevlm.export.nodes import DOMAIN
 from edgevlm.toolkit.ops.vocabulary import Array, R, Step, Weights
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
@@ -22,6 +22,7 @@ ELEMENT = {
     "bf16": onnx.TensorProto.BFLOAT16,
     "int64": onnx.TensorProto.INT64,
     "uint8": onnx.TensorProto.UINT8,
+    "int8": onnx.TensorProto.INT8,
     "bool": onnx.TensorProto.BOOL,
 }
 
@@ -29,8 +30,8 @@ ELEMENT = {
 class OnnxOps:
     """Collects nodes; `constants` are tables of the weights file, `small` ones stay inline.
 
-    quantized: the weights that the graph takes in 8 or 4 bits, as the plan wants; channels: those
-    whose inputs are in 8 bits too.
+    quantized: the weights that the graph takes in 8 or 4 bits, as the plan wants; channels, static:
+    those whose inputs are in 8 bits too.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class OnnxOps:
         self.quantized = blocked.QuantizedWeights(shapes)
         self.channels = rows.ChannelWeights(shapes)
         self._plan = plan or PrecisionPlan()
+        self.static = static.StaticWeights(shapes, self._plan)
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, Array] = {}
         self.small: dict[str, onnx.TensorProto] = {}
@@ -115,7 +117,7 @@ class OnnxOps:
 
     def linear(self, x: str, w: Weights[str]) -> str:
         path, bias = self._at(w), w.get("bias")
-        y = self._product(x, w["weight"], path)
+        y = self._product(*self.static.operands(self, x, w["weight"], path), path)
         return y if bias is None else self.one("Add", [y, bias], f"{path}/bias")
 
     def _product(self, x: str, weight: str, path: str) -> str:
@@ -145,12 +147,12 @@ class OnnxOps:
     def conv(
         self, x: str, w: Weights[str], *, stride: int, padding: int = 0, groups: int = 1
     ) -> str:
-        bias = w.get("bias")
-        inputs = [x, w["weight"], *([] if bias is None else [bias])]
+        bias, path = w.get("bias"), self._at(w)
+        operands = self.static.operands(self, x, w["weight"], path)
         return self.one(
             "Conv",
-            inputs,
-            self._at(w),
+            [*operands, *([] if bias is None else [bias])],
+            path,
             strides=[stride] * 2,
             pads=[padding] * 4,
             dilations=[1, 1],

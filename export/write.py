@@ -159,7 +159,8 @@ class Recorded:
                 used += stored.planned(name, self.dtype)
             else:
                 plain = [TensorSpec(name, self.dtype, shape)]
-                used += self.ops.channels.planned(name, self.dtype) or plain
+                found = self.ops.channels.planned(name, self.dtype)
+                used += found or self.ops.static.planned(name, self.dtype) or plain
         return used + [TensorSpec(n, "fp32", x.shape) for n, x in self.ops.constants.items()]
 
     def nbytes(self) -> int:
@@ -263,6 +264,9 @@ def _write_weights(path: Path, recorded: Recorded, weights: Mapping[str, Array])
     def produce(tensor: TensorSpec) -> Blocks:
         if tensor.name in tables:
             return row_blocks(tables[tensor.name])
+        static = recorded.ops.static.content(tensor.name, weights)
+        if static is not None:
+            return static
         stored, tail = _split(tensor.name)
         if stored in by_channel:
             weight = weights[by_channel[stored]]

@@ -90,7 +90,8 @@ def _precision(model: onnx.ModelProto, computed: str) -> str:
     kinds = {node.op_type for node in model.graph.node}
     if "MatMulNBits" in kinds:  # its kernel rounds the inputs, which the reference does not
         return "int8"
-    return "int8_rows" if kinds & {"MatMulInteger", "MatMulIntegerToFloat"} else computed
+    rounds = {"MatMulInteger", "MatMulIntegerToFloat", "QuantizeLinear"}  # as the reference does
+    return "int8_rows" if kinds & rounds else computed
 
 
 def _unsigned_is_best() -> bool:

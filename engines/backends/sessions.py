@@ -10,9 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from edgevlm.toolkit.quantization import static
 from edgevlm.toolkit.target import saturates_int8
 
 _EXACT_PRODUCTS = "session.x64quantprecision"
+# Merges the Q/DQ of layers with one input; a product is of integers only if it has its own.
+_MERGING = "CommonSubexpressionElimination"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _ERRORS_ONLY = 3
 
@@ -36,10 +39,12 @@ def open_session(model: Path | str | bytes, options: Any | None = None) -> Any:
     """
     import onnxruntime
 
+    graph = model if isinstance(model, bytes) else Path(model).read_bytes()
     return onnxruntime.InferenceSession(
         model if isinstance(model, bytes) else str(model),
         options or session_options(),
         providers=["CPUExecutionProvider"],
+        disabled_optimizers=[_MERGING] if static.SUFFIX.encode() in graph else None,
     )
 
 

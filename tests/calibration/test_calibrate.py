@@ -42,7 +42,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def calibrated(bundle: Path, out: Path, **changes: object) -> calibration.Calibration:
     options = {"text": TEXT, "window": 24, "windows": 12, "budget": 1e-9, **changes}
-    return api.calibrate(bundle, out, **options)  # type: ignore[arg-type]
+    found = api.calibrate(bundle, out, **options)  # type: ignore[arg-type]
+    assert isinstance(found, calibration.Calibration)
+    return found
 
 
 @pytest.mark.parametrize("block", samples.BLOCKS)

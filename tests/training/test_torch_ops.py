@@ -10,11 +10,11 @@ import torch
 
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Weights
-from edgevlm.toolkit.ops.wrappers import Observe
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.quantization.quantize import Quantize
 from edgevlm.training.torch_ops import TorchOps
 from tests.toolkit.models.test_architectures import component, feed, tensors
+from tests.toolkit.ops.test_wrappers import calibrated
 
 LAYERED = [
     ("encoders", "clip"),
@@ -66,9 +66,7 @@ def test_gradients_through_recomputed_blocks_are_the_same(role: str, kind: str) 
 
 def test_a_wrapped_model_is_recomputed_too_and_rounds_the_same() -> None:
     part = component("lms", "llama")
-    observer: Any = Observe(NumpyOps(), part.name)
-    part.forward(observer, Weights(tensors(part)), feed(part))
-    plan = PrecisionPlan("int8", ranges=observer.largest, method="minmax", samples=1)
+    plan = calibrated(part, tensors(part), feed(part))
     kept, forward, once = gradients("lms", "llama", Counted(), plan)
     recomputed, _, twice = gradients("lms", "llama", Counted(checkpoint=True), plan)
     assert (once, twice > forward) == (forward, True)

@@ -17,6 +17,7 @@ from edgevlm.toolkit.bundle.manifest import Tensors
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
 from edgevlm.toolkit.quantization.channels import RoundRows
+from edgevlm.toolkit.quantization.static import RoundInputs
 from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, Component, Port, zero_states
 
 AXES = {
@@ -112,8 +113,12 @@ def requantized(
 
 def reference(component: str, tensors: Mapping[str, Array]) -> Ops[Array]:
     """The reference for weights of a file: where their storage says so, inputs are rounded too."""
-    stored = tensors.by_channel if isinstance(tensors, Tensors) else frozenset[str]()
-    return cast(Any, RoundRows(NumpyOps(), component, stored)) if stored else NumpyOps()
+    ops: Any = NumpyOps()
+    if isinstance(tensors, Tensors) and tensors.by_channel:
+        ops = RoundRows(ops, component, tensors.by_channel)
+    if isinstance(tensors, Tensors) and tensors.input_steps:
+        ops = RoundInputs(ops, component, tensors.input_steps)
+    return cast(Ops[Array], ops)
 
 
 def _answered(

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgevlm.toolkit.bundle.atomic import sha256_of
 from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from edgevlm.toolkit.errors import BundleError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.quantization import blockwise, channels
+from edgevlm.toolkit.quantization import blockwise, channels, static
 from edgevlm.toolkit.quantization.coded import Codes
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.strict import from_plain, read_json, to_plain
@@ -32,6 +34,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 GOLDENS = "golden.npz"
 DTYPES = ("fp32", "fp16", "bf16")
+_INPUT = static.SUFFIX + static.INPUT
 _CHANGED = "the manifest was changed; export it again"
 
 
@@ -96,7 +99,8 @@ class Tensors(Mapping[str, Array]):
     """A component's weights, mapped from the file: what NumpyOps runs on, in whatever precision.
 
     Weights in 8 or 4 bits come back under their own names, as the floats that they stand for.
-    by_channel: those whose inputs are rounded too (toolkit/quantization/channels.py).
+    by_channel: those whose inputs are rounded too (toolkit/quantization/channels.py). input_steps:
+    the same of inputs in steps known beforehand (static.py), and those steps.
     """
 
     def __init__(self, path: Path) -> None:
@@ -116,14 +120,24 @@ class Tensors(Mapping[str, Array]):
         found = [n for n in stored if n.endswith(suffix) and n + blockwise.SCALE in stored]
         self.by_channel = frozenset(name.removesuffix(suffix) for name in found)
         packed = {key + storage.suffix for key, storage in self._formats.items()} | {*found}
+        steps = {n.removesuffix(static.INPUT): n for n in stored if n.endswith(_INPUT)}
+        packed |= {*steps, *steps.values()}
+        self.input_steps = {
+            name.removesuffix(static.SUFFIX): self._file.read(n).astype(np.float32)
+            for name, n in steps.items()
+        }
         packed |= {name + tail for name in packed for tail in blockwise.TAILS}
         plain = (name for name in stored if name not in packed)
-        self._names = [*plain, *self._formats, *(n.removesuffix(suffix) for n in found)]
+        by_channel = (n.removesuffix(suffix) for n in found)
+        self._names = [*plain, *self._formats, *by_channel, *self.input_steps]
 
     def __getitem__(self, key: str) -> Array:
         if key in self.by_channel:
             name = key + channels.SUFFIX
             return channels.dequantize(*map(self._file.read, (name, name + blockwise.SCALE)))
+        if key in self.input_steps:
+            name = key + static.SUFFIX
+            return static.dequantize(*map(self._file.read, (name, name + blockwise.SCALE)))
         coded = self.codes(key)
         if coded is not None:
             return coded.floats()
@@ -146,6 +160,8 @@ class Tensors(Mapping[str, Array]):
         """Shape of one tensor, without reading it."""
         if key in self.by_channel:
             return self._file.shape(key + channels.SUFFIX)
+        if key in self.input_steps:
+            return self._file.shape(key + static.SUFFIX)
         storage = self._formats.get(key)
         if storage is None:
             return self._file.shape(key)
@@ -154,7 +170,8 @@ class Tensors(Mapping[str, Array]):
         return (inputs, outputs) if storage.transposed else (outputs, inputs)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._formats or key in self.by_channel or key in self._file.entries
+        packed = self._formats, self.by_channel, self.input_steps, self._file.entries
+        return any(key in names for names in packed)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -102,7 +102,9 @@ def conv(
     """2 * outputs * (C / groups) * k * k, taps in the padding included, and the bias."""
     weight, bias = w["weight"], w.get("bias")
     taps = weight.size // weight.shape[0]
-    return _moved(y.size * (2 * taps + (bias is not None)), y, x, weight, bias)
+    cost = _moved(y.size * (2 * taps + (bias is not None)), y, x, weight, bias)
+    matrix = weight.size if isinstance(weight, Parameter) else 0
+    return replace(cost, matrix_elements=matrix, matrix_inputs=taps)
 
 
 def layer_norm(y: Spec, x: Spec, w: Weights[Spec], eps: float) -> Cost:

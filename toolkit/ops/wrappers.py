@@ -10,12 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar, cast
 
-import numpy as np
-
 from edgevlm.toolkit.ops import decompositions
 from edgevlm.toolkit.ops.costs import COSTS, Cost, Parameter
 from edgevlm.toolkit.ops.shape_ops import Spec
-from edgevlm.toolkit.ops.vocabulary import Array, Ops, R, Weights
+from edgevlm.toolkit.ops.vocabulary import Ops, R, Weights
 
 T = TypeVar("T")
 
@@ -44,24 +42,22 @@ class Wrapper(Generic[T]):
         return f"{self.component}/{w.path}"
 
 
-class Observe(Wrapper[Array]):
-    """Runs the model and keeps the largest |x| that entered each linear and conv."""
+class Observe(Wrapper[T]):
+    """Runs the model and shows what enters each linear and conv: see(path, x), x [..., in] or
+    [B, C, H, W].
+    """
 
-    def __init__(self, inner: Ops[Array], component: str) -> None:
+    def __init__(self, inner: Ops[T], component: str, see: Callable[[str, T], None]) -> None:
         super().__init__(inner, component)
-        self.largest: dict[str, float] = {}
+        self._see = see
 
-    def linear(self, x: Array, w: Weights[Array]) -> Array:
-        self._see(x, w)
+    def linear(self, x: T, w: Weights[T]) -> T:
+        self._see(self.path_of(w), x)
         return self.inner.linear(x, w)
 
-    def conv(self, x: Array, w: Weights[Array], **sizes: int) -> Array:
-        self._see(x, w)
+    def conv(self, x: T, w: Weights[T], **sizes: int) -> T:
+        self._see(self.path_of(w), x)
         return self.inner.conv(x, w, **sizes)
-
-    def _see(self, x: Array, w: Weights[Array]) -> None:
-        path = self.path_of(w)
-        self.largest[path] = max(self.largest.get(path, 0.0), float(np.abs(x).max()))
 
 
 class Count(Wrapper[Spec]):

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import numpy as np
-
-from edgevlm.toolkit.errors import CalibrationError
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
+from edgevlm.toolkit.quantization import static
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 
 T = TypeVar("T")
@@ -20,8 +18,8 @@ class Quantize(Wrapper[T]):
 
     Activations: one symmetric scale per tensor, from the plan's ranges. Weights: one symmetric
     scale per output channel, from `weights` (the arrays; the inner ops may hold names or
-    parameters). Running it is fake quantization; recording it gives QuantizeLinear and
-    DequantizeLinear.
+    parameters), which are read once. Running it is fake quantization; recording it gives
+    QuantizeLinear and DequantizeLinear.
     """
 
     def __init__(
@@ -34,6 +32,7 @@ class Quantize(Wrapper[T]):
         super().__init__(inner, component)
         self._plan = plan
         self._weights = weights
+        self._scales: dict[str, Array] = {}
 
     def linear(self, x: T, w: Weights[T]) -> T:
         if self._plan.at(self.path_of(w)) != "int8":
@@ -46,21 +45,14 @@ class Quantize(Wrapper[T]):
         return self.inner.conv(self._input(x, w), self._weight(w, axis=0), **sizes)
 
     def _input(self, x: T, w: Weights[T]) -> T:
-        path = self.path_of(w)
-        if path not in self._plan.ranges:
-            raise CalibrationError(
-                f"the plan has no range for the input of {path}",
-                hint="calibrate again with samples that reach every component",
-            )
-        scale = np.float32(max(self._plan.ranges[path], 1e-8) / 127)
-        path = f"{w.path}/input"
-        return self.inner.fake_quant(x, np.asarray(scale), axis=None, path=path)
+        scale = static.input_step(self._plan.ranges, self.path_of(w))
+        return self.inner.fake_quant(x, scale, axis=None, path=f"{w.path}/input")
 
     def _weight(self, w: Weights[T], axis: int) -> Weights[T]:
-        array = np.abs(self._weights(w.key("weight")).astype(np.float32))
-        others = tuple(i for i in range(array.ndim) if i != axis)
-        scale = np.maximum(array.max(others), 1e-8).astype(np.float32) / np.float32(127)
-        path = f"{w.path}/weight"
+        path, key = f"{w.path}/weight", w.key("weight")
+        if key not in self._scales:  # they read the whole weight
+            self._scales[key] = static.scales(self._weights(key))
+        scale = self._scales[key]
         rounded = self.inner.fake_quant(w["weight"], scale, axis=axis, path=path)
         bias = w.get("bias")
         return w.holding(weight=rounded) if bias is None else w.holding(weight=rounded, bias=bias)

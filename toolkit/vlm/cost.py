@@ -39,7 +39,9 @@ def weight_bits(cost: Cost, plan: PrecisionPlan) -> int | None:
     divides it.
     """
     precision = plan.at(cost.path)
-    if not cost.matrix_elements or precision not in TABLES_IN_8_BITS:
+    if _static(cost, plan):
+        return 8
+    if not cost.matrix_elements or cost.op == "conv" or precision not in TABLES_IN_8_BITS:
         return None
     if _by_channel(cost, plan):
         return 8
@@ -53,6 +55,12 @@ def _by_channel(cost: Cost, plan: PrecisionPlan) -> bool:
     return cost.op == "linear" and plan.at(cost.path) == "int8_rows"
 
 
+def _static(cost: Cost, plan: PrecisionPlan) -> bool:
+    """Whether the op's matrix is stored with the step of its input (quantization/static.py)."""
+    in_codes = cost.matrix_elements > 0 and cost.op in ("linear", "conv")
+    return in_codes and plan.at(cost.path) == "int8"
+
+
 def _block(cost: Cost, plan: PrecisionPlan) -> int | None:
     """The inputs that share a scale in the op's matrix; a table has the usual block."""
     storage = plan.storage_at(cost.path) if cost.op == "linear" else None
@@ -61,6 +69,9 @@ def _block(cost: Cost, plan: PrecisionPlan) -> int | None:
 
 def _bytes_each(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
     """Bytes of one element of the op's matrix, with its share of scales, zero points and order."""
+    if _static(cost, plan):  # a scale per output, and the input's step
+        outputs = cost.matrix_elements // cost.matrix_inputs
+        return 1 + element_bytes * (outputs + 1) / cost.matrix_elements
     bits, block = weight_bits(cost, plan), _block(cost, plan)
     if bits is not None and _by_channel(cost, plan):
         block = cost.matrix_inputs

@@ -149,6 +149,7 @@ CASES: dict[str, Expected] = {
         writes=2 * 7 * 5 * 3,
         weights={"c.weight": (7, 4, 3, 3), "c.bias": (7,)},
         weight_elements=7 * 4 * 9 + 7,
+        matrix=(7 * 4 * 9, 4 * 9),
     ),
     "conv in groups": Expected(  # two groups: an output sees 4 / 2 channels
         lambda op, w: op.conv(s(2, 4, 9, 6), w / "c", stride=1, groups=2),
@@ -157,6 +158,7 @@ CASES: dict[str, Expected] = {
         writes=2 * 6 * 7 * 4,
         weights={"c.weight": (6, 2, 3, 3)},
         weight_elements=6 * 2 * 9,
+        matrix=(6 * 2 * 9, 2 * 9),
     ),
     "layer_norm": Expected(
         lambda op, w: op.layer_norm(X, w / "n", 1e-5),

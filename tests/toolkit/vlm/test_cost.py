@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from edgevlm.calibration import weight_only
+from edgevlm.calibration import static_plan, weight_only
+from edgevlm.calibration.samples import Settings
 from edgevlm.export.write import record
 from edgevlm.toolkit.ops.costs import Cost
 from edgevlm.toolkit.ops.wrappers import Count
@@ -16,7 +17,14 @@ from edgevlm.toolkit.systems import find, presets
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.components import Component
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
-from edgevlm.toolkit.vlm.cost import count, image_axes, read_bytes, state_elements, stored_bytes
+from edgevlm.toolkit.vlm.cost import (
+    count,
+    image_axes,
+    read_bytes,
+    state_elements,
+    stored_bytes,
+    weight_bits,
+)
 from tests.toolkit.models.test_architectures import FILES, LMS, component, feed
 
 FLOAT = PrecisionPlan()
@@ -170,6 +178,22 @@ def test_weights_are_what_the_recorder_writes(name: str, precision: str) -> None
     model, plan = preset(name), PLANS[precision]
     written = {p.name: record(p, "fp32", plan).nbytes() for p in components.components(model)}
     assert stored_bytes(model, plan, 4) == written
+
+
+@pytest.mark.parametrize("name", ["comm-7b", "convllava-7b-768", "mmfuser-7b", "llava-qwen2-0.5b"])
+@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("fp16", 2)])
+def test_static_weights_are_what_the_recorder_writes(name: str, dtype: str, size: int) -> None:
+    model = preset(name)
+    plan = static_plan.plan_of(model, Settings("int8-static"))
+    plan = replace(plan, ranges=dict.fromkeys(static_plan.layers_of(model).flops, 1.0))
+    written = {p.name: record(p, dtype, plan).nbytes() for p in components.components(model)}
+    assert stored_bytes(model, plan, size) == written
+    counter = count(components.components(model)[0], image_axes(model, 1, 1))
+    kinds = {c.op for c in counter.costs if weight_bits(c, plan) == 8}
+    assert kinds == {"linear", "conv"}
+    assert not any(
+        weight_bits(c, weight_only.plan("int8")) for c in counter.costs if c.op == "conv"
+    )
 
 
 def test_a_matrix_in_few_bits_is_read_with_its_scales_and_the_rest_in_float() -> None:

@@ -1,0 +1,150 @@
+"""What rounding costs: layer by layer on the float model's inputs, and at components' outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
+from edgevlm.toolkit.ops.wrappers import Wrapper
+from edgevlm.toolkit.quantization.plan import PrecisionPlan
+from edgevlm.toolkit.quantization.quantize import Quantize
+
+_PIECE = 1 << 22  # values that are compared at a time
+_CENTERED = "logits"  # a constant added to a row means nothing
+
+
+@dataclass
+class Compared:
+    """Sums over pairs of arrays, (float, rounded)."""
+
+    error: float = 0.0
+    plain: float = 0.0
+    rounded: float = 0.0
+    product: float = 0.0
+
+    def add(self, a: Array, b: Array) -> None:
+        """Add a pair of one shape."""
+        a, b = a.reshape(-1), b.reshape(-1)
+        for start in range(0, a.size, _PIECE):
+            p, q = (x[start : start + _PIECE].astype(np.float64) for x in (a, b))
+            self.error += float(np.square(p - q).sum())
+            self.plain += float(p @ p)
+            self.rounded += float(q @ q)
+            self.product += float(p @ q)
+
+    @property
+    def relative_rms(self) -> float:
+        """Root mean square of the difference, over that of the float values."""
+        return float(np.sqrt(self.error / max(self.plain, 1e-24)))
+
+    @property
+    def cosine(self) -> float:
+        """Of the two as vectors."""
+        return self.product / max(float(np.sqrt(self.plain * self.rounded)), 1e-24)
+
+
+@dataclass
+class LayerError:
+    """What rounding does to the outputs of one layer.
+
+    shift: sum over rows of (float - rounded), by output channel; rows: how many.
+    """
+
+    compared: Compared = field(default_factory=Compared)
+    shift: Array = field(default_factory=lambda: np.zeros(0))
+    rows: int = 0
+
+
+class Appraise(Wrapper[Any]):
+    """Runs the float model, and beside it each layer of `plan` rounded, on the same input.
+
+    weights: the arrays by key, biases corrected if they are to be. errors: filled, by path.
+    """
+
+    def __init__(
+        self,
+        inner: Ops[Any],
+        component: str,
+        plan: PrecisionPlan,
+        weights: Mapping[str, Array],
+        read: Callable[[Any], Array],
+        errors: dict[str, LayerError],
+        biases: Mapping[str, Any],
+    ) -> None:
+        super().__init__(inner, component)
+        self._rounded = Quantize(inner, component, plan, weights.__getitem__)
+        self._plan = plan
+        self._read = read
+        self._errors = errors
+        self._biases = biases
+
+    def linear(self, x: Any, w: Weights[Any]) -> Any:
+        y = self.inner.linear(x, w)
+        if self._plan.at(self.path_of(w)) == "int8":
+            self._add(w, y, self._rounded.linear(x, self._corrected(w)), axis=-1)
+        return y
+
+    def conv(self, x: Any, w: Weights[Any], **sizes: int) -> Any:
+        y = self.inner.conv(x, w, **sizes)
+        if self._plan.at(self.path_of(w)) == "int8":
+            self._add(w, y, self._rounded.conv(x, self._corrected(w), **sizes), axis=1)
+        return y
+
+    def layer_merge(self, xs: Any, w: Weights[Any], eps: float) -> Any:
+        """In float, as it is recorded."""
+        return self.inner.layer_merge(xs, w, eps)
+
+    def _corrected(self, w: Weights[Any]) -> Weights[Any]:
+        bias = self._biases.get(w.key("bias"))
+        return w if bias is None else w.replacing(bias=bias)
+
+    def _add(self, w: Weights[Any], y: Any, z: Any, axis: int) -> None:
+        found = self._errors.setdefault(self.path_of(w), LayerError())
+        plain, rounded = self._read(y), self._read(z)
+        found.compared.add(plain, rounded)
+        difference = plain - rounded
+        others = tuple(i for i in range(difference.ndim) if i != axis % difference.ndim)
+        shift = difference.sum(others, dtype=np.float64)
+        found.shift = found.shift + shift if found.rows else shift
+        found.rows += difference.size // len(shift)
+
+
+@dataclass
+class Whole:
+    """The outputs of components, the float model's beside the rounded one's, errors of earlier
+    components included.
+    """
+
+    components: dict[str, Compared] = field(default_factory=dict)
+    kl: float = 0.0
+    same: int = 0
+    scored: int = 0
+
+    def add(
+        self, plain: Mapping[str, Mapping[str, Array]], rounded: Mapping[str, Mapping[str, Array]]
+    ) -> None:
+        """Add what one sample gave."""
+        for name, outputs in plain.items():
+            for port, a in outputs.items():
+                b = rounded[name][port]
+                if port == _CENTERED:
+                    self._logits(a[0], b[0])
+                    a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
+                self.components.setdefault(name, Compared()).add(a, b)
+
+    def _logits(self, a: Array, b: Array) -> None:
+        p, q = _log_softmax(a), _log_softmax(b)
+        self.kl += float((np.exp(p) * (p - q)).sum())
+        self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        self.scored += len(a)
+
+
+def _log_softmax(x: Array) -> Array:
+    """Along the last axis."""
+    x = x.astype(np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))

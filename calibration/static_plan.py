@@ -1,0 +1,67 @@
+"""Which layers static INT8 is about, and which of them stay in float."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from edgevlm.calibration.samples import Settings
+from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
+from edgevlm.toolkit.vlm import components
+from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm.cost import count, image_axes
+
+_HEAD = "lm/head"  # reads one row a token, and its errors reach the logits as they are
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The linears and convolutions of a model by path, with their FLOPs for one image and one
+    token; those whose weight is not stored as it is used; and the FLOPs of each component.
+    """
+
+    flops: Mapping[str, int]
+    made: tuple[str, ...]
+    totals: Mapping[str, int]
+
+
+def layers_of(model: ModelConfig) -> Layers:
+    """Every layer that static INT8 is about."""
+    axes = image_axes(model, 1, 1) | {"sequence": 1, "context": 1}
+    flops, made, totals = dict[str, int](), list[str](), dict[str, int]()
+    for part in components.components(model):
+        counter = count(part, axes)
+        totals[part.name] = counter.flops
+        for cost in counter.costs:
+            if cost.op in ("linear", "conv") and cost.matrix_elements:
+                flops[cost.path] = flops.get(cost.path, 0) + cost.flops
+            elif cost.op in ("linear", "conv"):
+                made.append(cost.path)
+    return Layers(flops, tuple(made), totals)
+
+
+def plan_of(model: ModelConfig, settings: Settings) -> PrecisionPlan:
+    """All linears and convolutions in INT8, but the output layer and what is to stay in float.
+
+    Raises ConfigError for a glob that no layer matches.
+    """
+    layers = layers_of(model)
+    for glob in settings.keep_float:
+        if not any(fnmatchcase(path, glob) for path in layers.flops):
+            raise ConfigError(
+                f"--keep-float {glob} matches no layer",
+                hint=f"paths look like {next(iter(layers.flops))}; the report lists them",
+            )
+    head = (_HEAD,) if _HEAD in layers.flops else ()
+    globs = (*head, *layers.made, *settings.keep_float)
+    rules = tuple(Rule(glob, "float") for glob in dict.fromkeys(globs))
+    return PrecisionPlan("int8", rules, method=settings.range)
+
+
+def share(name: str, layers: Layers, plan: PrecisionPlan) -> float:
+    """Of a component's arithmetic, what its layers in INT8 do."""
+    own = [path for path in layers.flops if path.split("/")[0] == name]
+    in_int8 = sum(layers.flops[path] for path in own if plan.at(path) == "int8")
+    return in_int8 / max(layers.totals[name], 1)

@@ -1,0 +1,67 @@
+"""What is printed of a calibration for static INT8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgevlm.calibration.static import StaticCalibration
+from edgevlm.toolkit.strict import to_plain
+from edgevlm.toolkit.terminal.console import human_bytes, table
+
+_SHOWN = 8  # layers in the table; the report has all
+
+
+def summary(
+    result: StaticCalibration, out: Path, sizes: Mapping[str, tuple[int, int]], following: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Data and lines; sizes: bytes of each component's weights before and after."""
+    costs = {cost.name: cost for cost in result.components}
+    plan = result.plan
+    data = {
+        "kind": "calibration",
+        "bundle": str(out),
+        "method": plan.method,
+        "samples": plan.samples,
+        "held_out": result.held_out,
+        "components": [
+            {
+                "name": name,
+                "bytes_before": before,
+                "bytes_after": after,
+                "share_int8": costs[name].share_int8 if name in costs else 0.0,
+                "cosine": costs[name].cosine if name in costs else None,
+                "relative_rms": costs[name].relative_rms if name in costs else None,
+            }
+            for name, (before, after) in sizes.items()
+        ],
+        "kl": result.kl,
+        "same_top_1": result.same_top_1,
+        "scored": result.scored,
+        "smoothed": result.smoothed,
+        "corrected": result.corrected,
+        "layers": to_plain(result.layers),
+        "next": following,
+    }
+    columns = ("component", "weights before", "after", "in int8", "cosine", "relative rms")
+    rows = [
+        (name, human_bytes(before), human_bytes(after), *_figures(costs.get(name)))
+        for name, (before, after) in sizes.items()
+    ]
+    worst = [(cost.path, cost.range, cost.error) for cost in result.layers[:_SHOWN]]
+    lines = [
+        *table(columns, rows),
+        f"logits           KL {result.kl:.4f}, same likeliest token {result.same_top_1:.1%}, at "
+        f"{result.scored} positions of {result.held_out} held-out samples",
+        f"calibrated       {plan.samples} samples, {plan.method}",
+        f"changed          {result.smoothed} inputs smoothed, {result.corrected} biases corrected",
+        *table(("layers that cost most", "range", "relative rms"), worst),
+    ]
+    return data, lines
+
+
+def _figures(cost: Any) -> tuple[str, str, str]:
+    if cost is None:
+        return "-", "-", "-"
+    return f"{cost.share_int8:.0%}", f"{cost.cosine:.5f}", f"{cost.relative_rms:.3f}"
