@@ -14,10 +14,11 @@ import numpy as np
 
 from edgevlm.engines.backends import Peaks
 from edgevlm.engines.backends.common import best_seconds
+from edgevlm.toolkit.target import saturates_int8
 
 FLOAT, INT8, MEMORY = "probe-arithmetic.onnx", "probe-int8.onnx", "probe-memory.onnx"
 PROBES = (FLOAT, INT8, MEMORY)
-_WIDTH, _BLOCK = 2048, 128
+_WIDTH = 2048
 
 
 def write(folder: Path) -> tuple[str, ...]:
@@ -27,33 +28,43 @@ def write(folder: Path) -> tuple[str, ...]:
     (folder / FLOAT).write_bytes(
         _graph([_filled("w", 1.0, _WIDTH, _WIDTH), helper.make_node("MatMul", ["x", "w"], ["y"])])
     )
-    product = helper.make_node(
-        "MatMulNBits",
-        ["x", "w", "s"],
-        ["y"],
-        domain="com.microsoft",
-        K=_WIDTH,
-        N=_WIDTH,
-        bits=8,
-        block_size=_BLOCK,
-        accuracy_level=4,
-    )
-    blocks = _WIDTH // _BLOCK
-    weight = _filled("w", 129, _WIDTH, blocks, _BLOCK)
-    (folder / INT8).write_bytes(_graph([weight, _filled("s", 1.0, _WIDTH, blocks), product]))
+    (folder / INT8).write_bytes(_graph(_integer_product()))
     (folder / MEMORY).write_bytes(
         _graph([helper.make_node("MatMul", ["x", "w"], ["y"])], inputs=("x", "w"))
     )
     return PROBES
 
 
-def _filled(name: str, value: float, *shape: int) -> Any:
+def _integer_product() -> list[Any]:
+    """x rounded to 8 bits times a weight in 8 bits, signed where that is faster and right."""
+    from onnx import helper
+
+    weight, zero = (2, 128) if saturates_int8() else (np.int8(2), np.int8(0))
+    return [
+        _filled("w", weight, _WIDTH, _WIDTH),
+        *(_filled(name, 1.0, 1) for name in ("one", "scale")),
+        _filled("middle", 128, 1),
+        _filled("zero", zero, 1),
+        helper.make_node("QuantizeLinear", ["x", "one", "middle"], ["codes"]),
+        helper.make_node(
+            "MatMulIntegerToFloat",
+            ["codes", "w", "one", "scale", "middle", "zero"],
+            ["y"],
+            domain="com.microsoft",
+        ),
+    ]
+
+
+def _filled(name: str, value: float | np.int8, *shape: int) -> Any:
     """A node that makes a constant tensor: a file of a few bytes instead of megabytes."""
     from onnx import TensorProto, helper
 
-    kind = TensorProto.UINT8 if isinstance(value, int) else TensorProto.FLOAT
+    kinds = {int: TensorProto.UINT8, np.int8: TensorProto.INT8, float: TensorProto.FLOAT}
+    kind = kinds[type(value)]
     sizes = helper.make_node("Constant", [], [f"{name}.shape"], value_ints=list(shape))
-    one = helper.make_tensor("value", kind, [1], [value])
+    one = helper.make_tensor(
+        "value", kind, [1], [float(value) if kind == TensorProto.FLOAT else int(value)]
+    )
     return sizes, helper.make_node("ConstantOfShape", [f"{name}.shape"], [name], value=one)
 
 
