@@ -93,8 +93,9 @@ def of_bundle(
     lm = lm_component(source.model.lm)
     plain = source.weights[lm.name]
     found = calibrate(lm, plain, chosen, settings, progress)
+    plan = weight_only.with_vision(found.plan, source.model)
     weights = {**source.weights, lm.name: Coded(plain, found.codes)}
-    return replace(source, plan=found.plan, weights=weights), found
+    return replace(source, plan=plan, weights=weights), replace(found, plan=plan)
 
 
 def calibrate(

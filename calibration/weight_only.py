@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan, Rule
+from edgevlm.toolkit.vlm.components import components
+from edgevlm.toolkit.vlm.config import ModelConfig
 
 KINDS = ("int8", "int4")
 ROWS = "int8-rows"  # inputs in 8 bits too, without samples: one step per row, found when it runs
@@ -30,6 +33,15 @@ def of_lm(lm: str, form: Precision) -> PrecisionPlan:
         return PrecisionPlan("int8_weights", (Rule(f"{lm}/*", "float"),), method="none")
     rules = (Rule(f"{lm}/layers.*", form),)
     return PrecisionPlan("int8_weights", rules, method="round to nearest")
+
+
+def with_vision(lm_plan: PrecisionPlan, model: ModelConfig) -> PrecisionPlan:
+    """A plan of the language model, and the linears before it in 8 bits with their inputs by rows:
+    faster than in blocks on every processor measured, and as exact.
+    """
+    names = [component.name for component in components(model) if component.name != model.lm.name]
+    rules = tuple(Rule(f"{name}/*", "int8_rows") for name in names)
+    return replace(lm_plan, rules=(*rules, *lm_plan.rules))
 
 
 def plan(kind: str, option: str = "--precision") -> PrecisionPlan:
