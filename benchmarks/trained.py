@@ -38,6 +38,12 @@ PACKAGES = ("edgevlm", "onnxruntime", "numpy")
 TOWERS = ("int8", "int8-blocks")  # of the forms
 WATCHED = 3  # windows whose inputs are looked at
 SHOWN = 4  # of the linears with the largest errors and outliers
+RATIOS = ("channel_ratio", "token_ratio", "by_rows", "inputs_by_rows", "by_blocks", "by_tensor")
+TITLES = {
+    "photos": "tower, photos",
+    "cifar10": "tower, CIFAR-10",
+    "tower remedies": "rounded in NumPy, photos",
+}
 Figures = dict[str, Any]
 
 
@@ -49,7 +55,7 @@ def kept(work: Path, name: str, measure: Callable[[], Figures]) -> Figures:
         found = measure()
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(found))
-    figures: Figures = json.loads(file.read_text())
+    figures: Figures = json.loads(file.read_text(), parse_float=lambda x: float(f"{float(x):.5g}"))
     return figures
 
 
@@ -75,13 +81,24 @@ def on_remedies(work: Path, text: Text) -> Figures:
     """The language model in NumPy, its layers rounded in several ways."""
     plain = models.engine(work, "float", "", text.calibrating)
     reference = texts.Reference(plain.folder, text.windows, work / "reference.npy")
-    model = remedies.Model(models.bundle(work, ""), text.others)
+    model = remedies.LanguageModel(models.bundle(work, ""), text.others)
     found = {
         name: asdict(reference.score(model.log_probabilities(remedy, text.windows)))
         for name, remedy in remedies.REMEDIES.items()
     }
     reference.close()
     return found
+
+
+def on_tower_remedies(work: Path, photos: Sequence[Any]) -> Figures:
+    """The tower in NumPy on half of the photographs, with factors of the others."""
+    half = len(photos) // 2
+    eye = remedies.Tower(models.bundle(work, ""), photos[:half])
+    plain = eye.features(None, photos[half:])
+    return {
+        name: asdict(tower.nearness(plain, eye.features(remedy, photos[half:])))
+        for name, remedy in remedies.IN_TOWER.items()
+    }
 
 
 def on_questions(work: Path, text: Text) -> Figures:
@@ -134,7 +151,7 @@ def on_outliers(work: Path, text: Text) -> Figures:
 def report(measured: Figures) -> Report:
     """The language model's table, and all bars."""
     columns = ("form", "linears", "LM MB", "loss", "perplexity", "against float", "KL", "top 1")
-    result = Report("trained", columns, PACKAGES, measured=measured)
+    result = Report("trained", columns, PACKAGES, measured=dict(measured))
     for noise, part in (("", "text"), (NOISE, "text with noise")):
         for name, f in measured[part].items():
             change = f"{f['growth']:+.2%} +- {f['error']:.2%}" if name != "float" else "-"
@@ -171,10 +188,11 @@ def alike(answers: Mapping[str, Sequence[str]]) -> dict[str, int]:
 def details(measured: Figures) -> list[str]:
     """Tables of what is not the language model's score."""
     same = alike(measured["answers"])
-    lines = table(("form", "answers as in float"), [(name, n) for name, n in same.items()])
+    asked = [(name, n, texts.right(measured["answers"][name])) for name, n in same.items()]
+    lines = table((f"{len(texts.QUESTIONS)} questions", "as in float", "right"), asked)
     lines += ["", *texts.changed(measured["answers"])]
-    for name in ("photos", "cifar10"):
-        columns = (f"tower, {name}", "pictures", "cosine", "least", "rms")
+    for name in TITLES:
+        columns = (TITLES[name], "pictures", "cosine", "least", "rms")
         rows = [
             (form, f["pictures"], f"{f['mean']:.5f}", f"{f['least']:.4f}", f"{f['rms']:.4f}")
             for form, f in measured.get(name, {}).items()
@@ -202,18 +220,23 @@ def _remedies(found: Figures) -> list[str]:
 
 
 def _outliers(found: Figures) -> list[str]:
+    standing = _standing_out(found)
+    return table(("linear", *RATIOS), [(name, *f.values()) for name, f in standing.items()])
+
+
+def _standing_out(found: Figures) -> Figures:
     """Medians over the layers for each kind of linear; then the linears that stand out."""
     every = [outliers.Linear(**f) for f in found.values()]
-    names = ("channel_ratio", "token_ratio", "by_rows", "inputs_by_rows", "by_blocks", "by_tensor")
-    rows: list[tuple[Any, ...]] = []
+    rows: Figures = {}
     for kind, ones in outliers.by_kind(every).items():
-        rows.append((f"{kind}, median", *(np.median([getattr(x, n) for x in ones]) for n in names)))
+        middle = {name: float(np.median([getattr(x, name) for x in ones])) for name in RATIOS}
+        rows[f"{kind}, median"] = middle
     by_error = sorted(every, key=lambda one: -one.by_rows)[:SHOWN]
     by_ratio = sorted(every, key=lambda one: -one.channel_ratio)[:SHOWN]
     for one in (*by_error, *by_ratio):
         where = f"{one.path} (channel {one.channel}, token {one.token})"
-        rows.append((where, *(getattr(one, name) for name in names)))
-    return table(("linear", *names), rows)
+        rows[where] = {name: getattr(one, name) for name in RATIOS}
+    return rows
 
 
 # -- command line --------------------------------------------------------------------------------
@@ -222,7 +245,11 @@ def _outliers(found: Figures) -> list[str]:
 def run(options: Namespace, work: Path) -> int:
     """Everything that was not measured before; 1 if a bar does not hold."""
     text = models.text(work)
-    measured: Figures = {"text_sha256": text.sha256, "side": models.SIDE}
+    measured: Figures = {
+        "packages": models.PACKAGES,
+        "text_sha256": text.sha256,
+        "side": models.SIDE,
+    }
     parts: dict[str, Callable[[], Figures]] = {
         "text": lambda: on_text(work, text, ""),
         "answers": lambda: on_questions(work, text),
@@ -232,12 +259,17 @@ def run(options: Namespace, work: Path) -> int:
     }
     if photos := tower.photos():
         parts["photos"] = lambda: on_pictures(work, text, photos)
+        parts["tower remedies"] = lambda: on_tower_remedies(work, photos)
     if options.data is not None:
         held = tower.cifar(options.data)[1].first(tower.PICTURES)
         parts["cifar10"] = lambda: on_pictures(work, text, held.files)
         parts["probe"] = lambda: on_classes(work, text, options.data)
     measured |= {name: kept(work, name, measure) for name, measure in parts.items()}
     result = report(measured)
+    result.measured |= {
+        "outliers": _standing_out(measured["outliers"]),
+        "calibrations": [models.calibration(work, noise) for noise in ("", NOISE)],
+    }
     if not photos:
         result.notes.append("photos: skipped: scikit-image's are not installed")
     if options.data is None:

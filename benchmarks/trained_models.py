@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import util
@@ -23,6 +24,7 @@ from edgevlm.toolkit.bundle.manifest import TOKENIZER
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.text.tokenizer import Tokenizer
+from edgevlm.toolkit.vlm.components import lm_component
 from examples import small_vlm_parts as parts
 
 PACKAGES = tuple(name for name in parts.PACKAGES if not name.startswith("easy-vqa"))
@@ -83,10 +85,13 @@ class Made:
     @property
     def format(self) -> str:
         """How the language model's linears are computed."""
-        layer = f"{self.engine.parsed_model().lm.name}/layers.0/mlp/up"
+        lm = lm_component(self.engine.parsed_model().lm)
+        keys = [k.removesuffix(".weight") for k, shape in lm.shapes.items() if len(shape) == 2]
+        paths = [f"{lm.name}/{_path(k)}" for k in keys if k.startswith("layers.")]
         second = self.engine.prompt_form
-        tokens = self.engine.plan.at(layer)
-        return f"{tokens}, prompts {second.plan.at(layer)}" if second else tokens
+        plans = [self.engine.plan, *([second.plan] if second else [])]
+        counts = (Counter(plan.at(path) for path in paths).most_common() for plan in plans)
+        return ", prompts ".join(" and ".join(name for name, _ in found) for found in counts)
 
     @property
     def lm_mb(self) -> float:
@@ -144,6 +149,11 @@ def text(work: Path) -> Text:
     return Text(every[scored], every[others], file, hashlib.sha256(content.encode()).hexdigest())
 
 
+def _path(key: str) -> str:
+    layers, number, *modules = key.split(".")
+    return "/".join((f"{layers}.{number}", *modules))
+
+
 def _evenly(numbers: Array, count: int) -> Array:
     return np.asarray(numbers[np.linspace(0, len(numbers) - 1, count).round().astype(int)])
 
@@ -167,6 +177,14 @@ def _calibrated(work: Path, noise: str, calibrating: Path) -> tuple[Path, float]
     out, kept = work / f"bundle calibrated{noise}", work / f"calibrated{noise}.json"
     if not kept.exists():
         found = api.calibrate(bundle(work, noise), out, text=calibrating, force=True)
-        kept.write_text(json.dumps({"share_4_bits": found.share_4_bits}))
-    facts: dict[str, Any] = json.loads(kept.read_text())
-    return out, facts["share_4_bits"]
+        facts = {"growth": found.quality.growth, "within_budget": found.within_budget}
+        kept.write_text(json.dumps({"share_4_bits": found.share_4_bits, **facts}))
+    return out, calibration(work, noise)["share_4_bits"]
+
+
+def calibration(work: Path, noise: str) -> dict[str, Any]:
+    """What `calibrate` said of itself: share_4_bits, growth of perplexity on the text that it
+    chooses by, within_budget.
+    """
+    facts: dict[str, Any] = json.loads((work / f"calibrated{noise}.json").read_text())
+    return facts

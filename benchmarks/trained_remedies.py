@@ -6,19 +6,20 @@ changes that for some of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import trained_tower as tower
 from edgevlm.calibration.many import Many, ManyOps, hidden
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
 from edgevlm.toolkit.quantization import blockwise, channels
-from edgevlm.toolkit.vlm.components import Component, lm_component
+from edgevlm.toolkit.vlm.components import encoder_component, lm_component
 
 Factors = Mapping[str, Array]
 NORMED = {"attention/q": "norm1", "attention/k": "norm1", "attention/v": "norm1",
@@ -52,6 +53,14 @@ REMEDIES: Mapping[str, Remedy] = {
     "smoothed behind norms and in down": Remedy(smoothed=_ALL),
     "the same, factors of random tokens": Remedy(smoothed=_ALL, random=True),
 }
+IN_TOWER: Mapping[str, Remedy] = {
+    "by rows, as int8-rows": Remedy(),
+    "down in blocks": Remedy(("mlp/down",)),
+    "all in blocks, as int8-blocks": Remedy((*_ALL, "attention/out")),
+    "smoothed behind norms": Remedy(smoothed=tuple(NORMED)),
+    "the same, factors of random pixels": Remedy(smoothed=tuple(NORMED), random=True),
+    "smoothed behind norms, down in blocks": Remedy(("mlp/down",), tuple(NORMED)),
+}
 
 
 @dataclass
@@ -64,65 +73,58 @@ class Rounding(ManyOps):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def linear(self, x: Many, w: Weights[Any]) -> Many:
+    def linear(self, x: Any, w: Weights[Any]) -> Any:
         if not w.path.startswith("layers."):
-            return super().linear(x, w)
-        weight = np.asarray(w["weight"], np.float32)
+            return super().linear(x, w) if isinstance(x, Many) else self.inner.linear(x, w)
+        weight, many = np.asarray(w["weight"], np.float32), isinstance(x, Many)
+        xs: list[Array] = list(x) if many else [x]
         if w.path.endswith(self.blocked):
             block = blockwise.block_of(len(weight))
             assert block is not None
-            shape = (1, -1, len(weight) // block, block)
-            x = Many(channels.round_rows(one.reshape(shape)).reshape(one.shape) for one in x)
+            xs = [channels.round_rows(_in_blocks(x, block)).reshape(x.shape) for x in xs]
             rounded = blockwise.dequantize(*blockwise.quantize(weight.T, 8), 8).T
         else:
             factors = self.factors.get(w.path, np.ones(len(weight), np.float32))
-            x = Many(channels.round_rows(one / factors) for one in x)
+            xs = [channels.round_rows(x / factors) for x in xs]
             weight = weight * factors[:, None]
             steps = channels.scales(weight)
             rounded = channels.dequantize(np.concatenate([*channels.codes(weight, steps)]), steps)
-        return super().linear(x, w.replacing(weight=np.ascontiguousarray(rounded)))
+        w = w.replacing(weight=np.ascontiguousarray(rounded))
+        return super().linear(Many(xs), w) if many else self.inner.linear(xs[0], w)
 
 
 @dataclass
 class Largest(ManyOps):
-    """Notes the largest |x| of each channel of every linear's input, by path."""
+    """Notes the largest |x| of each channel of the layers' linears' inputs, by path."""
 
     found: dict[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
 
-    def linear(self, x: Many, w: Weights[Any]) -> Many:
+    def linear(self, x: Any, w: Weights[Any]) -> Any:
+        many = isinstance(x, Many)
         if w.path.startswith("layers."):
-            self.found[w.path] = np.abs(x.joined()[0]).max(0)
-        return super().linear(x, w)
+            rows = (x.joined() if many else x).reshape(-1, len(w["weight"]))
+            self.found[w.path] = np.abs(rows).max(0)
+        return super().linear(x, w) if many else self.inner.linear(x, w)
+
+
+def _in_blocks(x: Array, block: int) -> Array:
+    return x.reshape(*x.shape[:-1], -1, block)
 
 
 class Model:
-    """The language model of a float bundle; samples: windows of text that factors are made of."""
+    """A component's weights, and what its linears get. largest: as Largest finds it, by whether
+    the samples were random.
+    """
 
-    def __init__(self, bundle: Path, samples: Array) -> None:
-        source = systems.load(bundle, Options())
-        self._lm: Component = lm_component(source.model.lm)
-        self._weights = source.weights[self._lm.name]
-        text = samples[:SAMPLES]
-        vocabulary = source.model.lm.config.vocab_size
-        random = np.random.default_rng(0).integers(0, vocabulary, text.shape)
-        self._largest = {False: self._look(text), True: self._look(random)}
+    def __init__(self, weights: Mapping[str, Array], largest: Mapping[bool, Factors]) -> None:
+        self.weights, self._largest = weights, largest
 
-    def _look(self, windows: Array) -> dict[str, Array]:
-        watch = Largest()
-        hidden(self._lm, watch, self._weights, windows)
-        return watch.found
-
-    def log_probabilities(self, remedy: Remedy, windows: Array) -> Iterator[Array]:
-        """[S - 1, vocab] for each window, its layers rounded."""
-        ops = Rounding(remedy.blocked, self._factors(remedy))
-        table = np.asarray(self._weights["embed.weight"], np.float32)
-        for x in hidden(self._lm, ops, self._weights, windows):
-            logits = x[0, :-1] @ table.T
-            logits -= logits.max(-1, keepdims=True)
-            yield logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    def rounding(self, remedy: Remedy) -> Rounding:
+        """The ops that round as a remedy says."""
+        return Rounding(remedy.blocked, self._factors(remedy))
 
     def _factors(self, remedy: Remedy) -> Factors:
         """Of a channel, (largest input)^ALPHA / (largest weight)^(1 - ALPHA)."""
@@ -131,12 +133,65 @@ class Model:
             layer, leaf = path.split("/", 1)
             if leaf in remedy.smoothed:
                 together = [p for p in NORMED if NORMED[p] == NORMED.get(leaf)] or [leaf]
-                weights = np.max([self._sizes(f"{layer}/{p}") for p in together], 0)
+                paths = [
+                    p for p in (f"{layer}/{leaf}" for leaf in together) if _key(p) in self.weights
+                ]
+                weights = np.max([np.abs(self.weights[_key(p)]).max(1) for p in paths], 0)
                 inputs = np.maximum(largest, 1e-3 * np.median(largest))
                 found[path] = (inputs**ALPHA / weights ** (1 - ALPHA)).astype(np.float32)
         return found
 
-    def _sizes(self, path: str) -> Array:
-        """The largest |w| of each input channel."""
-        weight = self._weights[path.replace("/", ".") + ".weight"]
-        return np.asarray(np.abs(weight).max(1), np.float32)
+
+def _key(path: str) -> str:
+    return path.replace("/", ".") + ".weight"
+
+
+class LanguageModel:
+    """That of a float bundle; samples: windows of text that factors are made of."""
+
+    def __init__(self, bundle: Path, samples: Array) -> None:
+        source = systems.load(bundle, Options())
+        self._lm = lm_component(source.model.lm)
+        weights, text = source.weights[self._lm.name], samples[:SAMPLES]
+        vocabulary = source.model.lm.config.vocab_size
+        random = np.random.default_rng(0).integers(0, vocabulary, text.shape)
+        looks = {False: Largest(), True: Largest()}
+        for is_random, look in looks.items():
+            hidden(self._lm, look, weights, random if is_random else text)
+        self._model = Model(weights, {key: look.found for key, look in looks.items()})
+
+    def log_probabilities(self, remedy: Remedy, windows: Array) -> Iterator[Array]:
+        """[S - 1, vocab] for each window, its layers rounded."""
+        weights = self._model.weights
+        table = np.asarray(weights["embed.weight"], np.float32)
+        for x in hidden(self._lm, self._model.rounding(remedy), weights, windows):
+            logits = x[0, :-1] @ table.T
+            logits -= logits.max(-1, keepdims=True)
+            yield logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+class Tower:
+    """The encoder of a float bundle; samples: pictures that factors are made of."""
+
+    def __init__(self, bundle: Path, samples: Sequence[Any]) -> None:
+        source = systems.load(bundle, Options())
+        self._images, name = source.model.images, source.model.encoders[0].name
+        self._encoder = encoder_component(source.model.encoders[0])
+        weights = source.weights[self._encoder.name]
+        pixels = tower.pixels(source.model.images, name, samples)
+        random = np.asarray(np.random.default_rng(0).standard_normal(pixels.shape, np.float32))
+        looks = {False: Largest(), True: Largest()}
+        for is_random, look in looks.items():
+            self._run(look, weights, random if is_random else pixels)
+        self._name = name
+        self._model = Model(weights, {key: look.found for key, look in looks.items()})
+
+    def features(self, remedy: Remedy | None, pictures: Sequence[Any]) -> Array:
+        """[N, tokens, width], in float without a remedy."""
+        ops = Largest() if remedy is None else self._model.rounding(remedy)
+        pixels = tower.pixels(self._images, self._name, pictures)
+        return self._run(ops, self._model.weights, pixels)
+
+    def _run(self, ops: Any, weights: Mapping[str, Array], pixels: Array) -> Array:
+        (output,) = self._encoder.forward(ops, Weights(weights), {"pixels": pixels}).values()
+        return np.asarray(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,28 +13,28 @@ from edgevlm import Question, Session
 from edgevlm.toolkit.ops.vocabulary import Array
 
 ANSWER = 24  # tokens
-QUESTIONS = (
-    "What is the capital of France?",
-    "What is the capital of Japan?",
-    "What is the capital of Italy?",
-    "What is the capital of Egypt?",
-    "What color is the sky on a clear day?",
-    "What color is grass?",
-    "What color is a ripe banana?",
-    "What color do you get by mixing blue and yellow?",
-    "What is 2 + 2?",
-    "What is 10 minus 3?",
-    "What is 5 times 6?",
-    "What is the opposite of hot?",
-    "What is the opposite of big?",
-    "What is the opposite of early?",
-    "How many days are in a week?",
-    "How many legs does a spider have?",
-    "Which planet do we live on?",
-    "Who wrote Romeo and Juliet?",
-    "What is frozen water called?",
-    "Which animal says meow?",
-)
+QUESTIONS = {  # and a word of the right answer
+    "What is the capital of France?": "Paris",
+    "What is the capital of Japan?": "Tokyo",
+    "What is the capital of Italy?": "Rome",
+    "What is the capital of Egypt?": "Cairo",
+    "What color is the sky on a clear day?": "blue",
+    "What color is grass?": "green",
+    "What color is a ripe banana?": "yellow",
+    "What color do you get by mixing blue and yellow?": "green",
+    "What is 2 + 2?": "4",
+    "What is 10 minus 3?": "7",
+    "What is 5 times 6?": "30",
+    "What is the opposite of hot?": "cold",
+    "What is the opposite of big?": "small",
+    "What is the opposite of early?": "late",
+    "How many days are in a week?": "7|seven",
+    "How many legs does a spider have?": "8|eight",
+    "Which planet do we live on?": "Earth",
+    "Who wrote Romeo and Juliet?": "Shakespeare",
+    "What is frozen water called?": "ice",
+    "Which animal says meow?": "cat",
+}
 Read = Callable[[Session, Array], Array]
 
 
@@ -138,6 +139,12 @@ def answers(engine: Path) -> list[str]:
             session.answer(Question(question, max_tokens=ANSWER)).text.strip()
             for question in QUESTIONS
         ]
+
+
+def right(texts: Iterable[str]) -> int:
+    """How many answers have their word, as a word of its own."""
+    pairs = zip(QUESTIONS.values(), texts, strict=True)
+    return sum(re.search(rf"\b({word})\b", text, re.IGNORECASE) is not None for word, text in pairs)
 
 
 def changed(said: Mapping[str, Iterable[str]]) -> list[str]:

@@ -13,13 +13,14 @@ import numpy as np
 from benchmarks import questions
 from edgevlm import Session
 from edgevlm.toolkit.images import decode, views
+from edgevlm.toolkit.images.preprocess import ImageRules
 from edgevlm.toolkit.ops.vocabulary import Array
 
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png",
           "hubble_deep_field.jpg", "ihc.png", "retina.jpg")  # fmt: skip
 CROPS = (2, 4)  # rows and columns that a photo is cut into
 PICTURES = 64  # of CIFAR-10, whose tokens are compared
-TRAINING, TEST = 1000, 500
+TRAINING, TEST = 1000, 1500
 PENALTY = 1e-2  # of the ridge regression, of standardised features
 
 
@@ -55,11 +56,16 @@ def features(engine: Path, pictures: Sequence[Any]) -> Array:
         (port,), (output,) = record.inputs, record.outputs
         name = source[f"{record.name}:{port.name}"].removeprefix("images.")
         for picture in pictures:
-            rgb = decode.load(picture).rgb
-            pixels = views.prepare(rgb, session.model.images, count=1).pixels[0][name]
-            outputs = session._runners[record.name].run({port.name: pixels[None]})
+            inputs = {port.name: pixels(session.model.images, name, [picture])}
+            outputs = session._runners[record.name].run(inputs)
             found.append(np.array(outputs[output.name][0]))
     return np.stack(found)
+
+
+def pixels(rules: ImageRules, encoder: str, pictures: Sequence[Any]) -> Array:
+    """What an encoder sees of each picture: [N, 3, height, width]."""
+    loaded = [decode.load(picture).rgb for picture in pictures]
+    return np.stack([views.prepare(rgb, rules, count=1).pixels[0][encoder] for rgb in loaded])
 
 
 def photos() -> list[Any]:

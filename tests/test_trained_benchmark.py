@@ -58,8 +58,14 @@ def test_a_remedy_rounds_and_nothing_else(
 
 def test_changed_answers_are_named() -> None:
     count = len(trained_text.QUESTIONS)
-    assert count == len(set(trained_text.QUESTIONS)) == 20
+    assert count == 20
     said = {"float": ["yes"] * count, "int8": ["no", *["yes"] * (count - 1)]}
     assert trained.alike(said) == {"float": count, "int8": count - 1}
     (line,) = trained_text.changed(said)
-    assert line == f"int8: {trained_text.QUESTIONS[0]} 'yes' -> 'no'"
+    assert line == f"int8: {next(iter(trained_text.QUESTIONS))} 'yes' -> 'no'"
+
+
+def test_an_answer_is_right_by_its_word() -> None:
+    said = [f"It is {word.split('|')[-1]}." for word in trained_text.QUESTIONS.values()]
+    assert trained_text.right(said) == 20
+    assert trained_text.right([text.replace(".", "5") for text in said]) == 0
