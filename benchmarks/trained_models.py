@@ -113,9 +113,9 @@ def lacks(work: Path) -> str:
         return ""
     try:
         parts.download(packages, PACKAGES)
-    except (subprocess.CalledProcessError, OSError) as failed:
+    except (subprocess.CalledProcessError, OSError):
         shutil.rmtree(packages, ignore_errors=True)
-        return f"{', '.join(PACKAGES)} cannot be downloaded: {failed}"
+        return f"{', '.join(PACKAGES)} cannot be downloaded (pip says why)"
     return ""
 
 
