@@ -43,7 +43,7 @@ def chosen(
     options = ("--no-tune",) * (not tune) + ("--keep-slower",) * keep_slower
     if precision is None:
         return None, _prompts_alone(bundle, target, progress, made_by, options)
-    from edgevlm.calibration import weight_only
+    from edgevlm.calibration import unsampled, weight_only
     from edgevlm.export import available
     from edgevlm.toolkit import systems
     from edgevlm.toolkit.checkpoints.layouts.source import Options
@@ -58,7 +58,12 @@ def chosen(
         plan = weight_only.chosen(source.model.lm.name, found.forms)
         tuning = _tuning(source, found, options, made_by, progress)
     source = replace(source, plan=plan)
-    writing = partial(write.write_bundle, source, made_by=made_by, progress=progress)
+
+    def writing(folder: Path) -> None:
+        progress("moving outliers from inputs into weights")
+        smooth = unsampled.smoothed(source)
+        write.write_bundle(smooth, folder, made_by=made_by, progress=progress)
+
     return Requantization(precision, plan, writing, partial(write.graphs, source)), tuning
 
 
@@ -115,10 +120,15 @@ def _tuning(
 def _second_form(
     source: Source, plan: PrecisionPlan, made_by: str, progress: Progress
 ) -> SecondForm:
+    from edgevlm.calibration import unsampled
     from edgevlm.engines.build.second_form import SecondForm
     from edgevlm.export import write
 
-    writing = partial(write.write_prompt_form, source, made_by=made_by, progress=progress)
+    def writing(folder: Path) -> None:
+        progress(f"{source.model.lm.name}: moving outliers from inputs into weights")
+        smooth = unsampled.smoothed(source)
+        write.write_prompt_form(smooth, folder, made_by=made_by, progress=progress)
+
     return SecondForm(plan, writing)
 
 

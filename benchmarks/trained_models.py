@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.common import ROOT
 from edgevlm import api
+from edgevlm.calibration.calibrate import Calibration
 from edgevlm.engines import manifest
 from edgevlm.engines.manifest import Engine
 from edgevlm.toolkit import systems
@@ -177,6 +178,7 @@ def _calibrated(work: Path, noise: str, calibrating: Path) -> tuple[Path, float]
     out, kept = work / f"bundle calibrated{noise}", work / f"calibrated{noise}.json"
     if not kept.exists():
         found = api.calibrate(bundle(work, noise), out, text=calibrating, force=True)
+        assert isinstance(found, Calibration)
         facts = {"growth": found.quality.growth, "within_budget": found.within_budget}
         kept.write_text(json.dumps({"share_4_bits": found.share_4_bits, **facts}))
     return out, calibration(work, noise)["share_4_bits"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.calibration import gptq, static, weight_only
+from edgevlm.calibration import gptq, static, unsampled, weight_only
 from edgevlm.calibration.many import Many, ManyOps, hidden
 from edgevlm.calibration.pictures import Given
 from edgevlm.calibration.quality import Quality, compare
@@ -35,6 +35,7 @@ from edgevlm.toolkit.vlm.components import Component, lm_component
 
 Progress = Callable[[str], None]
 MOST_IN_8_BITS = 0.3  # of the linears' weights, to keep within the budget
+_AIM = 0.8  # of the budget: the text that chooses the mix favours it, other text costs more
 _STEPS = 3  # from none to that many, as each takes a measurement
 
 
@@ -95,7 +96,8 @@ def of_bundle(
     found = calibrate(lm, plain, chosen, settings, progress)
     plan = weight_only.with_vision(found.plan, source.model)
     weights = {**source.weights, lm.name: Coded(plain, found.codes)}
-    return replace(source, plan=plan, weights=weights), replace(found, plan=plan)
+    made = unsampled.smoothed(replace(source, plan=plan, weights=weights))
+    return made, replace(found, plan=plan)
 
 
 def calibrate(
@@ -168,7 +170,7 @@ def _until_it_fits(
         found = _Fit(keys, compare(lm, weights, Coded(weights, mixed), held, progress, known))
         if best is None or found.quality.growth < best.quality.growth:
             best = found
-        if best.quality.growth <= settings.budget:
+        if best.quality.growth <= _AIM * settings.budget:
             break
     assert best is not None
     return best
