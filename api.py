@@ -305,14 +305,14 @@ def train(
 
     model: a checkpoint folder, a model id or preset:NAME; with towers ("clip=FOLDER") the language
     model of a new one, of `system` or of the stage's first; for a stage of a vision tower see
-    edgevlm.training.tower_models.open_tower. config: a file with options; flags: fields of
+    edgevlm.training.towers.models.open_tower. config: a file with options; flags: fields of
     TrainOptions and TowerOptions in edgevlm.training. original: also write the result there, in the
     model's published layout. Raises ToolkitError; a killed run can be resumed.
     """
-    from edgevlm.training import restore, stages, tower_options
+    from edgevlm.training import restore, stages
     from edgevlm.training.assemble import from_parts
-    from edgevlm.training.tower_stages import TowerStage
-    from edgevlm.training.tower_train import TowerRequest, train_tower
+    from edgevlm.training.towers import options as tower_options
+    from edgevlm.training.towers.train import TowerRequest, TowerStage, train_tower
     from edgevlm.training.train import Request, train
 
     known, say = stages.find(stage), progress or _silent

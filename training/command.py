@@ -13,7 +13,7 @@ import typer
 
 from edgevlm.toolkit.terminal.flags import Debug, IgnoreKey, Json, Offline, Quiet, Tower
 from edgevlm.training.options import TrainOptions
-from edgevlm.training.tower_options import TowerOptions
+from edgevlm.training.towers.options import TowerOptions
 
 _OWN: dict[str, tuple[Any, Any]] = {
     "stage": (

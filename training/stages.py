@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.training.tower_stages import STAGES as TOWER_STAGES
-from edgevlm.training.tower_stages import TowerStage
+from edgevlm.training.towers.stages import STAGES as TOWER_STAGES
+from edgevlm.training.towers.stages import TowerStage
 
 Views = Literal["model", "square", "pad"]
 TOWER = "vision tower"  # the system of stages that train one by itself

@@ -16,9 +16,9 @@ from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.models.encoders import clip, mlcd, unicom
 from edgevlm.toolkit.strict import from_plain, read_json
 from edgevlm.training.torch_files import TorchFile
-from edgevlm.training.tower import KINDS, Tower
-from edgevlm.training.tower_files import PREFIXES, read_tower
-from edgevlm.training.tower_sizes import resized
+from edgevlm.training.towers.files import PREFIXES, read_tower
+from edgevlm.training.towers.sizes import resized
+from edgevlm.training.towers.tower import KINDS, Tower
 
 RANDOM = "random:"
 _HEAD = 64  # channels of a head in every published UNICOM

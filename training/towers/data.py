@@ -16,12 +16,12 @@ from edgevlm.toolkit.errors import ConfigError, DataError, InputError
 from edgevlm.toolkit.images import decode
 from edgevlm.toolkit.images.preprocess import Preprocess, preprocess
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.training.augment import CLIP_MEAN, CLIP_STD, generator_of, training_pixels
 from edgevlm.training.data.broken import BAD_IMAGE, MISSING_IMAGE, BrokenSample
 from edgevlm.training.data.image_samples import Found, Picture, class_names, numbered, open_images
 from edgevlm.training.data.scan import Scan
 from edgevlm.training.feed import Chosen, DataSet
-from edgevlm.training.ranks import FILLER
+from edgevlm.training.towers.augment import CLIP_MEAN, CLIP_STD, generator_of, training_pixels
+from edgevlm.training.towers.ranks import FILLER
 from edgevlm.training.vlm import Batch
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.training.class_matrix import ClassMatrix
-from edgevlm.training.mlcd_loss import MlcdHead
-from edgevlm.training.partial_fc import Margin, PartialFC
-from edgevlm.training.ranks import gather_rows, place
-from edgevlm.training.tower_stages import TowerStage
+from edgevlm.training.towers.class_matrix import ClassMatrix
+from edgevlm.training.towers.mlcd_loss import MlcdHead
+from edgevlm.training.towers.partial_fc import Margin, PartialFC
+from edgevlm.training.towers.ranks import gather_rows, place
+from edgevlm.training.towers.stages import TowerStage
 
 Head = MlcdHead | PartialFC
 

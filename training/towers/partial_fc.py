@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.training.class_matrix import ClassMatrix
-from edgevlm.training.ranks import gather_rows, log_sum_exp, mean_of_images, total
+from edgevlm.training.towers.class_matrix import ClassMatrix
+from edgevlm.training.towers.ranks import gather_rows, log_sum_exp, mean_of_images, total
 
 _MOST_LOSS = -math.log(1e-30)  # the original computes with probabilities of at least 1e-30
 _MOST_LOGIT = 64.0  # products of vectors that are not normalised are clipped to this

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.training.tower import Tower
+from edgevlm.training.towers.tower import Tower
 
 
 def resized(tower: Tower, image_size: int, *, as_original: bool = False) -> Tower:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.training import options
 from edgevlm.training.options import TrainOptions
-from edgevlm.training.tower_stages import TowerStage
+from edgevlm.training.towers.stages import TowerStage
 
 # Shared options that mean nothing for a tower, or are not implemented for one.
 _NOT_FOR_TOWERS = (

@@ -21,11 +21,16 @@ from torch import Tensor
 
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.training.clustering import cluster, open_embeddings, write_embeddings, write_labels
 from edgevlm.training.feed import Feed
-from edgevlm.training.ranks import gather_rows
 from edgevlm.training.setup import Say
-from edgevlm.training.tower import Tower
+from edgevlm.training.towers.clustering import (
+    cluster,
+    open_embeddings,
+    write_embeddings,
+    write_labels,
+)
+from edgevlm.training.towers.ranks import gather_rows
+from edgevlm.training.towers.tower import Tower
 
 FOLDER = "clusters"
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from edgevlm.toolkit.models.encoders import clip, unicom
-from edgevlm.training.tower import Tower
-from edgevlm.training.tower_files import published, save_tower
+from edgevlm.training.towers.files import published, save_tower
+from edgevlm.training.towers.tower import Tower
 
 CLASSES = 4
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (190, 190, 40))

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.training.mlcd_loss import MlcdHead
 from edgevlm.training.optimizer import set_rates
-from edgevlm.training.partial_fc import Margin, PartialFC
 from edgevlm.training.stages import find_tower
-from edgevlm.training.tower import KINDS, Tower
-from edgevlm.training.tower_parts import class_accuracy, make_head, make_optimizers, step
-from edgevlm.training.tower_stages import STAGES, TowerStage
-from tests.training.test_tower import tiny
+from edgevlm.training.towers.mlcd_loss import MlcdHead
+from edgevlm.training.towers.partial_fc import Margin, PartialFC
+from edgevlm.training.towers.parts import class_accuracy, make_head, make_optimizers, step
+from edgevlm.training.towers.stages import STAGES, TowerStage
+from edgevlm.training.towers.tower import KINDS, Tower
+from tests.training.towers.test_tower import tiny
 
 GROUPS = 8
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.training.class_matrix import ClassMatrix
-from edgevlm.training.ranks import gather_rows, log_sum_exp, mean_of_images
+from edgevlm.training.towers.class_matrix import ClassMatrix
+from edgevlm.training.towers.ranks import gather_rows, log_sum_exp, mean_of_images
 
 
 def mlcd_loss(

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from edgevlm.toolkit.images.preprocess import Preprocess, preprocess
-from edgevlm.training.augment import (
+from edgevlm.training.towers.augment import (
     CLIP_MEAN,
     CLIP_STD,
     generator_of,

@@ -4,7 +4,7 @@ Beside the files of every run (run.py), at the end:
 
 OUT/config.json, model.safetensors, preprocessor_config.json      the tower
 OUT/states/*/classes-*.safetensors      the class matrix, a file for each process
-OUT/clusters/                           what --classes makes, see tower_labels.py
+OUT/clusters/                           what --classes makes, see labels.py
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from typing import Any
 from torch import nn
 
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.training import setup, stages, tower_labels, tower_options
-from edgevlm.training.class_matrix import load_classes, save_classes
+from edgevlm.training import setup, stages
 from edgevlm.training.data.image_samples import Picture
 from edgevlm.training.feed import Feed
 from edgevlm.training.loop import Progress
@@ -38,15 +37,18 @@ from edgevlm.training.run import (
     result,
 )
 from edgevlm.training.setup import FaultLog, Feeds, Say
-from edgevlm.training.tower import Tower
-from edgevlm.training.tower_data import ImageSet, Pictures, open_set, with_labels
-from edgevlm.training.tower_files import published_config, save_tower_into
-from edgevlm.training.tower_labels import Clustering
-from edgevlm.training.tower_models import open_tower
-from edgevlm.training.tower_options import TowerOptions
-from edgevlm.training.tower_parts import Head, make_head, make_optimizers
-from edgevlm.training.tower_stages import TowerStage
-from edgevlm.training.tower_task import ClassTask
+from edgevlm.training.towers import labels as tower_labels
+from edgevlm.training.towers import options as tower_options
+from edgevlm.training.towers.class_matrix import load_classes, save_classes
+from edgevlm.training.towers.data import ImageSet, Pictures, open_set, with_labels
+from edgevlm.training.towers.files import published_config, save_tower_into
+from edgevlm.training.towers.labels import Clustering
+from edgevlm.training.towers.models import open_tower
+from edgevlm.training.towers.options import TowerOptions
+from edgevlm.training.towers.parts import Head, make_head, make_optimizers
+from edgevlm.training.towers.stages import TowerStage as TowerStage
+from edgevlm.training.towers.task import ClassTask
+from edgevlm.training.towers.tower import Tower
 
 MICRO_BATCH = 64  # images of one forward pass where nothing else is said
 _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")

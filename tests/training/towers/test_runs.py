@@ -16,10 +16,11 @@ import torch
 
 from edgevlm import api
 from edgevlm.toolkit.errors import ConfigError, DataError, OutputError
-from edgevlm.training import tower_labels
 from edgevlm.training.run import Result
-from edgevlm.training.tower_models import open_tower
-from tests.training import runs, tower_runs
+from edgevlm.training.towers import labels as tower_labels
+from edgevlm.training.towers.models import open_tower
+from tests.training import runs
+from tests.training.towers import runs as tower_runs
 
 
 def train(stage: str, model: Path | str, data: Path, out: Path, **options: Any) -> Result:

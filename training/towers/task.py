@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.training.ranks import FILLER, place, total
-from edgevlm.training.tower_parts import Head, nearest_class
+from edgevlm.training.towers.parts import Head, nearest_class
+from edgevlm.training.towers.ranks import FILLER, place, total
 from edgevlm.training.vlm import Batch
 
 

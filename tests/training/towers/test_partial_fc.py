@@ -17,15 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
-from edgevlm.training.class_matrix import load_classes, save_classes
-from edgevlm.training.mlcd_loss import MlcdHead, mlcd_loss
-from edgevlm.training.partial_fc import Margin, PartialFC, margin_logits, sample_classes
-from edgevlm.training.ranks import share
-from edgevlm.training.tower import Tower
-from edgevlm.training.tower_parts import step
+from edgevlm.training.towers.class_matrix import load_classes, save_classes
+from edgevlm.training.towers.mlcd_loss import MlcdHead, mlcd_loss
+from edgevlm.training.towers.partial_fc import Margin, PartialFC, margin_logits, sample_classes
+from edgevlm.training.towers.parts import step
+from edgevlm.training.towers.ranks import share
+from edgevlm.training.towers.tower import Tower
 from tests.conftest import golden_case
-from tests.training.test_mlcd_loss import difference
-from tests.training.test_mlcd_loss import given as multi_label
+from tests.training.towers.test_mlcd_loss import difference
+from tests.training.towers.test_mlcd_loss import given as multi_label
 
 VARIANTS = ["arc", "feat", "classfeat", "cos", "filt", "nonorm"]
 
@@ -234,7 +234,7 @@ def test_the_first_ranks_get_the_classes_that_are_left() -> None:
 
 
 def test_first_rows_do_not_depend_on_the_number_of_ranks() -> None:
-    from edgevlm.training.class_matrix import _normal_rows
+    from edgevlm.training.towers.class_matrix import _normal_rows
 
     whole = _normal_rows(range(9000), 9000, 3, 1)
     assert torch.equal(whole[4000:8500], _normal_rows(range(4000, 8500), 9000, 3, 1))

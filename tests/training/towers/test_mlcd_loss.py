@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.training.mlcd_loss import MlcdHead, mlc_loss, mlcd_loss
+from edgevlm.training.towers.mlcd_loss import MlcdHead, mlc_loss, mlcd_loss
 
 VARIANTS = [
     f"{name}_{negatives}"

@@ -13,15 +13,15 @@ from edgevlm.toolkit.errors import CheckpointError, ConfigError, DataError
 from edgevlm.training.data.broken import BrokenSample
 from edgevlm.training.data.image_samples import Picture, class_names, numbered, open_images
 from edgevlm.training.feed import Chosen
-from edgevlm.training.mlcd_loss import MlcdHead
-from edgevlm.training.partial_fc import PartialFC
-from edgevlm.training.ranks import FILLER
-from edgevlm.training.tower import Tower
-from edgevlm.training.tower_data import Pictures, open_set, read_labels
-from edgevlm.training.tower_files import published, save_tower
-from edgevlm.training.tower_models import PRESETS, open_tower
-from tests.training import tower_runs
-from tests.training.test_tower import tiny
+from edgevlm.training.towers.data import Pictures, open_set, read_labels
+from edgevlm.training.towers.files import published, save_tower
+from edgevlm.training.towers.mlcd_loss import MlcdHead
+from edgevlm.training.towers.models import PRESETS, open_tower
+from edgevlm.training.towers.partial_fc import PartialFC
+from edgevlm.training.towers.ranks import FILLER
+from edgevlm.training.towers.tower import Tower
+from tests.training.towers import runs as tower_runs
+from tests.training.towers.test_tower import tiny
 
 
 def test_classes_are_ordered_as_people_order_them() -> None:

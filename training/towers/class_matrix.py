@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
-from edgevlm.training.ranks import place, share
+from edgevlm.training.towers.ranks import place, share
 
 _BLOCK = 4096  # rows that are drawn together
 _PATTERN = "classes-*.safetensors"

@@ -22,7 +22,7 @@ from edgevlm.toolkit.checkpoints.weights import Checkpoint, Recipes, check_table
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.models.encoders import unicom
 from edgevlm.toolkit.models.recipes import Recipe, transposed
-from edgevlm.training.tower import Tower, tokens_only
+from edgevlm.training.towers.tower import Tower, tokens_only
 
 # What a whole CLIP holds besides its vision tower.
 _BESIDE = (

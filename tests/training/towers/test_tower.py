@@ -22,10 +22,10 @@ from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Weights
 from edgevlm.training.torch_files import TorchFile
 from edgevlm.training.torch_ops import TorchOps
-from edgevlm.training.tower import KINDS, DroppedUpdates, Tower
-from edgevlm.training.tower_files import published, read_tower, save_tower
-from edgevlm.training.tower_sizes import resized
-from tests.training.test_mlcd_loss import difference
+from edgevlm.training.towers.files import published, read_tower, save_tower
+from edgevlm.training.towers.sizes import resized
+from edgevlm.training.towers.tower import KINDS, DroppedUpdates, Tower
+from tests.training.towers.test_mlcd_loss import difference
 
 hf: Any = transformers
 UNICOM_GRID = {"position", "feature.0.weight"}

@@ -10,7 +10,7 @@ import pytest
 
 from edgevlm.toolkit.errors import ConfigError, InputError
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.training.clustering import (
+from edgevlm.training.towers.clustering import (
     cluster,
     open_embeddings,
     write_embeddings,
@@ -76,7 +76,7 @@ def test_chunks_change_rounding_only() -> None:
 
 @pytest.mark.parametrize("careful", [True, False])
 def test_clusters_without_rows_are_filled(careful: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgevlm.training import clustering
+    from edgevlm.training.towers import clustering
 
     rows, _ = groups(count=3, each=200)
     if not careful:
