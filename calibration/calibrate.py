@@ -121,16 +121,23 @@ def calibrate(
         layers = tuple(Layer(_path(key, lm), 8, 0.0) for key in linears)
         within = found.growth <= settings.budget
         return Calibration(plan, {**codes, **kept}, layers, 0.0, found, within)
-    storage = StorageFormat(4, True, LINEAR[4].suffix, settings.block)
+    zero_points = not settings.symmetric
+    storage = StorageFormat(4, True, LINEAR[4].suffix, settings.block, zero_points)
     ops = Compensate(storage, len(linears), progress)
     ops.run(lm, Coded(weights, kept), calibrating)
     errors, choices = ops.errors, (codes, ops.codes, kept)
     in_8 = _until_it_fits(lm, weights, choices, errors, held, settings, progress)
     chosen = {**ops.codes, **{key: codes[key] for key in in_8.keys}}
     rules = [Rule(_path(key, lm), "int8_weights") for key in in_8.keys]
+    block = _block(settings.block)
+    without = [
+        Rule(_path(key, lm), "int4_weights", block)
+        for key in linears
+        if zero_points and not ops.codes[key].storage.zero_points
+    ]
     plan = PrecisionPlan(
         "int8_weights",
-        (Rule(f"{lm.name}/layers.*", "int4_weights", _block(settings.block)), *rules),
+        (Rule(f"{lm.name}/layers.*", "int4_weights", block, zero_points), *without, *rules),
         method="gptq",
         samples=len(calibrating),
         samples_sha256=hashlib.sha256(calibrating.tobytes()).hexdigest(),
@@ -211,10 +218,15 @@ class Compensate(ManyOps):
             return super().linear(x, w)
         if self._seen[0] is not x:  # q, k and v have the same input
             self._seen = (x, gptq.second_moments(list(x), w.path))
-        found = gptq.compensated(matrix, self._seen[1], self.storage, w.path)
+        found = gptq.compensated(matrix, self._seen[1], fitting(self.storage, len(matrix)), w.path)
         self.codes[key], self.errors[key] = found.codes, found.error
         self.progress(f"{w.path} ({len(self.codes)} of {self.total}): error {found.error:.2g}")
         return super().linear(x, w.replacing(weight=found.codes.floats()))
+
+
+def fitting(storage: StorageFormat, inputs: int) -> StorageFormat:
+    """The storage for a weight of so many inputs: without zero points if they cannot be packed."""
+    return storage if storage.block_in(inputs) else replace(storage, zero_points=False)
 
 
 def _is_layer(key: str, lm: Component) -> bool:

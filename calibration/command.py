@@ -12,6 +12,14 @@ import typer
 
 from edgevlm.toolkit.terminal.flags import Debug, Force, Json, Quiet
 
+_Prompts = Annotated[
+    Optional[Path],
+    typer.Option(help='int8-static: a file of lines {"image": ..., "prompt": ...}.'),
+]
+_Symmetric = Annotated[
+    bool, typer.Option("--symmetric", help="4 bits without zero points, as TensorRT needs.")
+]
+
 
 def verb(run: Callable[..., None]) -> Callable[..., None]:
     """The function that typer makes the verb from; run: called with all flags by name."""
@@ -25,10 +33,7 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
         images: Annotated[
             Optional[Path], typer.Option(help="int8-static: a folder of images.")
         ] = None,
-        prompts: Annotated[
-            Optional[Path],
-            typer.Option(help='int8-static: a file of lines {"image": ..., "prompt": ...}.'),
-        ] = None,
+        prompts: _Prompts = None,
         to: Annotated[
             str,
             typer.Option(
@@ -55,6 +60,7 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
         block: Annotated[
             int, typer.Option(help="Inputs that share a scale in 4 bits: 32, 64 or 128.")
         ] = 32,
+        symmetric: _Symmetric = False,
         window: Annotated[int, typer.Option(help="Tokens of one sample of text.")] = 256,
         windows: Annotated[
             int, typer.Option(help="The most samples of text to calibrate with.")

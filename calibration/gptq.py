@@ -56,18 +56,40 @@ def compensated(matrix: Array, moments: Array, storage: StorageFormat, path: str
     """
     weight = np.array(matrix, np.float32)
     upper = _inverse_root(moments, path)
-    block = blockwise.block_of(len(weight), storage.block)
+    block = storage.block_in(len(weight))
     assert block is not None
-    codes = np.empty(weight.shape, np.uint8)
-    scales = np.empty((len(weight) // block, weight.shape[1]), np.float32)
+    into = _Into(np.empty(weight.shape, np.uint8), block)
     for start in range(0, len(weight), _AT_ONCE):
         part = slice(start, min(start + _AT_ONCE, len(weight)))
-        errors = _round_part(weight, upper, part, storage, (codes, scales, block))
+        errors = _round_part(weight, upper, part, storage, into)
         weight[part.stop :] -= upper[part, part.stop :].T @ errors
-    stored = np.ascontiguousarray(codes.T)
-    packed = stored if storage.bits == 8 else blockwise.pack(stored)
-    found = Codes(storage, packed, np.ascontiguousarray(scales.T))
+    scales = np.ascontiguousarray(into.scales.T)
+    zeros = _stored(into.zeros, storage) if storage.zero_points else None
+    found = Codes(storage, _stored(into.codes, storage), scales, zeros)
     return Rounded(found, output_error(matrix, found.floats(), moments))
+
+
+def _stored(codes: Array, storage: StorageFormat) -> Array:
+    """Codes or zero points [..., outputs] as a file has them: by output, packed."""
+    rows = np.ascontiguousarray(codes.T)
+    return rows if storage.bits == 8 else blockwise.pack(rows)
+
+
+class _Into:
+    """Codes [inputs, outputs], and scales and zero points [blocks, outputs], to be filled."""
+
+    def __init__(self, codes: Array, block: int) -> None:
+        self.codes, self.block = codes, block
+        shape = (len(codes) // block, codes.shape[1])
+        self.scales, self.zeros = np.empty(shape, np.float32), np.empty(shape, np.uint8)
+
+    def begin(self, group: int, weights: Array, storage: StorageFormat) -> None:
+        """Choose the scales and zero points of a block of weights [inputs, outputs]."""
+        if storage.zero_points:
+            self.scales[group], self.zeros[group] = blockwise.ranges_of(weights.T, storage.bits)
+        else:
+            self.scales[group] = blockwise.scales_of(weights.T, storage.bits)
+            self.zeros[group] = ZERO_POINT[storage.bits]
 
 
 def _round_part(
@@ -75,21 +97,20 @@ def _round_part(
     upper: Array,
     part: slice,
     storage: StorageFormat,
-    into: tuple[Array, Array, int],
+    into: _Into,
 ) -> Array:
     """Round the channels `part` of `weight` into codes and scales; their errors."""
-    codes, scales, block = into
     errors = np.empty((part.stop - part.start, weight.shape[1]), np.float32)
-    zero_point = ZERO_POINT[storage.bits]
     for i in range(part.start, part.stop):
-        group = i // block
-        if i % block == 0:
-            scales[group] = blockwise.scales_of(weight[i : i + block].T, storage.bits)
-        step = np.where(scales[group] == 0, np.float32(1), scales[group])
-        code = np.clip(np.rint(weight[i] / step), -zero_point, zero_point - 1)
-        codes[i] = code + zero_point
+        group = i // into.block
+        if i % into.block == 0:
+            into.begin(group, weight[i : i + into.block], storage)
+        scale, zero = into.scales[group], into.zeros[group].astype(np.float32)
+        step = np.where(scale == 0, np.float32(1), scale)
+        code = np.clip(np.rint(weight[i] / step) + zero, 0, 2**storage.bits - 1)
+        into.codes[i] = code
         error = errors[i - part.start]
-        np.divide(weight[i] - code * scales[group], upper[i, i], out=error)
+        np.divide(weight[i] - (code - zero) * scale, upper[i, i], out=error)
         rest = slice(i + 1, part.stop)
         weight[rest] -= upper[i, rest, None] * error
     return errors

@@ -49,6 +49,33 @@ def test_it_is_the_paper_s_update(block: int, generator: np.random.Generator) ->
     assert same.mean() > 0.97
 
 
+def test_blocks_with_zero_points_suit_weights_that_lean_to_one_side(
+    generator: np.random.Generator,
+) -> None:
+    x, weight = case(generator, 256)
+    weight = np.abs(weight) - 0.3
+    moments = gptq.second_moments([x], "a")
+    storage = replace(LINEAR[4], block=32)
+    symmetric, leaning = (
+        gptq.compensated(weight, moments, replace(storage, zero_points=given), "a")
+        for given in (False, True)
+    )
+    assert leaning.error < 0.5 * symmetric.error
+    codes = leaning.codes
+    assert codes.zero_points is not None
+    assert codes.zero_points.shape == (40, 256 // 32 // 2)
+    zeros = blockwise.unpack(codes.zero_points).astype(np.float32)
+    by_hand = blockwise.unpack(codes.codes).reshape(40, 8, 32) - zeros[..., None]
+    rows = (by_hand * codes.scales[..., None]).reshape(40, 256)
+    np.testing.assert_allclose(codes.floats(), rows.T, rtol=1e-6)
+    # rounded to nearest, as no channel resembles another: within half a step of the weight
+    alone = gptq.compensated(
+        weight, np.eye(256, dtype=np.float32), replace(storage, zero_points=True), "a"
+    )
+    steps = np.repeat(alone.codes.scales, 32, 1).T
+    assert (np.abs(alone.codes.floats() - weight) <= 0.501 * steps + 1e-6).mean() > 0.99
+
+
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_it_beats_rounding_to_nearest(block: int, generator: np.random.Generator) -> None:
     x, weight = case(generator, 256)

@@ -101,6 +101,16 @@ def scales_of(blocks: Array, bits: Bits) -> Array:
     return np.asarray(np.take_along_axis(blocks, farthest, -1)[..., 0] / np.float32(-8))
 
 
+def ranges_of(blocks: Array, bits: Bits) -> tuple[Array, Array]:
+    """Scale and zero point (uint8) of each block along the last axis, whose codes reach from its
+    least value to its largest, and to zero.
+    """
+    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+    scales = np.asarray((high - low) / np.float32(2**bits - 1))
+    steps = np.where(scales == 0, np.float32(1), scales)
+    return scales, np.rint(-low / steps).astype(np.uint8)
+
+
 def dequantize(stored: Array, scales: Array, bits: Bits, zero_points: Array | None = None) -> Array:
     """float32 [outputs, inputs] from the codes and scales of `quantize`.
 
