@@ -121,7 +121,7 @@ def calibrate(
         layers = tuple(Layer(_path(key, lm), 8, 0.0) for key in linears)
         within = found.growth <= settings.budget
         return Calibration(plan, {**codes, **kept}, layers, 0.0, found, within)
-    zero_points = not settings.symmetric
+    zero_points = settings.zero_points
     storage = StorageFormat(4, True, LINEAR[4].suffix, settings.block, zero_points)
     ops = Compensate(storage, len(linears), progress)
     ops.run(lm, Coded(weights, kept), calibrating)

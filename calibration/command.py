@@ -16,8 +16,8 @@ _Prompts = Annotated[
     Optional[Path],
     typer.Option(help='int8-static: a file of lines {"image": ..., "prompt": ...}.'),
 ]
-_Symmetric = Annotated[
-    bool, typer.Option("--symmetric", help="4 bits without zero points, as TensorRT needs.")
+_ZeroPoints = Annotated[
+    bool, typer.Option("--zero-points", help="4 bits: blocks have zero points of their own.")
 ]
 
 
@@ -60,7 +60,7 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
         block: Annotated[
             int, typer.Option(help="Inputs that share a scale in 4 bits: 32, 64 or 128.")
         ] = 32,
-        symmetric: _Symmetric = False,
+        zero_points: _ZeroPoints = False,
         window: Annotated[int, typer.Option(help="Tokens of one sample of text.")] = 256,
         windows: Annotated[
             int, typer.Option(help="The most samples of text to calibrate with.")

@@ -17,7 +17,7 @@ from edgevlm.toolkit.quantization.plan import Block
 
 STATIC = "int8-static"
 _STATIC = ("range", "smooth", "bias_correction", "keep_float", "samples")
-_WEIGHT_ONLY = ("block", "budget", "symmetric")
+_WEIGHT_ONLY = ("block", "budget", "zero_points")
 BLOCKS: tuple[Block, ...] = (32, 64, 128)
 _HELD_OUT = 8  # windows, a quarter of the text at most
 
@@ -26,17 +26,17 @@ _HELD_OUT = 8  # windows, a quarter of the text at most
 class Settings:
     """window: tokens of a sample of text; windows: the most of them.
 
-    Of weights alone: block, inputs that share a scale in 4 bits; symmetric, whether such blocks
-    have no zero points; budget, how much the perplexity of held-out text may grow, 0.05 for 5 %. Of
-    static INT8: range, the method (histogram.py); smooth, SmoothQuant's alpha; keep_float, globs
-    over paths of layers; samples, the most images or prompts.
+    Of weights alone: block, inputs that share a scale in 4 bits; zero_points, whether such blocks
+    have zero points of their own; budget, how much the perplexity of held-out text may grow, 0.05
+    for 5 %. Of static INT8: range, the method (histogram.py); smooth, SmoothQuant's alpha;
+    keep_float, globs over paths of layers; samples, the most images or prompts.
     """
 
     to: str = "int4"
     window: int = 256
     windows: int = 24
     block: int = 32
-    symmetric: bool = False
+    zero_points: bool = False
     budget: float = 0.05
     range: str = "mse"
     smooth: float | None = None

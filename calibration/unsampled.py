@@ -1,8 +1,9 @@
 """SmoothQuant without samples, for linears whose inputs are rounded by rows (int8_rows).
 
 A row has one step for all channels, so a few large channels coarsen the others. Which channels of a
-norm's output, or of a SwiGLU's, are large is the model's own: random pixels and tokens show it as
-text and photographs do. docs/performance.md has what it saves.
+norm's output, or of a SwiGLU's, are large is the model's own: any text and any picture show it, so
+a language model reads the page below and random tokens, and a tower random pixels.
+docs/performance.md has what it saves.
 """
 
 from __future__ import annotations
@@ -18,17 +19,38 @@ from edgevlm.toolkit.bundle.goldens import AXES
 from edgevlm.toolkit.checkpoints.layouts.source import Source
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.ops.wrappers import Observe
+from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm.components import Component, Port, components, zero_states
 from edgevlm.toolkit.vlm.cost import image_axes
 
 ALPHA = 0.5
-_TOKENS, _WINDOWS = 64, 4  # that the language model reads
+_TOKENS = 64  # that the language model reads at a time
+_WINDOWS, _RANDOM = 5, 2  # the most of the page; and of random tokens, which a build compares with
+_PAGE = """The harbour was quiet when the first boats came back. Two men carried a crate of fish up
+the steps, and a woman in a yellow coat counted the boxes: forty-one, twelve fewer than on Monday.
+"What happened out there?" she asked. "The wind turned at six," said the older one, "and after that
+we only tried to stay dry."
+USER: What is in the picture, and where is the dog? ASSISTANT: It shows a street with three parked
+cars, a red bicycle and a shop that sells bread. The dog sits at the left, in front of the door.
+A cell divides in stages. First the chromosomes are copied, then they line up along the middle, and
+finally each half is pulled to its own side; the whole process takes about 90 minutes at 37 C.
+def mean(values):
+    total = 0.0
+    for value in values:
+        total += value
+    return total / len(values) if values else 0.0
+In 1998 the company had 3,200 employees and sold goods worth $41.7 million, 8% more than in 1997.
+Mix 200 g of flour with two eggs, a pinch of salt and 1/4 litre of milk; let it rest for an hour.
+Der Zug nach Norden hat heute zwanzig Minuten Verspaetung. Il fait froid, mais le soleil brille.
+La respuesta correcta es la segunda: x = 7, porque 3x + 4 = 25.
+"""
 
 
 def smoothed(source: Source) -> Source:
     """The source with weights changed where its plan has int8_rows: in float the same model."""
     axes = image_axes(source.model, 1, 1) | {"sequence": 1, "context": 1}
     weights, values = dict(source.weights), dict[str, Array]()
+    windows = _windows(source)
     for part in components(source.model):
         links = [
             link
@@ -37,7 +59,7 @@ def smoothed(source: Source) -> Source:
         ]
         if not links or part.name not in weights:
             continue
-        largest = _largest(part, weights[part.name], links, values)
+        largest = _largest(part, weights[part.name], links, values, windows)
         found = {
             link.source: smooth.scales(link, largest[link.paths[0]], weights[part.name], ALPHA)
             for link in links
@@ -51,6 +73,7 @@ def _largest(
     weights: Mapping[str, Array],
     links: list[smooth.Link],
     values: dict[str, Array],
+    windows: list[Array],
 ) -> dict[str, Array]:
     """max|x| of each channel that the linears of a link read, by the first one's path.
 
@@ -66,8 +89,8 @@ def _largest(
     by = Passage({part.name: weights}, in_numpy(), lambda ops, p: Observe(ops, p.name, see))
     generator = np.random.default_rng(0)
     decodes = any(port.updates for port in part.outputs)
-    for _ in range(_WINDOWS if decodes else 1):
-        given = _tokens(part, generator) if decodes else _values(part, generator, values)
+    calls = [_read(part, ids) for ids in windows] if decodes else [_values(part, generator, values)]
+    for given in calls:
         outputs = by.run(part, given)
         values |= {f"{part.name.removeprefix('encoder.')}.{n}": x for n, x in outputs.items()}
     return largest
@@ -91,15 +114,29 @@ def _normal(port: Port, generator: np.random.Generator) -> Array:
     return generator.standard_normal(shape, np.float32)
 
 
-def _tokens(part: Component, generator: np.random.Generator) -> dict[str, Array]:
-    """A prompt of random tokens, without images."""
-    vocab, width = part.shapes["embed.weight"]
-    ids = generator.integers(0, vocab, (1, _TOKENS))
+def _windows(source: Source) -> list[Array]:
+    """The page as tokens, as far as the tokenizer can read it, and random ones: ids [1, S]."""
+    lm = source.model.lm.config
+    length = min(_TOKENS, lm.context)
+    tokenizer = Tokenizer.from_text(
+        source.tokenizer, source.model.prompts.sentencepiece, lm.vocab_size
+    )
+    ids = np.asarray(tokenizer.encode(_PAGE, special=False), np.int64)
+    ids = ids[ids < lm.vocab_size]
+    count = min(len(ids) // length, _WINDOWS)
+    random = np.random.default_rng(0).integers(0, lm.vocab_size, (_RANDOM, length))
+    return [row[None] for row in (*ids[: count * length].reshape(count, length), *random)]
+
+
+def _read(part: Component, ids: Array) -> dict[str, Array]:
+    """The language model's inputs for a prompt without images."""
+    length = ids.shape[1]
+    width = part.shapes["embed.weight"][1]
     return {
         "ids": ids,
         "rows": np.full_like(ids, -1),
         "features": np.zeros((1, width), np.float32),
         "start": np.zeros(1, np.int64),
-        "score": np.full((1, 1), _TOKENS - 1),
-        **zero_states(part.inputs, part.outputs, {"batch": 1, "context": _TOKENS}),
+        "score": np.full((1, 1), length - 1),
+        **zero_states(part.inputs, part.outputs, {"batch": 1, "context": length}),
     }

@@ -48,11 +48,15 @@ def calibrated(bundle: Path, out: Path, **changes: object) -> calibration.Calibr
     return found
 
 
-@pytest.mark.parametrize("block", samples.BLOCKS)
+@pytest.mark.parametrize(
+    ("block", "zero_points"), [*((block, False) for block in samples.BLOCKS), (32, True)]
+)
 def test_what_was_computed_is_what_is_stored_and_run(
-    block: int, bundle: Path, tmp_path: Path
+    block: int, zero_points: bool, bundle: Path, tmp_path: Path
 ) -> None:
-    found = calibrated(bundle, tmp_path / "b", block=block)
+    found = calibrated(bundle, tmp_path / "b", block=block, zero_points=zero_points)
+    in_4 = [codes.storage for codes in found.codes.values() if codes.storage.bits == 4]
+    assert any(storage.zero_points for storage in in_4) == zero_points
     written = Bundle.open(tmp_path / "b")
     stored = written.tensors("lm")
     for key, codes in found.codes.items():

@@ -39,7 +39,8 @@ def loaded(case: str, plan: PrecisionPlan = ROWS) -> Source:
 def inputs_of(part: Component) -> dict[str, Array]:
     generator = np.random.default_rng(7)
     if any(port.updates for port in part.outputs):
-        return unsampled._tokens(part, generator)
+        vocab = part.shapes["embed.weight"][0]
+        return unsampled._read(part, generator.integers(0, vocab, (1, 24)))
     return unsampled._values(part, generator, {})
 
 
@@ -117,3 +118,11 @@ def test_the_same_every_time(tmp_path: Path) -> None:
     one, two = (unsampled.smoothed(source).weights["lm"] for _ in range(2))
     for key in one:
         np.testing.assert_array_equal(one[key], two[key])
+
+
+def test_the_language_model_reads_a_page_and_random_tokens() -> None:
+    source = loaded("e2e_llava15")
+    windows = unsampled._windows(source)
+    assert 2 <= len(windows) <= 7
+    assert {ids.shape for ids in windows} == {(1, min(64, source.model.lm.config.context))}
+    assert all(ids.max() < source.model.lm.config.vocab_size for ids in windows)
