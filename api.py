@@ -357,14 +357,9 @@ def _begun(model: str, options: Options, *, random_weights: bool, seed: int) -> 
 
 
 def _plan(qat: str) -> PrecisionPlan:
-    """The plan of --qat: int8 or int4, or the file of one."""
     from edgevlm.calibration import weight_only
-    from edgevlm.toolkit.quantization.plan import PrecisionPlan
-    from edgevlm.toolkit.strict import from_plain, read_json
 
-    if qat in weight_only.KINDS or not Path(qat).exists():
-        return weight_only.plan(qat, option="--qat")
-    return from_plain(PrecisionPlan, read_json(Path(qat)), qat)
+    return weight_only.plan_of(qat, option="--qat")
 
 
 def inspect(path: Path) -> tuple[Any, list[str]]:
@@ -373,7 +368,6 @@ def inspect(path: Path) -> tuple[Any, list[str]]:
     from edgevlm.engines.build import summary as engine_summary
     from edgevlm.toolkit.bundle import trained
     from edgevlm.toolkit.bundle.manifest import MANIFEST
-    from edgevlm.toolkit.errors import BundleError
     from edgevlm.toolkit.terminal import summary
     from edgevlm.training import torch_files
 
@@ -387,8 +381,7 @@ def inspect(path: Path) -> tuple[Any, list[str]]:
         return summary.inspect_trained(path)
     if (path / "config.json").exists():
         return summary.inspect_checkpoint(path, torch_files.reader())
-    what = "is no checkpoint, bundle, engine or profile" if path.exists() else "does not exist"
-    raise BundleError(f"{path} {what}")
+    raise summary.unknown(path)
 
 
 def _silent(message: str) -> None:

@@ -134,6 +134,6 @@ def _second_form(
 
 def _runs_here(target: Target) -> bool:
     """Whether formats for `target` can be timed on this machine."""
-    from edgevlm.engines import backends
+    from edgevlm.toolkit.target import this_cpu
 
-    return target.backend == "onnxruntime" and target == backends.backend(target).here()
+    return target == this_cpu()

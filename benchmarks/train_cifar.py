@@ -216,7 +216,7 @@ def report(found: Sequence[Figures]) -> Report:
         row = (f.system, f"{f.parameters:,}", f.steps, round(f.cpu_s), round(f.wall_s))
         result.rows.append((*row, *shares[:2], changed, *shares[2:]))
         result.measured[f.system] = asdict(f)
-        result.bars.append(Bar(f"{f.system}: naming", before["naming"], 0.2, at_least=True))
+        result.bars.append(Bar(f"{f.system}: naming", before["naming"], 0.3, at_least=True))
         result.bars.append(Bar(f"{f.system}: yes or no", before["yes-no"], 0.6, at_least=True))
         result.bars.append(Bar(f"{f.system}: answers changed by export", f.changed, 1))
     result.notes.append("chance: naming 10 %, yes/no 50 %")

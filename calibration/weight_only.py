@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan, Rule
+from edgevlm.toolkit.strict import from_plain, read_json
 from edgevlm.toolkit.vlm.components import components
 from edgevlm.toolkit.vlm.config import ModelConfig
 
@@ -60,3 +62,13 @@ def plan(kind: str, option: str = "--precision") -> PrecisionPlan:
         raise ConfigError(f"{option} {kind!r} is unknown", hint=f"known: {known}")
     rules = (Rule("lm/layers.*", "int4_weights"),) if kind == "int4" else ()
     return PrecisionPlan("int8_weights", rules, method="round to nearest")
+
+
+def plan_of(given: str, option: str) -> PrecisionPlan:
+    """The plan that `given` names: int8 or int4, or else the JSON file of one.
+
+    Raises ConfigError for other names, which `option` stated, and for a damaged file.
+    """
+    if given in KINDS or not Path(given).exists():
+        return plan(given, option)
+    return from_plain(PrecisionPlan, read_json(Path(given)), given)

@@ -27,6 +27,7 @@ class TwoForms:
         return self._tokens.new_state(slots)
 
     def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+        """As Runner says; logits [slots, scored, vocab], with a vocab of 0 if nothing is scored."""
         length, score = inputs["ids"].shape[1], inputs["score"]
         if length == 1:
             return self._tokens.run(inputs, state)

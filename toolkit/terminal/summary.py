@@ -205,3 +205,9 @@ def _described(source: Source, dtype: str, path: Path) -> tuple[Any, list[str]]:
         **_template(source.origin),
     }
     return result, [heading, *lines[:-1]]
+
+
+def unknown(path: Path) -> BundleError:
+    """The error for a path that is nothing we know."""
+    what = "is no checkpoint, bundle, engine or profile" if path.exists() else "does not exist"
+    return BundleError(f"{path} {what}")
