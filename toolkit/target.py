@@ -17,6 +17,11 @@ from edgevlm.toolkit.errors import ConfigError, TargetMismatch
 Version = tuple[int, ...]
 BACKENDS = ("onnxruntime", "tensorrt", "reference")
 _VNNI = {"avx512_vnni", "avx_vnni"}  # flags of processors that add 8-bit products in 32 bits
+# x86, then ARM: asimddp and i8mm are its 8-bit products
+_INSTRUCTION_SETS = (
+    *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "i8mm", "bf16", "sve"),
+)
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,17 @@ def processor_kind() -> str:
     return " ".join([processor_name(), "/".join(numbers), f"saturates={saturates_int8()}"])
 
 
-def _cpuinfo() -> dict[str, str]:
+def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """Those of this processor that decide how fast engines are; () where they cannot be read."""
+    info = _cpuinfo(cpuinfo)
+    flags = set(f"{info.get('flags', '')} {info.get('Features', '')}".split())  # x86; ARM
+    return tuple(name for name in _INSTRUCTION_SETS if name in flags)
+
+
+def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
     """The fields of the first processor, empty where the system has no such file."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return {}
     pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())

@@ -32,6 +32,7 @@ def test_a_whole_installation_has_no_problem(monkeypatch: pytest.MonkeyPatch) ->
     assert data["processor_threads"] == threads_here()
     assert f"edgevlm 9.9, Python {platform.python_version()}" in text
     assert f"targets here: {this_cpu()}, reference" in text
+    assert f"an engine uses {threads_here()} threads" in text
     assert "problem:" not in text
 
 
@@ -71,3 +72,15 @@ def test_the_versions_are_those_of_this_machine() -> None:
     data, _ = doctor.report("9.9")
     assert data["packages"]["numpy"] == numpy.__version__
     assert doctor._version("no-such-package-of-this-name") is None
+
+
+def test_8_bit_products_are_those_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arch, saturates, expected in (
+        ("x86_64", False, "signed weights (VNNI)"),
+        ("x86_64", True, "unsigned weights"),
+        ("aarch64", False, "unsigned weights; never measured on this architecture"),
+    ):
+        monkeypatch.setattr(doctor, "machine", lambda arch=arch: arch)
+        monkeypatch.setattr(doctor, "saturates_int8", lambda saturates=saturates: saturates)
+        _, lines = doctor.report("9.9")
+        assert f"8-bit products: {expected}" in lines

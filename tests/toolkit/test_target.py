@@ -213,3 +213,12 @@ def test_threads_are_within_the_quota_rounded_up(
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)), raising=False)
     monkeypatch.setattr(target, "processor_quota", lambda: quota)
     assert target.threads_here() == threads
+
+
+def test_instruction_sets_of_x86_and_arm(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor : 0\nmodel name : A\nflags : fpu avx2 avx512f avx512_vnni sse\n")
+    assert target.instruction_sets(file) == ("avx2", "avx512f", "avx512_vnni")
+    file.write_text("processor : 0\nFeatures : fp asimd asimddp i8mm\n\nprocessor : 1\n")
+    assert target.instruction_sets(file) == ("asimd", "asimddp", "i8mm")
+    assert target.instruction_sets(tmp_path / "none") == ()

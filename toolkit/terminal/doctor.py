@@ -9,7 +9,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from edgevlm.toolkit.target import this_cpu, threads_here
+from edgevlm.toolkit.target import (
+    instruction_sets,
+    machine,
+    processor_name,
+    saturates_int8,
+    this_cpu,
+    threads_here,
+)
 from edgevlm.toolkit.terminal.console import table
 
 _PACKAGES = {
@@ -37,6 +44,9 @@ def report(version: str) -> tuple[dict[str, Any], list[str]]:
         "edgevlm": version,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": processor_name(),
+        "instruction_sets": instruction_sets(),
+        "int8_products": _int8_products(),
         "processor_threads": threads_here(),
         "memory_gb": round(_memory_gb(), 1),
         "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
@@ -46,6 +56,13 @@ def report(version: str) -> tuple[dict[str, Any], list[str]]:
         "problems": _problems(packages),
     }
     return data, _lines(data)
+
+
+def _int8_products() -> str:
+    """How engines built here multiply 8-bit numbers."""
+    if machine() == "x86_64":
+        return "unsigned weights" if saturates_int8() else "signed weights (VNNI)"
+    return "unsigned weights; never measured on this architecture"
 
 
 def _version(name: str) -> str | None:
@@ -95,7 +112,11 @@ def _problems(packages: dict[str, str | None]) -> list[dict[str, str]]:
 def _lines(data: dict[str, Any]) -> list[str]:
     lines = [
         f"edgevlm {data['edgevlm']}, Python {data['python']}, {data['system']}",
-        f"{data['processor_threads']} processor threads, {data['memory_gb']} GB memory, "
+        f"{data['processor']}: {' '.join(data['instruction_sets']) or 'instruction sets unknown'}",
+        f"8-bit products: {data['int8_products']}",
+        f"an engine uses {data['processor_threads']} threads, unless --threads says otherwise; its "
+        "components share them, each with an arena of its own",
+        f"{data['memory_gb']} GB memory, "
         f"{data['disk_free_gb']} GB disk free, "
         f"{'an' if data['nvidia_driver'] else 'no'} NVIDIA driver",
         f"targets here: {', '.join(data['targets'])}",
