@@ -31,6 +31,7 @@ class Rewriter:
         self.shared: dict[str, onnx.NodeProto] = {}
         self._constants: dict[str, onnx.TensorProto] = {}
         self._users: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        self._stored = {tensor.name for tensor in model.graph.initializer}
 
     def node(
         self,
@@ -50,8 +51,9 @@ class Rewriter:
         return output
 
     def constant(self, name: str, value: np.ndarray[Any, Any]) -> str:
-        """A small constant; returns the tensor's name."""
-        self._constants.setdefault(name, numpy_helper.from_array(value, name))
+        """A small constant, unless the graph has it; returns the tensor's name."""
+        if name not in self._stored and name not in self._constants:
+            self._constants[name] = numpy_helper.from_array(value, name)
         return name
 
     def as_bytes(self, name: str, shape: tuple[int, ...]) -> str:
@@ -78,6 +80,12 @@ class Rewriter:
         """The shape of a stored tensor."""
         return tuple(next(t.dims for t in self.model.graph.initializer if t.name == weight))
 
+    def function(self, node: onnx.NodeProto) -> onnx.FunctionProto | None:
+        """The function that a node calls, None for a standard op."""
+        known = ((f.domain, f.name, f) for f in self.model.functions)
+        called = (node.domain, node.op_type)
+        return next((f for domain, name, f in known if (domain, name) == called), None)
+
     def finish(self, nodes: list[onnx.NodeProto]) -> None:
         """Put the new nodes into the model, drop what is unused, and sort the rest."""
         graph = self.model.graph
@@ -101,8 +109,11 @@ class Rewriter:
         return {v.name for v in graph.input} | {t.name for t in graph.initializer} | {""}
 
     def _declare_domains(self, nodes: list[onnx.NodeProto]) -> None:
-        domains = {node.domain for node in nodes} - {o.domain for o in self.model.opset_import}
-        self.model.opset_import.extend(helper.make_opsetid(d, 1) for d in sorted(domains))
+        used = {node.domain for node in nodes} | {""}
+        known = [opset for opset in self.model.opset_import if opset.domain in used]
+        new = sorted(used - {opset.domain for opset in known})
+        del self.model.opset_import[:]
+        self.model.opset_import.extend([*known, *(helper.make_opsetid(d, 1) for d in new)])
 
 
 def cut(model: onnx.ModelProto, inputs: Iterable[str], outputs: Iterable[str]) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
-import onnx.inliner
 from onnx import TensorProto
 
 from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.lowering.capabilities import Decision, Row
 from edgevlm.engines.lowering.graph import Rewriter, op_name
+from edgevlm.engines.lowering.inline import inlined
 from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.target import Target
 
@@ -28,11 +28,13 @@ class Lowered:
 
 
 def decide(component: str, model: onnx.ModelProto, target: Target) -> list[Decision]:
-    """One decision per kind of op and row, most frequent first.
+    """One decision per kind of op and row, most frequent first; `model` stays as it is.
 
     Raises UnsupportedError naming every op for which the target has no row.
     """
-    return _decisions(component, model, _chosen(component, model, target, rows_of(target)))
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return list(lower_component(component, copy, target).decisions)
 
 
 def lower(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
@@ -41,58 +43,69 @@ def lower(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
 
 
 def lower_component(component: str, model: onnx.ModelProto, target: Target) -> Lowered:
-    """The graph for `target`, made of `model` itself, in one pass over its nodes.
+    """The graph for `target`, made of `model` itself.
 
     Raises UnsupportedError naming every op for which the target has no row.
     """
-    rows = rows_of(target)
-    chosen = _chosen(component, model, target, rows)
-    decisions = _decisions(component, model, chosen)
-    rewriter, nodes = Rewriter(model), list[onnx.NodeProto]()
-    for node, row in zip(model.graph.node, chosen, strict=True):
-        nodes += row.rewrite(node, rewriter) if row.rewrite else [node]
+    rewriter, taken = Rewriter(model), _Taken(rows_of(target))
+    nodes = taken.lowered(list(model.graph.node), rewriter)
+    if taken.missing:
+        raise UnsupportedError(
+            f"{component} uses ops that {target} has no lowering for: "
+            f"{', '.join(sorted(taken.missing))}",
+            hint="build for another target (edgevlm doctor lists those of this machine)",
+        )
     rewriter.finish(nodes)
-    lowered = onnx.inliner.inline_local_functions(model) if model.functions else model
-    for opset in lowered.opset_import:
+    for opset in model.opset_import:
         if not opset.domain:
             # In newer opsets the target's ops only have more types and options; none is used.
             opset.version = min(opset.version, capabilities.of(target).opset)
-    check_allowed(component, lowered, target)
-    return Lowered(lowered, tuple(decisions))
+    check_allowed(component, model, target)
+    decisions = (
+        Decision(component, op, n, row.action, row.into, row.why)
+        for (op, row), n in taken.counts.most_common()
+    )
+    return Lowered(model, tuple(decisions))
+
+
+class _Taken:
+    """The rows that were taken for the nodes of one graph.
+
+    counts: how often which row was taken for which op. A body's ops count where they are not kept.
+    """
+
+    def __init__(self, rows: Mapping[str, Row]) -> None:
+        self._rows = rows
+        self.counts: Counter[tuple[str, Row]] = Counter()
+        self.missing: set[str] = set()
+
+    def lowered(
+        self, nodes: Sequence[onnx.NodeProto], r: Rewriter, *, body: bool = False
+    ) -> list[onnx.NodeProto]:
+        """What stands in place of `nodes`; body: whether they are of a function."""
+        result = list[onnx.NodeProto]()
+        for node in nodes:
+            op = op_name(node)
+            first = self._rows.get(op)
+            row = first.choose(node) if first else None
+            if row is None:
+                self.missing.add(op)
+                continue
+            if not body or row.action != "keep":
+                self.counts[op, row] += 1
+            function = r.function(node) if row.action == "decompose" else None
+            if row.rewrite:
+                result += row.rewrite(node, r)
+            elif function is not None:
+                result += self.lowered(inlined(node, function, r), r, body=True)
+            else:
+                result.append(node)
+        return result
 
 
 def rows_of(target: Target) -> Mapping[str, Row]:
     """The table of a target in its release."""
     return capabilities.of(target).rows()
-
-
-def _chosen(
-    component: str, model: onnx.ModelProto, target: Target, rows: Mapping[str, Row]
-) -> list[Row]:
-    """The row of every node."""
-    chosen, missing = list[Row](), set[str]()
-    for node in model.graph.node:
-        first = rows.get(op_name(node))
-        row = first.choose(node) if first else None
-        if row is None:
-            missing.add(op_name(node))
-        else:
-            chosen.append(row)
-    if missing:
-        raise UnsupportedError(
-            f"{component} uses ops that {target} has no lowering for: {', '.join(sorted(missing))}",
-            hint="build for another target (edgevlm doctor lists those of this machine)",
-        )
-    return chosen
-
-
-def _decisions(component: str, model: onnx.ModelProto, chosen: list[Row]) -> list[Decision]:
-    names = map(op_name, model.graph.node)
-    counts = Counter(zip(names, chosen, strict=True))
-    return [
-        Decision(component, op, n, row.action, row.into, row.why)
-        for (op, row), n in counts.most_common()
-    ]
 
 
 def upcast(model: onnx.ModelProto) -> bool:

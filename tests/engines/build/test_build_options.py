@@ -12,7 +12,6 @@ import pytest
 
 from edgevlm.engines.build.build import Request, build
 from edgevlm.engines.lowering import lower, rewrites
-from edgevlm.engines.lowering.capabilities import Row
 from edgevlm.engines.lowering.graph import Rewriter
 from edgevlm.engines.lowering.onnxruntime_rows import ROWS
 from edgevlm.engines.runtime.session import Question, Session
@@ -79,22 +78,22 @@ def test_tiles_that_cannot_be_are_refused(tiled: Path, tmp_path: Path) -> None:
 def test_every_component_is_lowered_once(
     tiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, list[str]] = {"load": [], "choose": []}
-    load, choose = onnx.load, lower._chosen
+    seen: dict[str, list[str]] = {"load": [], "lower": []}
+    load, lower_component = onnx.load, lower.lower_component
 
     def loaded(path: str, **options: Any) -> onnx.ModelProto:
         seen["load"].append(Path(path).stem)
         return load(path, **options)
 
-    def chosen(component: str, *rest: Any) -> list[Row]:
-        seen["choose"].append(component)
-        return choose(component, *rest)
+    def lowered(component: str, *rest: Any) -> lower.Lowered:
+        seen["lower"].append(component)
+        return lower_component(component, *rest)
 
     monkeypatch.setattr(onnx, "load", loaded)
-    monkeypatch.setattr(lower, "_chosen", chosen)
+    monkeypatch.setattr(lower, "lower_component", lowered)
     made, _ = build(tiled, tmp_path / "e", request(), silent)
     names = [record.name for record in made.components]
-    assert seen == {"load": names, "choose": names}
+    assert seen == {"load": names, "lower": names}
     assert {d.component for d in made.lowering} == set(names)
 
 
