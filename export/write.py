@@ -24,6 +24,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import Source
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     STORAGE,
     Blocks,
+    Entry,
     TensorSpec,
     Written,
     row_blocks,
@@ -242,10 +243,15 @@ def record(component: Component, dtype: str, plan: PrecisionPlan | None = None) 
 
 
 def graphs(source: Source, dtype: str = "fp32") -> dict[str, onnx.ModelProto]:
-    """The graphs of all components without their weights: enough to check ops against a target."""
-    nothing = Written({}, "", 0)
+    """The graphs of all components, whose weights are in no file: enough to lower them."""
     recordings = (record(c, dtype, source.plan) for c in components.components(source.model))
-    return {r.component.name: r.model("", nothing) for r in recordings}
+    return {r.component.name: r.model("", _unwritten(r)) for r in recordings}
+
+
+def _unwritten(recorded: Recorded) -> Written:
+    """Types and shapes of the weights that a graph reads."""
+    entries = {t.name: Entry(t.dtype, t.shape, 0) for t in recorded.planned()}
+    return Written(entries, "", 0)
 
 
 def _value(port: Port, dtype: str) -> onnx.ValueInfoProto:
