@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgevlm.engines import backends
+from edgevlm.engines.backends import PlanReport
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle.manifest import ComponentRecord, FileRecord, check_parts
 from edgevlm.toolkit.errors import BundleError, ConfigError
@@ -71,7 +72,9 @@ class Engine:
     context: positions of the KV cache. max_image_tiles: None for all. precision: the requested
     one, None for the bundle's own; tuning_options: --no-tune and --keep-slower as given.
     plan: the precision plan of the engine. prompt_form: where prompts run in another precision than
-    single tokens. trials: what was timed to choose.
+    single tokens. trials: what was timed to choose. plans: of TensorRT, by component. verified:
+    whether the engine was compared with the reference; one for a card that the machine that built
+    it lacks was not, until `edgevlm verify` runs on a machine that has it.
     """
 
     format: int
@@ -93,6 +96,8 @@ class Engine:
     tuning_options: tuple[str, ...] = ()
     prompt_form: PromptForm | None = None
     trials: tuple[Trial, ...] = ()
+    plans: Mapping[str, PlanReport] = field(default_factory=dict)
+    verified: bool = True
 
     def parsed_target(self) -> Target:
         """The target as a value."""

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from edgevlm.toolkit.errors import ConfigError, TargetMismatch
 
 Version = tuple[int, ...]
-BACKENDS = ("onnxruntime", "tensorrt", "reference")
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "reference")
 _VNNI = {"avx512_vnni", "avx_vnni"}  # flags of processors that add 8-bit products in 32 bits
 # x86, then ARM: asimddp and i8mm are its 8-bit products
 _INSTRUCTION_SETS = (
@@ -26,7 +26,9 @@ _INSTRUCTION_SETS = (
 
 @dataclass(frozen=True)
 class Target:
-    """backend: what executes engines; version: its release, () for any; arch: x86_64, sm_87 …"""
+    """backend: what executes engines; version: its release, () for any; arch: x86_64, sm_87, or
+    several of TensorRT-RTX: sm_80+sm_89.
+    """
 
     backend: str
     version: Version
@@ -35,6 +37,10 @@ class Target:
     def __str__(self) -> str:
         at = "@" + ".".join(map(str, self.version)) if self.version else ""
         return f"{self.backend}{at}/{self.arch}"
+
+    def holds(self, arch: str) -> bool:
+        """Whether `arch` is one of those that the target is for."""
+        return arch in self.arch.split("+")
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,18 @@ def _gpu(version: Version, sm: int, memory: float, bandwidth: float, **peak: flo
     return Device(Target("tensorrt", version, f"sm_{sm}"), memory, bandwidth, peak)
 
 
+def _rtx(sm: int, memory: float, bandwidth: float, **peak: float) -> Device:
+    return Device(Target("tensorrt-rtx", (1, 7), f"sm_{sm}"), memory, bandwidth, peak)
+
+
 # Vendor figures, dense; Jetson TensorRT versions are those of the current JetPack for the module.
 DEVICES: dict[str, Device] = {
     "jetson-orin-nano": _gpu((10, 3), 87, 8, 102, fp16=17, int8=33),
     "jetson-agx-orin": _gpu((10, 16), 87, 64, 204.8, fp16=85, int8=170),
     "jetson-thor": _gpu((10, 16), 110, 128, 273, fp16=259, int8=517, fp8=517),
+    "rtx-laptop": _rtx(89, 8, 256, fp16=29, int8=116, fp8=58),  # RTX 4060 Laptop
+    "rtx-4090": _rtx(89, 24, 1008, fp16=165, int8=660, fp8=330),
+    "rtx-5090": _rtx(120, 32, 1792, fp16=210, int8=838, fp8=419),
     "l4": _gpu((11, 1), 89, 24, 300, fp16=121, int8=242, fp8=242),
     "a100": _gpu((11, 1), 80, 80, 2039, fp16=312, int8=624),
     "h100": _gpu((11, 1), 90, 80, 3350, fp16=989, int8=1979, fp8=1979),
@@ -79,20 +92,25 @@ def parse(text: str) -> Target:
         return Target("reference", (), machine())
     if text in DEVICES:
         return DEVICES[text].target
-    form = re.fullmatch(r"([a-z]+)(?:@([^/]*))?/(.+)", text)
+    form = re.fullmatch(r"([a-z-]+)(?:@([^/]*))?/(.+)", text)
     if form and form[1] in BACKENDS:
-        version = form[2]
+        version, arch = form[2], "+".join(map(_architecture, form[3].split("+")))
         if version is None:
-            return Target(form[1], (), form[3])
+            return Target(form[1], (), arch)
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
             raise ConfigError(f"{version!r} in the target {text!r} is not a version")
-        return Target(form[1], tuple(map(int, version.split("."))), form[3])
+        return Target(form[1], tuple(map(int, version.split("."))), arch)
     known = ["cpu", "reference", *DEVICES]
     close = difflib.get_close_matches(text, known, 3) or known
     raise ConfigError(
         f"there is no target {text!r}",
         hint=f"known: {', '.join(close)}; or BACKEND@VERSION/ARCH such as tensorrt@10.16/sm_87",
     )
+
+
+def _architecture(name: str) -> str:
+    """An architecture, or that of a device: sm_89 for rtx-4090."""
+    return DEVICES[name].target.arch if name in DEVICES else name
 
 
 def machine() -> str:
@@ -164,11 +182,12 @@ def check_runs_here(built: Target, here: Target, rebuild: str) -> None:
     reasons = []
     if built.backend != here.backend:
         reasons.append(f"backend {built.backend}, here {here.backend}")
-    if built.arch != here.arch:
+    if not built.holds(here.arch):
         reasons.append(f"architecture {built.arch}, here {here.arch}")
     if built.backend == "onnxruntime" and built.version[:2] > here.version[:2] and here.version:
         reasons.append(f"release {_text(built.version)}, here the older {_text(here.version)}")
-    if built.backend == "tensorrt" and built.version != here.version:
+    exact = built.backend.startswith("tensorrt")
+    if exact and here.version[: len(built.version)] != built.version:
         reasons.append(f"release {_text(built.version)}, here {_text(here.version) or 'none'}")
     if reasons:
         raise TargetMismatch(

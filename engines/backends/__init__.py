@@ -11,7 +11,6 @@ from typing import Protocol, cast
 from edgevlm.engines.backends.state import State
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
-from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import Target
 
@@ -44,6 +43,42 @@ class Peaks:
     gb_s: float
 
 
+Size = tuple[int, int, int]  # smallest, usual and largest
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the calls of a component may be, for backends that compile for shapes.
+
+    context: positions of the KV cache. profiles: a size for every dimension that changes between
+    calls; a component may have several, each compiled by itself (prompts, and single tokens).
+    """
+
+    context: int
+    profiles: tuple[Mapping[str, Size], ...]
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What TensorRT's builder made of a component.
+
+    layers: of the parsed network. kernels: of the plan, all profiles together. attentions: in the
+    graph; fused_attentions: those with a kernel of their own, the others run in simpler ops.
+    Weights, activations and plan in bytes; peak_rss_mb, seconds: of the build.
+    """
+
+    layers: int
+    kernels: int
+    attentions: int
+    fused_attentions: int
+    given_weights_bytes: int
+    held_weights_bytes: int
+    activations_bytes: int
+    plan_bytes: int
+    peak_rss_mb: float
+    seconds: float
+
+
 class Runner(Protocol):
     """An opened component. It holds no state; calls must not overlap."""
 
@@ -73,7 +108,7 @@ class Compiled:
     """The result of compiling one component: its files in the engine folder, and notes.
 
     precision: the number format it computes in, which sets the tolerance of the goldens.
-    lowering: a decision per kind of op; empty for a backend that lowers nothing.
+    lowering: a decision per kind of op; empty for a backend that lowers nothing. plan: of TensorRT.
     """
 
     record: ComponentRecord
@@ -81,6 +116,7 @@ class Compiled:
     precision: str = "fp32"
     notes: tuple[str, ...] = ()
     lowering: tuple[Decision, ...] = ()
+    plan: PlanReport | None = None
 
 
 class Backend(Protocol):
@@ -90,8 +126,21 @@ class Backend(Protocol):
         """This machine as a target of this backend."""
         ...
 
+    def check_builds(self, target: Target) -> bool:
+        """Whether engines for `target` can be built on a machine that cannot run them.
+
+        Raises MissingExtra or TargetMismatch where what it takes is not installed.
+        """
+        ...
+
     def compile(
-        self, source: Path, dtype: str, record: ComponentRecord, folder: Path, target: Target
+        self,
+        source: Path,
+        dtype: str,
+        record: ComponentRecord,
+        folder: Path,
+        target: Target,
+        shapes: Shapes,
     ) -> Compiled:
         """Write one component's engine files into `folder`.
 
@@ -123,13 +172,6 @@ class Backend(Protocol):
 
 
 def backend(target: Target) -> Backend:
-    """The backend of a target. Raises UnsupportedError where none has been written yet."""
-    try:
-        return cast(Backend, import_module(f"edgevlm.engines.backends.{target.backend}"))
-    except ModuleNotFoundError as missing:
-        if not (missing.name or "").startswith("edgevlm.engines.backends"):
-            raise
-        raise UnsupportedError(
-            f"this version cannot build or run {target.backend} engines",
-            hint="build for this machine's processor: --target cpu",
-        ) from None
+    """The backend of a target: a file of this folder, or of TensorRT's two products one."""
+    module = import_module(f"edgevlm.engines.backends.{target.backend.partition('-')[0]}")
+    return cast(Backend, module.of(target) if hasattr(module, "of") else module)

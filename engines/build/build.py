@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevlm.engines import backends, manifest
-from edgevlm.engines.backends import Backend, Compiled
-from edgevlm.engines.build import check, second_form
+from edgevlm.engines.backends import Backend, Compiled, PlanReport, Shapes
+from edgevlm.engines.build import check, second_form, shapes
 from edgevlm.engines.build.second_form import SecondForm
 from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.lowering.capabilities import Decision
@@ -26,7 +27,7 @@ from edgevlm.toolkit.bundle.atomic import (
     require_space,
     writing,
 )
-from edgevlm.toolkit.bundle.manifest import TOKENIZER, Bundle, FileRecord, record_file
+from edgevlm.toolkit.bundle.manifest import GOLDENS, TOKENIZER, Bundle, FileRecord, record_file
 from edgevlm.toolkit.errors import ConfigError, MissingExtra, TargetMismatch
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import Target, check_runs_here
@@ -105,7 +106,7 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     bundle = Bundle.open(path)
     context, model = settled(bundle, request)
     allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
-    backend = _backend_here(request.target, path, out)
+    backend, elsewhere = _backend_for(request.target, path, out)
     recover(out)
     current = existing(bundle, out, request, context, model)
     if current is not None and not request.force:
@@ -122,7 +123,10 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
         source = bundle
         if request.requantization is not None:
             source = stack.enter_context(_requantized(request.requantization, folder))
-        parts = _parts(source, backend, folder, request, allowed, progress)
+        sizes = partial(
+            shapes.of, model=model_config.from_json(dict(model), "model"), context=context
+        )
+        parts = _parts(source, backend, folder, request, sizes, allowed, elsewhere, progress)
         engine = Engine(
             manifest.FORMAT,
             request.made_by,
@@ -149,6 +153,8 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
             request.tuning.options,
             parts.prompts,
             request.tuning.trials,
+            parts.plans,
+            not elsewhere,
         )
         manifest.write(folder, engine)
     return engine, True
@@ -163,24 +169,39 @@ class _Parts:
     errors: check.Errors
     prompts: PromptForm | None
 
+    @property
+    def plans(self) -> dict[str, PlanReport]:
+        """What TensorRT's builder made of each component."""
+        return {c.record.name: c.plan for c in self.compiled if c.plan is not None}
+
 
 def _parts(
     source: Bundle,
     backend: Backend,
     folder: Path,
     request: Request,
+    sizes: Callable[[str], Shapes],
     allowed: float,
+    elsewhere: bool,
     progress: Progress,
 ) -> _Parts:
-    """Compile all components and compare them with the reference; a second form of one too."""
-    compiled, files = _compile(source, backend, folder, request.target, progress)
+    """Compile all components and compare them with the reference; a second form of one too.
+
+    elsewhere: they cannot run here; the goldens go with them, to be compared where they can.
+    """
+    compiled, files = _compile(source, backend, folder, request.target, sizes, progress)
+    if elsewhere:
+        (folder / GOLDENS).write_bytes((source.path / GOLDENS).read_bytes())
+        files[GOLDENS] = record_file(folder / GOLDENS)
+        return _Parts(compiled, files, check.Errors({}, {}), None)
     errors = check.check(
         source, compiled, backend, folder, allowed, progress, bisect=request.bisect
     )
     wanted = request.tuning.prompts
     if wanted is None:
         return _Parts(compiled, files, errors, None)
-    second = second_form.add(wanted, source, backend, folder, request.target, allowed, progress)
+    where, lm = (folder, request.target), source.model.lm.name
+    second = second_form.add(wanted, source, backend, *where, sizes(lm), allowed, progress)
     errors = errors.joined(second.errors, second_form.IN_PROMPTS)
     return _Parts(compiled, files | second.files, errors, second.form)
 
@@ -275,9 +296,12 @@ def _model(bundle: Bundle, tiles: int | None) -> Mapping[str, Any]:
     return model_config.to_json(replace(bundle.model, images=images))
 
 
-def _backend_here(target: Target, path: Path, out: Path) -> Backend:
+def _backend_for(target: Target, path: Path, out: Path) -> tuple[Backend, bool]:
+    """The backend, and whether its engines cannot run on this machine, though it builds them."""
     backend = backends.backend(target)
     here = backend.here()
+    if backend.check_builds(target) and not target.holds(here.arch):
+        return backend, True
     try:
         check_runs_here(target, here, f"edgevlm build {path} {out} --target {here}")
     except TargetMismatch as mismatch:
@@ -285,7 +309,7 @@ def _backend_here(target: Target, path: Path, out: Path) -> Backend:
             f"an engine for {target} cannot be built on this machine ({here})",
             hint=mismatch.hint,
         ) from None
-    return backend
+    return backend, False
 
 
 def _new_bytes(bundle: Bundle, request: Request) -> int:
@@ -311,12 +335,18 @@ def _lm_bytes(bundle: Bundle, plan: PrecisionPlan) -> int:
 
 
 def _compile(
-    bundle: Bundle, backend: Backend, folder: Path, target: Target, progress: Progress
+    bundle: Bundle,
+    backend: Backend,
+    folder: Path,
+    target: Target,
+    sizes: Callable[[str], Shapes],
+    progress: Progress,
 ) -> tuple[list[Compiled], dict[str, FileRecord]]:
     components, files = [], {}
     for record in bundle.manifest.components:
         progress(f"{record.name}: lowering for {target}")
-        compiled = backend.compile(bundle.path, bundle.manifest.dtype, record, folder, target)
+        dtype, shape = bundle.manifest.dtype, sizes(record.name)
+        compiled = backend.compile(bundle.path, dtype, record, folder, target, shape)
         for note in compiled.notes:
             progress(f"{record.name}: {note}")
         components.append(compiled)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgevlm.engines.backends import Backend
+from edgevlm.engines.backends import Backend, Shapes
 from edgevlm.engines.build import check
 from edgevlm.engines.build.check import Errors
 from edgevlm.engines.manifest import PromptForm
@@ -41,6 +41,7 @@ def add(
     backend: Backend,
     folder: Path,
     target: Target,
+    shapes: Shapes,
     allowed: float,
     progress: Callable[[str], None],
 ) -> Added:
@@ -54,7 +55,8 @@ def add(
         alone = Bundle(path, read_manifest(path / MANIFEST), bundle.model)
         (record,) = alone.manifest.components
         progress(f"{record.name}: lowering for {target}, to read prompts")
-        compiled = backend.compile(path, alone.manifest.dtype, record, folder, target)
+        dtype = alone.manifest.dtype
+        compiled = backend.compile(path, dtype, record, folder, target, shapes)
         errors = check.check(alone, [compiled], backend, folder, allowed, progress)
         cut = backend.without_logits(folder, record)
         files = {name: record_file(folder / name) for name in compiled.files}

@@ -75,9 +75,12 @@ def built_engine(engine: Engine, out: Path, written: bool, explain: bool) -> Res
     else:
         line = f"{out}: already built ({engine.build.seconds:.1f} s saved)"
     lines = component_lines(engine)
+    lines += _planned(engine)
     if explain:
         lines += [*_explained(list(engine.lowering)), *_timed(engine.trials)]
     lines += [f"{line}; {_errors(engine)}"]
+    if not engine.verified:
+        following = shlex.join(["edgevlm", "verify", str(out)])
     data = _engine_data(engine, out) | {"already_built": not written, "next": following}
     return data, lines, following
 
@@ -96,6 +99,25 @@ def _timed(trials: Sequence[Trial]) -> list[str]:
         for t in trials
     ]
     return [*table(("component", "linears of a", "precision", "ms", ""), rows), ""]
+
+
+def _planned(engine: Engine) -> list[str]:
+    """What TensorRT's builder made of each component."""
+    rows = [
+        (
+            name,
+            plan.layers,
+            plan.kernels,
+            f"{plan.fused_attentions} of {plan.attentions}",
+            f"{human_bytes(plan.held_weights_bytes)} of {human_bytes(plan.given_weights_bytes)}",
+            human_bytes(plan.plan_bytes),
+            f"{plan.peak_rss_mb:.0f} MB",
+            f"{plan.seconds:.0f} s",
+        )
+        for name, plan in engine.plans.items()
+    ]
+    heads = ("plan of", "layers", "kernels", "attentions fused", "weights held", "plan", "peak", "")
+    return ["", *table(heads, rows)] if rows else []
 
 
 def _engine_data(engine: Engine, out: Path) -> dict[str, Any]:
@@ -121,7 +143,7 @@ def inspect_engine(path: Path) -> tuple[Any, list[str]]:
     if engine.prompt_form is not None:
         lines.append(f"prompts: {engine.prompt_form.record.weights}")
         lines += plan_lines(engine.prompt_form.plan)
-    lines += _timed(engine.trials)
+    lines += [*_timed(engine.trials), *_planned(engine)]
     lines += [*generation_lines(engine.parsed_model()), ""]
     lines += table(("relative rms error", "of kernels", "of the precision"), rows)
     return data, [*lines, _errors(engine)]
@@ -130,6 +152,8 @@ def inspect_engine(path: Path) -> tuple[Any, list[str]]:
 def _errors(engine: Engine) -> str:
     """The errors of the worst component, as text."""
     kernels, losses = engine.build.kernel_differences, engine.build.precision_losses
+    if not engine.verified:
+        return "not verified: no card here to compare it with the reference"
     text = f"kernels right to {max(kernels.values(), default=0.0):.1e}"
     if not losses:
         return text

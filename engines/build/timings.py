@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from edgevlm.engines import backends
-from edgevlm.engines.backends import Backend, Runner, RunnerOptions
+from edgevlm.engines.backends import Backend, Runner, RunnerOptions, Shapes
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.quantization.plan import Precision
 from edgevlm.toolkit.target import Target, processor_kind, threads_here
@@ -101,7 +101,9 @@ class Timings:
         source.mkdir(parents=True)
         compiled.mkdir()
         record = self._probe(source, product.inputs, product.outputs, copies, precision)
-        record = self._backend.compile(source, "fp32", record, compiled, self._target).record
+        none = Shapes(1, ())
+        made = self._backend.compile(source, "fp32", record, compiled, self._target, none)
+        record = made.record
         runner = self._backend.open(compiled, record, {}, RunnerOptions(context=1))
         return runner, [port.name for port in record.inputs]
 

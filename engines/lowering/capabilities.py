@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from edgevlm.engines.lowering.graph import Rewriter
 
-Action = Literal["keep", "swap", "decompose"]
+Action = Literal["keep", "swap", "decompose", "refuse"]
 Rewrite = Callable[["onnx.NodeProto", "Rewriter"], "list[onnx.NodeProto]"]
 
 
@@ -28,8 +28,8 @@ class Row:
     """One op on one target.
 
     since: the first backend version for which this alternative holds. fits: whether it suits a
-    call (None: every call). Where either does not hold, `otherwise` is tried. Decomposing keeps
-    our function's standard body.
+    call (None: every call). Where either does not hold, `otherwise` is tried. Decomposing puts our
+    function's standard body in its place; refusing gives the reason in `why`.
     """
 
     action: Action
@@ -96,15 +96,27 @@ class Capabilities:
 @dataclass(frozen=True)
 class _Backend:
     """The same over all releases of a backend. opsets: with the release since which each is read,
-    newest first. rows: the file of this folder that holds `ROWS`.
+    newest first. rows: the file of this folder that holds `ROWS`. releases: which release of
+    TensorRT equals each of another backend, oldest first; rows and opsets are stated in those.
     """
 
     opsets: tuple[tuple[int, Version], ...]
     compute: tuple[str, ...]
     kv_dtype: str | None = None
     rows: str = ""
+    releases: tuple[tuple[Version, Version], ...] = ()
+
+    def release(self, version: Version) -> Version:
+        """The release in which the rows are stated; () for the newest."""
+        if not version or not self.releases:
+            return version
+        equal = [theirs for ours, theirs in self.releases if ours <= version]
+        return equal[-1] if equal else self.releases[0][1]
 
 
+_TENSORRT = _Backend(
+    ((24, (10, 15)), (23, (10, 14)), (21, ())), ("fp32", "fp16", "bf16"), rows="tensorrt_rows"
+)
 _BACKENDS = {
     "onnxruntime": _Backend(
         opsets=((24, (1, 24)), (23, ())),
@@ -113,20 +125,31 @@ _BACKENDS = {
         rows="onnxruntime_rows",
     ),
     "reference": _Backend(opsets=((24, ()),), compute=("fp32",), kv_dtype="fp32"),
-    "tensorrt": _Backend(opsets=((24, ()),), compute=("fp32", "fp16", "bf16")),
+    "tensorrt": _TENSORRT,
+    # by the classes, methods and ops of each; 1.4 lacks Swish, which 11.0 brought
+    "tensorrt-rtx": replace(
+        _TENSORRT,
+        releases=(
+            ((1, 4), (10, 16)),
+            ((1, 5), (11, 1)),
+            ((1, 6), (11, 3)),
+            ((1, 7), (11, 4)),
+        ),
+    ),
 }
 
 
 def of(target: Target) -> Capabilities:
     """What `target` can do in its release; a target without a version is the newest release."""
     backend = _BACKENDS[target.backend]
-    opset = next(opset for opset, since in backend.opsets if _holds(since, target.version))
+    release = backend.release(target.version)
+    opset = next(opset for opset, since in backend.opsets if _holds(since, release))
 
     def rows() -> Mapping[str, Row]:
         if not backend.rows:
             return {}
         table = import_module(f"edgevlm.engines.lowering.{backend.rows}").ROWS
-        known = {op: row.at(target.version) for op, row in table.items()}
+        known = {op: row.at(release) for op, row in table.items()}
         return {op: row for op, row in known.items() if row is not None}
 
     return Capabilities(opset, backend.compute, backend.kv_dtype, rows)

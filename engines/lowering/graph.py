@@ -61,7 +61,7 @@ class Rewriter:
         alias = f"{name}.bytes"
         if alias not in self._constants:
             tensor = onnx.TensorProto()
-            tensor.CopyFrom(next(t for t in self.model.graph.initializer if t.name == name))
+            tensor.CopyFrom(self.tensor(name))
             tensor.name, tensor.data_type = alias, onnx.TensorProto.UINT8
             del tensor.dims[:]
             tensor.dims.extend(shape)
@@ -76,9 +76,23 @@ class Rewriter:
                     self._users[name].append(node)
         return self._users[tensor]
 
+    def maker(self, tensor: str) -> onnx.NodeProto:
+        """The node of the original graph that makes a tensor."""
+        found: onnx.NodeProto = next(n for n in self.model.graph.node if tensor in n.output)
+        return found
+
+    def is_stored(self, tensor: str) -> bool:
+        """Whether a tensor is a weight or a constant."""
+        return tensor in self._stored
+
+    def tensor(self, name: str) -> onnx.TensorProto:
+        """A stored tensor."""
+        found: onnx.TensorProto = next(t for t in self.model.graph.initializer if t.name == name)
+        return found
+
     def shape_of(self, weight: str) -> tuple[int, ...]:
         """The shape of a stored tensor."""
-        return tuple(next(t.dims for t in self.model.graph.initializer if t.name == weight))
+        return tuple(self.tensor(weight).dims)
 
     def function(self, node: onnx.NodeProto) -> onnx.FunctionProto | None:
         """The function that a node calls, None for a standard op."""
@@ -114,6 +128,52 @@ class Rewriter:
         new = sorted(used - {opset.domain for opset in known})
         del self.model.opset_import[:]
         self.model.opset_import.extend([*known, *(helper.make_opsetid(d, 1) for d in new)])
+
+
+class Body:
+    """The nodes that replace one call, named after it, in the order in which they are made."""
+
+    def __init__(self, name: str, rewriter: Rewriter) -> None:
+        self.name, self.rewriter = name, rewriter
+        self.nodes: list[onnx.NodeProto] = []
+
+    def __call__(self, op: str, inputs: Iterable[str], label: str, **attrs: Any) -> str:
+        """A node; the name of its output."""
+        return self.several(op, inputs, label, 1, **attrs)[0]
+
+    def several(
+        self, op: str, inputs: Iterable[str], label: str, count: int, **attrs: Any
+    ) -> list[str]:
+        """A node with `count` outputs; their names."""
+        name = f"{self.name}/{label}"
+        names = [name] if count == 1 else [f"{name}.{i}" for i in range(count)]
+        self.nodes.append(self.rewriter.node(op, inputs, names, name, **attrs))
+        return names
+
+    def ending(
+        self, op: str, inputs: Iterable[str], outputs: Iterable[str], **attrs: Any
+    ) -> list[onnx.NodeProto]:
+        """All nodes, the last of which has the call's name and outputs."""
+        return [*self.nodes, self.rewriter.node(op, inputs, outputs, self.name, **attrs)]
+
+    def ints(self, *values: int) -> str:
+        """A shared vector of int64."""
+        name = "ints." + "_".join(map(str, values))
+        return self.rewriter.constant(name, np.asarray(values, np.int64))
+
+    def float32(self, value: float) -> str:
+        """A shared float32 number."""
+        return self.rewriter.constant(f"float32.{value}", np.asarray(value, np.float32))
+
+    def heads(self, x: str, count: int, label: str) -> str:
+        """[B, S, heads * d] as [B, heads, S, d]."""
+        apart = self("Reshape", [x, self.ints(0, 0, count, -1)], f"{label}_bshd", allowzero=0)
+        return self("Transpose", [apart], f"{label}_bhsd", perm=[0, 2, 1, 3])
+
+    def joined(self, x: str, outputs: Iterable[str]) -> list[onnx.NodeProto]:
+        """[B, heads, S, d] as [B, S, heads * d], the call's output; all nodes."""
+        apart = self("Transpose", [x], f"{x.rpartition('/')[2]}_bshd", perm=[0, 2, 1, 3])
+        return self.ending("Reshape", [apart, self.ints(0, 0, -1)], outputs, allowzero=0)
 
 
 def cut(model: onnx.ModelProto, inputs: Iterable[str], outputs: Iterable[str]) -> None:

@@ -49,12 +49,7 @@ def lower_component(component: str, model: onnx.ModelProto, target: Target) -> L
     """
     rewriter, taken = Rewriter(model), _Taken(rows_of(target))
     nodes = taken.lowered(list(model.graph.node), rewriter)
-    if taken.missing:
-        raise UnsupportedError(
-            f"{component} uses ops that {target} has no lowering for: "
-            f"{', '.join(sorted(taken.missing))}",
-            hint="build for another target (edgevlm doctor lists those of this machine)",
-        )
+    taken.check(component, target)
     rewriter.finish(nodes)
     for opset in model.opset_import:
         if not opset.domain:
@@ -77,7 +72,21 @@ class _Taken:
     def __init__(self, rows: Mapping[str, Row]) -> None:
         self._rows = rows
         self.counts: Counter[tuple[str, Row]] = Counter()
-        self.missing: set[str] = set()
+        self._missing: set[str] = set()
+
+    def check(self, component: str, target: Target) -> None:
+        """Raise UnsupportedError naming the ops without a row, or with one that refuses them."""
+        refused = [(op, row.why) for op, row in self.counts if row.action == "refuse"]
+        if not self._missing and not refused:
+            return
+        message = f"{component} uses ops that {target} has no lowering for: "
+        message += ", ".join(sorted(self._missing))
+        if not self._missing:
+            message = f"{component} cannot run on {target}: "
+            message += "; ".join(f"{op}: {why}" for op, why in refused)
+        raise UnsupportedError(
+            message, hint="build for another target (edgevlm doctor lists those of this machine)"
+        )
 
     def lowered(
         self, nodes: Sequence[onnx.NodeProto], r: Rewriter, *, body: bool = False
@@ -89,7 +98,7 @@ class _Taken:
             first = self._rows.get(op)
             row = first.choose(node) if first else None
             if row is None:
-                self.missing.add(op)
+                self._missing.add(op)
                 continue
             if not body or row.action != "keep":
                 self.counts[op, row] += 1

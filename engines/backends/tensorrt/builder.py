@@ -1,0 +1,169 @@
+"""From a lowered component to a plan: shapes fixed, weights in signed codes, a process a build."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgevlm.engines.backends import PlanReport, Shapes, Size
+from edgevlm.engines.backends.tensorrt import codes, kernels
+from edgevlm.engines.backends.tensorrt.kernels import Kernel
+from edgevlm.toolkit.bundle.manifest import ComponentRecord
+from edgevlm.toolkit.errors import BuildError, OutOfMemory, ToolkitError
+from edgevlm.toolkit.vlm.components import Port
+
+if TYPE_CHECKING:
+    import onnx
+
+# A plan that holds a smaller part of the weights that it was given is no engine of the model: a
+# profile has folded it into a constant.
+LEAST_WEIGHTS = 0.5
+_OUT_OF_MEMORY = ("OutOfMemory", "out of memory", "std::bad_alloc", "Requested size was")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What worker.py is told.
+
+    profiles: for each the smallest, usual and largest shape by input, of inputs that change.
+    capabilities: names of TensorRT-RTX; empty for the card at hand.
+    """
+
+    module: str
+    graph: str
+    plan: str
+    profiles: list[dict[str, list[list[int]]]]
+    capabilities: list[str]
+    workspace_bytes: int
+    timing_cache: str
+
+
+def fix(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
+    """Make named dimensions numbers."""
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
+
+
+def fixed_sizes(shapes: Shapes) -> dict[str, int]:
+    """The dimensions that are the same in every profile, smallest and largest alike."""
+    fixed = {"context": shapes.context}
+    first, *others = shapes.profiles
+    for name, size in first.items():
+        same = size[0] == size[2] and all(other[name] == size for other in others)
+        if same:
+            fixed[name] = size[0]
+    return fixed
+
+
+def profiles(
+    ports: Sequence[Port], shapes: Shapes, fixed: Mapping[str, int]
+) -> list[dict[str, list[list[int]]]]:
+    """The smallest, usual and largest shape of every input with a dimension that changes."""
+    result = []
+    for sizes in shapes.profiles:
+        result.append(
+            {
+                port.name: [[_size(d, sizes, fixed, k) for d in port.shape] for k in range(3)]
+                for port in ports
+                if any(isinstance(d, str) and d not in fixed for d in port.shape)
+            }
+        )
+    return result
+
+
+def _size(dim: int | str, sizes: Mapping[str, Size], fixed: Mapping[str, int], k: int) -> int:
+    if isinstance(dim, int):
+        return dim
+    return fixed[dim] if dim in fixed else sizes[dim][k]
+
+
+def prepare(source: Path, record: ComponentRecord, model: onnx.ModelProto, folder: Path) -> Path:
+    """Write the lowered graph into `folder` with weights that the parser can read; its file."""
+    weights = folder / record.weights
+    if codes.needed(model):
+        codes.write(source / record.weights, weights, model)
+    else:
+        os.symlink((source / record.weights).resolve(), weights)
+    graph = folder / record.graph
+    graph.write_bytes(model.SerializeToString())
+    return graph
+
+
+def build(name: str, job: Job, folder: Path) -> dict[str, Any]:
+    """Run a job in a process of its own; its result.
+
+    Raises BuildError with the builder's first words, or OutOfMemory.
+    """
+    file = folder / "job.json"
+    file.write_text(json.dumps(asdict(job)))
+    module = "edgevlm.engines.backends.tensorrt.worker"
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(file)], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        return dict(json.loads((folder / "result.json").read_text()))
+    raise _failure(name, folder, done)
+
+
+def _failure(name: str, folder: Path, done: subprocess.CompletedProcess[str]) -> ToolkitError:
+    result = folder / "result.json"
+    errors = json.loads(result.read_text())["errors"] if result.exists() else []
+    log = (folder / "build.log").read_text() if (folder / "build.log").exists() else ""
+    errors += [line for line in log.splitlines() if line.startswith(("ERROR", "INTERNAL_ERROR"))]
+    errors += done.stderr.splitlines()[-1:]
+    first = errors[0] if errors else f"the builder ended with status {done.returncode}"
+    if any(word in line for line in errors for word in _OUT_OF_MEMORY):
+        raise OutOfMemory(
+            f"{name}: the builder ran out of memory: {first[:300]}",
+            hint="allow fewer image tiles or a shorter context: --max-image-tiles, --max-context",
+        )
+    return BuildError(f"{name}: {first[:300]}", hint="please report this with edgevlm doctor")
+
+
+def report(
+    record: ComponentRecord,
+    model: onnx.ModelProto,
+    result: Mapping[str, Any],
+    log: str,
+    profiles: int,
+    seconds: float,
+) -> tuple[PlanReport, list[Kernel]]:
+    """What the builder made of a component. Raises BuildError if the plan lacks its weights."""
+    made, memory, given_bytes = kernels.read(log), kernels.memory(log), _stored_bytes(model)
+    held = memory.weights if memory.weights is not None else int(result["plan_bytes"])
+    if held < LEAST_WEIGHTS * given_bytes:
+        raise BuildError(
+            f"{record.name}: the plan holds {held} of {given_bytes} bytes of weights: the builder "
+            "took the model for a constant",
+            hint="please report this with edgevlm doctor",
+        )
+    sites = [node.name for node in model.graph.node if node.op_type == "Attention"]
+    return (
+        PlanReport(
+            layers=int(result["layers"]),
+            kernels=len(made),
+            attentions=len(sites),
+            fused_attentions=kernels.attentions(made, sites, profiles),
+            given_weights_bytes=given_bytes,
+            held_weights_bytes=held,
+            activations_bytes=memory.activations or 0,
+            plan_bytes=int(result["plan_bytes"]),
+            peak_rss_mb=float(result["peak_rss_mb"]),
+            seconds=seconds,
+        ),
+        made,
+    )
+
+
+def _stored_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of the weights that a graph reads from its file."""
+    spans = [t.external_data for t in model.graph.initializer if t.data_location == t.EXTERNAL]
+    return sum(int(item.value) for span in spans for item in span if item.key == "length")
