@@ -44,8 +44,10 @@ def chosen(
     if precision is None:
         return None, _prompts_alone(bundle, target, progress, made_by, options)
     from edgevlm.calibration import unsampled, weight_only
+    from edgevlm.engines.lowering import capabilities
     from edgevlm.export import available
     from edgevlm.toolkit import systems
+    from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import Options
 
     available.check()
@@ -58,13 +60,14 @@ def chosen(
         plan = weight_only.chosen(source.model.lm.name, found.forms)
         tuning = _tuning(source, found, options, made_by, progress)
     source = replace(source, plan=plan)
+    dtype = capabilities.of(target).computes_in(Bundle.open(bundle).manifest.dtype)
 
     def writing(folder: Path) -> None:
         progress("moving outliers from inputs into weights")
         smooth = unsampled.smoothed(source)
-        write.write_bundle(smooth, folder, made_by=made_by, progress=progress)
+        write.write_bundle(smooth, folder, made_by=made_by, progress=progress, dtype=dtype)
 
-    return Requantization(precision, plan, writing, partial(write.graphs, source)), tuning
+    return Requantization(precision, plan, writing, partial(write.graphs, source, dtype)), tuning
 
 
 def _measured(

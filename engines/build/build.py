@@ -123,51 +123,61 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
         source = bundle
         if request.requantization is not None:
             source = stack.enter_context(_requantized(request.requantization, folder))
-        sizes = partial(
-            shapes.of, model=model_config.from_json(dict(model), "model"), context=context
-        )
+        config = model_config.from_json(dict(model), "model")
+        sizes = partial(shapes.of, model=config, context=context)
         parts = _parts(source, backend, folder, request, sizes, allowed, elsewhere, progress)
-        engine = Engine(
-            manifest.FORMAT,
-            request.made_by,
-            str(request.target),
-            str(path.resolve()),
-            bundle.sha256,
-            context,
-            request.tiles,
-            request.precision,
-            source.manifest.dtype,
-            model,
-            tuple(c.record for c in parts.compiled),
-            source.manifest.edges,
-            parts.files,
-            source.manifest.plan,
-            tuple(decision for c in parts.compiled for decision in c.lowering),
-            Built(
-                time.perf_counter() - started,
-                peak_rss_mb(),
-                parts.errors.kernels,
-                parts.errors.losses,
-                request.accept_loss,
-            ),
-            request.tuning.options,
-            parts.prompts,
-            request.tuning.trials,
-            parts.plans,
-            not elsewhere,
-        )
+        seconds = time.perf_counter() - started
+        engine = _described(path, bundle, source, request, context, model, parts, seconds)
         manifest.write(folder, engine)
     return engine, True
 
 
+def _described(
+    path: Path,
+    bundle: Bundle,
+    source: Bundle,
+    request: Request,
+    context: int,
+    model: Mapping[str, Any],
+    parts: _Parts,
+    seconds: float,
+) -> Engine:
+    """What engine.json says of a finished build; source: the bundle, or its requantized form."""
+    errors = parts.errors
+    return Engine(
+        manifest.FORMAT,
+        request.made_by,
+        str(request.target),
+        str(path.resolve()),
+        bundle.sha256,
+        context,
+        request.tiles,
+        request.precision,
+        source.manifest.dtype,
+        model,
+        tuple(c.record for c in parts.compiled),
+        source.manifest.edges,
+        parts.files,
+        source.manifest.plan,
+        tuple(decision for c in parts.compiled for decision in c.lowering),
+        Built(seconds, peak_rss_mb(), errors.kernels, errors.losses, request.accept_loss),
+        request.tuning.options,
+        parts.prompts,
+        request.tuning.trials,
+        parts.plans,
+        parts.verified,
+    )
+
+
 @dataclass(frozen=True)
 class _Parts:
-    """What an engine is made of, and its errors."""
+    """What an engine is made of, and its errors. verified: whether these were measured."""
 
     compiled: list[Compiled]
     files: dict[str, FileRecord]
     errors: check.Errors
     prompts: PromptForm | None
+    verified: bool = True
 
     @property
     def plans(self) -> dict[str, PlanReport]:
@@ -193,7 +203,7 @@ def _parts(
     if elsewhere:
         (folder / GOLDENS).write_bytes((source.path / GOLDENS).read_bytes())
         files[GOLDENS] = record_file(folder / GOLDENS)
-        return _Parts(compiled, files, check.Errors({}, {}), None)
+        return _Parts(compiled, files, check.Errors({}, {}), None, verified=False)
     errors = check.check(
         source, compiled, backend, folder, allowed, progress, bisect=request.bisect
     )

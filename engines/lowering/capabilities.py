@@ -76,13 +76,15 @@ class Capabilities:
 
     opset: the newest standard opset that it reads. compute: the float formats that it has kernels
     for; a model in another is upcast to fp32. kv_dtype: the format of the KV cache, None for the
-    model's own. rows: makes the table of ops; empty where no lowering has been written.
+    model's own. rows: makes the table of ops; empty where no lowering has been written. lint:
+    raises UnsupportedError for a component's lowered graph that would not become an engine.
     """
 
     opset: int
     compute: tuple[str, ...]
     kv_dtype: str | None
     rows: Callable[[], Mapping[str, Row]]
+    lint: Callable[[str, onnx.ModelProto], None]
 
     def computes_in(self, dtype: str) -> str:
         """What a model whose weights are stored as `dtype` is computed in."""
@@ -96,14 +98,16 @@ class Capabilities:
 @dataclass(frozen=True)
 class _Backend:
     """The same over all releases of a backend. opsets: with the release since which each is read,
-    newest first. rows: the file of this folder that holds `ROWS`. releases: which release of
-    TensorRT equals each of another backend, oldest first; rows and opsets are stated in those.
+    newest first. rows: the file of this folder that holds `ROWS`; lint: that which has `check`.
+    releases: which release of TensorRT equals each of another backend, oldest first; rows and
+    opsets are stated in those.
     """
 
     opsets: tuple[tuple[int, Version], ...]
     compute: tuple[str, ...]
     kv_dtype: str | None = None
     rows: str = ""
+    lint: str = ""
     releases: tuple[tuple[Version, Version], ...] = ()
 
     def release(self, version: Version) -> Version:
@@ -115,7 +119,10 @@ class _Backend:
 
 
 _TENSORRT = _Backend(
-    ((24, (10, 15)), (23, (10, 14)), (21, ())), ("fp32", "fp16", "bf16"), rows="tensorrt_rows"
+    ((24, (10, 15)), (23, (10, 14)), (21, ())),
+    ("fp32", "fp16", "bf16"),
+    rows="tensorrt_rows",
+    lint="tensorrt_lint",
 )
 _BACKENDS = {
     "onnxruntime": _Backend(
@@ -152,7 +159,12 @@ def of(target: Target) -> Capabilities:
         known = {op: row.at(release) for op, row in table.items()}
         return {op: row for op, row in known.items() if row is not None}
 
-    return Capabilities(opset, backend.compute, backend.kv_dtype, rows)
+    def lint(component: str, model: onnx.ModelProto) -> None:
+        if backend.lint:
+            module = import_module(f"edgevlm.engines.lowering.{backend.lint}")
+            module.check(component, model, target)
+
+    return Capabilities(opset, backend.compute, backend.kv_dtype, rows, lint)
 
 
 def _holds(since: Version, version: Version) -> bool:

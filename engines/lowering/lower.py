@@ -56,6 +56,7 @@ def lower_component(component: str, model: onnx.ModelProto, target: Target) -> L
             # In newer opsets the target's ops only have more types and options; none is used.
             opset.version = min(opset.version, capabilities.of(target).opset)
     check_allowed(component, model, target)
+    capabilities.of(target).lint(component, model)
     decisions = (
         Decision(component, op, n, row.action, row.into, row.why)
         for (op, row), n in taken.counts.most_common()

@@ -1,7 +1,8 @@
 """How nodes become what TensorRT's parser takes: one small function each.
 
-Codes of weights are declared signed here; `codes.py` of the backend changes their bytes: a code
-less its zero point, 128 or 8, is the same bits with the highest flipped.
+Codes of weights are declared signed here, or as the floats that they stand for; `codes.py` of the
+backend writes them so. A code less its zero point, 128 or 8, is the same bits with the highest
+flipped.
 """
 
 from __future__ import annotations
@@ -60,6 +61,15 @@ def blocked_linear(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     block = int(attribute(node, "block_size"))
     floats = b("DequantizeLinear", [stored, scale], "weight", axis=1, block_size=block)
     transposed = b("Transpose", [floats], "transposed", perm=[1, 0])
+    return b.ending("MatMul", [x, transposed], node.output)
+
+
+def blocked_linear_in_floats(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """x times the weight [outputs, inputs] that the codes stand for, in its scales' format."""
+    x, stored, scale, _ = node.input
+    r.tensor(stored).data_type = r.tensor(scale).data_type
+    b = Body(node.name, r)
+    transposed = b("Transpose", [stored], "transposed", perm=[1, 0])
     return b.ending("MatMul", [x, transposed], node.output)
 
 

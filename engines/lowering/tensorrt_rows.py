@@ -8,8 +8,6 @@ takes: a backend changes their bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import onnx
 
 from edgevlm.engines.lowering import tensorrt_older as older
@@ -40,26 +38,25 @@ def _since(version: tuple[int, ...], row: Row, before: Row | None = None) -> Row
     return Row(row.action, row.why, row.rewrite, row.into, version, row.fits, before)
 
 
-def _symmetric(bits: int) -> Callable[[onnx.NodeProto], bool]:
-    """Whether a BlockedLinear has so many bits and no zero points of its own."""
-    return lambda node: (
-        int(attribute(node, "bits")) == bits and not int(attribute(node, "zero_points"))
-    )
+def _in_codes(node: onnx.NodeProto) -> bool:
+    """Whether the builder multiplies by a blocked weight as it is stored."""
+    if int(attribute(node, "zero_points")):
+        return False
+    scores = node.name.endswith(("/unembed", "/head"))
+    return int(attribute(node, "bits")) == 4 or scores
 
 
 _BLOCKED = Row(
     "swap",
-    "weights stay in 4 bits, symmetric blocks",
+    "weights stay in codes: 4 bits in symmetric blocks, and 8 bits of the output layer",
     rewrites.blocked_linear,
     "DequantizeLinear",
-    fits=_symmetric(4),
+    fits=_in_codes,
     otherwise=Row(
         "swap",
-        "weights in 8 bits; the builder writes blocks out as floats for prompts",
-        rewrites.blocked_linear,
-        "DequantizeLinear",
-        fits=_symmetric(8),
-        otherwise=Row("refuse", "TensorRT takes no zero points other than 0"),
+        "weights become floats: there is no kernel for 8-bit blocks, nor for zero points",
+        rewrites.blocked_linear_in_floats,
+        "MatMul",
     ),
 )
 

@@ -19,6 +19,8 @@ from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.errors import MissingExtra, UnsupportedError
 from edgevlm.toolkit.target import Target
 
+RTX_CARDS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120")
+
 
 def of(target: Target) -> TensorRT:
     """The backend of a target of either product."""
@@ -40,6 +42,12 @@ class TensorRT:
         if self._flavour.needs_device:
             return False
         self._flavour.check_release(target)
+        unknown = [arch for arch in target.arch.split("+") if arch not in RTX_CARDS]
+        if unknown:
+            raise UnsupportedError(
+                f"TensorRT-RTX has no engines for {', '.join(unknown)}",
+                hint=f"it knows {', '.join(RTX_CARDS)}; for others: tensorrt@RELEASE/{unknown[0]}",
+            )
         return True
 
     def compile(

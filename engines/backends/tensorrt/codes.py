@@ -1,4 +1,4 @@
-"""The weights as TensorRT's parser takes them: codes signed, scales of 8-bit codes above zero."""
+"""The weights as TensorRT's parser takes them: codes signed, or floats where it has no kernel."""
 
 from __future__ import annotations
 
@@ -9,21 +9,34 @@ import onnx
 
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     Blocks,
-    Entry,
     SafetensorsFile,
     TensorSpec,
     row_blocks,
     write_safetensors,
 )
 from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.quantization.blockwise import (
+    FORMATS,
+    SCALE,
+    ZERO_POINTS,
+    Bits,
+    dequantize,
+    unpack,
+)
 
-_SIGNED = {onnx.TensorProto.INT8: 0x80, onnx.TensorProto.INT4: 0x88}
+_FLOATS: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "fp32",
+    onnx.TensorProto.FLOAT16: "fp16",
+    onnx.TensorProto.BFLOAT16: "bf16",
+}
+_SIGNED: dict[int, int] = {onnx.TensorProto.INT8: 0x80, onnx.TensorProto.INT4: 0x88}
 
 
 def write(source: Path, target: Path, model: onnx.ModelProto) -> None:
     """Write the weights that a lowered graph reads to `target`, and point its tensors there.
 
-    A stored unsigned code less its zero point has the same bits but the highest.
+    A stored unsigned code less its zero point has the same bits but the highest. Scales of 8-bit
+    codes are above zero. Tensors that the graph declares as floats are the stored codes' values.
     """
     file = SafetensorsFile(source)
     tensors = {_offset(t): t for t in model.graph.initializer if t.data_location == t.EXTERNAL}
@@ -33,13 +46,24 @@ def write(source: Path, target: Path, model: onnx.ModelProto) -> None:
         for offset, tensor in tensors.items()
         if tensor.data_type in _SIGNED and file.entries[names[offset]].dtype == "uint8"
     }
+    floats = {
+        names[offset]: _FLOATS[tensor.data_type]
+        for offset, tensor in tensors.items()
+        if tensor.data_type in _FLOATS and file.entries[names[offset]].dtype == "uint8"
+    }
     scales = _scales_of_8_bits(model, {t.name: names[offset] for offset, t in tensors.items()})
-    specs = [
-        TensorSpec(names[offset], *_described(file.entries[names[offset]], names[offset] in flips))
-        for offset in sorted(tensors)
-    ]
+    specs = []
+    for name in (names[offset] for offset in sorted(tensors)):
+        entry = file.entries[name]
+        if name in floats:
+            shape = tuple(tensors[entry.offset].dims)
+            specs.append(TensorSpec(name, floats[name], shape))
+        else:
+            specs.append(TensorSpec(name, "int8" if name in flips else entry.dtype, entry.shape))
 
     def produce(spec: TensorSpec) -> Blocks:
+        if spec.name in floats:
+            return row_blocks(_floats(file, spec.name))
         blocks = row_blocks(file.read(spec.name))
         if spec.name in flips:
             bits = np.uint8(flips[spec.name])
@@ -58,11 +82,18 @@ def write(source: Path, target: Path, model: onnx.ModelProto) -> None:
 def needed(model: onnx.ModelProto) -> bool:
     """Whether the stored weights have to be changed at all."""
     external = [t for t in model.graph.initializer if t.data_location == t.EXTERNAL]
-    return any(tensor.data_type in _SIGNED for tensor in external)
+    codes = (".int8", ".int4")
+    return any(t.data_type in _SIGNED or t.name.endswith(codes) for t in external)
 
 
-def _described(entry: Entry, signed: bool) -> tuple[str, tuple[int, ...]]:
-    return "int8" if signed else entry.dtype, entry.shape
+def _floats(file: SafetensorsFile, name: str) -> Array:
+    """What stored codes in blocks stand for, as rows [outputs, inputs] in their stored order."""
+    bits: Bits = next(f.bits for f in FORMATS if name.endswith(f.suffix))
+    zeros = None
+    if name + ZERO_POINTS in file.entries:
+        stored = file.read(name + ZERO_POINTS)
+        zeros = stored if bits == 8 else unpack(stored)
+    return dequantize(file.read(name), file.read(name + SCALE), bits, zeros)
 
 
 def _scales_of_8_bits(model: onnx.ModelProto, stored: dict[str, str]) -> set[str]:
