@@ -1,6 +1,7 @@
 # make demo    a tiny model learns to name, count and point at digits, and becomes an engine
 # make demo-exact   every step on a tiny model of random weights, equal to the original, no torch
 # make test    the test suite
+# make test-rtx     NVIDIA's builder on this machine, which needs no card; installs it (docs/tensorrt.md)
 # make check   formatting, lint, types, imports and sizes
 # make bench   the benchmarks
 # make wheel   dist/edgevlm-*.whl
@@ -19,7 +20,7 @@ BENCHMARKS := start_up export lm_decode precision train_step
 CODE := __init__.py api.py cli.py toolkit export engines training calibration tests examples benchmarks
 
 .NOTPARALLEL:
-.PHONY: demo demo-exact test check types bench wheel clean distclean
+.PHONY: demo demo-exact test test-rtx check types bench wheel clean distclean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo
@@ -28,7 +29,10 @@ demo-exact: $(VENV)/.demo-exact
 	$(BIN)/python -m examples.demo_exact
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not rtx'
+
+test-rtx: $(VENV)/.rtx
+	$(BIN)/python -m pytest -m rtx tests/rtx
 
 check: $(VENV)/.dev
 	$(BIN)/python -m ruff format --check $(CODE)
@@ -79,6 +83,10 @@ $(VENV)/.demo-exact: $(VENV)/.python pyproject.toml constraints.txt
 	@$(INSTALL) setuptools
 	@$(INSTALL) --no-build-isolation --editable '.[cpu,export]'
 	@$(INSTALL) --no-deps scikit-image
+	@touch $@
+
+$(VENV)/.rtx: $(VENV)/.dev
+	@$(INSTALL) --no-build-isolation --editable '.[tensorrt-rtx]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt

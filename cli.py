@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from edgevlm.calibration import command as calibration
+from edgevlm.toolkit.terminal.failures import fail, unexpected
 from edgevlm.toolkit.terminal.flags import (
     AcceptLoss,
     AllowBanned,
@@ -169,6 +170,22 @@ def build(
         return
     engine, written = builder.build(bundle, out, request, console.step)
     console.result(*summary.built_engine(engine, out, written, explain))
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare an engine with the reference on this machine, which has its graphics card."""
+    from edgevlm.engines.build import summary
+    from edgevlm.engines.build.verify import verify as compared
+
+    console = _console(as_json, quiet, context)
+    console.result(*summary.built_engine(compared(engine, console.step), engine, True, False))
 
 
 @app.command()
@@ -354,44 +371,21 @@ def _guarded(debug: bool) -> int:
 
     try:
         code = app(standalone_mode=False)
-        return _fail(_INTERRUPTED, "", 130) if code == 130 else int(code or 0)
+        return fail(_INTERRUPTED, "", 130) if code == 130 else int(code or 0)
     except ToolkitError as error:
         if debug:
             raise
-        return _fail(error.message, error.hint, 1)
+        return fail(error.message, error.hint, 1)
     except KeyboardInterrupt:
-        return _fail(_INTERRUPTED, "", 130)
+        return fail(_INTERRUPTED, "", 130)
     except MemoryError:
-        return _fail("out of memory", "lower --max-context, or use a smaller model", 1)
+        return fail("out of memory", "lower --max-context, or use a smaller model", 1)
     except BrokenPipeError:
         return 1
     except OSError as refused:
-        return _fail(f"{refused.filename or 'a file'}: {refused.strerror or refused}", "", 1)
+        return fail(f"{refused.filename or 'a file'}: {refused.strerror or refused}", "", 1)
     except Exception as error:
-        return _unexpected(error, debug)
-
-
-def _unexpected(error: Exception, debug: bool) -> int:
-    """A usage error of the parser exits 2; anything else is a defect of ours."""
-    format_message = getattr(error, "format_message", None)
-    if type(error).__name__ == "NoArgsIsHelpError":
-        print(error, file=sys.stderr)
-        return 2
-    if format_message is not None:
-        return _fail(format_message(), "edgevlm --help, or edgevlm VERB --help", 2)
-    if type(error).__name__ == "Abort":
-        return _fail(_INTERRUPTED, "", 130)
-    if debug:
-        raise error
-    kind = type(error).__name__
-    return _fail(f"{kind}: {error}", "this is a defect of edgevlm; --debug shows where", 1)
-
-
-def _fail(message: str, hint: str, code: int) -> int:
-    print("error:", " ".join(message.splitlines()), file=sys.stderr)
-    if hint:
-        print("hint:", " ".join(hint.splitlines()), file=sys.stderr)
-    return code
+        return unexpected(error, _INTERRUPTED, debug=debug)
 
 
 if __name__ == "__main__":

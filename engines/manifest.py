@@ -13,7 +13,7 @@ from edgevlm.engines import backends
 from edgevlm.engines.backends import PlanReport
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle.manifest import ComponentRecord, FileRecord, check_parts
-from edgevlm.toolkit.errors import BundleError, ConfigError
+from edgevlm.toolkit.errors import AccuracyError, BundleError, ConfigError
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
 from edgevlm.toolkit.strict import from_plain, read_json, to_plain
 from edgevlm.toolkit.target import Target, check_runs_here, parse
@@ -156,6 +156,11 @@ def check(folder: Path, engine: Engine) -> None:
     target = engine.parsed_target()
     here = backends.backend(target).here()
     check_runs_here(target, here, engine.rebuild_command(folder))
+    check_files(folder, engine)
+
+
+def check_files(folder: Path, engine: Engine) -> None:
+    """Raise BundleError if a file is missing or of another size."""
     for name, record in engine.files.items():
         path = folder / name
         if not path.exists() or path.stat().st_size != record.nbytes:
@@ -164,3 +169,13 @@ def check(folder: Path, engine: Engine) -> None:
                 f"{path}: {actual}, the build wrote {record.nbytes} bytes",
                 hint=f"build it again: {engine.rebuild_command(folder, engine.target)}",
             )
+
+
+def check_verified(folder: Path, engine: Engine) -> None:
+    """Raise AccuracyError for an engine that was never compared with the reference."""
+    if not engine.verified:
+        raise AccuracyError(
+            f"{folder} was built on a machine without its graphics card, and never compared with "
+            "the reference",
+            hint=f"compare it here, once: {shlex.join(['edgevlm', 'verify', str(folder)])}",
+        )

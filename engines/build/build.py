@@ -235,7 +235,7 @@ def existing(
         return None
     try:
         engine = manifest.read(out)
-        manifest.check(out, engine)
+        manifest.check_files(out, engine)
     except Exception:  # a damaged or foreign engine is not the requested one
         return None
     requested = (bundle.sha256, str(request.target), context, model, request.precision)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgevlm.engines.backends import Backend, Compiled, RunnerOptions
+from edgevlm.engines.backends import Backend, Compiled, Runner, RunnerOptions
 from edgevlm.toolkit.bundle import goldens
 from edgevlm.toolkit.bundle.goldens import AXES, Golden, relative_rms
 from edgevlm.toolkit.bundle.manifest import GOLDENS, Bundle
@@ -97,16 +97,50 @@ def check(
             f"{bundle.path} is quantized and lacks the float model's answers",
             hint="quantize the float bundle again",
         )
+
+    def search(component: Compiled, calls: list[Golden], limit: float) -> str:
+        return _first_op(bundle, component, folder, calls, limit)
+
+    return compare(
+        all_calls,
+        bundle.manifest.model,
+        AXES["context"],
+        compiled,
+        backend,
+        folder,
+        allowed,
+        progress,
+        search=search if bisect else None,
+    )
+
+
+def compare(
+    all_calls: list[Golden],
+    model: Mapping[str, object],
+    context: int,
+    compiled: list[Compiled],
+    backend: Backend,
+    folder: Path,
+    allowed: float,
+    progress: Progress,
+    *,
+    search: Callable[[Compiled, list[Golden], float], str] | None = None,
+) -> Errors:
+    """The same for given goldens, of components opened with so many positions of KV cache.
+
+    search: finds the first op of a component that differs, as text.
+    """
     errors = Errors({}, {})
     for component in compiled:
         name, limit = component.record.name, tolerance(component)
         progress(f"{name}: comparing with the reference")
         calls = [golden for golden in all_calls if golden.component == name]
-        answers = _answers(bundle, component, backend, folder, calls)
+        runner = backend.open(folder, component.record, model, RunnerOptions(context=context))
+        answers = _answers(runner, calls)
         error = _error(answers, [golden.outputs for golden in calls])
         if not error <= limit:
-            op = _first_op(bundle, component, folder, calls, limit) if bisect else ""
-            raise _wrong_kernels(name, error, limit, op, bisect=bisect)
+            op = search(component, calls, limit) if search else ""
+            raise _wrong_kernels(name, error, limit, op, bisect=search is not None)
         errors.kernels[name] = error
         if all(golden.float_outputs for golden in calls):
             loss = _error(answers, [golden.float_outputs for golden in calls])
@@ -130,12 +164,8 @@ class _Answer:
     values: Array
 
 
-def _answers(
-    bundle: Bundle, component: Compiled, backend: Backend, folder: Path, calls: list[Golden]
-) -> list[dict[str, _Answer]]:
-    """What the engine answers to each call."""
-    options = RunnerOptions(context=AXES["context"])
-    runner = backend.open(folder, component.record, bundle.manifest.model, options)
+def _answers(runner: Runner, calls: list[Golden]) -> list[dict[str, _Answer]]:
+    """What an opened component answers to each call; closes it."""
     answers = []
     try:
         state = runner.new_state()

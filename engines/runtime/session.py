@@ -99,6 +99,7 @@ class Session:
         started, folder = time.perf_counter(), Path(folder)
         engine = manifest.read(folder)
         manifest.check(folder, engine)
+        manifest.check_verified(folder, engine)
         memory.require(memory.of_engine(engine), f"opening {folder}")
         encoders = len(engine.parsed_model().encoders)
         together = side_by_side(encoders, cores)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # A plan that holds a smaller part of the weights that it was given is no engine of the model: a
 # profile has folded it into a constant.
 LEAST_WEIGHTS = 0.5
-_OUT_OF_MEMORY = ("OutOfMemory", "out of memory", "std::bad_alloc", "Requested size was")
+_OUT_OF_MEMORY = ("OutOfMemory", "out of memory", "bad_alloc", "Requested size", "workspace limit")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,189 @@
+"""Engines of tiny systems out of NVIDIA's builder, for every card that it knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgevlm import api
+from edgevlm.engines import manifest
+from edgevlm.engines.backends.tensorrt import builder
+from edgevlm.engines.build import shapes
+from edgevlm.engines.manifest import Engine
+from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.errors import BuildError, OutOfMemory, TargetMismatch, UnsupportedError
+from tests.conftest import HERE
+from tests.test_pipeline import Shell, shell  # noqa: F401
+
+GOLDENS = HERE / "goldens"
+SYSTEMS: dict[str, tuple[Path, Path | None]] = {
+    "llava": (GOLDENS / "e2e_llava15/llava-v1.5-tiny", None),
+    "mmfuser": (GOLDENS / "e2e_mmfuser/llava-mmfuser-tiny", GOLDENS / "e2e_mmfuser/clip-vit-tiny"),
+    "convllava": (
+        GOLDENS / "e2e_convllava/convllava-tiny",
+        GOLDENS / "e2e_convllava/convnext-tiny-5stage",
+    ),
+    "mlcd": (GOLDENS / "mlcd_llavanext_e2e", None),
+}
+ALL_CARDS = "sm_80+sm_86+sm_89+sm_120"
+Export = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Bundles by system and dtype, made once."""
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def exported(system: str, dtype: str) -> Path:
+        out = folder / f"{system}-{dtype}"
+        if not out.exists():
+            checkpoint, tower = SYSTEMS[system]
+            api.export_bundle(checkpoint, out, dtype=dtype, vision_tower=tower)
+        return out
+
+    return exported
+
+
+def build(bundle: Path, out: Path, cards: str = ALL_CARDS, precision: str | None = None) -> Engine:
+    accept = 0.9 if precision else None
+    return api.build_engine(
+        bundle, out, target=f"tensorrt-rtx@1.7/{cards}", precision=precision, accept_loss=accept
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_all_systems_build_for_all_cards(
+    system: str, dtype: str, export: Export, tmp_path: Path
+) -> None:
+    engine = build(export(system, dtype), tmp_path / "e")
+    assert not engine.verified
+    assert engine.build.kernel_differences == {}
+    assert set(engine.plans) == {record.name for record in engine.components}
+    for name, plan in engine.plans.items():
+        assert plan.kernels > 0
+        assert 0.9 < plan.held_weights_bytes / plan.given_weights_bytes < 2.1
+        wide = not (system == "mlcd" and name == "lm")  # its heads have 8 channels
+        assert plan.fused_attentions == (plan.attentions if wide else 0)
+        listed = json.loads((tmp_path / "e" / f"{name}.kernels.json").read_text())
+        assert len(listed) == plan.kernels
+        nodes = {node for kernel in listed for node in kernel["nodes"]}
+        assert any(node.startswith(f"{name}/") for node in nodes)
+
+
+def test_the_oldest_card(export: Export, tmp_path: Path) -> None:
+    assert build(export("llava", "fp16"), tmp_path / "e", "sm_75").plans["lm"].kernels > 0
+    with pytest.raises(UnsupportedError, match="bf16 does not exist on sm_75"):
+        build(export("llava", "bf16"), tmp_path / "f", "sm_75")
+
+
+@pytest.mark.parametrize(("precision", "types"), [("int8", "Int8"), ("int4", "Int4")])
+def test_weights_stay_in_codes(precision: str, types: str, export: Export, tmp_path: Path) -> None:
+    engine = build(export("llava", "fp16"), tmp_path / "e", "sm_89", precision)
+    kernels = json.loads((tmp_path / "e/lm.kernels.json").read_text())
+    read = [kernel for kernel in kernels if types in kernel["types"]]
+    linears = {node for kernel in read for node in kernel["nodes"] if "/layers." in node}
+    paths = ("attention/q", "attention/out", "mlp/gate", "mlp/down")
+    for path in paths:
+        assert any(node.startswith(f"lm/layers.0/{path}") for node in linears), path
+    assert engine.plans["lm"].fused_attentions == engine.plans["lm"].attentions
+
+
+def test_static_int8_multiplies_codes(export: Export, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for number in range(4):
+        pixels = generator.integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(images / f"{number}.png")
+    bundle = tmp_path / "static"
+    api.calibrate(
+        export("llava", "fp16"),
+        bundle,
+        images=images,
+        to="int8-static",
+        keep_float=("lm/*",),
+    )
+    engine = api.build_engine(
+        bundle, tmp_path / "e", target="tensorrt-rtx@1.7/sm_89", accept_loss=0.9
+    )
+    kernels = json.loads((tmp_path / "e/encoder.clip.kernels.json").read_text())
+    products = [k for k in kernels if k["kind"] == "gemm" and "Int8" in k["types"]]
+    assert len(products) >= 3  # a layer's q, k and v are one
+    assert engine.plans["encoder.clip"].fused_attentions == 3
+
+
+def test_an_engine_for_another_card_is_not_run(
+    shell: Shell,  # noqa: F811
+    export: Export,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "e"
+    made = shell.json("build", export("llava", "fp16"), out, "--target", "rtx-4090")
+    assert made["target"] == "tensorrt-rtx@1.7/sm_89"
+    assert made["next"] == f"edgevlm verify {out}"
+    assert made["plans"]["lm"]["kernels"] > 0
+    for verb in (("run", out, "What?"), ("verify", out)):
+        shell(*verb, code=1)
+        assert "was built for tensorrt-rtx@1.7/sm_89; this machine is tensorrt-rtx@" in shell.errors
+    shell("build", export("llava", "fp16"), out, "--target", "rtx-4090")
+    assert "already built" not in shell.errors
+    table = shell("inspect", out)
+    assert "not verified" in table
+    assert "attentions fused" in table
+
+
+def test_what_cannot_be_built_says_why(export: Export, tmp_path: Path) -> None:
+    bundle = export("llava", "fp16")
+    for target, kind, words in (
+        ("tensorrt-rtx@1.7/sm_90", UnsupportedError, "no engines for sm_90"),
+        ("tensorrt-rtx@1.2/sm_89", TargetMismatch, "needs tensorrt-rtx 1.2, here is 1"),
+        ("jetson-agx-orin", TargetMismatch, "cannot be built on this machine"),
+    ):
+        with pytest.raises(kind, match=words):
+            api.build_engine(bundle, tmp_path / "e", target=target)
+        assert not (tmp_path / "e").exists()
+
+
+def test_too_little_memory_is_told(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = builder.build
+
+    def starved(name: str, job: builder.Job, folder: Path) -> object:
+        return made(name, replace(job, workspace_bytes=1), folder)
+
+    monkeypatch.setattr(builder, "build", starved)
+    with pytest.raises(OutOfMemory, match="the builder ran out of memory"):
+        build(export("llava", "fp16"), tmp_path / "e", "sm_89")
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_plan_without_its_weights_is_refused(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profile that leaves the image no size builds into a constant."""
+    bundle = export("convllava", "fp16")
+    sizes = shapes.of("encoder.convnext", Bundle.open(bundle).model, 64)
+    nothing = {**sizes.profiles[0], "height": (64, 64, 65), "width": (64, 64, 65)}
+
+    def of(component: str, model: object, context: int) -> object:
+        return replace(sizes, profiles=(nothing,))
+
+    monkeypatch.setattr(shapes, "of", of)
+    with pytest.raises(BuildError, match="took the model for a constant"):
+        build(bundle, tmp_path / "e", "sm_89")
+
+
+def test_engine_json_is_read_back(export: Export, tmp_path: Path) -> None:
+    engine = build(export("llava", "fp16"), tmp_path / "e", "sm_89")
+    assert manifest.read(tmp_path / "e") == engine
+    again = build(export("llava", "fp16"), tmp_path / "e", "sm_89")
+    assert again == engine  # kept as it is
