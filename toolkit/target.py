@@ -38,6 +38,11 @@ class Target:
         at = "@" + ".".join(map(str, self.version)) if self.version else ""
         return f"{self.backend}{at}/{self.arch}"
 
+    @property
+    def on_card(self) -> bool:
+        """Whether a graphics card runs its engines."""
+        return self.backend.startswith("tensorrt")
+
     def holds(self, arch: str) -> bool:
         """Whether `arch` is one of those that the target is for."""
         return arch in self.arch.split("+")
@@ -186,8 +191,7 @@ def check_runs_here(built: Target, here: Target, rebuild: str) -> None:
         reasons.append(f"architecture {built.arch}, here {here.arch}")
     if built.backend == "onnxruntime" and built.version[:2] > here.version[:2] and here.version:
         reasons.append(f"release {_text(built.version)}, here the older {_text(here.version)}")
-    exact = built.backend.startswith("tensorrt")
-    if exact and here.version[: len(built.version)] != built.version:
+    if built.on_card and here.version[: len(built.version)] != built.version:
         reasons.append(f"release {_text(built.version)}, here {_text(here.version) or 'none'}")
     if reasons:
         raise TargetMismatch(

@@ -17,11 +17,15 @@ from edgevlm.toolkit.target import Target
 
 @dataclass(frozen=True)
 class RunnerOptions:
-    """How a component is opened: cache length in tokens, threads (0 = all), layer timing."""
+    """How a component is opened: cache length in tokens, threads (0 = all), layer timing.
+
+    beside: whether it runs at the same time as others of its session.
+    """
 
     context: int
     threads: int = 0
     profile: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True)

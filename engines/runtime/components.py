@@ -12,6 +12,7 @@ from edgevlm.engines import backends
 from edgevlm.engines.backends import Runner, RunnerOptions
 from edgevlm.engines.manifest import Engine
 from edgevlm.engines.runtime.two_forms import TwoForms
+from edgevlm.toolkit.errors import BuildError, TargetMismatch, ToolkitError
 
 
 def open_components(
@@ -39,8 +40,17 @@ def open_components(
     for future in futures.values():
         if future.exception() is None:
             opened.callback(future.result().close)
-    runners = {record.name: futures[record.weights].result() for record in engine.components}
-    for record in second:
-        prompts = futures[record.weights].result()
-        runners[record.name] = TwoForms(prompts, runners[record.name])
+    try:
+        runners = {record.name: futures[record.weights].result() for record in engine.components}
+        for record in second:
+            prompts = futures[record.weights].result()
+            runners[record.name] = TwoForms(prompts, runners[record.name])
+    except (BuildError, TargetMismatch) as refused:
+        raise _with_rebuilding(refused, folder, engine) from None
     return runners
+
+
+def _with_rebuilding(refused: ToolkitError, folder: Path, engine: Engine) -> ToolkitError:
+    """The same with the command that builds the engine again, unless it has a hint of its own."""
+    command = engine.rebuild_command(folder, engine.target)
+    return type(refused)(refused.message, hint=refused.hint or f"build it again: {command}")

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from edgevlm.engines.backends.tensors import Tensor
 from edgevlm.engines.runtime.clock import Clock
 from edgevlm.engines.runtime.memory import peak_rss_mb
 from edgevlm.engines.runtime.processors import (
@@ -161,7 +162,7 @@ class Reply:
             self._finish = "stop"
         return Token(token, text, self._times_ms[-1]), last
 
-    def _read(self) -> tuple[PromptSequence, Array]:
+    def _read(self) -> tuple[PromptSequence, Tensor]:
         """Everything before the language model: the prompt's sequence and the feature rows."""
         session, question, clock = self._session, self._question, self._clock
         with clock.time("image_decode"):

@@ -19,6 +19,7 @@ import numpy as np
 from edgevlm.engines import manifest
 from edgevlm.engines.backends import LayerTime, Runner, RunnerOptions
 from edgevlm.engines.backends.state import State
+from edgevlm.engines.backends.tensors import Tensor
 from edgevlm.engines.manifest import PREFILL_CHUNK, Engine
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock
@@ -102,8 +103,10 @@ class Session:
         manifest.check_verified(folder, engine)
         memory.require(memory.of_engine(engine), f"opening {folder}")
         encoders = len(engine.parsed_model().encoders)
-        together = side_by_side(encoders, cores)
-        shared = RunnerOptions(engine.context, cores // encoders if together else threads, profile)
+        card = engine.parsed_target().on_card
+        together = side_by_side(encoders, cores, on_card=card) and not (card and profile)
+        share = cores // encoders if together else threads
+        shared = RunnerOptions(engine.context, share, profile, beside=together)
         alone = RunnerOptions(engine.context, threads, profile)
         options = {
             record.name: shared if record.name.startswith("encoder.") else alone
@@ -154,7 +157,7 @@ class Session:
             self._check_open()
             return self.vision.encode(images, clock, tiles=tiles)
 
-    def prefill(self, sequence: PromptSequence, features: Array, state: State) -> Array:
+    def prefill(self, sequence: PromptSequence, features: Tensor, state: State) -> Array:
         """Logits [vocab] after the whole prompt, which the state, one slot, then holds.
 
         The prompt is read in equal chunks of at most PREFILL_CHUNK tokens: less memory, and less

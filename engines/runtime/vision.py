@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgevlm.engines.backends import Runner
+from edgevlm.engines.backends.tensors import Tensor, join, keep
 from edgevlm.engines.manifest import Engine
 from edgevlm.engines.runtime.clock import Clock
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
@@ -26,16 +27,22 @@ from edgevlm.toolkit.vlm.config import ModelConfig
 CORES_PER_ENCODER = 4  # with fewer, encoders that run side by side slow each other down
 
 
-def side_by_side(encoders: int, threads: int) -> bool:
-    """Whether several encoders should run at the same time on `threads` processors."""
-    return encoders > 1 and threads >= CORES_PER_ENCODER * encoders
+def side_by_side(encoders: int, threads: int, *, on_card: bool = False) -> bool:
+    """Whether several encoders should run at the same time on `threads` processors.
+
+    A graphics card takes work of several streams; a thread of each encoder only hands it out.
+    """
+    return encoders > 1 and (on_card or threads >= CORES_PER_ENCODER * encoders)
 
 
 @dataclass(frozen=True)
 class Features:
-    """Feature rows of all images [F, hidden_size]; for each image the indices of its tokens."""
+    """Feature rows of all images [F, hidden_size]; for each image the indices of its tokens.
 
-    rows: Array
+    rows: where the backend has computed them, in the host's memory or on its card.
+    """
+
+    rows: Tensor
     indices: tuple[Array, ...]
 
 
@@ -67,8 +74,8 @@ class Vision:
             features, order = self._image(image, len(images), clock, tiles)
             rows.append(features)
             indices.append(order + start)
-            start += len(features)
-        return Features(np.concatenate(rows), tuple(indices))
+            start += features.shape[0]
+        return Features(join(rows), tuple(indices))
 
     def close(self) -> None:
         """End the threads."""
@@ -77,7 +84,7 @@ class Vision:
 
     def _image(
         self, image: LoadedImage, count: int, clock: Clock, tiles: bool
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Tensor, Array]:
         with clock.time("preprocess"):
             seen = views.prepare(image.rgb, self._model.images, count=count, tiles=tiles)
         values = self._encoded(seen, clock)
@@ -86,16 +93,17 @@ class Vision:
             values |= {"arrangement.rows": order.rows, "arrangement.weights": order.weights}
         for record in self._after:
             self._run(record, values, clock)
-        features = np.array(values[self._output])
+        features = values[self._output]
         mixed = any(source.startswith("arrangement.") for source in self._sources.values())
-        return features, np.arange(len(features)) if order is None or mixed else order.rows[:, 0]
+        every = np.arange(features.shape[0])
+        return features, every if order is None or mixed else order.rows[:, 0]
 
-    def _encoded(self, seen: PreparedImage, clock: Clock) -> dict[str, Array]:
+    def _encoded(self, seen: PreparedImage, clock: Clock) -> dict[str, Tensor]:
         """Every encoder's outputs, the views of an image on the first axis."""
-        outputs: dict[str, list[Array]] = {}
+        outputs: dict[str, list[Tensor]] = {}
         for view in seen.pixels:
             pixels = {f"images.{name}": array[None] for name, array in view.items()}
-            values: dict[str, Array] = dict(pixels)
+            values: dict[str, Tensor] = dict(pixels)
             if self._pool is None:
                 for record in self._encoders:
                     self._run(record, values, clock)
@@ -104,13 +112,13 @@ class Vision:
                 for future in futures:
                     future.result()
             for name in values.keys() - pixels.keys():
-                outputs.setdefault(name, []).append(np.array(values[name]))
-        return {name: np.concatenate(arrays) for name, arrays in outputs.items()}
+                outputs.setdefault(name, []).append(values[name])
+        return {name: join(tensors) for name, tensors in outputs.items()}
 
-    def _run(self, record: ComponentRecord, values: dict[str, Array], clock: Clock) -> None:
+    def _run(self, record: ComponentRecord, values: dict[str, Tensor], clock: Clock) -> None:
         inputs = {p.name: values[self._sources[f"{record.name}:{p.name}"]] for p in record.inputs}
         with clock.time(record.name):
-            outputs = self._runners[record.name].run(inputs)
+            outputs = keep(self._runners[record.name], inputs)
         values.update({f"{record.name}:{name}": array for name, array in outputs.items()})
 
 

@@ -14,7 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from edgevlm.engines.backends import Compiled, Peaks, Runner, RunnerOptions, Shapes
+from edgevlm.engines.backends.tensorrt.card import Cards
 from edgevlm.engines.backends.tensorrt.flavours import FLAVOURS, Flavour
+from edgevlm.engines.lowering import capabilities
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.errors import MissingExtra, UnsupportedError
 from edgevlm.toolkit.target import Target
@@ -28,10 +30,11 @@ def of(target: Target) -> TensorRT:
 
 
 class TensorRT:
-    """One of the two products as a backend."""
+    """One of the two products as a backend; what one such object opens shares a card's memory."""
 
     def __init__(self, flavour: Flavour) -> None:
         self._flavour = flavour
+        self._cards = Cards(flavour.extra)
 
     def here(self) -> Target:
         """The installed release and this machine's card."""
@@ -117,11 +120,16 @@ class TensorRT:
         model: Mapping[str, object],
         options: RunnerOptions,
     ) -> Runner:
-        """Load one component onto the card."""
-        raise UnsupportedError(
-            "this version builds TensorRT engines and cannot run them yet",
-            hint="build for this machine's processor: --target cpu",
-        )
+        """Load one component onto the card.
+
+        Raises MissingExtra, TargetMismatch, OutOfMemory, or BuildError with TensorRT's reason.
+        """
+        from edgevlm.engines.backends.tensorrt.runner import open_runner
+
+        # opset 24 brought TensorScatter, which updates the cache where it is
+        in_place = capabilities.of(self.here()).opset >= 24
+        trt = self._flavour.load()
+        return open_runner(self._cards, trt, folder, record, options, in_place=in_place)
 
     def peaks(self, folder: Path) -> Peaks:
         """A card's limits are not measured yet."""

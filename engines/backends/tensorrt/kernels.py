@@ -8,8 +8,9 @@ model (engines/lowering/inline.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _HEADING = "VERBOSE Layers:"
 _KERNEL = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\S+?), (?P<rest>.*)$", re.M)
@@ -58,8 +59,18 @@ def read(log: str) -> list[Kernel]:
             continue
         nodes = tuple(_NODE.findall(match["rest"]))
         types = tuple(sorted(set(_TYPE.findall(match["rest"]))))
-        found.append(Kernel(_SERIAL.sub("", match["name"]), match["kind"], nodes, types))
+        found.append(Kernel(plain(match["name"]), match["kind"], nodes, types))
     return found
+
+
+def plain(name: str) -> str:
+    """A kernel's name without the builder's serial numbers."""
+    return _SERIAL.sub("", name)
+
+
+def kinds(listed: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The kinds of kernels by name, from a file that lists them."""
+    return {str(kernel["name"]): str(kernel["kind"]) for kernel in listed}
 
 
 def memory(log: str) -> Memory:

@@ -1,0 +1,300 @@
+"""Runs plans of TensorRT and TensorRT-RTX with cuda-core and NumPy alone.
+
+A component has a context for each profile, and one for each CUDA graph of single tokens. Its
+outputs are copied to the host, or kept on the card for the component that reads them. States lie
+on the card at fixed addresses. Where the release cannot update a cache in place (before 10.15) a
+state is two buffers, and every call of a slot reads the one that the call before wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from edgevlm.engines.backends import LayerTime, RunnerOptions
+from edgevlm.engines.backends.bindings import Bindings
+from edgevlm.engines.backends.state import Allocation, State, check
+from edgevlm.engines.backends.tensorrt import kernels, plan
+from edgevlm.engines.backends.tensorrt.arrays import DeviceArray, Shape, size
+from edgevlm.engines.backends.tensorrt.call import Call, Lane
+from edgevlm.engines.backends.tensorrt.card import Arena, Card, Cards, aligned
+from edgevlm.engines.backends.tensorrt.context import Context, Times
+from edgevlm.engines.backends.tensorrt.plan import Plan
+from edgevlm.engines.backends.tensors import Tensor, join
+from edgevlm.toolkit.bundle.manifest import ComponentRecord
+from edgevlm.toolkit.errors import InputError
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.vlm.components import Port
+
+_ROW_AXES = ("batch", "tiles")  # rows of these do not depend on one another
+
+
+class Slots(Allocation):
+    """A state's memory. latest: for each slot 0 if what it holds is in the buffers of the inputs,
+    1 if in those of the outputs, which only states of two buffers have.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.latest = [0] * slots
+
+
+def open_runner(
+    cards: Cards,
+    trt: Any,
+    folder: Path,
+    record: ComponentRecord,
+    options: RunnerOptions,
+    *,
+    in_place: bool,
+) -> TensorRTRunner:
+    """Load one component onto the card that `cards` lends.
+
+    in_place: whether its engine updates the KV cache where it is. Raises TargetMismatch,
+    OutOfMemory, BuildError or MissingExtra, and then holds nothing.
+    """
+    with ExitStack() as stack:
+        card = stack.enter_context(cards.lent())
+        made = plan.read(trt, folder / record.graph)
+        stream = card.stream()
+        stack.callback(stream.close)
+        arena = Arena(card) if options.beside else card.arena
+        arena.reserve(made.activations_bytes)
+        times = None
+        if options.profile:
+            listing = folder / f"{record.name}.kernels.json"
+            times = Times(trt, kernels.kinds(json.loads(listing.read_text())))
+        runner = TensorRTRunner(made, record, Lane(card, stream, arena), times, in_place=in_place)
+        runner.opened = stack.pop_all()
+    return runner
+
+
+class TensorRTRunner:
+    """An opened engine with its contexts and memory. opened: closes what it stands on."""
+
+    def __init__(
+        self,
+        made: Plan,
+        record: ComponentRecord,
+        lane: Lane,
+        times: Times | None,
+        *,
+        in_place: bool,
+    ) -> None:
+        self.opened = ExitStack()
+        self._made: Plan | None = made
+        self._record, self._lane, self._times, self._in_place = record, lane, times, in_place
+        self._updates = {port.name: port.updates for port in record.outputs if port.updates}
+        past = set(self._updates.values())
+        self._plain = [port for port in record.inputs if port.name not in past]
+        self._results = [port for port in record.outputs if not port.updates]
+        self._row_axis = _row_axis(self._plain, self._results)
+        self._tokens = next((p.name for p in self._plain if "sequence" in p.shape), None)
+        self._contexts: dict[int, Context] = {}
+        self._bindings: WeakKeyDictionary[Allocation, Bindings[Call]] = WeakKeyDictionary()
+        self._stateless = State({}, 1, Slots(1))
+
+    def new_state(self, slots: int = 1) -> State:
+        """On the card, in the engine's own format and length."""
+        if slots < 1:
+            raise InputError(f"a state of {slots} slots holds nothing")
+        if not self._updates:
+            return State({}, slots, Slots(slots))
+        held = {past: past for past in self._updates.values()}
+        if not self._in_place:
+            held |= self._updates
+        kinds, limits = self._plan.kinds, self._plan.profiles[0]
+        rows = {name: limits[past][1][1:] for name, past in held.items()}
+        strides = {name: aligned(size(kinds[name], row)) for name, row in rows.items()}
+        card = self._card()
+        block, at = card.block(slots * sum(strides.values()), zeros=True), 0
+        arrays: dict[str, Any] = {}
+        for name, row in rows.items():
+            stride = strides[name]
+            arrays[name] = DeviceArray(card, block, kinds[name], (slots, *row), at, stride)
+            at += slots * stride
+        return State(arrays, slots, Slots(slots))
+
+    # -- calls -----------------------------------------------------------------------------
+
+    def run(self, inputs: Mapping[str, Tensor], state: State | None = None) -> dict[str, Array]:
+        """As Runner says; inputs may be on the card already."""
+        return self._in_rows(inputs, state, keeps=False)
+
+    def keep(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs as DeviceArrays, in memory of their own."""
+        return self._in_rows(inputs, None, keeps=True)
+
+    def _in_rows(
+        self, inputs: Mapping[str, Tensor], state: State | None, *, keeps: bool
+    ) -> dict[str, Tensor]:
+        """In one call if a profile takes so many rows; else row by row, which is the same."""
+        axis, rows = self._row_axis, 1
+        if axis is not None:
+            rows = next(inputs[p.name].shape[0] for p in self._plain if p.shape[0] == axis)
+        if self._updates:
+            state = check(state, list(self._updates.values()), rows, self._record.name)
+        state = state or self._stateless
+        if rows == 1 or (self._contiguous(state) and self._profile(inputs, state) is not None):
+            return self._call(inputs, state, keeps)
+        parts: list[dict[str, Tensor]] = []
+        for row in range(rows):
+            one = {
+                port.name: inputs[port.name][row : row + 1]
+                if port.shape[0] == axis
+                else inputs[port.name]
+                for port in self._plain
+            }
+            parts.append(self._call(one, state.slot(row) if self._updates else state, keeps))
+        return {name: join([part[name] for part in parts]) for name in parts[0]}
+
+    def _contiguous(self, state: State) -> bool:
+        """Whether slots lie side by side, as the rows of one tensor."""
+        arrays: Iterable[Any] = state.arrays.values()
+        return self._in_place and all(array.contiguous for array in arrays)
+
+    def _profile(self, inputs: Mapping[str, Tensor], state: State) -> int | None:
+        return self._plan.profile(self._shapes(inputs, state))
+
+    def _shapes(self, inputs: Mapping[str, Tensor], state: State) -> dict[str, Shape]:
+        shapes = {port.name: tuple(inputs[port.name].shape) for port in self._plain}
+        return shapes | {past: state.arrays[past].shape for past in self._updates.values()}
+
+    def _call(self, inputs: Mapping[str, Tensor], state: State, keeps: bool) -> dict[str, Tensor]:
+        self._card()
+        kinds = self._plan.kinds
+        inputs = {port.name: _of_kind(inputs[port.name], kinds[port.name]) for port in self._plain}
+        given = frozenset(n for n, array in inputs.items() if isinstance(array, DeviceArray))
+        shapes, states = self._shapes(inputs, state), self._states(state)
+        decode = self._tokens is not None and inputs[self._tokens].shape[1] == 1
+        key = (given, keeps, tuple(shapes.items()), tuple(states.values()))
+        bindings = self._bindings.get(state.allocation)
+        if bindings is None:
+            bindings = self._bindings[state.allocation] = Bindings()
+        call = bindings.get(
+            key, lambda: self._bind(inputs, state, given, keeps, decode), decode=decode
+        )
+        outputs = call.run(inputs, states)
+        if not self._in_place and self._updates:
+            latest = _slots(state).latest
+            latest[state.first] = 1 - latest[state.first]
+        return self._cut(outputs, inputs)
+
+    def _bind(
+        self,
+        inputs: Mapping[str, Tensor],
+        state: State,
+        given: frozenset[str],
+        keeps: bool,
+        decode: bool,
+    ) -> Call:
+        shapes, profile = self._shapes(inputs, state), self._profile(inputs, state)
+        if profile is None:
+            asked = ", ".join(f"{n} {list(inputs[n].shape)}" for n in (p.name for p in self._plain))
+            raise InputError(
+                f"{self._record.name} was not built for calls of this size: {asked}",
+                hint="build with a larger --max-context or --max-image-tiles",
+            )
+        repeats = decode and not given and self._times is None
+        least = {name: ends[0] for name, ends in self._plan.profiles[profile].items()}
+        return Call(
+            self._lane,
+            self._new_context(profile) if repeats else self._context(profile),
+            self._plan.kinds,
+            {name: _filled(shape, least[name]) for name, shape in shapes.items()},
+            given | frozenset(self._updates.values()),
+            tuple(port.name for port in self._results),
+            keeps=keeps,
+            repeats=repeats,
+        )
+
+    def _context(self, profile: int) -> Context:
+        """That of all calls which no graph repeats."""
+        if profile not in self._contexts:
+            self._contexts[profile] = self._new_context(profile)
+        return self._contexts[profile]
+
+    def _new_context(self, profile: int) -> Context:
+        """One of its own: a graph is void once the context that it was captured from changes."""
+        profiler = self._times.profiler if self._times else None
+        return Context(self._plan, profile, self._lane.stream, profiler)
+
+    def _states(self, state: State) -> dict[str, int]:
+        """Where the engine reads the cache and where it writes it, by input and output."""
+        addresses: dict[str, int] = {}
+        for present, past in self._updates.items():
+            here: Any = state.arrays[past]
+            ends = here.pointer, here.pointer
+            if not self._in_place:
+                there: Any = state.arrays[present]
+                ends = here.pointer, there.pointer
+                if _slots(state).latest[state.first]:
+                    ends = ends[::-1]
+            addresses[past], addresses[present] = ends
+        return addresses
+
+    def _cut(self, outputs: dict[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs without what was computed for an axis that the caller left empty."""
+        empty = {
+            dim
+            for port in self._plain
+            for dim, size in zip(port.shape, inputs[port.name].shape, strict=True)
+            if isinstance(dim, str) and not size
+        }
+        if not empty:
+            return outputs
+        return {
+            port.name: outputs[port.name][
+                tuple(slice(0) if dim in empty else slice(None) for dim in port.shape)
+            ]
+            for port in self._results
+        }
+
+    # -- the rest --------------------------------------------------------------------------
+
+    @property
+    def _plan(self) -> Plan:
+        if self._made is None:
+            raise InputError(f"{self._record.name} is closed")
+        return self._made
+
+    def _card(self) -> Card:
+        self._lane.card.use()
+        return self._lane.card
+
+    def layers(self) -> list[LayerTime]:
+        return self._times.layers() if self._times else []
+
+    def close(self) -> None:
+        """Free the engine and all memory of its calls; states are freed with the session."""
+        self._bindings.clear()
+        self._contexts.clear()
+        self._made = None
+        self.opened.close()
+
+
+def _slots(state: State) -> Slots:
+    assert isinstance(state.allocation, Slots)
+    return state.allocation
+
+
+def _row_axis(inputs: list[Port], outputs: list[Port]) -> str | None:
+    """The axis that leads all outputs and some input, if its rows do not depend on one another."""
+    leading = {port.shape[0] for port in outputs}
+    axis = leading.pop() if len(leading) == 1 else None
+    if axis in _ROW_AXES and any(port.shape[0] == axis for port in inputs):
+        return str(axis)
+    return None
+
+
+def _of_kind(array: Tensor, kind: str) -> Tensor:
+    """An input, on the host if the engine reads another format than it is stored in."""
+    return array.numpy() if isinstance(array, DeviceArray) and array.kind != kind else array
+
+
+def _filled(shape: Shape, least: Shape) -> Shape:
+    """A shape whose empty axes are as long as the profile needs them."""
+    return tuple(n or low for n, low in zip(shape, least, strict=True))
