@@ -42,7 +42,7 @@ def golden_cases() -> dict[str, Path]:
 COMMITTED = frozenset(
     "comm_mfm convnext5 e2e_convllava e2e_llava15 e2e_mmfuser mlcd_llavanext_e2e "
     "mlcd_loss mlcd_vit_plain_clip mlcd_vit_rope2d mmfuser_block ms_deform_attn siglip_tower "
-    "unicom_partial_fc unireplknet5".split()
+    "tensorrt_api unicom_partial_fc unireplknet5".split()
 )
 
 

@@ -14,9 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from edgevlm.engines.backends import Compiled, Peaks, Runner, RunnerOptions, Shapes
+from edgevlm.engines.backends.tensorrt import device
 from edgevlm.engines.backends.tensorrt.card import Cards
 from edgevlm.engines.backends.tensorrt.flavours import FLAVOURS, Flavour
-from edgevlm.engines.lowering import capabilities
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.errors import MissingExtra, UnsupportedError
 from edgevlm.toolkit.target import Target
@@ -74,6 +74,8 @@ class TensorRT:
         from edgevlm.engines.lowering import lower
 
         start = time.perf_counter()
+        # RTX caps nothing for cards that are not here, and ignores what was timed before
+        card = device.facts() if self._flavour.needs_device else None
         model = onnx.load(str(source / record.graph), load_external_data=False)
         lowered = lower.lower_component(record.name, model, target)
         fixed = builder.fixed_sizes(shapes)
@@ -89,8 +91,8 @@ class TensorRT:
                 plan=str(plan),
                 profiles=profiles,
                 capabilities=_capabilities(target),
-                workspace_bytes=0,
-                timing_cache="",
+                workspace_bytes=card.workspace_bytes if card else 0,
+                timing_cache=builder.timing_cache(self.here(), card) if card else "",
             )
             result = builder.build(record.name, job, scratch)
             log = (scratch / "build.log").read_text()
@@ -126,10 +128,8 @@ class TensorRT:
         """
         from edgevlm.engines.backends.tensorrt.runner import open_runner
 
-        # opset 24 brought TensorScatter, which updates the cache where it is
-        in_place = capabilities.of(self.here()).opset >= 24
         trt = self._flavour.load()
-        return open_runner(self._cards, trt, folder, record, options, in_place=in_place)
+        return open_runner(self._cards, trt, folder, record, options, self.here())
 
     def peaks(self, folder: Path) -> Peaks:
         """A card's limits are not measured yet."""

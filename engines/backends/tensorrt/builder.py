@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from edgevlm.engines.backends import PlanReport, Shapes, Size
 from edgevlm.engines.backends.tensorrt import codes, kernels
+from edgevlm.engines.backends.tensorrt.device import CardFacts
 from edgevlm.engines.backends.tensorrt.kernels import Kernel
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.errors import BuildError, OutOfMemory, ToolkitError
+from edgevlm.toolkit.target import Target
 from edgevlm.toolkit.vlm.components import Port
 
 if TYPE_CHECKING:
@@ -32,7 +35,8 @@ class Job:
     """What worker.py is told.
 
     profiles: for each the smallest, usual and largest shape by input, of inputs that change.
-    capabilities: names of TensorRT-RTX; empty for the card at hand.
+    capabilities: names of TensorRT-RTX; empty for the card at hand. workspace_bytes: the most that
+    a kernel may work in, 0 for no limit. timing_cache: a file to read and to add to, "" for none.
     """
 
     module: str
@@ -42,6 +46,16 @@ class Job:
     capabilities: list[str]
     workspace_bytes: int
     timing_cache: str
+
+
+def timing_cache(here: Target, card: CardFacts) -> str:
+    """The file in the user's cache folder with what kernels took on this card, for later builds.
+
+    Times hold for one release of TensorRT, kind of card and release of CUDA.
+    """
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{here} {card.name} cuda {card.cuda}")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return str(cache / "edgevlm" / "timing" / f"{name}.cache")
 
 
 def fix(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:

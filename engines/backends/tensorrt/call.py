@@ -71,6 +71,8 @@ class Region:
 
     def enqueue(self, stream: Any, *, to_card: bool) -> None:
         """Copy everything to the card, or to the host."""
+        if not self.nbytes:  # all inputs are on the card already
+            return
         assert self._staging is not None
         ends = self.block.address, self._staging.address
         target, source = ends if to_card else ends[::-1]
@@ -78,11 +80,12 @@ class Region:
 
 
 class Call:
-    """Memory of calls with the same shapes.
+    """Memory of calls with the same shapes, on the same slots of a state.
 
-    shapes: as the engine takes them. given: inputs that are on the card already. keeps: outputs
-    stay there; each call makes memory for them. repeats: record a CUDA graph of the second call
-    and launch that from then on.
+    shapes: as the engine takes them. states: addresses of the KV cache, by input and output. given:
+    inputs that are on the card already. keeps: outputs stay there; each call makes memory for them.
+    repeats: record a CUDA graph in the second call, and launch that from then on; the context has
+    to be this call's own.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Call:
         context: Context,
         kinds: Mapping[str, str],
         shapes: Mapping[str, Shape],
+        states: Mapping[str, int],
         given: frozenset[str],
         outputs: tuple[str, ...],
         *,
@@ -98,74 +102,73 @@ class Call:
         repeats: bool = False,
     ) -> None:
         self._lane, self._context, self._kinds = lane, context, kinds
-        self._shapes, self._keeps, self._repeats = shapes, keeps, repeats
+        self._shapes, self._states, self._given = shapes, states, given
+        self._keeps, self._repeats = keeps, repeats
         context.shape(shapes)
         self._made = {name: context.output(name) for name in outputs}
-        staged = {name: shape for name, shape in shapes.items() if name not in given}
+        staged = {n: shape for n, shape in shapes.items() if n not in given and n not in states}
         self._inputs = Region(lane.card, kinds, staged, staged=True)
-        self._outputs = None if keeps else Region(lane.card, kinds, self._made, staged=True)
+        self._targets = self._inputs.host()
+        self._outputs = None if keeps else self._region()
         self._graph: Any = None
-        self._recorded_at = self._calls = 0
+        self._recorded_in: Block | None = None  # the arena of the graph, which is void in another
+        self._calls = 0
 
-    def run(self, inputs: Mapping[str, Tensor], states: Mapping[str, int]) -> dict[str, Tensor]:
-        """Outputs by name. states: the addresses of the KV cache, by input and output."""
-        for name, target in self._inputs.host().items():
+    def _region(self) -> Region:
+        return Region(self._lane.card, self._kinds, self._made, staged=not self._keeps)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name."""
+        for name, target in self._targets.items():
             write(target, inputs[name], self._kinds[name])
-        outputs = self._outputs or Region(
-            self._lane.card, self._kinds, self._made, staged=not self._keeps
-        )
-        given = {n: a.pointer for n, a in inputs.items() if isinstance(a, DeviceArray)}
-        self._context.shape(self._shapes)
-        self._context.place(
-            {**states, **self._inputs.addresses(), **outputs.addresses(), **given}, self._lane.arena
-        )
-        self._enqueue(outputs)
+        outputs = self._outputs or self._region()
+        if self._graph is None or self._recorded_in is not self._lane.arena.block:
+            self._set_up(inputs, outputs)
+        if self._graph is None:
+            self._enqueue(outputs, self._lane.stream, self._lane.stream)
+        else:
+            self._graph.launch(self._lane.stream)
         self._lane.stream.sync()
         self._calls += 1
         if self._keeps:
             return dict(outputs.arrays())
         return {name: read(array, self._kinds[name]) for name, array in outputs.host().items()}
 
-    def _enqueue(self, outputs: Region) -> None:
-        """Run, from the second time on by a graph if TensorRT lets itself be recorded."""
-        stream = self._lane.stream
-        if self._graph is not None and self._recorded_at != self._context.changes:
-            self._drop_graph()
-        if self._repeats and self._graph is None and self._calls:
+    def _set_up(self, inputs: Mapping[str, Tensor], outputs: Region) -> None:
+        """Tell the context where everything is, and record a graph if it is time."""
+        given = {name: inputs[name].pointer for name in self._given}
+        places = {**self._states, **given, **self._inputs.addresses(), **outputs.addresses()}
+        self._context.shape(self._shapes)
+        self._context.place(places, self._lane.arena)
+        self._graph = None
+        if self._repeats and self._calls:
             self._record(outputs)
-        if self._graph is not None:
-            self._graph.launch(stream)
-            return
-        self._inputs.enqueue(stream, to_card=True)
+
+    def _enqueue(self, outputs: Region, stream: Any, copies: Any) -> None:
+        """Copy in, compute and copy out. copies: what cuda-core copies on, the same stream."""
+        self._inputs.enqueue(copies, to_card=True)
         self._context.enqueue(stream)
         if not self._keeps:
-            outputs.enqueue(stream, to_card=False)
+            outputs.enqueue(copies, to_card=False)
 
     def _record(self, outputs: Region) -> None:
-        """Record a graph; TensorRT has set itself up in the call before. If it cannot be, runs go
-        on without one.
+        """Record a graph; TensorRT has set itself up in the call before.
+
+        If it cannot be recorded, calls go on without a graph.
         """
+        if not self._context.capturable(self._lane.stream):
+            self._repeats = False
+            return
         builder = self._lane.stream.create_graph_builder()
         try:
             builder.begin_building()
             try:
-                if not self._context.capturable(builder.stream):
-                    self._repeats = False
-                self._inputs.enqueue(builder, to_card=True)
-                self._context.enqueue(builder.stream)
-                outputs.enqueue(builder, to_card=False)
+                self._enqueue(outputs, builder.stream, builder)
             finally:
                 builder.end_building()
-            if self._repeats:
-                self._graph = builder.complete()
-                self._recorded_at = self._context.changes
-        except Exception:  # cuda-core's errors are of one type; what matters fails without a graph
-            self._repeats, self._graph = False, None
+            self._graph, self._recorded_in = builder.complete(), self._lane.arena.block
+        except Exception:  # cuda-core's own; what is wrong with the call fails without a graph too
+            self._repeats = False
         finally:
             with suppress(Exception):
                 builder.close()
-
-    def _drop_graph(self) -> None:
-        graph, self._graph = self._graph, None
-        if graph is not None:
-            graph.close()

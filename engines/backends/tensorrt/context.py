@@ -15,16 +15,12 @@ from edgevlm.toolkit.errors import BuildError, OutOfMemory
 
 
 class Context:
-    """A profile with its shapes, addresses and memory to compute in.
-
-    changes: how often any of them changed; a graph that was captured before is void.
-    """
+    """A profile with its shapes, addresses and memory to compute in."""
 
     def __init__(self, plan: Plan, profile: int, stream: Any, profiler: Any = None) -> None:
         self._plan, self._log = plan, logger(plan.trt)
         self._errors = self._log.count
-        kinds = plan.trt.ExecutionContextAllocationStrategy
-        self._context = plan.engine.create_execution_context(kinds.USER_MANAGED)
+        self._context = plan.context()
         if self._context is None:
             raise OutOfMemory(f"TensorRT has no room for one more context: {self._said()}")
         self._do("profile", self._context.set_optimization_profile_async(profile, handle(stream)))
@@ -34,7 +30,6 @@ class Context:
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
         self._memory = (0, 0)
-        self.changes = 0
 
     def shape(self, shapes: Mapping[str, Shape]) -> None:
         """Take inputs of these shapes, which the profile fits."""
@@ -43,7 +38,6 @@ class Context:
             self._do(f"{name} {shape}", self._context.set_input_shape(name, shape))
             self._shapes[name] = shape
         if changed:
-            self.changes += 1
             lacking = self._context.infer_shapes()
             if lacking:
                 raise BuildError(f"TensorRT lacks the shapes of {', '.join(lacking)}")
@@ -58,12 +52,10 @@ class Context:
             if self._addresses.get(name) != address:
                 self._do(name, self._context.set_tensor_address(name, address))
                 self._addresses[name] = address
-                self.changes += 1
         memory = arena.block.address, arena.block.nbytes
         if memory != self._memory:
             self._context.set_device_memory(*memory)
             self._memory = memory
-            self.changes += 1
 
     def enqueue(self, stream: Any) -> None:
         """Run on a stream. Raises BuildError with TensorRT's reason where it cannot."""

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from edgevlm.engines.backends.tensorrt import jit
 from edgevlm.engines.backends.tensorrt.arrays import Shape
 from edgevlm.toolkit.errors import BuildError, OutOfMemory, TargetMismatch, ToolkitError
 
@@ -25,6 +26,7 @@ Limits = Mapping[str, tuple[Shape, Shape]]  # smallest and largest shape by inpu
 class Plan:
     """An engine. kinds: the formats of its inputs and outputs, names of trt.DataType. profiles:
     for each the shapes that it takes. activations_bytes: what the largest profile computes in.
+    config: of jit.py, None for TensorRT.
     """
 
     trt: Any
@@ -32,6 +34,12 @@ class Plan:
     kinds: Mapping[str, str]
     profiles: tuple[Limits, ...]
     activations_bytes: int
+    config: Any
+
+    def context(self) -> Any:
+        """An execution context without memory of its own, None where TensorRT makes none."""
+        kinds = self.trt.ExecutionContextAllocationStrategy
+        return self.engine.create_execution_context(self.config or kinds.USER_MANAGED)
 
     def profile(self, shapes: Mapping[str, Shape]) -> int | None:
         """The profile made for the least beside these shapes, None where none takes them."""
@@ -43,8 +51,8 @@ class Plan:
         return min(fits)[1] if fits else None
 
 
-def read(trt: Any, file: Path) -> Plan:
-    """Load a plan onto the card that is current in this thread.
+def read(trt: Any, file: Path, compiled: Path) -> Plan:
+    """Load a plan onto the card that is current in this thread; compiled: of jit.file_of.
 
     Raises TargetMismatch for one of another release or card, OutOfMemory, or BuildError with
     TensorRT's reason.
@@ -67,6 +75,7 @@ def read(trt: Any, file: Path) -> Plan:
         {name: str(engine.get_tensor_dtype(name).name) for name in names},
         tuple({name: _limits(engine, name, number) for name in inputs} for number in profiles),
         int(engine.device_memory_size_v2),
+        jit.config(trt, engine, compiled),
     )
 
 

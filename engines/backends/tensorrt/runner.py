@@ -18,16 +18,18 @@ from weakref import WeakKeyDictionary
 from edgevlm.engines.backends import LayerTime, RunnerOptions
 from edgevlm.engines.backends.bindings import Bindings
 from edgevlm.engines.backends.state import Allocation, State, check
-from edgevlm.engines.backends.tensorrt import kernels, plan
+from edgevlm.engines.backends.tensorrt import jit, kernels, plan
 from edgevlm.engines.backends.tensorrt.arrays import DeviceArray, Shape, size
 from edgevlm.engines.backends.tensorrt.call import Call, Lane
 from edgevlm.engines.backends.tensorrt.card import Arena, Card, Cards, aligned
 from edgevlm.engines.backends.tensorrt.context import Context, Times
 from edgevlm.engines.backends.tensorrt.plan import Plan
 from edgevlm.engines.backends.tensors import Tensor, join
+from edgevlm.engines.lowering import capabilities
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.target import Target
 from edgevlm.toolkit.vlm.components import Port
 
 _ROW_AXES = ("batch", "tiles")  # rows of these do not depend on one another
@@ -48,17 +50,20 @@ def open_runner(
     folder: Path,
     record: ComponentRecord,
     options: RunnerOptions,
-    *,
-    in_place: bool,
+    target: Target,
 ) -> TensorRTRunner:
     """Load one component onto the card that `cards` lends.
 
-    in_place: whether its engine updates the KV cache where it is. Raises TargetMismatch,
-    OutOfMemory, BuildError or MissingExtra, and then holds nothing.
+    target: this machine. Raises TargetMismatch, OutOfMemory, BuildError or MissingExtra, and then
+    holds nothing.
     """
     with ExitStack() as stack:
         card = stack.enter_context(cards.lent())
-        made = plan.read(trt, folder / record.graph)
+        file = folder / record.graph
+        compiled = jit.file_of(file, f"{trt.__version__} {target}")
+        made = plan.read(trt, file, compiled)
+        if made.config is not None:
+            stack.callback(jit.keep, made.config, compiled)
         stream = card.stream()
         stack.callback(stream.close)
         arena = Arena(card) if options.beside else card.arena
@@ -67,6 +72,8 @@ def open_runner(
         if options.profile:
             listing = folder / f"{record.name}.kernels.json"
             times = Times(trt, kernels.kinds(json.loads(listing.read_text())))
+        # opset 24 brought TensorScatter, which updates the cache where it is
+        in_place = capabilities.of(target).opset >= 24
         runner = TensorRTRunner(made, record, Lane(card, stream, arena), times, in_place=in_place)
         runner.opened = stack.pop_all()
     return runner
@@ -168,16 +175,16 @@ class TensorRTRunner:
         kinds = self._plan.kinds
         inputs = {port.name: _of_kind(inputs[port.name], kinds[port.name]) for port in self._plain}
         given = frozenset(n for n, array in inputs.items() if isinstance(array, DeviceArray))
-        shapes, states = self._shapes(inputs, state), self._states(state)
         decode = self._tokens is not None and inputs[self._tokens].shape[1] == 1
-        key = (given, keeps, tuple(shapes.items()), tuple(states.values()))
+        shapes = tuple(array.shape for array in inputs.values())
+        key = given, keeps, shapes, state.first, state.count, _slots(state).latest[state.first]
         bindings = self._bindings.get(state.allocation)
         if bindings is None:
             bindings = self._bindings[state.allocation] = Bindings()
         call = bindings.get(
             key, lambda: self._bind(inputs, state, given, keeps, decode), decode=decode
         )
-        outputs = call.run(inputs, states)
+        outputs = call.run(inputs)
         if not self._in_place and self._updates:
             latest = _slots(state).latest
             latest[state.first] = 1 - latest[state.first]
@@ -205,7 +212,8 @@ class TensorRTRunner:
             self._new_context(profile) if repeats else self._context(profile),
             self._plan.kinds,
             {name: _filled(shape, least[name]) for name, shape in shapes.items()},
-            given | frozenset(self._updates.values()),
+            self._states(state),
+            given,
             tuple(port.name for port in self._results),
             keeps=keeps,
             repeats=repeats,

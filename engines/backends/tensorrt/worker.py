@@ -10,9 +10,11 @@ the plan. The exit status is 0 if there is a plan.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
@@ -64,6 +66,8 @@ def _build(trt: Any, job: dict[str, Any], logger: Any, folder: Path) -> dict[str
     start = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
     result["build_s"] = time.perf_counter() - start
+    if job["timing_cache"]:
+        _keep_timings(config, Path(job["timing_cache"]))
     if plan is not None:
         Path(job["plan"]).write_bytes(plan)
         result["plan_bytes"] = plan.nbytes
@@ -103,10 +107,28 @@ def _config(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
         for index, name in enumerate(job["capabilities"]):
             config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
     if job["timing_cache"]:
-        file = Path(job["timing_cache"])
-        known = file.read_bytes() if file.exists() else b""
-        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        _set_timings(config, Path(job["timing_cache"]))
     return config
+
+
+def _set_timings(config: Any, file: Path) -> None:
+    """Start from what was timed before, or from nothing where TensorRT does not take that."""
+    known = file.read_bytes() if file.exists() else b""
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+
+def _keep_timings(config: Any, file: Path) -> None:
+    """Keep what was timed, whole or not at all; without a folder to write in, nothing."""
+    cache = config.get_timing_cache()
+    if cache is None:
+        return
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_bytes(cache.serialize())
+        part.replace(file)
 
 
 def _add_profiles(

@@ -28,8 +28,8 @@ RELEASES = (
 CLASSES = (
     *("Builder", "INetworkDefinition", "OnnxParser", "ParserError", "IBuilderConfig"),
     *("IOptimizationProfile", "ITimingCache", "IHostMemory", "IAttentionInputLayer", "ILayer"),
-    *("IAttention", "Runtime", "ICudaEngine", "IExecutionContext", "IProfiler", "ILogger"),
-    *("IRuntimeConfig", "IRuntimeCache"),
+    *("IAttention", "IAttentionBoundaryLayer", "Runtime", "ICudaEngine", "IExecutionContext"),
+    *("IProfiler", "ILogger", "IRuntimeConfig", "IRuntimeCache"),
     *("DataType", "TensorIOMode", "ExecutionContextAllocationStrategy", "ProfilingVerbosity"),
     *("MemoryPoolType", "LayerType", "ILogger.Severity", "NetworkDefinitionCreationFlag"),
     *("ComputeCapability", "EngineInvalidityDiagnostics", "EngineValidity", "ErrorCode"),

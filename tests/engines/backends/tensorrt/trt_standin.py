@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from tests.engines.backends.tensorrt import api
 from tests.engines.backends.tensorrt.api import Api
 from tests.engines.backends.tensorrt.cuda_standin import World
 
+T = TypeVar("T")
 MAGIC = b"vtrt"
 KINDS: dict[int, tuple[str, Any]] = {
     1: ("FLOAT", np.float32),
@@ -69,6 +70,11 @@ class Thing:
         if found is None or found != ("property", True):
             raise AttributeError(f"{self._made.api.release}: {own}.{name} cannot be set")
         self._made.log.append((f"{own}.{name}=", value))
+        if isinstance(getattr(type(self), name, None), property):
+            setter = getattr(type(self), name).fset
+            if setter is not None:
+                setter(self, value)
+                return
         object.__setattr__(self, f"_{name}", value)
 
 
@@ -94,7 +100,27 @@ class ILayer(Thing):
 
     @property
     def type(self) -> Any:
-        return type("Kind", (), {"name": "SHUFFLE"})
+        name = "ATTENTION_INPUT" if self._node.op_type == "Attention" else "SHUFFLE"
+        return type("Kind", (), {"name": name})
+
+
+class IAttention(Thing):
+    def __init__(self, node: Any) -> None:
+        self._node = node
+
+    @property
+    def decomposable(self) -> bool:
+        return bool(self._node.metadata_props)
+
+    @decomposable.setter
+    def decomposable(self, value: bool) -> None:
+        self._node.metadata_props.add(key="decomposable", value=str(value))
+
+
+class IAttentionInputLayer(ILayer):
+    @property
+    def attention(self) -> IAttention:
+        return make_thing(IAttention, self._made, self._node)
 
 
 class INetworkDefinition(Thing):
@@ -210,7 +236,10 @@ class Builder(Thing):
     ) -> IHostMemory:
         made, graph = self._made, network._graph.SerializeToString()
         cards = [card.name.replace("SM", "sm_") for card in config._cards.values()]
+        nodes = network._graph.graph.node
         header = {
+            "decomposable": sum(bool(node.metadata_props) for node in nodes),
+            "attentions": sum(node.op_type == "Attention" for node in nodes),
             "version": made.version,
             "cards": cards or [made.card],
             "profiles": [profile._shapes for profile in config._profiles],
@@ -293,10 +322,13 @@ class ICudaEngine(Thing):
 
     @property
     def device_memory_size_v2(self) -> int:
+        return self._activations()
+
+    def _activations(self) -> int:
         return ARENA[str(self._header["name"]).split(".")[0]]
 
     def get_tensor_name(self, index: int) -> str:
-        return [*self._inputs, *self._outputs][index]
+        return str([*self._inputs, *self._outputs][index])
 
     def get_tensor_mode(self, name: str) -> Any:
         modes = self._made.enums["TensorIOMode"]
@@ -309,6 +341,9 @@ class ICudaEngine(Thing):
         return self._made.enums["DataType"][KINDS[self._value(name).elem_type][0]]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._static(name)
+
+    def _static(self, name: str) -> tuple[int, ...]:
         dims = self._value(name).shape.dim
         return tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
 
@@ -316,7 +351,14 @@ class ICudaEngine(Thing):
         least, most = self._header["profiles"][profile_index][name]
         return [tuple(least), tuple(least), tuple(most)]
 
+    def create_runtime_config(self) -> IRuntimeConfig:
+        return make_thing(IRuntimeConfig, self._made)
+
     def create_execution_context(self, strategy: Any = None) -> IExecutionContext:
+        if isinstance(strategy, IRuntimeConfig):
+            assert self._made.rtx and strategy._cache is not None
+            strategy._cache._data += b"k"  # a kernel that was compiled
+            strategy = strategy._strategy
         assert strategy is not None and strategy.name == "USER_MANAGED"
         return make_thing(IExecutionContext, self._made, self)
 
@@ -347,6 +389,37 @@ class ICudaEngine(Thing):
         return KINDS[self._value(name).elem_type][1]
 
 
+class IRuntimeCache(Thing):
+    def __init__(self) -> None:
+        self._data = b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        self._data = bytes(blob)
+        return True
+
+    def serialize(self) -> IHostMemory:
+        return IHostMemory(self._data)
+
+
+class IRuntimeConfig(Thing):
+    def __init__(self) -> None:
+        self._strategy: Any = None
+        self._cache: IRuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self._strategy = strategy
+
+    def create_runtime_cache(self) -> IRuntimeCache:
+        return make_thing(IRuntimeCache, self._made)
+
+    def set_runtime_cache(self, cache: IRuntimeCache | None = None) -> bool:
+        self._cache = cache
+        return True
+
+    def get_runtime_cache(self) -> IRuntimeCache | None:
+        return self._cache
+
+
 class IExecutionContext(Thing):
     def __init__(self, engine: ICudaEngine) -> None:
         self._engine, self._profile, self._changes = engine, -1, 0
@@ -373,7 +446,7 @@ class IExecutionContext(Thing):
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         limits = self._engine._header["profiles"][self._profile].get(name)
-        static = self._engine.get_tensor_shape(name)
+        static = self._engine._static(name)
         least, most = limits if -1 in static else (static, static)
         if len(shape) != len(most) or any(
             not a <= n <= b for n, a, b in zip(shape, least, most, strict=True)
@@ -384,6 +457,9 @@ class IExecutionContext(Thing):
         return True
 
     def infer_shapes(self) -> list[str]:
+        return self._lacking()
+
+    def _lacking(self) -> list[str]:
         return [name for name in self._engine._inputs if name not in self._shapes]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -407,13 +483,13 @@ class IExecutionContext(Thing):
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         made, engine, world = self._made, self._engine, self._made.world
-        if self.infer_shapes():
+        if self._lacking():
             return self._no("shapes are missing")
         shapes = self._shapes | engine._shapes(self._shapes)
         unbound = [name for name in shapes if name not in self._addresses]
         if unbound:
             return self._no(f"no address for {unbound}")
-        if self._memory is None or self._memory[1] < engine.device_memory_size_v2:
+        if self._memory is None or self._memory[1] < engine._activations():
             return self._no("too little memory for activations")
         for name in (n for n in shapes if n.startswith("past.")):
             same = self._addresses[name] == self._addresses["present" + name[4:]]
@@ -452,22 +528,23 @@ class IExecutionContext(Thing):
     def _array(self, name: str, shape: tuple[int, ...], address: int) -> Array:
         kind = np.dtype(self._engine._numpy(name))
         nbytes = int(np.prod(shape)) * kind.itemsize
-        memory = self._made.world.memory(address, nbytes, card=True)
-        return memory.view(kind).reshape(shape)
+        memory: Array = self._made.world.memory(address, nbytes, card=True).view(kind)
+        return memory.reshape(shape)
 
 
 CLASSES = (
     *(ILogger, IProfiler, ILayer, INetworkDefinition, OnnxParser, IOptimizationProfile),
     *(ITimingCache, IBuilderConfig, Builder, Runtime, ICudaEngine, IExecutionContext),
+    *(IRuntimeConfig, IRuntimeCache, IAttention, IAttentionInputLayer),
 )
 PUBLIC = (ILogger, IProfiler, OnnxParser, Builder, Runtime)
 
 
-def make_thing(kind: Any, made: Made, *args: Any) -> Any:
+def make_thing(kind: type[T], made: Made, *args: Any) -> T:
     """An instance that our code does not make itself."""
-    thing = kind.__new__(_classes(made)[kind.__name__])
+    thing: Any = object.__new__(_classes(made)[kind.__name__])
     kind.__init__(thing, *args)
-    return thing
+    return cast(T, thing)
 
 
 def _classes(made: Made) -> dict[str, Any]:
@@ -521,8 +598,9 @@ def make(release: str, world: World | None = None, card: str = "sm_87") -> Modul
         owner, _, simple = name.rpartition(".")
         if not owner:
             setattr(module, simple, made.enums[name])
-    for kind in PUBLIC:
-        setattr(module, kind.__name__, _classes(made)[kind.__name__])
+    for kind in (*PUBLIC, IAttentionInputLayer, IRuntimeCache):
+        if kind.__name__ in made.api.facts:
+            setattr(module, kind.__name__, _classes(made)[kind.__name__])
     return module
 
 
@@ -538,7 +616,7 @@ def _enums(known: Api) -> Iterator[tuple[str, dict[str, int]]]:
 def as_package(folder: Path, module: str, release: str, card: str, root: Path) -> dict[str, str]:
     """Write a package that is this stand-in; what the environment of a process needs to have it."""
     package = folder / module
-    package.mkdir(parents=True)
+    package.mkdir(parents=True, exist_ok=True)
     package.joinpath("__init__.py").write_text(
         "from tests.engines.backends.tensorrt import trt_standin\n"
         f"globals().update(vars(trt_standin.make({release!r}, card={card!r})))\n"

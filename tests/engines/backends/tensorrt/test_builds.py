@@ -1,0 +1,61 @@
+"""What the builder is told on a machine with a card: memory, and what was timed before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edgevlm import api
+from edgevlm.engines.backends.tensorrt import builder, device
+from edgevlm.engines.backends.tensorrt.device import CardFacts
+from edgevlm.toolkit.target import Target
+from tests.engines.backends.tensorrt.conftest import GOLDEN, Built, Install
+
+ORIN = CardFacts("Orin (nvgpu)", "12.6", 8 << 30, shared=True)
+
+
+def header(plan: Path) -> dict[str, object]:
+    data = plan.read_bytes()
+    size = int.from_bytes(data[4:8], "little")
+    return dict(json.loads(data[8 : 8 + size]))
+
+
+@pytest.mark.parametrize("release", ["10.3.0", "10.16.1.11", "11.4.0.106", "rtx-1.4.0.76"])
+def test_attention_may_be_decomposed_in_every_release(release: str, built: Built) -> None:
+    made = header(built(release) / "lm.plan")
+    assert made["decomposable"] == made["attentions"]
+    assert bool(made["attentions"]) == (release != "10.3.0")
+    profiles = made["profiles"]
+    assert isinstance(profiles, list)
+    assert [p["ids"] for p in profiles] == [[[1, 1], [1, 256]], [[1, 1], [1, 1]]]
+
+
+def test_timings_and_memory(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = install("10.3.0")
+    monkeypatch.setattr(device, "facts", lambda number=0: ORIN)
+    bundle, engine = tmp_path / "bundle", tmp_path / "engine"
+    api.export_bundle(GOLDEN / "llava-v1.5-tiny", bundle, dtype="fp32")
+    api.build_engine(bundle, engine, target=str(machine.target))
+    assert header(engine / "lm.plan")["limit"] == 2 << 30
+    kept = list((tmp_path / "cache/edgevlm/timing").iterdir())
+    assert [file.name for file in kept] == ["tensorrt-10.3.0-sm-87-Orin-nvgpu-cuda-12.6.cache"]
+    assert kept[0].read_text() == "10.3.0 encoder.clip merger lm"  # each began where one ended
+    kept[0].write_text("9.9.9 of another release")
+    api.build_engine(bundle, tmp_path / "again", target=str(machine.target))
+    assert kept[0].read_text() == "10.3.0 encoder.clip merger lm"
+
+
+def test_a_card_with_memory_of_its_own_gives_half() -> None:
+    assert CardFacts("H100", "13.0", 80 << 30, shared=False).workspace_bytes == 40 << 30
+    here = Target("tensorrt", (10, 3, 0), "sm_87")
+    files = {builder.timing_cache(here, f) for f in (ORIN, CardFacts("H100", "13.0", 1, False))}
+    assert len(files) == 2
+
+
+def test_without_a_driver_nothing_is_known() -> None:
+    if device.architecture() is None:
+        assert device.facts() is None
