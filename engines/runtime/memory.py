@@ -177,6 +177,19 @@ def require(needed: Estimate, what: str) -> None:
         )
 
 
+def on_host(engine: Engine) -> bool:
+    """Whether an engine lies in the memory that is counted here, not in that of a graphics card.
+
+    Cards that share the processor's memory, as on Jetson, are counted.
+    """
+    if not engine.parsed_target().on_card:
+        return True
+    from edgevlm.engines.backends.tensorrt import device
+
+    facts = device.facts()
+    return facts is None or facts.shared
+
+
 def require_component(bundle: Bundle, plan: PrecisionPlan, target: Target) -> None:
     """The same for a build, which holds one component at a time."""
     size = element_bytes(target, bundle.manifest.dtype)

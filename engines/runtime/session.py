@@ -101,7 +101,8 @@ class Session:
         engine = manifest.read(folder)
         manifest.check(folder, engine)
         manifest.check_verified(folder, engine)
-        memory.require(memory.of_engine(engine), f"opening {folder}")
+        if memory.on_host(engine):  # a card says by itself what it cannot hold
+            memory.require(memory.of_engine(engine), f"opening {folder}")
         encoders = len(engine.parsed_model().encoders)
         card = engine.parsed_target().on_card
         together = side_by_side(encoders, cores, on_card=card) and not (card and profile)
@@ -240,7 +241,7 @@ class Session:
 
 def _require_state(engine: Engine, held: int) -> None:
     """Opening the engine counted one state; each further one must fit into the free memory."""
-    if held:
+    if held and memory.on_host(engine):
         needed = replace(memory.of_engine(engine), weights_bytes=0, activations_bytes=0)
         memory.require(needed, f"the KV cache of reply {held + 1}")
 

@@ -16,13 +16,13 @@ from tests.engines.backends.tensorrt.api import CUDA, Api
 
 SOURCES = sorted((ROOT / "engines/backends/tensorrt").glob("*.py"))
 # What a variable or an attribute of such a name holds, in our code.
-HOLDS = {
+HOLDS: dict[str, str | None] = {
     **dict.fromkeys(("trt", "_core", "core"), ""),
     **{"builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser"},
     **{"config": "IBuilderConfig", "profile": "IOptimizationProfile", "error": "ParserError"},
     **{"runtime": "Runtime", "engine": "ICudaEngine", "_context": "IExecutionContext"},
 }
-HOLDS_IN = {
+HOLDS_IN: dict[str, dict[str, str | None]] = {
     "jit.py": {"config": "IRuntimeConfig", "made": "IRuntimeConfig", "cache": "IRuntimeCache"},
     "worker.py": {"cache": "ITimingCache", "layer": "ILayer"},
     "call.py": {"_context": None, "builder": "GraphBuilder", "_graph": "Graph", "stream": "Stream"},

@@ -13,11 +13,13 @@ import pytest
 
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends import RunnerOptions
-from edgevlm.engines.backends.tensorrt import TensorRT, arrays
+from edgevlm.engines.backends.tensorrt import TensorRT, arrays, device
 from edgevlm.engines.backends.tensorrt.arrays import DeviceArray
+from edgevlm.engines.backends.tensorrt.device import CardFacts
 from edgevlm.engines.backends.tensorrt.flavours import FLAVOURS
 from edgevlm.engines.backends.tensorrt.runner import TensorRTRunner
 from edgevlm.engines.backends.tensors import join, keep
+from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit.errors import (
     BuildError,
@@ -130,6 +132,24 @@ def test_memory_that_is_not_there(built: Built, install: Install) -> None:
         machine.world.capacity = 1 << 30
         assert list(session.answer(QUESTION).token_ids) == expected()
     assert nothing_is_held(machine.world)
+
+
+def test_the_host_counts_only_memory_that_it_shares(
+    built: Built, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = built(NEW)
+    install(NEW)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    for shared in (False, True):
+        facts = CardFacts("card", "13.0", 1 << 30, shared)
+        monkeypatch.setattr(device, "facts", lambda number=0, facts=facts: facts)
+        if shared:
+            with pytest.raises(OutOfMemory, match="of memory"):
+                Session.open(engine)
+        else:
+            with Session.open(engine) as session:
+                session.states.take()
+                session.states.take()
 
 
 @pytest.mark.parametrize("at", ["create_stream", "get_tensor_dtype", "device_memory_size_v2"])
@@ -258,7 +278,7 @@ def test_an_empty_axis_is_filled_and_cut_away(built: Built, install: Install) ->
 def test_outputs_are_kept_joined_and_read_back(built: Built, install: Install) -> None:
     engine, machine = built(NEW), install(NEW)
     runner = opened(engine, "encoder.clip", machine)
-    side = manifest.read(engine).components[0].inputs[0].shape[-1]
+    side = int(manifest.read(engine).components[0].inputs[0].shape[-1])
     generator = np.random.default_rng(1)
     views = [generator.normal(size=(1, 3, side, side)).astype(np.float32) for _ in range(2)]
     kept = [keep(runner, {"pixels": view})["features.0"] for view in views]
@@ -335,13 +355,14 @@ def test_encoders_side_by_side_have_memory_of_their_own(tmp_path: Path, install:
     from edgevlm import api
     from tests.pipeline import ask, engine_of
     from tests.systems import test_comm
+    from tests.systems.test_huggingface import IMAGE
 
     test_comm.write(tmp_path / "comm")
     cpu = engine_of(tmp_path / "comm", tmp_path)
     machine = install(NEW)
     engine = tmp_path / "engine"
     api.build_engine(tmp_path / "bundle", engine, target=str(machine.target))
-    images = [test_comm.IMAGE]
+    images = [IMAGE]
     wanted = ask(cpu, test_comm.PROMPT, images, 8).token_ids
     machine.world.log.clear()
     with Session.open(engine) as session:
