@@ -12,7 +12,9 @@ import pytest
 
 from edgevlm import api
 from edgevlm.engines import manifest
-from edgevlm.engines.backends.tensorrt import builder
+from edgevlm.engines.backends.tensorrt import builder, device
+from edgevlm.engines.backends.tensorrt import plan as plans
+from edgevlm.engines.backends.tensorrt.flavours import RTX
 from edgevlm.engines.build import shapes
 from edgevlm.engines.manifest import Engine
 from edgevlm.toolkit.bundle.manifest import Bundle
@@ -187,3 +189,17 @@ def test_engine_json_is_read_back(export: Export, tmp_path: Path) -> None:
     assert manifest.read(tmp_path / "e") == engine
     again = build(export("llava", "fp16"), tmp_path / "e", "sm_89")
     assert again == engine  # kept as it is
+
+
+def test_the_runtime_says_why_a_plan_is_refused(export: Export, tmp_path: Path) -> None:
+    """NVIDIA's own runtime, here without a card: of what it is asked, it can tell damage."""
+    build(export("llava", "fp16"), tmp_path / "e", "sm_89")
+    trt, file, compiled = RTX.load(), tmp_path / "e/merger.plan", tmp_path / "none"
+    if device.architecture() is None:
+        with pytest.raises(BuildError, match=r"cannot load merger\.plan: .*cudaError"):
+            plans.read(trt, file, compiled)
+    data = bytearray(file.read_bytes())
+    data[:4] = b"xxxx"
+    file.write_bytes(bytes(data))
+    with pytest.raises(BuildError, match=r"cannot load merger\.plan: the file is damaged"):
+        plans.read(trt, file, compiled)

@@ -62,10 +62,11 @@ def read(trt: Any, file: Path, compiled: Path) -> Plan:
     runtime = trt.Runtime(log)
     if not file.stat().st_size:
         raise _refused(file, "the file is empty")
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        engine = runtime.deserialize_cuda_engine(data)
-        if engine is None:
-            raise _reason(trt, runtime, file, data, log.since(since))
+    with file.open("rb") as opened:  # mapped: the host need not hold it as well
+        data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        raise _reason(trt, runtime, file, data, log.since(since))
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = [n for n in names if engine.get_tensor_mode(n).name == "INPUT"]
     profiles = range(engine.num_optimization_profiles)

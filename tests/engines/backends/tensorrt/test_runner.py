@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgevlm import api
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends import RunnerOptions
 from edgevlm.engines.backends.tensorrt import TensorRT, arrays, device
@@ -29,7 +30,7 @@ from edgevlm.toolkit.errors import (
     TargetMismatch,
     UnsupportedError,
 )
-from tests.engines.backends.tensorrt.conftest import Built, Install
+from tests.engines.backends.tensorrt.conftest import GOLDEN, Built, Install
 from tests.engines.backends.tensorrt.cuda_standin import CudaError, World
 from tests.engines.backends.tensorrt.machine import Machine
 from tests.engines.backends.tensorrt.test_sessions import QUESTION, expected
@@ -328,6 +329,25 @@ def test_slots_begin_where_tensorrt_lets_tensors_begin(built: Built, install: In
     runner.close()
 
 
+@pytest.mark.parametrize("release", [OLD, NEW])
+def test_slots_of_any_length(release: str, built: Built, install: Install, tmp_path: Path) -> None:
+    """A slot of 35 positions in fp16 is no multiple of 256 bytes."""
+    engine, machine = tmp_path / "engine", install(release)
+    bundle = tmp_path / "bundle"
+    api.export_bundle(GOLDEN / "llava-v1.5-tiny", bundle, dtype="fp16")
+    api.build_engine(bundle, engine, target=str(machine.target), max_context=35)
+    with Session.open(engine) as session:
+        state = session.new_state(2)
+        slot: Any = state.slot(0).arrays["past.0.key"]
+        assert slot.nbytes % 256
+        one = [session.decode(3, at, state.slot(0)) for at in range(4)]
+        both = [session.decode_batch([3], [at], state.slot(1)) for at in range(4)]
+        again = session.decode_batch([5, 5], [4, 4], state)
+    np.testing.assert_array_equal(np.stack(one), np.concatenate(both))
+    np.testing.assert_array_equal(again[0], again[1])
+    assert nothing_is_held(machine.world)
+
+
 def test_contexts_report_what_tensorrt_says(
     built: Built, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,7 +372,6 @@ def test_contexts_report_what_tensorrt_says(
 
 
 def test_encoders_side_by_side_have_memory_of_their_own(tmp_path: Path, install: Install) -> None:
-    from edgevlm import api
     from tests.pipeline import ask, engine_of
     from tests.systems import test_comm
     from tests.systems.test_huggingface import IMAGE
