@@ -37,15 +37,20 @@ class Machine:
     made: Made
 
 
-def installed(name: str, patch: pytest.MonkeyPatch, folder: Path) -> Machine:
-    """The machine, for one test; also for processes that it starts."""
+def installed(
+    name: str, patch: pytest.MonkeyPatch, folder: Path, world: World | None = None
+) -> Machine:
+    """The machine, for one test; also for processes that it starts.
+
+    world: a card for the real cuda-core, None for a stand-in of both.
+    """
     flavour, card = RTX if name.startswith("rtx-") else TENSORRT, RELEASES[name]
     version = release(name.removeprefix("rtx-"))
 
     def found(self: Flavour) -> Version:
         return version if self == flavour else ()
 
-    world = cuda_standin.install(patch)
+    world = world or cuda_standin.install(patch)
     module = trt_standin.make(name, world, card)
     patch.setitem(sys.modules, flavour.module, module)
     patch.setattr(flavours.Flavour, "installed", found)
