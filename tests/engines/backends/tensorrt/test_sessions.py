@@ -7,15 +7,21 @@ cuda_standin.py): addresses, shapes, graphs and copies are real, times and kerne
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edgevlm import api
+from edgevlm.engines.backends.tensorrt import device
+from edgevlm.engines.build.verify import verify
 from edgevlm.engines.runtime.session import Question, Session
+from edgevlm.toolkit.errors import AccuracyError, TargetMismatch
 from tests.engines.backends.tensorrt.conftest import GOLDEN, Built, Install
 from tests.engines.backends.tensorrt.machine import OLDER, RELEASES
 from tests.engines.backends.tensorrt.trt_standin import ARENA
+from tests.pipeline import ask, engine_of, silent
 
 CASE = json.loads((GOLDEN / "case.json").read_text())
 QUESTION = Question(CASE["prompt"], [GOLDEN / "image.png"], 24, template="none")
@@ -155,8 +161,6 @@ def test_two_images_are_joined_on_the_card(built: Built, install: Install) -> No
         machine.world.log.clear()
         answer = session.answer(Question(prompt, images, 8, template="none"))
     assert machine.world.names().count("copy") == 2  # both on the card
-    from tests.pipeline import ask, engine_of
-
     cpu = engine_of(GOLDEN / "llava-v1.5-tiny", engine.parent / "cpu-work")
     assert answer.token_ids == ask(cpu, prompt, images, 8).token_ids
 
@@ -194,3 +198,24 @@ def _tokens(session: Session, ids: Any, state: Any) -> list[int]:
     for step in range(3):
         tokens.append(int(session.decode(tokens[-1], len(ids) + step, state).argmax()))
     return tokens
+
+
+def test_an_engine_built_without_its_card_is_verified_on_it(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = install("rtx-1.7.1.116")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(device, "architecture", lambda number=0: None)
+        bundle, engine = tmp_path / "bundle", tmp_path / "engine"
+        api.export_bundle(GOLDEN / "llava-v1.5-tiny", bundle, dtype="fp16")
+        assert not api.build_engine(bundle, engine, target="tensorrt-rtx@1.7/sm_80+sm_89").verified
+        with pytest.raises(TargetMismatch):
+            Session.open(engine)
+    with pytest.raises(AccuracyError, match="never compared"):
+        Session.open(engine)
+    made = verify(engine, silent)
+    assert made.verified
+    assert 1e-5 < max(made.build.kernel_differences.values()) < 5e-3  # of fp16
+    with Session.open(engine) as session:
+        assert list(session.answer(QUESTION).token_ids) == expected()
+    assert machine.world.live == 0
