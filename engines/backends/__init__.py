@@ -40,7 +40,10 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class Peaks:
-    """A machine's limits: arithmetic in float32, products of 8-bit weights, reading memory."""
+    """A machine's limits: arithmetic in float32, products of 8-bit weights, reading memory.
+
+    Of a graphics card: arithmetic in fp16, products of 8-bit inputs and weights, copying.
+    """
 
     gflop_s: float
     int8_gop_s: float

@@ -132,8 +132,12 @@ class TensorRT:
         return open_runner(self._cards, trt, folder, record, options, self.here())
 
     def peaks(self, folder: Path) -> Peaks:
-        """A card's limits are not measured yet."""
-        raise UnsupportedError("this version cannot measure the limits of a graphics card")
+        """This machine's card, by plans that are built for it now; see probes.py."""
+        from edgevlm.engines.backends.tensorrt import probes
+
+        here = self.here()
+        trt = self._flavour.load()
+        return probes.peaks(self._cards, trt, self._flavour.module, _capabilities(here))
 
 
 def _capabilities(target: Target) -> list[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from edgevlm import api
-from edgevlm.engines.backends.tensorrt import builder, device
+from edgevlm.engines import backends
+from edgevlm.engines.backends.tensorrt import builder, device, probes
 from edgevlm.engines.backends.tensorrt.device import CardFacts
 from edgevlm.toolkit.target import Target
 from tests.engines.backends.tensorrt.conftest import GOLDEN, Built, Install
@@ -59,3 +60,24 @@ def test_a_card_with_memory_of_its_own_gives_half() -> None:
 def test_without_a_driver_nothing_is_known() -> None:
     if device.architecture() is None:
         assert device.facts() is None
+
+
+@pytest.mark.parametrize("release", ["10.3.0", "rtx-1.7.1.116"])
+def test_a_card_is_measured(
+    release: str, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = install(release)
+    monkeypatch.setattr(probes, "_SIDE", 64)
+    monkeypatch.setattr(probes, "_BYTES", 100_000)
+    found = backends.backend(machine.target).peaks(Path("nowhere"))
+    assert min(found.gflop_s, found.int8_gop_s, found.gb_s) > 0
+    names = machine.world.names()
+    assert names.count("IExecutionContext.execute_async_v3") == 2 * 21
+    assert "copy in" not in names
+    assert (machine.world.live, machine.world.streams) == (0, {})
+
+
+def test_products_are_in_the_format_that_they_name() -> None:
+    codes = {node.op_type for node in probes.product("int8", 32).graph.node}
+    assert codes == {"QuantizeLinear", "DequantizeLinear", "MatMul"}
+    assert [node.op_type for node in probes.product("fp16", 32).graph.node] == ["MatMul"]

@@ -30,6 +30,7 @@ HOLDS_IN: dict[str, dict[str, str | None]] = {
     "context.py": {"stream": "Stream"},
     "builder.py": {"builder": None, "profile": None, "config": None, "error": None},
     "__init__.py": {"builder": None},
+    "probes.py": {"builder": None, "stream": "Stream"},
 }
 # Names that only some releases have; the code asks for them first, or runs in those alone.
 ONLY = {

@@ -35,7 +35,7 @@ KINDS: dict[int, tuple[str, Any]] = {
     7: ("INT64", np.int64),
     6: ("INT32", np.int32),
 }
-ARENA = {"encoder": 5000, "merger": 3000, "lm": 9000, "arrange": 1000}
+ARENA = {"encoder": 5000, "merger": 3000, "lm": 9000, "arrange": 1000, "fp16": 10, "int8": 10}
 
 
 class Made:
@@ -242,7 +242,7 @@ class Builder(Thing):
             "attentions": sum(node.op_type == "Attention" for node in nodes),
             "version": made.version,
             "cards": cards or [made.card],
-            "profiles": [profile._shapes for profile in config._profiles],
+            "profiles": [profile._shapes for profile in config._profiles] or [{}],
             "graph": len(graph),
             "name": network._named,
             "limit": config._limit,
