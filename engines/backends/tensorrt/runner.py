@@ -159,8 +159,10 @@ class TensorRTRunner:
         return {name: join([part[name] for part in parts]) for name in parts[0]}
 
     def _contiguous(self, state: State) -> bool:
-        """Whether slots lie side by side, as the rows of one tensor."""
+        """Whether slots lie side by side, as the rows of one tensor; so does no state at all."""
         arrays: Iterable[Any] = state.arrays.values()
+        if not self._updates:
+            return True
         return self._in_place and all(array.contiguous for array in arrays)
 
     def _profile(self, inputs: Mapping[str, Tensor], state: State) -> int | None:
