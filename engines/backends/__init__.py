@@ -171,7 +171,11 @@ class Backend(Protocol):
         ...
 
 
+_FILES = {"onnxruntime-cuda": "onnxruntime_cuda", "tensorrt-rtx": "tensorrt"}
+
+
 def backend(target: Target) -> Backend:
     """The backend of a target: a file of this folder, or of TensorRT's two products one."""
-    module = import_module(f"edgevlm.engines.backends.{target.backend.partition('-')[0]}")
+    file = _FILES.get(target.backend, target.backend)
+    module = import_module(f"edgevlm.engines.backends.{file}")
     return cast(Backend, module.of(target) if hasattr(module, "of") else module)
