@@ -109,6 +109,7 @@ class Compiled:
 
     precision: the number format it computes in, which sets the tolerance of the goldens.
     lowering: a decision per kind of op; empty for a backend that lowers nothing. plan: of TensorRT.
+    searchable: whether --bisect can run its graph, op by op, as the backend would.
     """
 
     record: ComponentRecord
@@ -117,6 +118,7 @@ class Compiled:
     notes: tuple[str, ...] = ()
     lowering: tuple[Decision, ...] = ()
     plan: PlanReport | None = None
+    searchable: bool = True
 
 
 class Backend(Protocol):

@@ -33,10 +33,12 @@ def _sizes(node: onnx.NodeProto, r: Rewriter) -> tuple[str, str]:
 
     The kernel reads the largest number on the processor. That of a call would be computed on the
     card and copied back, which no CUDA graph can hold; the cache's size is known beforehand, and
-    the numbers of the rows say where attention ends.
+    the numbers of the rows say where attention ends. Max of one number is that number: of a Cast
+    alone, ONNX's inference of shapes would hand on an int64, which the kernel's refuses.
     """
     size = r.once("Shape", [node.input[3]], "gqa.size64", start=2, end=3)
-    total = r.once("Cast", [size], "gqa.size", to=TensorProto.INT32)
+    number = r.once("Cast", [size], "gqa.size32", to=TensorProto.INT32)
+    total = r.once("Max", [number], "gqa.size")
     return rewrites.lengths(node.input[7], r), total
 
 
