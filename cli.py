@@ -165,7 +165,7 @@ def build(
         force=force,
         progress=console.step,
     )
-    if dry_run:
+    if dry_run or (explain and not builder.builds_here(request.target)):
         console.result(*summary.planned_engine(bundle, request, explain))
         return
     engine, written = builder.build(bundle, out, request, console.step)
