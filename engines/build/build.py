@@ -267,12 +267,11 @@ def lowering(bundle: Bundle, request: Request) -> list[Decision]:
     return decisions
 
 
-def lint(graphs: Mapping[str, onnx.ModelProto], target: Target) -> None:
-    """Raise UnsupportedError if `target` has no lowering for an op of one of the graphs."""
+def lint(graphs: Mapping[str, onnx.ModelProto], target: Target) -> list[Decision]:
+    """The lowering tables of graphs. Raises UnsupportedError for what `target` lacks."""
     from edgevlm.engines.lowering.lower import decide
 
-    for name, model in graphs.items():
-        decide(name, model, target)
+    return [line for name, model in graphs.items() for line in decide(name, model, target)]
 
 
 def settled(bundle: Bundle, request: Request) -> tuple[int, Mapping[str, Any]]:

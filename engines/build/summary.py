@@ -88,6 +88,15 @@ def built_engine(engine: Engine, out: Path, written: bool, explain: bool) -> Res
     return data, lines, following
 
 
+def with_lowering(result: Result, decisions: Sequence[Decision]) -> Result:
+    """What `export` prints, with the lowering table of `--for`."""
+    data, lines, following = result
+    if not decisions:
+        return result
+    table = [*_explained(list(decisions))]
+    return data | {"lowering": [to_plain(d) for d in decisions]}, [*table, *lines], following
+
+
 def _explained(decisions: list[Decision]) -> list[str]:
     rows = [(d.component, d.op, d.count, d.action, d.into, d.why) for d in decisions]
     return ["", *table(("component", "op", "count", "action", "into", "why"), rows), ""]
