@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from edgevlm.calibration.calibrate import Calibration
     from edgevlm.calibration.static import StaticCalibration
     from edgevlm.engines.build.build import Request
+    from edgevlm.engines.lowering.capabilities import Decision
     from edgevlm.engines.manifest import Engine
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
@@ -145,14 +146,11 @@ def write_source(
     progress: Progress | None,
 ) -> None:
     """Write an opened source as a bundle; `source` is where it was read from."""
-    from edgevlm.engines.build import build
     from edgevlm.export import write
     from edgevlm.toolkit.bundle.atomic import refuse_source
-    from edgevlm.toolkit.target import parse
 
     refuse_source(Path(out), Path(source))
-    if target is not None:
-        build.lint(write.graphs(model, dtype), parse(target))
+    lint(model, dtype, target)
     write.write_bundle(
         model,
         Path(out),
@@ -161,6 +159,20 @@ def write_source(
         force=force,
         progress=progress or _silent,
     )
+
+
+def lint(model: Source, dtype: str, target: str | None) -> list[Decision]:
+    """How each op of an opened source would be lowered for a target; nothing without one.
+
+    Raises UnsupportedError naming what the target lacks.
+    """
+    if target is None:
+        return []
+    from edgevlm.engines.build import build
+    from edgevlm.export import write
+    from edgevlm.toolkit.target import parse
+
+    return build.lint(write.graphs(model, dtype), parse(target))
 
 
 def build_request(

@@ -87,6 +87,7 @@ def export(
 ) -> None:
     """Write a model as a bundle: ONNX per component, safetensors, goldens."""
     from edgevlm import api
+    from edgevlm.engines.build.summary import with_lowering
     from edgevlm.engines.runtime.memory import peak_rss_mb
     from edgevlm.export import available
     from edgevlm.toolkit.target import parse
@@ -113,13 +114,14 @@ def export(
         revision=revision,
         offline=offline,
     )
+    decisions = api.lint(model, dtype, for_target)
     if dry_run:
-        console.result(*summary.planned_bundle(model, dtype, out))
+        console.result(*with_lowering(summary.planned_bundle(model, dtype, out), decisions))
         return
     api.write_source(
-        model, source, out, dtype=dtype, target=for_target, force=force, progress=console.step
+        model, source, out, dtype=dtype, target=None, force=force, progress=console.step
     )
-    console.result(*summary.written_bundle(out, peak_rss_mb()))
+    console.result(*with_lowering(summary.written_bundle(out, peak_rss_mb()), decisions))
 
 
 @app.command()
@@ -165,7 +167,7 @@ def build(
         force=force,
         progress=console.step,
     )
-    if dry_run:
+    if dry_run or (explain and not builder.builds_here(request.target)):
         console.result(*summary.planned_engine(bundle, request, explain))
         return
     engine, written = builder.build(bundle, out, request, console.step)
