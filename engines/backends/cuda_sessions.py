@@ -116,7 +116,7 @@ def check_placement(session: Any, provider: Provider, name: str) -> None:
     if session.get_providers()[0] != provider.name:
         raise BuildError(
             f"{name}: ONNX Runtime could not start {provider.name} and would run on the processor",
-            hint="install CUDA's libraries: pip install 'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas",
+            hint="install CUDA: pip install 'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas",
         )
     if not hasattr(session, "get_provider_graph_assignment_info"):
         raise BuildError(

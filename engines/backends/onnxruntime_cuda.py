@@ -29,13 +29,12 @@ from edgevlm.engines.backends import (
 from edgevlm.engines.backends.bindings import Bindings
 from edgevlm.engines.backends.device_array import Device, DeviceArray
 from edgevlm.engines.backends.state import Allocation, State, check
-from edgevlm.toolkit import card
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import BLOCK_BYTES, Blocks, SafetensorsFile
 from edgevlm.toolkit.errors import TargetMismatch
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization import channels
-from edgevlm.toolkit.target import CUDA_PACKAGE, Target, this_card
+from edgevlm.toolkit.target import CUDA_PACKAGE, Target, card, this_card
 from edgevlm.toolkit.vlm.components import Port
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ class State:
     """Consecutive slots of a KV cache, one sequence each.
 
     arrays: by the input that reads it, [slots, kv_heads, context, head_dim]; empty for a component
-    without a state. In float32 and NumPy's on the processor; on a card its own, which share slices
-    of their first axis as NumPy's do. Slots share memory with the state that they were taken from, and
-    may be used in the same way: a prompt is read into one slot (batch 1), then any range of slots
-    decodes in one batch, one token each.
+    without a state. NumPy's in float32 on the processor; on a card its own, in the model's format,
+    whose slices of the first axis share memory too. Slots share memory with the state that they
+    were taken from, and may be used in the same way: a prompt is read into one slot (batch 1), then
+    any range of slots decodes in one batch, one token each.
     """
 
     arrays: Mapping[str, Any]

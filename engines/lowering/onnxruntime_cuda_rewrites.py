@@ -8,7 +8,7 @@ from onnx import TensorProto
 
 from edgevlm.engines.lowering import rewrites
 from edgevlm.engines.lowering import tensorrt_older as older
-from edgevlm.engines.lowering.graph import CONTRIB, Body, Rewriter, attribute
+from edgevlm.engines.lowering.graph import CONTRIB, Body, Rewriter
 from edgevlm.toolkit.quantization.blockwise import BLOCK_SIZES
 
 BY_OUTPUT = ".by_output"  # behind the name of a weight that is stored by channel: [outputs, inputs]

@@ -16,11 +16,10 @@ from edgevlm.engines.profiling.roofline import Roofline, Work, roofline
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock, Span
 from edgevlm.engines.runtime.session import Session
-from edgevlm.toolkit import card
 from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.images import decode
 from edgevlm.toolkit.images.decode import LoadedImage
-from edgevlm.toolkit.target import processor_name
+from edgevlm.toolkit.target import card, processor_name
 from edgevlm.toolkit.text import prompts
 from edgevlm.toolkit.text.prompts import Prompt
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.manifest import PREFILL_CHUNK, Engine
-from edgevlm.toolkit import card
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.safetensors_io import STORAGE
 from edgevlm.toolkit.errors import OutOfMemory
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.target import CUDA, Target
+from edgevlm.toolkit.target import CUDA, Target, card
 from edgevlm.toolkit.terminal.console import human_bytes
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.config import ModelConfig

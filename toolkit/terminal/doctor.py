@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from edgevlm.toolkit import card
 from edgevlm.toolkit.target import (
     CUDA_CARDS,
+    card,
     instruction_sets,
     machine,
     processor_name,
@@ -142,12 +142,13 @@ def _problems(packages: dict[str, str | None]) -> list[dict[str, str]]:
         problems.append(
             {"problem": "no backend: engines cannot run", "fix": "pip install 'edgevlm[cpu]'"}
         )
-    if packages["onnxruntime-gpu"] and _no_kernels():
+    alone = packages["onnxruntime-gpu"] and not packages["onnxruntime"]
+    if alone and _no_kernels():
         problems.append(
             {
                 "problem": f"the target cuda is not for this machine: {_no_kernels()}",
-                "fix": "pip uninstall -y onnxruntime-gpu && pip install 'edgevlm[cpu]'; for a Jetson"
-                " build with TensorRT (docs/tensorrt.md)",
+                "fix": "pip uninstall -y onnxruntime-gpu && pip install 'edgevlm[cpu]'; "
+                "Jetsons: build with TensorRT (docs/tensorrt.md)",
             }
         )
     if not packages["onnx"]:

@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-from edgevlm.toolkit.card import architecture as architecture
+from edgevlm.toolkit.target import card
+
+architecture = card.architecture
