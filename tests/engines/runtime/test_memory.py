@@ -150,6 +150,20 @@ def test_an_engine_that_does_not_fit_is_not_opened(
     assert not (tmp_path / "never").exists()
 
 
+def test_on_a_card_its_own_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed, on_card = memory.Estimate(1000, 0, 0, 64), parse("onnxruntime-cuda/sm_89")
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10)
+    monkeypatch.setattr(memory.card, "free_bytes", lambda: 2000)
+    memory.require(needed, "it", on_card)
+    with pytest.raises(OutOfMemory):
+        memory.require(needed, "it", parse("cpu"))
+    monkeypatch.setattr(memory.card, "free_bytes", lambda: 999)
+    with pytest.raises(OutOfMemory, match="999"):
+        memory.require(needed, "it", on_card)
+    monkeypatch.setattr(memory.card, "free_bytes", lambda: None)  # nobody can say
+    memory.require(needed, "it", on_card)
+
+
 def request() -> Request:
     return Request(parse("cpu"), None, False, "tests")
 
