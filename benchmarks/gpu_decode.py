@@ -129,26 +129,31 @@ def speed(engine: Path, limits: Limits, runs: int, tokens: int) -> dict[str, Any
     described = manifest.read(engine)
     found = profile(engine, ProfileRequest(runs=runs, max_tokens=tokens), _silent)
     medians = {stage: times.p50_ms for stage, times in found.stages.items()}
-    reached, limited_by = {}, {}
-    for bound in found.roofline.stages:
-        # 10^9 FLOPs at 10^12 a second, and 10^9 bytes at 10^9 a second
-        floors = {
-            "arithmetic": bound.gflops / limits.fp16_tflop_s,
-            "memory": 1000 * bound.gbytes / limits.gb_s,
-        }
-        if bound.stage in medians:
-            limited_by[bound.stage] = max(floors, key=lambda name: floors[name])
-            reached[bound.stage] = round(max(floors.values()) / medians[bound.stage], 4)
+    shares = {
+        bound.stage: share(bound.gflops, bound.gbytes, medians[bound.stage], limits)
+        for bound in found.roofline.stages
+        if bound.stage in medians
+    }
     return {
         "ms": {stage: round(ms, 4) for stage, ms in medians.items()},
         "tokens_per_s": found.output_token_throughput_per_user,
         "first_token_ms": found.time_to_first_token_ms,
         "prefill_tokens_per_s": found.prefill_tokens_per_s,
-        "reached": reached,
-        "limited_by": limited_by,
+        "reached": {stage: round(reached, 4) for stage, (reached, _) in shares.items()},
+        "limited_by": {stage: limit for stage, (_, limit) in shares.items()},
         "kernel_differences": dict(described.build.kernel_differences),
         "precision_losses": dict(described.build.precision_losses),
     }
+
+
+def share(gflops: float, gbytes: float, ms: float, limits: Limits) -> tuple[float, str]:
+    """The share of the limits that so much work in so many ms reached, and the limit that counts.
+
+    gflops, gbytes: 10^9 operations and bytes.
+    """
+    floors = {"arithmetic": gflops / limits.fp16_tflop_s, "memory": 1000 * gbytes / limits.gb_s}
+    limit = max(floors, key=lambda name: floors[name])
+    return floors[limit] / ms, limit
 
 
 def _silent(message: str) -> None:

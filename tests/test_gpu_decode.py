@@ -15,7 +15,7 @@ from edgevlm.toolkit.target import this_cpu
 from tests.engines.backends.test_onnxruntime_cuda import CARD, PROCESSOR, bundle_of, requantized
 from tests.pipeline import silent
 
-LIMITS = Limits(0.01, 1e-4, 1e-4, "the test")  # of a device that is slower than any
+LIMITS = Limits(10.0, 0.1, 0.1, "the test")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,13 @@ def test_speed_is_a_share_of_the_limits(engines: dict[str, Path]) -> None:
     found = gpu_decode.speed(engines["fp16"], LIMITS, runs=1, tokens=4)
     assert set(found["reached"]) == {"encoder.clip", "merger", "prefill", "decode"}
     assert found["tokens_per_s"] > 0
-    assert all(share > 0 for share in found["reached"].values())
+    assert set(found["limited_by"].values()) <= {"arithmetic", "memory"}
+
+
+def test_the_share_of_a_limit() -> None:
+    limits = Limits(1000.0, 100.0, 100.0, "the test")
+    assert gpu_decode.share(1.0, 14.0, 20.0, limits) == (0.7, "memory")  # 14 GB at 1 TB/s
+    assert gpu_decode.share(1000.0, 1.0, 20.0, limits) == (0.5, "arithmetic")
 
 
 def test_the_whole_benchmark(

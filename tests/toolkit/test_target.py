@@ -111,7 +111,7 @@ DOES_NOT = [
 ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def beside_x86(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which cards have kernels depends on the processor beside them."""
     monkeypatch.setattr(target, "machine", lambda: "x86_64")
@@ -134,7 +134,9 @@ def test_a_machine_without_a_card_says_so() -> None:
     assert card.free_bytes() is None or card.free_bytes() > 0
 
 
-def test_beside_an_arm_processor_other_cards_have_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beside_an_arm_processor_other_cards_have_kernels(
+    monkeypatch: pytest.MonkeyPatch, beside_x86: None
+) -> None:
     built, here = (parse(f"onnxruntime-cuda@1.31/{arch}") for arch in ("sm_90", "sm_121"))
     with pytest.raises(TargetMismatch, match="no kernels for sm_121 on x86_64"):
         check_runs_here(built, here, "edgevlm build")
@@ -143,12 +145,12 @@ def test_beside_an_arm_processor_other_cards_have_kernels(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("built", "here"), RUNS)
-def test_what_runs_here(built: str, here: str) -> None:
+def test_what_runs_here(built: str, here: str, beside_x86: None) -> None:
     check_runs_here(parse(built), parse(here), "edgevlm build")
 
 
 @pytest.mark.parametrize(("built", "here", "reason"), DOES_NOT)
-def test_what_does_not_run_here(built: str, here: str, reason: str) -> None:
+def test_what_does_not_run_here(built: str, here: str, reason: str, beside_x86: None) -> None:
     with pytest.raises(TargetMismatch, match=reason) as refused:
         check_runs_here(parse(built), parse(here), "edgevlm build B E")
     assert built in refused.value.message
