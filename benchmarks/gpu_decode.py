@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ def limits_by_torch(device: str = "cuda", megabytes: int = 1024, width: int = 81
     import torch
 
     rate = _copied_gb_s(device, megabytes)
-    products = [_product_tflop_s(device, width, kind) for kind in (torch.float16, torch.bfloat16)]
+    fp16, bf16 = (_product_tflop_s(device, width, t) for t in (torch.float16, torch.bfloat16))
     if device == "cuda":
         torch.cuda.empty_cache()  # the engines need it
-    return Limits(rate, *products, f"torch {torch.__version__}")
+    return Limits(rate, fp16, bf16, f"torch {torch.__version__}")
 
 
 def _copied_gb_s(device: str, megabytes: int) -> float:
@@ -223,9 +224,14 @@ def measure(preset: str, work: Path, result: Report, limits: Limits | None = Non
         return
     result.measured["limits"] = vars(limits)
     for name in _FORMS:
-        found = attempt(f"timing {name}", lambda n=name: speed(engines[n], limits, RUNS, TOKENS))
+        timed = partial(_speed_of, engines, name, limits)
+        found = attempt(f"timing {name}", timed)
         if found is not None:
             _report(name, found, result)
+
+
+def _speed_of(engines: Mapping[str, Path], name: str, limits: Limits) -> dict[str, Any]:
+    return speed(engines[name], limits, RUNS, TOKENS)
 
 
 def _report(name: str, found: dict[str, Any], result: Report) -> None:

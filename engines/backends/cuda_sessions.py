@@ -21,8 +21,8 @@ from edgevlm.toolkit.errors import BuildError, MissingExtra, OutOfMemory
 _RECORD = "session.record_ep_graph_assignment_info"
 _GRAPH_ID = "gpu_graph_id"
 _NEVER = -1  # as the number of a CUDA graph: run without one
-# What ONNX Runtime computes of shapes on the processor by choice. All have kernels on a card for
-# all formats of ours, so none lands on the processor for want of one.
+FLOATS = "edgevlm.float_nodes"  # metadata of a graph: the names of nodes that make floats
+# What ONNX Runtime computes of shapes on the processor by choice; of floats it must not.
 _OF_SHAPES = frozenset(
     "Add Cast Concat Div Expand Gather Max Mul Range Reshape Shape Slice Squeeze Sub Unsqueeze "
     "Where".split()
@@ -48,6 +48,8 @@ CUDA = Provider(
     Device("cuda"),
     {
         "device_id": "0",
+        # Sums of fp16 in fp32, where ONNX Runtime joins an addition and the norm behind it.
+        "enable_skip_layer_norm_strict_mode": "1",
         # By default an arena doubles: half of a card may be held and never used.
         "arena_extend_strategy": "kSameAsRequested",
         # fp32 means fp32: TF32 has 10 bits of mantissa, beyond the tolerance of the goldens.
@@ -123,12 +125,13 @@ def check_placement(session: Any, provider: Provider, name: str) -> None:
             f"{name}: this ONNX Runtime cannot say where its ops run",
             hint="pip install -U 'onnxruntime-gpu>=1.24', which needs Python 3.11 or newer",
         )
+    floats = set(session.get_modelmeta().custom_metadata_map.get(FLOATS, "").split("\n"))
     elsewhere = sorted(
         f"{node.name} ({node.op_type})"
         for part in session.get_provider_graph_assignment_info()
         if part.ep_name != provider.name
         for node in part.get_nodes()
-        if node.op_type not in _OF_SHAPES
+        if node.op_type not in _OF_SHAPES or node.name in floats
     )
     if elsewhere:
         more = f" and {len(elsewhere) - 5} others" if len(elsewhere) > 5 else ""

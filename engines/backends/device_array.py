@@ -75,7 +75,7 @@ def zeros(shape: Sequence[int], dtype: str, device: Device) -> DeviceArray:
     array = empty(shape, dtype, device)
     element, same_size = ELEMENTS[dtype]
     blank = np.zeros(tuple(shape), same_size)
-    array.value.update_inplace(
-        onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(blank, element)
-    )
+    if dtype == "bf16":  # which NumPy does not have
+        blank = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(blank, element)
+    array.value.update_inplace(blank)
     return array

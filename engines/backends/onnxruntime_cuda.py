@@ -82,11 +82,14 @@ def compile(
 ) -> Compiled:
     """Lower one component; weights are linked unless some are stored by channel."""
     from edgevlm.engines.lowering import float_ports, lower
+    from edgevlm.engines.lowering.onnxruntime_cuda_lint import float_nodes
 
     model = onnx_files.read_graph(source / record.graph)
     lowered = lower.lower_component(record.name, model, target)
     updates = {port.name: port.updates for port in record.outputs if port.updates}
     float_ports.widen(model, {*updates, *updates.values()})
+    floats = "\n".join(float_nodes(model))
+    model.metadata_props.add(key=cuda_sessions.FLOATS, value=floats)
     changes = _by_output(source / record.weights, model)
     onnx_files.write(source, folder, record, model, changes)
     return Compiled(

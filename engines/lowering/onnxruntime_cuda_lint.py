@@ -18,6 +18,7 @@ _NAMES: dict[int, str] = {
 }
 _BF16_SINCE = 80  # compute capability
 _OF_SHAPES = ("Shape", "Size")
+_NUMBERS = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
 
 
 def check(component: str, model: onnx.ModelProto, target: Target) -> None:
@@ -67,6 +68,12 @@ def _nodes(model: onnx.ModelProto) -> Iterator[str]:
         lacking = LACKING.get(node.op_type, ()) if node.op_type in KERNELS else ()
         if _NAMES.get(types.get(node.input[0], 0)) in lacking:
             yield f"{node.name}: {node.op_type} in {_NAMES[types[node.input[0]]]}"
+
+
+def float_nodes(model: onnx.ModelProto) -> list[str]:
+    """The names of the nodes that make floats, as far as types are known; others count too."""
+    types = _types(model)
+    return [n.name for n in model.graph.node if types.get(n.output[0], 0) not in _NUMBERS]
 
 
 def _types(model: onnx.ModelProto) -> dict[str, int]:

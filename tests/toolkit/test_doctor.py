@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from edgevlm.toolkit import target
 from edgevlm.toolkit.target import this_cpu, threads_here
 from edgevlm.toolkit.terminal import doctor
 
@@ -95,7 +96,7 @@ def test_a_card_is_named_with_what_runs_on_it(monkeypatch: pytest.MonkeyPatch) -
         "free_bytes": 2 * 10**9,
     }
     for name, value in facts.items():
-        monkeypatch.setattr(doctor.card, name, lambda value=value: value)
+        monkeypatch.setattr(target.card, name, lambda value=value: value)
     monkeypatch.setattr(doctor, "machine", lambda: "x86_64")
     monkeypatch.setattr(doctor, "this_card", lambda: "onnxruntime-cuda@1.31.1/sm_89")
     data, text, problems = report(monkeypatch, onnxruntime=None, onnxruntime_gpu="1.31.1")
@@ -113,7 +114,7 @@ def test_a_card_is_named_with_what_runs_on_it(monkeypatch: pytest.MonkeyPatch) -
 def test_a_card_without_kernels_is_a_problem(
     architecture: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor.card, "architecture", lambda: architecture)
+    monkeypatch.setattr(target.card, "architecture", lambda: architecture)
     monkeypatch.setattr(doctor, "machine", lambda: "x86_64")
     data, _, problems = report(monkeypatch, onnxruntime=None, onnxruntime_gpu="1.31.1")
     assert len(problems) == 1

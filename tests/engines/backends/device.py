@@ -44,7 +44,7 @@ class Card:
         self._next += -(-max(array.nbytes, 1) // 256) * 256
         return address
 
-    def view(self, address: int, shape: Sequence[int], kind: int) -> np.ndarray[Any, Any]:
+    def view(self, address: int, shape: Sequence[int], kind: int) -> Any:
         """What a pointer into the card's memory shows."""
         start = max(a for a in self.memory if a <= address)
         whole, dtype = self.memory[start].reshape(-1), np.dtype(_TYPES[kind])
@@ -68,10 +68,6 @@ def package(card: Card) -> Any:
             assert (device, number) == ("cuda", 0)
             return cls(card.allocate(shape, kind), shape, kind)
 
-        @staticmethod
-        def ortvalue_from_numpy_with_onnx_type(array: np.ndarray[Any, Any], kind: int) -> Any:
-            return array.view(_TYPES[kind]) if array.dtype.kind == "u" else array
-
         def data_ptr(self) -> int:
             return self.address
 
@@ -84,7 +80,7 @@ def package(card: Card) -> Any:
             card.copies.append(("to the card", array.nbytes))
 
         def numpy(self) -> np.ndarray[Any, Any]:
-            array = card.view(self.address, self.dims, self.kind).copy()
+            array: np.ndarray[Any, Any] = card.view(self.address, self.dims, self.kind).copy()
             card.copies.append(("from the card", array.nbytes))
             return array
 
@@ -102,9 +98,7 @@ def package(card: Card) -> Any:
             self.outputs[name] = self._seen(device, *where) if where else None
 
         @staticmethod
-        def _seen(
-            device: str, number: int, kind: int, shape: Sequence[int], address: int
-        ) -> np.ndarray[Any, Any]:
+        def _seen(device: str, number: int, kind: int, shape: Sequence[int], address: int) -> Any:
             assert (device, number) == ("cuda", 0), "memory that no CUDA graph may use"
             return card.view(address, shape, kind)
 
@@ -131,6 +125,9 @@ def package(card: Card) -> Any:
 
         def get_inputs(self) -> Any:
             return self._inner.get_inputs()
+
+        def get_modelmeta(self) -> Any:
+            return self._inner.get_modelmeta()
 
         def io_binding(self) -> Binding:
             return Binding(self)

@@ -247,12 +247,21 @@ def test_only_the_decoder_captures_and_nothing_doubles(
     assert capsys.readouterr().out == ""  # what the package prints of missing libraries
 
 
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [
+        ("lm/layers.0/mlp/up", "MatMul"),
+        ("lm/layers.0/mlp/Add", "Add"),  # as arithmetic on shapes is, but of floats
+        ("features/cast", "Cast"),
+    ],
+)
 def test_an_op_on_the_processor_is_an_error_that_names_it(
-    built: dict[str, Path], card: Card
+    name: str, op: str, built: dict[str, Path], card: Card
 ) -> None:
-    card.elsewhere.append(("lm/layers.0/mlp/up", "MatMul"))
-    with pytest.raises(BuildError, match=r"lm/layers.0/mlp/up \(MatMul\) would run on the proc"):
+    card.elsewhere += [(name, op), ("lm/Squeeze", "Squeeze"), ("gqa.size", "Max")]
+    with pytest.raises(BuildError, match=rf"{name} \({op}\) would run on the processor") as e:
         Session.open(built["fp16"])
+    assert "Squeeze" not in e.value.message
 
 
 def test_a_session_without_a_card_is_an_error() -> None:

@@ -157,11 +157,11 @@ def test_a_card_without_kernels_is_refused_with_the_target_that_has(arch: str) -
     assert parse(name).backend == "tensorrt"
 
 
-def _one(op: str, kind: int, stored: bool = False, **attributes: int) -> onnx.ModelProto:
+def _one(op: str, kind: int, stored: bool = False) -> onnx.ModelProto:
     """A graph of one op on one input, which is computed or, if `stored`, a constant."""
     port = helper.make_tensor_value_info("x", kind, [2, 2, 2, 2])
     inputs = ["c"] if stored else ["x"] * (2 if op == "GridSample" else 1)
-    node = helper.make_node(op, inputs, ["y"], "it", **attributes)
+    node = helper.make_node(op, inputs, ["y"], "it")
     constants = [helper.make_tensor("c", kind, [2], [1.0, 2.0])] if stored else []
     return helper.make_model(helper.make_graph([node], "g", [port], [], constants))
 
