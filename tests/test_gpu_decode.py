@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -9,12 +10,20 @@ import pytest
 
 from benchmarks import common, gpu_decode
 from benchmarks.gpu_decode import Limits
+from edgevlm import cli
 from edgevlm.engines.backends import cuda_probes, onnxruntime_cuda
 from edgevlm.engines.build.build import Request, build
 from edgevlm.toolkit.target import this_cpu
-from tests.engines.backends.test_onnxruntime_cuda import CARD, PROCESSOR, bundle_of, requantized
+from tests.engines.backends.test_onnxruntime_cuda import (
+    CARD,
+    PROCESSOR,
+    TELLS,
+    bundle_of,
+    requantized,
+)
 from tests.pipeline import silent
 
+pytestmark = pytest.mark.skipif(not TELLS, reason="the backend needs ONNX Runtime 1.24")
 LIMITS = Limits(10.0, 0.1, 0.1, "the test")
 
 
@@ -122,3 +131,18 @@ def test_what_fails_is_noted_and_the_rest_goes_on(
     gpu_decode.measure("tiny", tmp_path, nothing)
     assert nothing.notes[0] == "building failed: SystemExit: edgevlm build failed: no card"
     assert nothing.bars == []
+
+
+def test_what_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(gpu_decode, "edgevlm", lambda *words: asked.append([*map(str, words)]))
+    engines = gpu_decode.build_all("llava-qwen2-0.5b", tmp_path)
+    assert set(engines) == {"fp16", "int4", "processor"}
+    assert asked[0][:3] == ["export", "preset:llava-qwen2-0.5b", str(tmp_path / "bundle")]
+    targets = {words[2].rpartition("/")[2]: words[4] for words in asked[1:]}
+    assert targets == {"fp16": "cuda", "int4": "cuda", "processor": "cpu"}
+    for words in asked:
+        known = cli.app.registered_commands
+        verb = next(c.callback for c in known if c.callback and c.callback.__name__ == words[0])
+        options = {w.removeprefix("--").replace("-", "_") for w in words if w.startswith("--")}
+        assert options <= set(inspect.signature(verb).parameters)

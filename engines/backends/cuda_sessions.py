@@ -16,7 +16,7 @@ from typing import Any
 
 from edgevlm.engines.backends import sessions
 from edgevlm.engines.backends.device_array import Device
-from edgevlm.toolkit.errors import BuildError, MissingExtra, OutOfMemory
+from edgevlm.toolkit.errors import BuildError, MissingExtra, OutOfMemory, UnsupportedError
 
 _RECORD = "session.record_ep_graph_assignment_info"
 _GRAPH_ID = "gpu_graph_id"
@@ -72,8 +72,8 @@ class Opened:
 def open_session(file: Path, provider: Provider, context: int, *, stateful: bool) -> Opened:
     """The graph of `file` on a card. context: positions of the KV cache, which shapes are fixed to.
 
-    stateful: whether single tokens are decoded, whose shapes repeat. Raises BuildError or
-    OutOfMemory.
+    stateful: whether single tokens are decoded, whose shapes repeat. Raises BuildError,
+    UnsupportedError or OutOfMemory.
     """
     _preload()
     capture = provider.captures and stateful
@@ -114,14 +114,16 @@ def _preload() -> None:
 
 
 def check_placement(session: Any, provider: Provider, name: str) -> None:
-    """Raise BuildError naming every op that runs elsewhere than on the provider's device."""
+    """Raise BuildError naming every op that runs elsewhere than on the provider's device, and
+    UnsupportedError where ONNX Runtime is too old to tell.
+    """
     if session.get_providers()[0] != provider.name:
         raise BuildError(
             f"{name}: ONNX Runtime could not start {provider.name} and would run on the processor",
             hint="install CUDA: pip install 'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas",
         )
     if not hasattr(session, "get_provider_graph_assignment_info"):
-        raise BuildError(
+        raise UnsupportedError(
             f"{name}: this ONNX Runtime cannot say where its ops run",
             hint="pip install -U 'onnxruntime-gpu>=1.24', which needs Python 3.11 or newer",
         )

@@ -8,7 +8,8 @@ step is one CUDA graph for each number of slots.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, finalize, ref
@@ -31,7 +32,7 @@ from edgevlm.engines.backends.device_array import Device, DeviceArray
 from edgevlm.engines.backends.state import Allocation, State, check
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import BLOCK_BYTES, Blocks, SafetensorsFile
-from edgevlm.toolkit.errors import TargetMismatch
+from edgevlm.toolkit.errors import InputError, TargetMismatch, ToolkitError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization import channels
 from edgevlm.toolkit.target import CUDA_PACKAGE, Target, card, this_card
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 PROVIDER = cuda_sessions.CUDA
 _HALVES = {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(bfloat16)": "bf16"}
+_IN_FP32 = "attention over the KV cache has no kernel in fp32: export --dtype fp16 is faster"
 _COMPARED_BYTES = 1 << 16  # inputs that are compared with the last ones before they are copied
 
 
@@ -96,7 +98,7 @@ def compile(
         record,
         (record.graph, record.weights),
         "int8_rows" if changes else dtype,  # the reference rounds inputs, which stay here
-        (f"in {dtype}: --dtype fp16 is faster on a card",) if dtype == "fp32" else (),
+        (_IN_FP32,) if dtype == "fp32" and updates else (),
         lowered.decisions,
         searchable=False,
     )
@@ -213,10 +215,7 @@ class _Bound:
 
     def run(self, wanted: Sequence[str]) -> dict[str, Array]:
         """Run on what the input buffers hold; the wanted outputs, copied from the device."""
-        try:
-            self._session.run_with_iobinding(self._binding, self._options)
-        except Exception as reason:  # ONNX Runtime raises many types of its own
-            raise cuda_sessions.failed("running on the card failed", reason) from None
+        self._session.run_with_iobinding(self._binding, self._options)
         found = dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
         results = dict[str, Array]()
         for name in wanted:
@@ -243,14 +242,15 @@ class CudaRunner:
         self._graphs = itertools.count(1)
 
     def new_state(self, slots: int = 1) -> State:
+        if slots < 1:
+            raise InputError(f"a state of {slots} slots holds nothing")
         sizes = {"batch": slots, "context": self._context}
-        arrays = {
-            port.name: device_array.zeros(
-                _shape(port, sizes), self._formats[port.name], self._device
-            )
-            for port in self._record.inputs
-            if port.name in self._updated
-        }
+        ports = [port for port in self._record.inputs if port.name in self._updated]
+        with _on_the_card(f"a KV cache of {slots} slots"):
+            arrays = {
+                p.name: device_array.zeros(_shape(p, sizes), self._formats[p.name], self._device)
+                for p in ports
+            }
         return State(arrays, slots, Allocation())
 
     def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
@@ -260,14 +260,15 @@ class CudaRunner:
         if bindings is None:
             bindings = self._bindings[bound_state.allocation] = Bindings()
         decode = self._reads_one_token(inputs)
-        bound = bindings.get(
-            (bound_state.first, bound_state.count, shapes),
-            lambda: self._bind(inputs, bound_state, decode=decode),
-            decode=decode,
-        )
-        for port in self._plain:
-            bound.inputs[port.name].set(inputs[port.name])
-        return bound.run(self._results)
+        with _on_the_card(self._record.name):
+            bound = bindings.get(
+                (bound_state.first, bound_state.count, shapes),
+                lambda: self._bind(inputs, bound_state, decode=decode),
+                decode=decode,
+            )
+            for port in self._plain:
+                bound.inputs[port.name].set(inputs[port.name])
+            return bound.run(self._results)
 
     def _reads_one_token(self, inputs: Mapping[str, Array]) -> bool:
         """Whether a call reads one token of each sequence, and scores it."""
@@ -313,6 +314,17 @@ class CudaRunner:
     def close(self) -> None:
         self._bindings.clear()
         self._session = None
+
+
+@contextmanager
+def _on_the_card(what: str) -> Iterator[None]:
+    """Errors of ONNX Runtime as ours: OutOfMemory or BuildError, with what was going on."""
+    try:
+        yield
+    except ToolkitError:
+        raise
+    except Exception as reason:  # it raises many types of its own
+        raise cuda_sessions.failed(f"{what} failed on the card", reason) from None
 
 
 def _shape(port: Port, axes: Mapping[str, int]) -> tuple[int, ...]:

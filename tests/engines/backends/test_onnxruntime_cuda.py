@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from edgevlm.calibration import weight_only
@@ -30,7 +31,13 @@ from edgevlm.engines.runtime.session import Session
 from edgevlm.export import write
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.checkpoints.layouts.source import Options
-from edgevlm.toolkit.errors import BuildError, InputError, OutOfMemory, TargetMismatch
+from edgevlm.toolkit.errors import (
+    BuildError,
+    InputError,
+    OutOfMemory,
+    TargetMismatch,
+    UnsupportedError,
+)
 from edgevlm.toolkit.target import CUDA, Target, installed, this_cpu
 from edgevlm.training.torch_files import reader
 from tests.conftest import HERE
@@ -40,6 +47,8 @@ from tests.pipeline import LOSS_IN_4_BITS, ask, silent
 GOLDEN = HERE / "goldens/e2e_llava15"
 IMAGE = GOLDEN / "image.png"
 PROMPT = "hello <image> what"
+TELLS = hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
+pytestmark = pytest.mark.skipif(not TELLS, reason="ONNX Runtime before 1.24 tells no node's place")
 PROCESSOR = Provider("CPUExecutionProvider", Device("cpu"), captures=True)
 CARD = Target(CUDA, installed("onnxruntime"), "sm_89")
 
@@ -270,9 +279,9 @@ def test_a_session_without_a_card_is_an_error() -> None:
         check_placement(session, cuda_sessions.CUDA, "lm")
     assert "pip install" in refused.value.hint
     old = SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"])
-    with pytest.raises(BuildError, match="cannot say where") as refused:
+    with pytest.raises(UnsupportedError, match="cannot say where") as too_old:
         check_placement(old, cuda_sessions.CUDA, "lm")
-    assert "1.24" in refused.value.hint
+    assert "1.24" in too_old.value.hint
 
 
 def test_a_graph_that_cannot_be_captured_runs_without(
@@ -305,6 +314,24 @@ def test_what_onnxruntime_raises_is_told_by_kind(text: str, kind: type[Exception
     error = cuda_sessions.failed("loading", RuntimeError(text))
     assert type(error) is kind
     assert error.hint
+
+
+def test_a_full_card_is_out_of_memory(
+    built: dict[str, Path], card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Session.open(built["fp16"]) as session:
+        state = session.new_state()
+
+        def full(*_: object) -> int:
+            raise RuntimeError("BFCArena: Failed to allocate memory for requested buffer")
+
+        monkeypatch.setattr(card, "allocate", full)
+        with pytest.raises(OutOfMemory, match="a KV cache of 2 slots"):
+            session.new_state(2)
+        with pytest.raises(OutOfMemory, match="lm failed on the card"):
+            session.decode(5, 0, state)
+        with pytest.raises(InputError, match="0 slots"):
+            session.new_state(0)
 
 
 def test_a_damaged_graph_is_an_error(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -32,6 +33,8 @@ from tests.ops_cases import CASES
 from tests.toolkit.models.test_architectures import component, feed, tensors
 
 CARD = Target("onnxruntime-cuda", (1, 31, 1), "sm_89")
+TELLS = hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
+pytestmark = pytest.mark.skipif(not TELLS, reason="the backend needs ONNX Runtime 1.24")
 EVERY = [(role, kind) for role in ("encoders", "mergers", "lms") for kind in models.kinds(role)]
 SIBLINGS = sorted(name for name in systems.presets() if "0.5b" in name)
 # Relative to the largest value: sums in fp16 of ops one after another.
