@@ -1,7 +1,7 @@
 """The rows for ONNX Runtime on a card, without one: what they leave runs on the processor too.
 
-Kernels of fp16 are few there; ONNX Runtime puts casts around the others. Of bf16 it has too few:
-such graphs are only linted.
+Kernels of fp16 are few there; ONNX Runtime puts casts around the others. Of bf16 it has too few to
+run: such graphs are linted, and their types resolved.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgevlm.engines.backends import sessions
+from edgevlm.engines.lowering import capabilities, float_ports
 from edgevlm.engines.lowering import onnxruntime_cuda_rows as rows
+from edgevlm.engines.lowering.graph import attribute
 from edgevlm.engines.lowering.lower import decide, lower
 from edgevlm.engines.lowering.onnxruntime_cuda_lint import check
 from edgevlm.export import write
 from edgevlm.toolkit import models, systems
 from edgevlm.toolkit.bundle.goldens import relative_rms
 from edgevlm.toolkit.checkpoints.layouts.source import Options
-from edgevlm.toolkit.checkpoints.safetensors_io import Entry, Written
+from edgevlm.toolkit.checkpoints.safetensors_io import Entry, Written, to_bfloat16
 from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
@@ -53,8 +55,12 @@ def recorded(part: Component, weights: Mapping[str, Array], dtype: str) -> onnx.
     kinds = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
-            kind = kinds.get(tensor.data_type)
-            value = values[tensor.name]
+            kind, value = kinds.get(tensor.data_type), values[tensor.name]
+            if tensor.data_type == TensorProto.BFLOAT16:
+                content = to_bfloat16(value).tobytes()
+                name, bf16 = tensor.name, TensorProto.BFLOAT16
+                tensor.CopyFrom(helper.make_tensor(name, bf16, value.shape, content, raw=True))
+                continue
             value = value if kind is None else value.astype(kind)
             tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
     return model
@@ -73,12 +79,11 @@ def run(model: onnx.ModelProto, inputs: Mapping[str, Array], dtype: str) -> dict
 
 def test_every_kernel_is_of_the_version_that_the_graph_asks_for() -> None:
     """A newer version would run on the processor, silently."""
-    (opset,) = {24 if CARD.version < () else 23}
+    opset = capabilities.of(CARD).opset
     for op, version in rows.KERNELS.items():
         assert onnx.defs.get_schema(op, max_inclusive_version=opset).since_version == version, op
-    kept = {
-        op for op, row in rows.ROWS.items() if any(r.action == "keep" for r in row.alternatives())
-    }
+    every = [(op, row) for op, first in rows.ROWS.items() for row in first.alternatives()]
+    kept = {op for op, row in every if row.action == "keep"}
     assert kept == {*rows.KERNELS, *rows.GONE}
 
 
@@ -95,6 +100,47 @@ def test_every_op_equals_the_reference(name: str, dtype: str) -> None:
     for output, array in expected.items():
         limit = LIMITS[dtype] * max(1.0, float(np.abs(array).max()))
         np.testing.assert_allclose(found[output], array, atol=limit, rtol=0)
+
+
+def resolves(model: onnx.ModelProto) -> None:
+    """Fail unless ONNX Runtime finds the types of a graph consistent; it may lack kernels then."""
+    try:
+        sessions.open_session(model.SerializeToString(), sessions.session_options(1))
+    except Exception as lacking:
+        assert "Could not find an implementation" in str(lacking)
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - set(STATIC)))
+def test_types_of_every_op_resolve_in_bf16(name: str) -> None:
+    case = CASES[name]
+    resolves(lower(recorded(case.component(), case.weights(), "bf16"), CARD))
+
+
+@pytest.mark.parametrize(("role", "kind"), EVERY)
+def test_types_of_every_architecture_resolve_in_bf16(role: str, kind: str) -> None:
+    """With float32 for callers; states keep the model's format."""
+    part = component(role, kind)
+    model = lower(recorded(part, tensors(part), "bf16"), CARD)
+    updates = {port.name: port.updates for port in part.outputs if port.updates}
+    states = {*updates, *updates.values()}
+    float_ports.widen(model, states)
+    resolves(model)
+    values = {
+        v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)
+    }
+    for port in (*part.inputs, *part.outputs):
+        if port.dtype == "float":
+            kept = port.name in states
+            assert values[port.name] == (TensorProto.BFLOAT16 if kept else TensorProto.FLOAT)
+
+
+def test_a_graph_of_mixed_types_does_not_resolve() -> None:
+    ports = [helper.make_tensor_value_info(n, k, [2]) for n, k in (("x", 1), ("h", 10), ("y", 1))]
+    node = helper.make_node("Add", ["x", "h"], ["y"], "mixed")
+    graph = helper.make_graph([node], "g", ports[:2], ports[2:])
+    opsets = [helper.make_opsetid("", 23)]
+    with pytest.raises(AssertionError):
+        resolves(helper.make_model(graph, opset_imports=opsets, ir_version=11))
 
 
 @pytest.mark.parametrize("name", STATIC)
@@ -212,8 +258,6 @@ def test_weights_by_channel_are_declared_by_output() -> None:
     assert products
     shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
     for node in products:
-        k, n, block = (
-            a.i for name in ("K", "N", "block_size") for a in node.attribute if a.name == name
-        )
+        k, n, block = (attribute(node, name) for name in ("K", "N", "block_size"))
         assert shapes[node.input[1]] == (n, -(-k // block), block)
         assert shapes[node.input[2]] == (n, -(-k // block))
