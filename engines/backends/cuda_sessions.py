@@ -91,13 +91,11 @@ def open_session(file: Path, provider: Provider, context: int, *, stateful: bool
 
 
 def _session(file: Path, provider: Provider, context: int, *, capture: bool) -> Any:
-    import onnxruntime
-
     settings = sessions.session_options(1)  # the processor only launches kernels
     settings.add_session_config_entry(_RECORD, "1")
     settings.add_free_dimension_override_by_name("context", context)
     options = dict(provider.options) | ({"enable_cuda_graph": "1"} if capture else {})
-    return onnxruntime.InferenceSession(str(file), settings, providers=[(provider.name, options)])
+    return sessions.open_session(file, settings, (provider.name, options))
 
 
 def _preload() -> None:

@@ -70,9 +70,9 @@ def compile(
     shapes: Shapes,
 ) -> Compiled:
     """Lower one component; weights are linked if they need no upcast."""
+    model = onnx_files.read_graph(source / record.graph)
     from edgevlm.engines.lowering import capabilities, lower, signed
 
-    model = onnx_files.read_graph(source / record.graph)
     lowered = lower.lower_component(record.name, model, target)
     model, notes = lowered.model, list[str]()
     if (computed := capabilities.of(target).computes_in(dtype)) != dtype and lower.upcast(model):

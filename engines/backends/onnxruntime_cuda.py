@@ -83,10 +83,10 @@ def compile(
     shapes: Shapes,
 ) -> Compiled:
     """Lower one component; weights are linked unless some are stored by channel."""
+    model = onnx_files.read_graph(source / record.graph)
     from edgevlm.engines.lowering import float_ports, lower
     from edgevlm.engines.lowering.onnxruntime_cuda_lint import float_nodes
 
-    model = onnx_files.read_graph(source / record.graph)
     lowered = lower.lower_component(record.name, model, target)
     updates = {port.name: port.updates for port in record.outputs if port.updates}
     float_ports.widen(model, {*updates, *updates.values()})

@@ -16,6 +16,7 @@ import onnxruntime
 from onnx import TensorProto
 
 CUDA = "CUDAExecutionProvider"
+_REAL = onnxruntime.InferenceSession
 _BASE = 1 << 52  # where the card's addresses begin: nothing of this process is there
 _TYPES: dict[int, Any] = {
     TensorProto.FLOAT: np.float32,
@@ -106,13 +107,17 @@ def package(card: Card) -> Any:
             return [SimpleNamespace(numpy=lambda n=name: self.left[n]) for name in self.outputs]
 
     class InferenceSession:
-        def __init__(self, path: str, options: Any, providers: list[tuple[str, Any]]) -> None:
+        def __init__(
+            self,
+            path: str,
+            options: Any,
+            providers: list[tuple[str, Any]],
+            disabled_optimizers: None,
+        ) -> None:
             ((name, given),) = providers
             assert name == CUDA
             card.options.append(given)
-            self._inner = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
-            )
+            self._inner = _REAL(path, options, providers=["CPUExecutionProvider"])
             self._captured: dict[int, Binding] = {}
 
         def get_providers(self) -> list[str]:
@@ -152,6 +157,7 @@ def package(card: Card) -> Any:
     return SimpleNamespace(
         OrtValue=OrtValue,
         InferenceSession=InferenceSession,
+        GraphOptimizationLevel=onnxruntime.GraphOptimizationLevel,
         SessionOptions=onnxruntime.SessionOptions,
         RunOptions=onnxruntime.RunOptions,
         preload_dlls=lambda: print("Failed to load libcublas.so.13"),

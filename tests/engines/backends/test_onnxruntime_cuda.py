@@ -290,10 +290,12 @@ def test_a_graph_that_cannot_be_captured_runs_without(
     stand_in = sys.modules["onnxruntime"]
     made = stand_in.InferenceSession
 
-    def refusing(path: str, options: object, providers: list[tuple[str, dict[str, str]]]) -> object:
+    def refusing(
+        *given: object, providers: list[tuple[str, dict[str, str]]], **rest: None
+    ) -> object:
         if "enable_cuda_graph" in providers[0][1]:
             raise RuntimeError("This session cannot use the graph capture feature as requested")
-        return made(path, options, providers)
+        return made(*given, providers=providers, **rest)
 
     monkeypatch.setattr(stand_in, "InferenceSession", refusing)
     with Session.open(built["fp16"]) as session:
