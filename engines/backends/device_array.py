@@ -59,11 +59,15 @@ class DeviceArray:
 
 
 def empty(shape: Sequence[int], dtype: str, device: Device) -> DeviceArray:
-    """Memory for an array. Raises what ONNX Runtime raises where there is none."""
+    """Memory for an array. Raises what ONNX Runtime raises where there is none.
+
+    An array without elements gets memory too: a null pointer cannot be told from a missing one.
+    """
     import onnxruntime
 
+    held = list(shape) if all(shape) else [1]
     value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-        list(shape), ELEMENTS[dtype][0], device.kind, device.number
+        held, ELEMENTS[dtype][0], device.kind, device.number
     )
     return DeviceArray(value, tuple(shape), dtype, device)
 

@@ -365,3 +365,9 @@ def test_arrays_know_their_memory() -> None:
     array = device_array.zeros((3, 2, 4), "bf16", Device("cpu"))
     assert array[2:3].address - array.address == 2 * 2 * 4 * 2
     assert array[1:].bound() == ("cpu", 0, 16, [2, 2, 4], array.address + 16)
+
+
+def test_an_array_without_elements_has_an_address() -> None:
+    array = device_array.empty((1, 0), "int64", Device("cpu"))
+    assert array.shape == (1, 0)
+    assert array.address
