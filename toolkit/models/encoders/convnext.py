@@ -83,26 +83,31 @@ class Config:
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
-    """pixels [B, 3, H, W] -> [B, H // stride * W // stride, dims[-1]], row by row."""
+    """pixels [B, 3, H, W] -> [B, H // stride * W // stride, dims[-1]], row by row.
+
+    Channels stay last between the convolutions, as norms and linears take them: a block needs no
+    transposes but those around its depthwise convolution, which its kernels do on the way.
+    """
     x = op.conv(pixels, w / "stem" / "conv", stride=c.patch)
-    x = convnet.channel_norm(op, x, w / "stem" / "norm", c.eps)
+    x = op.layer_norm(convnet.channels_last(op, x), w / "stem" / "norm", c.eps)
     for s, depth in enumerate(c.depths):
         stage = w / f"stages.{s}"
         if s:
-            x = convnet.channel_norm(op, x, stage / "down" / "norm", c.eps)
-            x = op.conv(x, stage / "down" / "conv", stride=2)
+            x = convnet.channels_first(op, op.layer_norm(x, stage / "down" / "norm", c.eps))
+            x = convnet.channels_last(op, op.conv(x, stage / "down" / "conv", stride=2))
         for j in range(depth):
             x = op.block(_block, stage / f"blocks.{j}", x, c, c.dims[s])
-    return (convnet.tokens(op, x, c.dims[-1]),)
+    return (op.reshape(x, (0, -1, c.dims[-1])),)
 
 
 def _block(op: Ops[T], w: Weights[T], x: T, c: Config, channels: int) -> T:
-    y = op.conv(x, w / "depthwise", stride=1, padding=3, groups=channels)
+    y = convnet.channels_first(op, x)
+    y = op.conv(y, w / "depthwise", stride=1, padding=3, groups=channels)
     y = op.layer_norm(convnet.channels_last(op, y), w / "norm", c.eps)
     y = op.linear(op.gelu(op.linear(y, w / "up")), w / "down")
     if c.scaled:
         y = op.mul(y, w["scale"])
-    return op.add(x, convnet.channels_first(op, y))
+    return op.add(x, y)
 
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
