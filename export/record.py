@@ -359,11 +359,11 @@ class OnnxOps:
     def concat(self, xs: Sequence[str], axis: int) -> str:
         return self.one("Concat", list(xs), axis=axis)
 
-    def slice(self, x: str, axis: int, start: int, stop: int | None) -> str:
-        if start == 0 and stop is None:
+    def slice(self, x: str, axis: int, start: int, stop: int | None, step: int = 1) -> str:
+        if start == 0 and stop is None and step == 1:
             return x
         end = np.iinfo(np.int64).max if stop is None else stop
-        bounds = [self.ints(start), self.ints(end), self.ints(axis), self.ints(1)]
+        bounds = [self.ints(start), self.ints(end), self.ints(axis), self.ints(step)]
         return self.one("Slice", [x, *bounds])
 
     def reshape(self, x: str, shape: tuple[int, ...]) -> str:

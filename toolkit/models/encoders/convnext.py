@@ -93,8 +93,8 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
     for s, depth in enumerate(c.depths):
         stage = w / f"stages.{s}"
         if s:
-            x = convnet.channels_first(op, op.layer_norm(x, stage / "down" / "norm", c.eps))
-            x = convnet.channels_last(op, op.conv(x, stage / "down" / "conv", stride=2))
+            x = op.layer_norm(x, stage / "down" / "norm", c.eps)
+            x = op.linear(convnet.squares(op, x), stage / "down" / "linear")
         for j in range(depth):
             x = op.block(_block, stage / f"blocks.{j}", x, c, c.dims[s])
     return (op.reshape(x, (0, -1, c.dims[-1])),)
@@ -118,7 +118,8 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
         if s:
             before = c.dims[s - 1]
             tensors |= convnet.norm_shapes(f"stages.{s}.down.norm", before)
-            tensors |= convnet.conv_shapes(f"stages.{s}.down.conv", before, d, 2)
+            tensors |= {f"stages.{s}.down.linear.weight": (4 * before, d)}
+            tensors |= {f"stages.{s}.down.linear.bias": (d,)}
         for j in range(depth):
             block = f"stages.{s}.blocks.{j}"
             tensors |= convnet.conv_shapes(f"{block}.depthwise", d, d, 7, groups=d)
@@ -145,8 +146,9 @@ def _recipe(key: str) -> Recipe:
         return keep(f"embeddings.{theirs}.{leaf}")
     _, stage, path_in_stage = layer.split(".", 2)
     if path_in_stage.startswith("down."):
-        number = 1 if path_in_stage.endswith("conv") else 0
-        return keep(f"encoder.stages.{stage}.downsampling_layer.{number}.{leaf}")
+        number = 1 if path_in_stage.endswith("linear") else 0
+        stored = f"encoder.stages.{stage}.downsampling_layer.{number}.{leaf}"
+        return convnet.of_squares(stored) if number and leaf == "weight" else keep(stored)
     _, block, *name = path_in_stage.split(".")
     source = f"encoder.stages.{stage}.layers.{block}"
     if leaf == "scale":
