@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgevlm.toolkit.models.recipes import Recipe
-from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
 
 Shapes = dict[str, tuple[int, ...]]
 
