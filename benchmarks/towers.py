@@ -143,11 +143,11 @@ class Lines:
             file.write(json.dumps(line) + "\n")
 
     def rows(self, tower: Tower, threads: int) -> list[Row]:
-        """The sides that were measured with all threads and with one."""
+        """The sides that were measured with one thread; their lines with more may be missing."""
         rows = []
         for side in SIDES:
-            lines = {n: self.of(tower, side, n) for n in (threads, 1)}
-            if all(lines.values()):
+            lines = {n: self.of(tower, side, n) for n in (1, threads)}
+            if lines[1]:
                 rows.append(Row(side.program, side.name, 0, 0, lines))
         return rows
 
@@ -162,7 +162,7 @@ def measure(place: Place, options: Namespace, lines: Lines, notes: list[str]) ->
         runs = max(options.runs // (2 if tower.side > 1000 else 1), 1)
         for number in range(options.rounds):
             for side in sides:
-                for threads in dict.fromkeys((1, options.threads)):
+                for threads in (1,) if options.cpu_alone else (1, options.threads):
                     if len(lines.of(tower, side, threads)) > number:
                         continue
                     told(f"round {number + 1}: {tower.name}: {side.key}, {threads} threads")
@@ -208,18 +208,17 @@ def report(lines: Lines, options: Namespace, notes: list[str]) -> Report:
         found: dict[str, Any] = {}
         for row in rows:
             one = spread(row.laps(1, LAP, "cpu_s"))
-            wall = spread(row.laps(options.threads, LAP, "wall_s"))
-            whole = row.figures(options.threads)
+            laps = row.laps(options.threads, LAP, "wall_s")
+            wall, whole = spread(laps) if laps else None, row.figures(1)
             found[row.key] = {
                 "cpu_s": one,
                 "wall_s": wall,
                 "peak_rss_mb": whole["peak_rss_mb"],
-                "elsewhere": whole["elsewhere"],
                 "cosine": alike.get(row.key),
                 "versions": row.told()["versions"],
             }
             cpu[row.key] = one.median
-            result.rows.append((tower.name, row.key, one, wall, whole["peak_rss_mb"]))
+            result.rows.append((tower.name, row.key, one, wall or "–", whole["peak_rss_mb"]))
         if found:
             result.measured[tower.name] = found
         result.bars += bars(tower, cpu)
@@ -260,7 +259,7 @@ def markdown(result: Report) -> list[str]:
         for key, found in sides.items():
             like = "" if found["cosine"] is None else f"{found['cosine']:.4f}"
             peak = f"{found['peak_rss_mb'].median:,.0f}"
-            cells = (tower, key, found["cpu_s"], found["wall_s"], peak, like)
+            cells = (tower, key, found["cpu_s"], found["wall_s"] or "–", peak, like)
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
@@ -276,6 +275,7 @@ def command_line() -> ArgumentParser:
     options.add_argument("--rounds", type=int, default=2, help="processes of each setting")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--patience", type=float, default=20.0, help="wait for quiet, seconds")
+    options.add_argument("--cpu-alone", action="store_true", help="one thread alone, no wall times")
     options.add_argument("--again", action="store_true", help="forget what was measured before")
     return options
 
