@@ -45,8 +45,8 @@ class Tower:
 
 
 TOWERS = (
-    Tower("ConvLLaVA, 768", "convllava-0.5b-768", 768),
-    Tower("ConvLLaVA, 1536", "convllava-0.5b-768", 1536),  # the same tower takes any size
+    Tower("ConvLLaVA 768", "convllava-0.5b-768", 768),
+    Tower("ConvLLaVA 1536", "convllava-0.5b-768", 1536),  # the same tower takes any size
     Tower("COMM", "comm-0.5b", 336),
     Tower("MMFuser", "mmfuser-0.5b", 336),
 )
@@ -154,10 +154,12 @@ class Lines:
 
 def measure(place: Place, options: Namespace, lines: Lines, notes: list[str]) -> None:
     """Every tower: all sides in turn, with all threads and with one; what fails is noted."""
-    sides = [s for s in SIDES if any(s.key.startswith(name) for name in options.only.split(","))]
+    asked, left_out = options.only.split(","), options.without.split(",")
+    sides = [s for s in SIDES if s.key.startswith(tuple(asked))]
+    sides = [s for s in sides if not any(word and word in s.key for word in left_out)]
     if any(side.program == "openvino" for side in sides):
         programs.install_openvino(place)
-    for tower in [t for t in TOWERS if t.preset.startswith(tuple(options.presets.split(",")))]:
+    for tower in [t for t in TOWERS if t.name.startswith(tuple(options.towers.split(",")))]:
         folders = prepare(place, tower, sides)
         runs = max(options.runs // (2 if tower.side > 1000 else 1), 1)
         for number in range(options.rounds):
@@ -267,10 +269,10 @@ def markdown(result: Report) -> list[str]:
 def command_line() -> ArgumentParser:
     """Its options."""
     options = parser(__doc__)
-    options.add_argument(
-        "--presets", default="convllava,comm,mmfuser", help="what names begin with"
-    )
+    names = ",".join(tower.name for tower in TOWERS)
+    options.add_argument("--towers", default=names, help="what their names begin with")
     options.add_argument("--only", default="edgevlm,torch,openvino", help="what sides begin with")
+    options.add_argument("--without", default="", help="parts of names of sides to leave out")
     options.add_argument("--runs", type=int, default=3, help="of a process; half at 1536 pixels")
     options.add_argument("--rounds", type=int, default=2, help="processes of each setting")
     options.add_argument("--threads", type=int, default=2)

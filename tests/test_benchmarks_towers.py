@@ -82,7 +82,7 @@ def test_a_side_that_fails_is_noted_and_the_others_go_on(
     monkeypatch.setattr(
         towers, "prepare", lambda place, tower, sides: dict.fromkeys([s.key for s in sides])
     )
-    words = ["--presets", "comm", "--only", "edgevlm", "--rounds", "1"]
+    words = ["--towers", "COMM", "--only", "edgevlm", "--rounds", "1"]
     options, notes = towers.command_line().parse_args(words), list[str]()
     lines = Lines(tmp_path / "towers.jsonl", again=False)
     towers.measure(Place(tmp_path), options, lines, notes)
