@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from edgevlm.calibration import command as calibration
-from edgevlm.toolkit.terminal.failures import fail, unexpected
 from edgevlm.toolkit.terminal.flags import (
     AcceptLoss,
     AllowBanned,
@@ -370,6 +369,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _guarded(debug: bool) -> int:
     from edgevlm.toolkit.errors import ToolkitError
+    from edgevlm.toolkit.terminal.failures import fail, unexpected
 
     try:
         code = app(standalone_mode=False)
