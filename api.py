@@ -262,9 +262,10 @@ def calibrate(
     """Quantize a float bundle with samples, as `edgevlm calibrate` does.
 
     settings: see edgevlm.calibration.samples.Settings. Writes the bundle `out`; what was found.
-    Raises ToolkitError; nothing half-written stays.
+    Raises ToolkitError; an interrupted one goes on when the same is asked again.
     """
     from edgevlm.calibration import calibrate as calibration
+    from edgevlm.calibration import unfinished
     from edgevlm.calibration.pictures import Given
     from edgevlm.calibration.samples import Settings
     from edgevlm.export import available
@@ -275,10 +276,11 @@ def calibrate(
 
     given = Given(*(None if file is None else Path(file) for file in (images, prompts, text)))
     say, where = progress or _silent, (Path(bundle), Path(out), given, Settings(to, **settings))
-    source, found = calibration.of_bundle(*where, forward.interpreter(), say, force)
-    write.write_bundle(
-        source, Path(out), dtype=found.dtype, made_by=made_by(), force=force, progress=say
-    )
+    with unfinished.beside(Path(out)) as kept:
+        source, found = calibration.of_bundle(*where, forward.interpreter(), say, force, kept)
+        write.write_bundle(
+            source, Path(out), dtype=found.dtype, made_by=made_by(), force=force, progress=say
+        )
     return found
 
 

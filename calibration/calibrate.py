@@ -19,8 +19,9 @@ from edgevlm.calibration import gptq, static, unsampled, weight_only
 from edgevlm.calibration.many import Many, ManyOps, hidden
 from edgevlm.calibration.pictures import Given
 from edgevlm.calibration.quality import Quality, compare
-from edgevlm.calibration.samples import BLOCKS, STATIC, Settings, check, windows_of
+from edgevlm.calibration.samples import BLOCKS, STATIC, Settings, budget_of, check, windows_of
 from edgevlm.calibration.static import Interpreter, StaticCalibration
+from edgevlm.calibration.unfinished import Unfinished
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle.atomic import refuse_existing, refuse_source
 from edgevlm.toolkit.bundle.manifest import Bundle
@@ -72,15 +73,16 @@ def of_bundle(
     interpreter: Interpreter | None,
     progress: Progress,
     force: bool,
+    kept: Unfinished,
 ) -> tuple[Source, Calibration | StaticCalibration]:
     """A float bundle's model with calibrated weights, to be written to `out`.
 
-    interpreter: for static INT8; None for NumPy's. Raises ToolkitError before any work where that
-    cannot be.
+    interpreter: for static INT8; None for NumPy's. kept: what an earlier run found. Raises
+    ToolkitError before any work where that cannot be.
     """
     check(settings)
     if settings.to == STATIC:
-        return static.of_bundle(path, out, given, settings, interpreter, progress, force)
+        return static.of_bundle(path, out, given, settings, interpreter, progress, force, kept)
     if given.text is None or given.images or given.prompts:
         raise ConfigError(
             f"--to {settings.to} is calibrated with text alone", hint="give --text FILE, no images"
@@ -119,7 +121,7 @@ def calibrate(
         found = compare(lm, weights, Coded(weights, {**codes, **kept}), held, progress)
         plan = weight_only.plan("int8", "--to")
         layers = tuple(Layer(_path(key, lm), 8, 0.0) for key in linears)
-        within = found.growth <= settings.budget
+        within = found.growth <= budget_of(settings)
         return Calibration(plan, {**codes, **kept}, layers, 0.0, found, within)
     zero_points = settings.zero_points
     storage = StorageFormat(4, True, LINEAR[4].suffix, settings.block, zero_points)
@@ -144,7 +146,7 @@ def calibrate(
     )
     layers = tuple(Layer(_path(k, lm), chosen[k].storage.bits, errors[k]) for k in linears)
     share = 1 - sum(_size(lm, k) for k in in_8.keys) / sum(_size(lm, k) for k in linears)
-    within = in_8.quality.growth <= settings.budget
+    within = in_8.quality.growth <= budget_of(settings)
     return Calibration(plan, {**chosen, **kept}, layers, share, in_8.quality, within)
 
 
@@ -177,7 +179,7 @@ def _until_it_fits(
         found = _Fit(keys, compare(lm, weights, Coded(weights, mixed), held, progress, known))
         if best is None or found.quality.growth < best.quality.growth:
             best = found
-        if best.quality.growth <= _AIM * settings.budget:
+        if best.quality.growth <= _AIM * budget_of(settings):
             break
     assert best is not None
     return best
