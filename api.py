@@ -276,7 +276,7 @@ def calibrate(
 
     given = Given(*(None if file is None else Path(file) for file in (images, prompts, text)))
     say, where = progress or _silent, (Path(bundle), Path(out), given, Settings(to, **settings))
-    with unfinished.beside(Path(out)) as kept:
+    with unfinished.beside(Path(out), made_by()) as kept:
         source, found = calibration.of_bundle(*where, forward.interpreter(), say, force, kept)
         write.write_bundle(
             source, Path(out), dtype=found.dtype, made_by=made_by(), force=force, progress=say

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.calibration import samples, unfinished
+from edgevlm.calibration import samples
 from edgevlm.calibration.appraise import Whole
 from edgevlm.calibration.calibrator import Calibrator, Measured
 from edgevlm.calibration.chain import Arithmetic, Chain, in_numpy
@@ -113,8 +113,7 @@ def of_bundle(
         chain.check(sample)
     used = chosen.calibrating, chosen.held_out
     computes = type(arithmetic.ops).__name__
-    parts = (bundle.sha256, settings, *map(_sha256, used), computes)
-    kept.begin(unfinished.key_of(*parts), progress)
+    kept.begin(progress, bundle.sha256, settings, *map(_sha256, used), computes)
     plan = replace(plan, samples=len(used[0]), samples_sha256=_sha256(used[0]))
     found = Calibrator(chain, arithmetic, settings, progress, kept).run(source, plan, chosen)
     return found.source, _result(found, bundle, settings, len(chosen.held_out))

@@ -53,22 +53,25 @@ class Found(Protocol):
 class Unfinished:
     """A folder with what was found; without one nothing is kept.
 
-    seconds: the least time between two times that a pass is kept before its end.
+    made_by: the program.
     """
 
-    def __init__(self, folder: Path | None = None, seconds: float = _SECONDS) -> None:
+    def __init__(self, folder: Path | None = None, made_by: str = "") -> None:
         self.folder = folder
-        self._seconds = seconds
+        self._made_by = made_by
         self._kept_at = time.monotonic()
         self._descriptor: int | None = None
 
-    def begin(self, key: str, progress: Callable[[str], None]) -> None:
-        """Take the folder: what it holds is kept if it was found with the same `key`.
+    def begin(self, progress: Callable[[str], None], *parts: Any) -> None:
+        """Take the folder: what it holds is kept if it was found by the same program, versions of
+        NumPy included, for the same `parts`: all that the calibration depends on.
 
         Raises OutputError if another process is at work there.
         """
         if self.folder is None:
             return
+        plain = to_plain([FORMAT, self._made_by, np.__version__, *parts])
+        key = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
         old = self.folder / _KEY
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
@@ -80,10 +83,10 @@ class Unfinished:
                 file.unlink()
         old.write_text(key)
 
-    def get(self, name: str) -> dict[str, Array] | None:
-        """The arrays kept under a name, mapped from the file; None if there are none."""
-        file = None if self.folder is None else SafetensorsFile(self._file(name))
-        return None if file is None else {key: file.read(key) for key in file.keys()}  # noqa: SIM118
+    def get(self, name: str) -> dict[str, Array]:
+        """The arrays kept under a name, mapped from the file."""
+        file = SafetensorsFile(self._file(name))
+        return {key: file.read(key) for key in file.entries}
 
     def has(self, name: str) -> bool:
         """Whether something is kept under a name."""
@@ -97,28 +100,25 @@ class Unfinished:
         part = self._file(name).with_suffix(".part")
         write_safetensors(part, specs, lambda spec: row_blocks(arrays[spec.name]))
         os.replace(part, self._file(name))
+        self._kept_at = time.monotonic()
 
     def take_up(self, name: str, found: Found) -> int:
         """Fill `found` with what an earlier run kept; how many samples that was of."""
         if not self.has(name):
             return 0
         arrays = self.get(name)
-        assert arrays is not None
         done = int(arrays.pop(_DONE)[0])
         found.fill(arrays)
         return done
 
     def keep(self, name: str, found: Found, done: int, *, last: bool) -> None:
         """Keep what was found in the first `done` samples, if it is the last time or long ago."""
-        if self.folder is None or not (last or time.monotonic() - self._kept_at >= self._seconds):
-            return
-        self.put(name, {**found.arrays(), _DONE: np.array([done], np.int64)})
-        self._kept_at = time.monotonic()
+        if last or self.due():
+            self.put(name, {**found.arrays(), _DONE: np.array([done], np.int64)})
 
-    def drop(self, name: str) -> None:
-        """Keep a name no longer."""
-        if self.folder is not None:
-            self._file(name).unlink(missing_ok=True)
+    def due(self) -> bool:
+        """Whether nothing was kept for a while."""
+        return time.monotonic() - self._kept_at >= _SECONDS
 
     def close(self, *, remove: bool) -> None:
         """Let go of the folder. remove: with all that it holds."""
@@ -146,7 +146,7 @@ class Unfinished:
 
 
 @contextmanager
-def beside(out: Path) -> Iterator[Unfinished]:
+def beside(out: Path, made_by: str) -> Iterator[Unfinished]:
     """What an unfinished calibration of `out` has found; removed when the block ends well.
 
     It stays where the block is interrupted, or `out` cannot be written; where the calibration is
@@ -154,7 +154,7 @@ def beside(out: Path) -> Iterator[Unfinished]:
     """
     final = out.resolve()
     parents = [parent for parent in final.parents if not parent.exists()]
-    kept = Unfinished(final.with_name(f".{final.name}.calibrating"))
+    kept = Unfinished(final.with_name(f".{final.name}.calibrating"), made_by)
     remove = False
     try:
         yield kept
@@ -171,11 +171,3 @@ def beside(out: Path) -> Iterator[Unfinished]:
         with suppress(OSError):  # one that holds something stays
             for parent in parents:
                 parent.rmdir()
-
-
-def key_of(*parts: Any) -> str:
-    """A hash of what a calibration depends on, and of the versions of what computes it."""
-    from edgevlm import __version__
-
-    plain = to_plain([FORMAT, __version__, np.__version__, *parts])
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
