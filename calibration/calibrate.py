@@ -262,9 +262,7 @@ class Compensate(ManyOps):
         found = gptq.compensated(matrix, self._seen[1], fitting(self.storage, len(matrix)), w.path)
         self.codes.add(key, found.codes, found.error)
         number = list(self.linears).index(key) + 1
-        self.progress(
-            f"{w.path} ({number} of {len(self.linears)}): error {found.error:.2g}"
-        )
+        self.progress(f"{w.path} ({number} of {len(self.linears)}): error {found.error:.2g}")
         return super().linear(x, w.replacing(weight=found.codes.floats()))
 
 
