@@ -246,7 +246,8 @@ class Calibrator:
             if budget is None or best[1].growth <= AIM * budget:
                 break
             mixed = without_worst(plan, worst, layers_of(self._chain.model), step)
-            what = f"errors, {len(plan.ranges) - len(mixed.ranges)} layers in float"
+            spared = len(plan.ranges) - len(mixed.ranges)
+            what = f"errors {step + 1}, {spared} layers in float"
             own = _in_int8(biases, mixed)
             whole = self._measured(what, weights, own, mixed, held, layers=False)
             if whole.growth < best[1].growth:

@@ -291,7 +291,7 @@ def following(sample: Sample) -> Array | None:
     if sample.ids is None:
         return None
     at = _spread(len(sample.ids), SCORED_IN_TEXT)
-    return np.append(sample.ids, -1)[at + 1]
+    return np.asarray(np.append(sample.ids, -1)[at + 1])
 
 
 def _spread(count: int, most: int) -> Array:

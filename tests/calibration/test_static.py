@@ -553,3 +553,52 @@ def test_the_verb_writes_a_report(bundle: Path, images: Path, tmp_path: Path) ->
     for part in data["components"]:
         assert part["bytes_after"] < part["bytes_before"]
     assert not [layer for layer in data["layers"] if layer["path"].startswith("lm/layers.1/")]
+
+
+def test_the_budget_leaves_the_worst_layers_in_float(bundle: Path, tmp_path: Path) -> None:
+    given = {"text": TEXT, "window": 24, "windows": 6, "keep_float": KEEP_VISION}
+    plain = calibrated(bundle, tmp_path / "plain", **given)
+    assert plain.within_budget
+    assert not any(layer.in_float for layer in plain.layers)
+    assert plain.growth == pytest.approx(np.expm1(plain.kl))
+    assert plain.tokens == 8 * 23  # the last of a window has no next
+    assert plain.perplexity != plain.perplexity_float
+    lines: list[str] = []
+    found = calibrated(bundle, tmp_path / "q", budget=1e-9, progress=lines.append, **given)
+    spared = [layer.path for layer in found.layers if layer.in_float]
+    assert spared
+    assert found.layers[0].path in spared
+    assert not found.within_budget
+    assert found.growth < plain.growth
+    assert set(found.plan.ranges) == {layer.path for layer in found.layers} - set(spared)
+    assert sum("layers in float" in line for line in lines) == 3 * 2
+    made = api.build_engine(tmp_path / "q", tmp_path / "e", accept_loss=0.5)
+    assert made.plan.at(spared[0]) == "float"
+    loose = calibrated(bundle, tmp_path / "r", budget=10.0, **given)
+    assert loose.plan == plain.plan
+
+
+def test_samples_together_give_what_each_gives(bundle: Path, images: Path) -> None:
+    opened = Bundle.open(bundle)
+    chain, weights = (
+        Chain(opened.model, opened.tokenizer()),
+        systems.load(bundle, Options()).weights,
+    )
+    files = sorted(images.iterdir())
+    samples = [
+        Sample(files[0]),
+        Sample(files[1]),
+        Sample(None, "No image."),
+        Sample(files[2], "Another length?"),
+        Sample(ids=np.arange(24) % 40),
+        Sample(ids=np.arange(1, 25) % 40),
+    ]
+    by = Passage(weights, in_numpy())
+    together = chain.run_all(samples, by)
+    for sample, found in zip(samples, together, strict=True):
+        alone = chain.run(sample, by)
+        assert alone.keys() == found.keys()
+        for name, outputs in alone.items():
+            for port, array in outputs.items():
+                assert relative_difference(found[name][port], array) < 1e-5
+    assert "lm" not in chain.run_all(samples, by, language=False)[0]
