@@ -24,7 +24,7 @@ from edgevlm.toolkit.text import prompts
 from edgevlm.toolkit.text.prompts import Prompt, PromptSequence
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.components import Component, zero_states
+from edgevlm.toolkit.vlm.components import Component, no_states
 from edgevlm.toolkit.vlm.config import ModelConfig
 
 SCORED = 16  # positions of a prompt whose logits are compared
@@ -264,7 +264,7 @@ class Chain:
             "features": np.concatenate(features),
             "start": np.zeros(len(reads), np.int64),
             "score": np.stack([read.score for read in reads]),
-            **zero_states(part.inputs, part.outputs, {"batch": len(reads), "context": length}),
+            **no_states(part.inputs, part.outputs, {"batch": len(reads), "context": length}),
         }
         return list(by.run(part, inputs)["logits"][:, None])
 

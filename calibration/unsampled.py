@@ -21,7 +21,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import Source
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
 from edgevlm.toolkit.ops.wrappers import Observe, Wrapper
 from edgevlm.toolkit.text.tokenizer import Tokenizer
-from edgevlm.toolkit.vlm.components import Component, Port, components, zero_states
+from edgevlm.toolkit.vlm.components import Component, Port, components, no_states
 from edgevlm.toolkit.vlm.cost import image_axes
 
 ALPHA = 0.5
@@ -153,5 +153,5 @@ def _read(part: Component, ids: Array) -> dict[str, Array]:
         "features": np.zeros((1, width), np.float32),
         "start": np.zeros(count, np.int64),
         "score": np.full((count, 1), length - 1),
-        **zero_states(part.inputs, part.outputs, {"batch": count, "context": length}),
+        **no_states(part.inputs, part.outputs, {"batch": count, "context": length}),
     }
