@@ -86,7 +86,7 @@ STOPS = {  # where it is interrupted, and a line that is not to come again
     "ranges": ("static", "ranges: samples 5", "ranges: samples 1 to"),
     "biases": ("static", "biases: samples 5", "ranges: samples"),
     "budget": ("static", "layers in float: samples 1", "errors: samples"),
-    "written": ("static", "writing graph", "errors, "),
+    "written": ("static", "writing graph", "layers in float"),
     "linear": ("int4", "layers.1/attention/out", "layers.1/attention/v"),
     "mix": ("int4", "encoder.clip: writing", "measuring on"),
 }
