@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgevlm.toolkit.ops.vocabulary import Weights
+from edgevlm.toolkit.ops.vocabulary import Array, Weights
 from edgevlm.training.torch_ops import TorchOps
 
 
@@ -23,3 +23,9 @@ class ForwardOps(TorchOps):
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         return torch.nn.functional.silu(gate).mul_(up)
+
+    def fake_quant(self, x: Tensor, scale: Array, *, axis: int | None, path: str) -> Tensor:
+        step = torch.from_numpy(scale).to(x.dtype)
+        if axis is not None:
+            step = step.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+        return (x / step).clamp_(-128, 127).round_().mul_(step)
