@@ -131,7 +131,8 @@ def export_bundle(
         revision=revision,
         offline=offline,
     )
-    write_source(model, source, out, dtype=dtype, target=target, force=force, progress=progress)
+    lint(model, dtype, target)
+    write_source(model, source, out, dtype=dtype, force=force, progress=progress)
     return Bundle.open(Path(out))
 
 
@@ -141,7 +142,6 @@ def write_source(
     out: str | Path,
     *,
     dtype: str,
-    target: str | None,
     force: bool,
     progress: Progress | None,
 ) -> None:
@@ -150,7 +150,6 @@ def write_source(
     from edgevlm.toolkit.bundle.atomic import refuse_source
 
     refuse_source(Path(out), Path(source))
-    lint(model, dtype, target)
     write.write_bundle(
         model,
         Path(out),
@@ -274,9 +273,10 @@ def calibrate(
     """Quantize a float bundle with samples, as `edgevlm calibrate` does.
 
     settings: see edgevlm.calibration.samples.Settings. Writes the bundle `out`; what was found.
-    Raises ToolkitError; nothing half-written stays.
+    Raises ToolkitError; an interrupted one goes on when the same is asked again.
     """
     from edgevlm.calibration import calibrate as calibration
+    from edgevlm.calibration import unfinished
     from edgevlm.calibration.pictures import Given
     from edgevlm.calibration.samples import Settings
     from edgevlm.export import available
@@ -287,10 +287,11 @@ def calibrate(
 
     given = Given(*(None if file is None else Path(file) for file in (images, prompts, text)))
     say, where = progress or _silent, (Path(bundle), Path(out), given, Settings(to, **settings))
-    source, found = calibration.of_bundle(*where, forward.interpreter(), say, force)
-    write.write_bundle(
-        source, Path(out), dtype=found.dtype, made_by=made_by(), force=force, progress=say
-    )
+    with unfinished.beside(Path(out), made_by()) as kept:
+        source, found = calibration.of_bundle(*where, forward.interpreter(), say, force, kept)
+        write.write_bundle(
+            source, Path(out), dtype=found.dtype, made_by=made_by(), force=force, progress=say
+        )
     return found
 
 

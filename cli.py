@@ -117,9 +117,7 @@ def export(
     if dry_run:
         console.result(*with_lowering(summary.planned_bundle(model, dtype, out), decisions))
         return
-    api.write_source(
-        model, source, out, dtype=dtype, target=None, force=force, progress=console.step
-    )
+    api.write_source(model, source, out, dtype=dtype, force=force, progress=console.step)
     console.result(*with_lowering(summary.written_bundle(out, peak_rss_mb()), decisions))
 
 
