@@ -286,12 +286,12 @@ def calibrate(
     from edgevlm.export import write
 
     given = Given(*(None if file is None else Path(file) for file in (images, prompts, text)))
-    say, where = progress or _silent, (Path(bundle), Path(out), given, Settings(to, **settings))
-    with unfinished.beside(Path(out), made_by()) as kept:
+    say, target, name = progress or _silent, Path(out), made_by()
+    where = (Path(bundle), target, given, Settings(to, **settings))
+    with unfinished.beside(target, name) as kept:
         source, found = calibration.of_bundle(*where, forward.interpreter(), say, force, kept)
-        write.write_bundle(
-            source, Path(out), dtype=found.dtype, made_by=made_by(), force=force, progress=say
-        )
+        options: dict[str, Any] = {"dtype": found.dtype, "force": force, "progress": say}
+        write.write_bundle(source, target, made_by=name, **options)
     return found
 
 

@@ -39,7 +39,7 @@ def layers_of(model: ModelConfig) -> Layers:
         for cost in counter.costs:
             if cost.op in ("linear", "conv") and cost.matrix_elements:
                 flops[cost.path] = flops.get(cost.path, 0) + cost.flops
-            elif cost.op in ("linear", "conv"):
+            elif cost.op in ("linear", "conv", "layer_merge"):  # the last has no codes of its own
                 made.append(cost.path)
     return Layers(flops, tuple(made), totals)
 

@@ -42,9 +42,7 @@ def deep(layers: int, folder: Path) -> Source:
     source = replace(
         tiny, model=replace(tiny.model, lm=lm), weights={**tiny.weights, lm.name: weights}
     )
-    api.write_source(
-        source, "deep", folder, dtype="fp32", target=None, force=False, progress=silent
-    )
+    api.write_source(source, "deep", folder, dtype="fp32", force=False, progress=silent)
     return systems.load(folder, Options())
 
 
