@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgevlm.engines.manifest import Engine
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+    from edgevlm.toolkit.quantization.plan import PrecisionPlan
     from edgevlm.training.run import Result
 
 Progress = Callable[[str], None]
@@ -160,10 +161,7 @@ def write_source(
 
 
 def lint(model: Source, dtype: str, target: str | None) -> list[Decision]:
-    """How each op of an opened source would be lowered for a target; nothing without one.
-
-    Raises UnsupportedError naming what the target lacks.
-    """
+    """How a target would lower an opened source. Raises UnsupportedError for what it lacks."""
     if target is None:
         return []
     from edgevlm.engines.build import build
@@ -321,7 +319,6 @@ def train(
     TrainOptions and TowerOptions in edgevlm.training. original: also write the result there, in the
     model's published layout. Raises ToolkitError; a killed run can be resumed.
     """
-    from edgevlm.calibration import weight_only
     from edgevlm.training import restore, stages
     from edgevlm.training.assemble import from_parts
     from edgevlm.training.towers import options as tower_options
@@ -349,7 +346,7 @@ def train(
         if towers
         else _begun(model, reading, random_weights=random_weights, seed=chosen.seed)
     )
-    plan = weight_only.plan_of(chosen.qat, option="--qat") if chosen.qat else None
+    plan = _plan(chosen.qat) if chosen.qat else None
     request = Request(stage, model, source, Path(out), chosen, resume, made_by(), say, plan, quiet)
     result = train(request)
     if original is not None and result.process == 0:  # the others end before it is written
@@ -367,6 +364,12 @@ def _begun(model: str, options: Options, *, random_weights: bool, seed: int) -> 
     if random_weights:
         return source
     return replace(source, origin={"folder": model, **source.origin})
+
+
+def _plan(qat: str) -> PrecisionPlan:
+    from edgevlm.calibration import weight_only
+
+    return weight_only.plan_of(qat, option="--qat")
 
 
 def inspect(path: Path) -> tuple[Any, list[str]]:
