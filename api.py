@@ -131,7 +131,8 @@ def export_bundle(
         revision=revision,
         offline=offline,
     )
-    write_source(model, source, out, dtype=dtype, target=target, force=force, progress=progress)
+    lint(model, dtype, target)
+    write_source(model, source, out, dtype=dtype, force=force, progress=progress)
     return Bundle.open(Path(out))
 
 
@@ -141,7 +142,6 @@ def write_source(
     out: str | Path,
     *,
     dtype: str,
-    target: str | None,
     force: bool,
     progress: Progress | None,
 ) -> None:
@@ -150,7 +150,6 @@ def write_source(
     from edgevlm.toolkit.bundle.atomic import refuse_source
 
     refuse_source(Path(out), Path(source))
-    lint(model, dtype, target)
     write.write_bundle(
         model,
         Path(out),
@@ -162,10 +161,7 @@ def write_source(
 
 
 def lint(model: Source, dtype: str, target: str | None) -> list[Decision]:
-    """How each op of an opened source would be lowered for a target; nothing without one.
-
-    Raises UnsupportedError naming what the target lacks.
-    """
+    """How a target would lower an opened source. Raises UnsupportedError for what it lacks."""
     if target is None:
         return []
     from edgevlm.engines.build import build
@@ -274,9 +270,10 @@ def calibrate(
     """Quantize a float bundle with samples, as `edgevlm calibrate` does.
 
     settings: see edgevlm.calibration.samples.Settings. Writes the bundle `out`; what was found.
-    Raises ToolkitError; nothing half-written stays.
+    Raises ToolkitError; an interrupted one goes on when the same is asked again.
     """
     from edgevlm.calibration import calibrate as calibration
+    from edgevlm.calibration import unfinished
     from edgevlm.calibration.pictures import Given
     from edgevlm.calibration.samples import Settings
     from edgevlm.export import available
@@ -286,11 +283,12 @@ def calibrate(
     from edgevlm.export import write
 
     given = Given(*(None if file is None else Path(file) for file in (images, prompts, text)))
-    say, where = progress or _silent, (Path(bundle), Path(out), given, Settings(to, **settings))
-    source, found = calibration.of_bundle(*where, forward.interpreter(), say, force)
-    write.write_bundle(
-        source, Path(out), dtype=found.dtype, made_by=made_by(), force=force, progress=say
-    )
+    say, target, name = progress or _silent, Path(out), made_by()
+    where = (Path(bundle), target, given, Settings(to, **settings))
+    with unfinished.beside(target, name) as kept:
+        source, found = calibration.of_bundle(*where, forward.interpreter(), say, force, kept)
+        options: dict[str, Any] = {"dtype": found.dtype, "force": force, "progress": say}
+        write.write_bundle(source, target, made_by=name, **options)
     return found
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from edgevlm.calibration import command as calibration
-from edgevlm.toolkit.terminal.failures import fail, unexpected
 from edgevlm.toolkit.terminal.flags import (
     AcceptLoss,
     AllowBanned,
@@ -118,9 +117,7 @@ def export(
     if dry_run:
         console.result(*with_lowering(summary.planned_bundle(model, dtype, out), decisions))
         return
-    api.write_source(
-        model, source, out, dtype=dtype, target=None, force=force, progress=console.step
-    )
+    api.write_source(model, source, out, dtype=dtype, force=force, progress=console.step)
     console.result(*with_lowering(summary.written_bundle(out, peak_rss_mb()), decisions))
 
 
@@ -370,6 +367,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _guarded(debug: bool) -> int:
     from edgevlm.toolkit.errors import ToolkitError
+    from edgevlm.toolkit.terminal.failures import fail, unexpected
 
     try:
         code = app(standalone_mode=False)
