@@ -12,6 +12,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from edgevlm.engines.backends import sessions
@@ -27,6 +28,7 @@ _OF_SHAPES = frozenset(
     "Add Cast Concat Div Expand Gather Max Mul Range Reshape Shape Slice Squeeze Sub Unsqueeze "
     "Where".split()
 )
+_LOADING = Lock()
 _NO_GRAPH = ("graph capture", "cuda graph", "CUDA graph", "CUDA Graph")
 _OUT_OF_MEMORY = ("out of memory", "Failed to allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -107,7 +109,8 @@ def _preload() -> None:
     except ImportError:
         raise MissingExtra("onnxruntime-gpu", "gpu", purpose="running on a card") from None
     if hasattr(onnxruntime, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):
+        # Components are opened in several threads, and stdout is one for all of them.
+        with _LOADING, contextlib.redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
 
 

@@ -253,7 +253,8 @@ def test_only_the_decoder_captures_and_nothing_doubles(
     assert sorted(captures) == ["0", "0", "1"]
     assert {given["arena_extend_strategy"] for given in card.options} == {"kSameAsRequested"}
     assert {given["use_tf32"] for given in card.options} == {"0"}
-    assert capsys.readouterr().out == ""  # what the package prints of missing libraries
+    print("still here")  # the package's words on missing libraries are not, whoever opens what
+    assert capsys.readouterr().out == "still here\n"
 
 
 @pytest.mark.parametrize(
