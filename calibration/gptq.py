@@ -12,7 +12,7 @@ al., arXiv 2504.02692): errors of the layers before are made up for as well.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -63,26 +63,42 @@ def shift(inputs: Sequence[Array], plain: Sequence[Array]) -> Array:
     return total
 
 
-def compensated(
-    matrix: Array,
-    moments: Array,
-    storage: StorageFormat,
-    path: str,
-    shifted: Array | None = None,
-) -> Rounded:
-    """A weight [inputs, outputs] in `storage`, of inputs with these second moments.
+@dataclass
+class Inputs:
+    """What is known of a linear's inputs: second moments; shifted, `shift`, where layers before are
+    rounded. Linears with the same input share it, as it is costly to invert.
+    """
 
-    shifted: `shift` of the inputs, where layers before are rounded. Channels whose input is always
-    zero are rounded to nearest: nothing is known about them. Raises CalibrationError if the moments
-    are too few samples' to be inverted.
+    moments: Array
+    path: str
+    shifted: Array | None = None
+    _roots: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+
+    def root(self, block: int) -> tuple[Array, Array]:
+        """The order in which channels are rounded in such blocks, and U of channels in that order.
+
+        Raises CalibrationError if the moments are too few samples' to be inverted.
+        """
+        if block not in self._roots:
+            order = loudest_first(self.moments, block)
+            upper = inverse_root(self.moments[np.ix_(order, order)], self.path)
+            self._roots[block] = order, upper
+        return self._roots[block]
+
+
+def compensated(matrix: Array, inputs: Inputs, storage: StorageFormat) -> Rounded:
+    """A weight [inputs, outputs] in `storage`.
+
+    Channels whose input is always zero are rounded to nearest: nothing is known about them. Raises
+    CalibrationError if the inputs are too few or too alike.
     """
     block = storage.block_in(len(matrix))
     assert block is not None
-    order = loudest_first(moments, block)
+    order, upper = inputs.root(block)
     weight = np.array(matrix[order], np.float32)
-    upper = inverse_root(moments[np.ix_(order, order)], path)
-    if shifted is not None:
-        weight += upper.T @ (upper @ (shifted @ np.asarray(matrix, np.float32))[order])
+    if inputs.shifted is not None:
+        missing = inputs.shifted @ np.asarray(matrix, np.float32)
+        weight += upper.T @ (upper @ missing[order])
     into, wanted = _Into(weight.shape, block, order), weight.copy()
     for start in range(0, len(weight), _AT_ONCE):
         part = slice(start, min(start + _AT_ONCE, len(weight)))
@@ -91,7 +107,7 @@ def compensated(
     found = steps.stored(into.codes, into.scales, into.zeros, storage)
     target = np.empty_like(wanted)
     target[order] = wanted
-    return Rounded(found, output_error(target, found.floats(), moments))
+    return Rounded(found, output_error(target, found.floats(), inputs.moments))
 
 
 def loudest_first(moments: Array, block: int) -> Array:

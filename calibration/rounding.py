@@ -90,7 +90,7 @@ class _Round(ManyOps):
         self._progress = progress
         self._plain: Many | None = None  # what the float model has where a layer begins
         self._wanted: dict[str, Many] = {}  # inputs of this layer's linears in the float model
-        self._seen: tuple[Many | None, Array, Array | None] = (None, np.zeros(0), None)
+        self._seen: tuple[Many, gptq.Inputs] | None = None
 
     def block(self, function: Callable[..., Any], w: Weights[Any], *args: Any) -> Any:
         """A layer, whose first argument is the tensor that goes through all of them."""
@@ -118,24 +118,24 @@ class _Round(ManyOps):
         if key not in self._storages:
             return super().linear(x, w)
         matrix, storage = np.asarray(w["weight"], np.float32), self._storages[key]
-        moments, shifted = self._inputs(x, w)
+        inputs = self._inputs(x, w)
         if "gptq" in self._method:
-            found = gptq.compensated(matrix, moments, storage, w.path, shifted)
+            found = gptq.compensated(matrix, inputs, storage)
             made, error = found.codes, found.error
         else:
-            energy = np.diag(moments) if self._method == "awq" else None
+            energy = np.diag(inputs.moments) if self._method == "awq" else None
             made = steps.nearest(matrix, storage, energy)
-            error = gptq.output_error(matrix, made.floats(), moments)
+            error = gptq.output_error(matrix, made.floats(), inputs.moments)
         self.found.codes[key], self.found.errors[key] = made, error
         self._progress(
             f"{w.path} ({len(self.found.codes)} of {len(self._storages)}): error {error:.2g}"
         )
         return super().linear(x, w.replacing(weight=made.floats()))
 
-    def _inputs(self, x: Many, w: Weights[Any]) -> tuple[Array, Array | None]:
-        """Second moments, and how far the float model's inputs are from them."""
-        if self._seen[0] is not x:  # q, k and v have the same input
+    def _inputs(self, x: Many, w: Weights[Any]) -> gptq.Inputs:
+        """What is known of an input, and of how far the float model's is from it."""
+        if self._seen is None or self._seen[0] is not x:  # q, k and v have the same input
             wanted = self._wanted.get(w.key("weight")) if "gptq" in self._method else None
             shifted = None if wanted is None else gptq.shift(x, wanted)
-            self._seen = (x, gptq.second_moments(x, w.path), shifted)
-        return self._seen[1:]
+            self._seen = x, gptq.Inputs(gptq.second_moments(x, w.path), w.path, shifted)
+        return self._seen[1]

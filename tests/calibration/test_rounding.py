@@ -131,8 +131,8 @@ def test_a_linear_makes_up_for_the_layers_before_it(generator: np.random.Generat
     given = plain + 0.2 * np.roll(plain, 1, axis=1)  # what rounded layers made of it
     weight = generator.standard_normal((64, 16)).astype(np.float32)
     moments = gptq.second_moments([given], "a")
-    blind = gptq.compensated(weight, moments, FOUR, "a")
-    aware = gptq.compensated(weight, moments, FOUR, "a", gptq.shift([given], [plain]))
+    blind = gptq.compensated(weight, gptq.Inputs(moments, "a"), FOUR)
+    aware = gptq.compensated(weight, gptq.Inputs(moments, "a", gptq.shift([given], [plain])), FOUR)
     errors = [
         float(np.square(given @ found.codes.floats() - plain @ weight).sum())
         for found in (blind, aware)
