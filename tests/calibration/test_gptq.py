@@ -33,7 +33,7 @@ def plainly(weight: Array, moments: Array, block: int) -> Array:
     order = [i for at in blocks for i in sorted(range(at, at + block), key=lambda i: -energy[i])]
     w = weight.astype(np.float64)[order]
     h = moments.astype(np.float64)[np.ix_(order, order)]
-    h += np.eye(len(h)) * 0.01 * np.diag(h).mean()
+    h += np.eye(len(h)) * 0.05 * np.diag(h).mean()
     left = [np.linalg.inv(h[i:, i:]) for i in range(len(h))]
     for i in range(len(w)):
         if i % block == 0:
