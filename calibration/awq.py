@@ -18,34 +18,40 @@ from edgevlm.toolkit.quantization.blockwise import StorageFormat
 
 ALPHAS = np.linspace(0, 1, 11, dtype=np.float32)
 _QUIETEST = 1e-4  # of the loudest channel: a silent one is not made loud
+_OUTPUTS = 256  # of each linear, spread evenly, say as much about an exponent as all
 
 
 def scales(
     link: Link,
     inputs: Sequence[Array],
+    costs: Array,
     weights: Mapping[str, Array],
     storages: Mapping[str, StorageFormat],
 ) -> Array:
     """s [inputs] of a link, float32: all ones where no other exponent is better.
 
-    inputs: the samples' [..., inputs]; storages: of the linears that read them, by key. Errors of
-    channels are taken to be independent of each other: of an output's squared error, channel j has
-    sum(x_j^2) times the square of its weight's change.
+    inputs: the samples' [..., inputs]. costs [inputs]: what the squared change of a channel's
+    weights costs the outputs, where channels are taken to be independent of each other. storages:
+    of the linears that read them, by key.
     """
-    rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
-    loudness = sum(np.abs(x).sum(0) for x in rows)
-    energy = sum(np.square(x).sum(0) for x in rows)
-    matrices = {key: np.asarray(weights[key], np.float32) for key in link.linears}
-    best, least = np.ones(len(energy), np.float32), np.inf
+    loudness = np.asarray(sum(np.abs(x.reshape(-1, x.shape[-1])).sum(0) for x in inputs))
+    parts = {key: _spread(np.asarray(weights[key], np.float32)) for key in link.linears}
+    best, least = np.ones(len(costs), np.float32), np.inf
     for alpha in ALPHAS:
-        found = _normal(np.asarray(loudness), alpha)
+        found = _normal(loudness, alpha)
         cost = sum(
-            _cost(matrix, found, np.asarray(energy), storages[key])
-            for key, matrix in matrices.items()
+            _cost(part, found, costs, storages[key]) * size for key, (part, size) in parts.items()
         )
         if cost < least:
             best, least = found, cost
     return best
+
+
+def _spread(matrix: Array) -> tuple[Array, float]:
+    """Some outputs of a weight [inputs, outputs], and how many each of them stands for."""
+    outputs = matrix.shape[1]
+    chosen = np.linspace(0, outputs - 1, min(outputs, _OUTPUTS)).round().astype(np.int64)
+    return matrix[:, chosen], outputs / len(chosen)
 
 
 def _normal(loudness: Array, alpha: np.float32) -> Array:
@@ -54,8 +60,8 @@ def _normal(loudness: Array, alpha: np.float32) -> Array:
     return np.asarray(found / np.sqrt(found.max() * found.min()), np.float32)
 
 
-def _cost(matrix: Array, found: Array, energy: Array, storage: StorageFormat) -> float:
-    """Squared error of outputs if a weight is scaled, rounded to nearest and scaled back."""
+def _cost(matrix: Array, found: Array, costs: Array, storage: StorageFormat) -> float:
+    """What it costs if a weight is scaled, rounded to nearest and scaled back."""
     scaled = matrix * found[:, None]
-    change = (scaled - steps.nearest(scaled, storage).floats()) / found[:, None]
-    return float(energy @ np.square(change).sum(1))
+    rounded = steps.nearest(scaled, storage, costs / found**2).floats()
+    return float(costs @ np.square((scaled - rounded) / found[:, None]).sum(1))

@@ -59,7 +59,7 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
         budget: Annotated[
             float, typer.Option(help="How much perplexity may grow: 0.05 is 5 %.")
         ] = 0.05,
-        method: _Method = "gptq",
+        method: _Method = "awq+gptq",
         block: Annotated[
             int, typer.Option(help="Inputs that share a scale in 4 bits: 32, 64 or 128.")
         ] = 32,

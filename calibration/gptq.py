@@ -86,6 +86,13 @@ class Inputs:
             self._roots[block] = order, upper
         return self._roots[block]
 
+    def costs(self, block: int) -> Array:
+        """What a squared error of each channel costs [inputs], with others making up for it."""
+        order, upper = self.root(block)
+        found = np.empty(len(order), np.float32)
+        found[order] = 1 / np.square(np.diag(upper))
+        return found
+
 
 def compensated(matrix: Array, inputs: Inputs, storage: StorageFormat) -> Rounded:
     """A weight [inputs, outputs] in `storage`.

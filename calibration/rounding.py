@@ -107,11 +107,23 @@ class _Round(ManyOps):
         found = dict[str, Array]()
         for link in here:
             inputs = self._wanted[link.linears[0]]
-            found[link.source] = awq.scales(link, inputs, w.tensors, self._storages)
+            costs = self._costs(inputs, link)
+            found[link.source] = awq.scales(link, inputs, costs, w.tensors, self._storages)
             divided = Many(x / found[link.source] for x in inputs)
             self._wanted |= dict.fromkeys(link.linears, divided)
         self.found.scales |= found
         return replace(w, tensors=smooth.smoothed(w.tensors, found, here)) if found else w
+
+    def _costs(self, inputs: Many, link: Link) -> Array:
+        """What a change of each channel's weights costs: by the size of its input, or by what is
+        left of that once the channels after it have made up for it.
+        """
+        known = gptq.Inputs(gptq.second_moments(inputs, link.paths[0]), link.paths[0])
+        if "gptq" not in self._method:
+            return np.diag(known.moments)
+        block = self._storages[link.linears[0]].block_in(len(known.moments))
+        assert block is not None
+        return known.costs(block)
 
     def linear(self, x: Many, w: Weights[Any]) -> Many:
         key = w.key("weight")

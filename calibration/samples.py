@@ -39,7 +39,7 @@ class Settings:
     to: str = "int4"
     window: int = 256
     windows: int = 24
-    method: Method = "gptq"
+    method: Method = "awq+gptq"
     block: int = 32
     zero_points: bool = False
     budget: float = 0.05

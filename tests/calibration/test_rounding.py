@@ -78,9 +78,9 @@ def test_the_search_finds_the_loud_channels(generator: np.random.Generator) -> N
     x[:, [7, 40]] *= 30
     weight = generator.standard_normal((64, 32)).astype(np.float32)
     link = Link("norm.", ["lm/a"], ["a.weight"])
-    found = awq.scales(
-        link, [x[None, :120], x[None, 120:]], {"a.weight": weight}, {"a.weight": FOUR}
-    )
+    inputs, storage = [x[None, :120], x[None, 120:]], {"a.weight": FOUR}
+    energy = np.square(x).sum(0)
+    found = awq.scales(link, inputs, energy, {"a.weight": weight}, storage)
     assert set(np.argsort(found)[-2:]) == {7, 40}
     moments = gptq.second_moments([x], "a")
     plain = steps.nearest(weight, FOUR).floats()
@@ -88,7 +88,8 @@ def test_the_search_finds_the_loud_channels(generator: np.random.Generator) -> N
     errors = [gptq.output_error(weight, q, moments) for q in (plain, scaled)]
     assert errors[1] < 0.3 * errors[0]
     alike = np.ones((200, 64), np.float32)
-    assert awq.scales(link, [alike], {"a.weight": weight}, {"a.weight": FOUR}).tolist() == [1] * 64
+    same = awq.scales(link, [alike], np.ones(64), {"a.weight": weight}, storage)
+    assert same.tolist() == [1] * 64
 
 
 @pytest.mark.parametrize("kind", LMS)
