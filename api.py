@@ -161,10 +161,7 @@ def write_source(
 
 
 def lint(model: Source, dtype: str, target: str | None) -> list[Decision]:
-    """How each op of an opened source would be lowered for a target; nothing without one.
-
-    Raises UnsupportedError naming what the target lacks.
-    """
+    """How a target would lower an opened source. Raises UnsupportedError for what it lacks."""
     if target is None:
         return []
     from edgevlm.engines.build import build
