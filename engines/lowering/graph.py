@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 CONTRIB = "com.microsoft"
+_FLOATS: dict[int, str] = {
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+}
 
 
 def op_name(node: onnx.NodeProto) -> str:
@@ -23,12 +28,24 @@ def attribute(node: onnx.NodeProto, name: str) -> Any:
     return helper.get_attribute_value(next(a for a in node.attribute if a.name == name))
 
 
+def float_type(model: onnx.ModelProto) -> int:
+    """TensorProto's number of the floats that a component takes, which its weights share."""
+    kinds = (value.type.tensor_type.elem_type for value in model.graph.input)
+    return next((kind for kind in kinds if kind in _FLOATS), TensorProto.FLOAT)
+
+
+def float_format(model: onnx.ModelProto) -> str:
+    """The same by its name: fp32, fp16 or bf16."""
+    return _FLOATS[float_type(model)]
+
+
 class Rewriter:
     """New nodes for one graph. Helpers that several nodes share are made once, in front."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
+        self.model, self.float_type = model, float_type(model)
         self.shared: dict[str, onnx.NodeProto] = {}
+        self._replaced: set[str] = set()
         self._constants: dict[str, onnx.TensorProto] = {}
         self._users: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self._stored = {tensor.name for tensor in model.graph.initializer}
@@ -58,11 +75,17 @@ class Rewriter:
 
     def as_bytes(self, name: str, shape: tuple[int, ...]) -> str:
         """A second tensor with the bytes of a stored one, in another shape; returns its name."""
-        alias = f"{name}.bytes"
+        return self.again(name, f"{name}.bytes", shape, TensorProto.UINT8)
+
+    def again(self, name: str, alias: str, shape: tuple[int, ...], kind: int = 0) -> str:
+        """A second tensor `alias` of what is stored as `name`, in another shape; returns its name.
+
+        kind: its type, that of the stored one by default.
+        """
         if alias not in self._constants:
-            tensor = onnx.TensorProto()
+            tensor = TensorProto()
             tensor.CopyFrom(self.tensor(name))
-            tensor.name, tensor.data_type = alias, onnx.TensorProto.UINT8
+            tensor.name, tensor.data_type = alias, kind or tensor.data_type
             del tensor.dims[:]
             tensor.dims.extend(shape)
             self._constants[alias] = tensor
@@ -90,6 +113,22 @@ class Rewriter:
         found: onnx.TensorProto = next(t for t in self.model.graph.initializer if t.name == name)
         return found
 
+    def only_user(self, tensor: str, op: str) -> tuple[onnx.NodeProto, str] | None:
+        """The node that alone reads a tensor, if it is such an op with a stored vector as its
+        other input; and that vector.
+        """
+        users, outputs = self.users(tensor), {value.name for value in self.model.graph.output}
+        if len(users) != 1 or users[0].op_type != op or tensor in outputs:
+            return None
+        (other,) = [name for name in users[0].input if name != tensor] or [""]
+        vectors = {t.name for t in self.model.graph.initializer if len(t.dims) == 1}
+        return (users[0], other) if other in vectors else None
+
+    def replace(self, node: onnx.NodeProto) -> list[str]:
+        """The outputs of a node of the original graph, which another one makes from now on."""
+        self._replaced.add(node.name)
+        return list(node.output)
+
     def shape_of(self, weight: str) -> tuple[int, ...]:
         """The shape of a stored tensor."""
         return tuple(self.tensor(weight).dims)
@@ -105,6 +144,7 @@ class Rewriter:
         graph = self.model.graph
         graph.initializer.extend(self._constants.values())
         outputs = {value.name for value in graph.output}
+        nodes = [node for node in nodes if node.name not in self._replaced]
         kept = _used([*self.shared.values(), *nodes], outputs)
         del graph.node[:]
         graph.node.extend(_ordered(kept, self._known()))

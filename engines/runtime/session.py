@@ -101,10 +101,9 @@ class Session:
         engine = manifest.read(folder)
         manifest.check(folder, engine)
         manifest.check_verified(folder, engine)
-        if memory.on_host(engine):  # a card says by itself what it cannot hold
-            memory.require(memory.of_engine(engine), f"opening {folder}")
+        memory.require(memory.of_engine(engine), f"opening {folder}", engine.parsed_target())
         encoders = len(engine.parsed_model().encoders)
-        card = engine.parsed_target().on_card
+        card = engine.parsed_target().of_tensorrt
         together = side_by_side(encoders, cores, on_card=card) and not (card and profile)
         share = cores // encoders if together else threads
         shared = RunnerOptions(engine.context, share, profile, beside=together)
@@ -241,9 +240,9 @@ class Session:
 
 def _require_state(engine: Engine, held: int) -> None:
     """Opening the engine counted one state; each further one must fit into the free memory."""
-    if held and memory.on_host(engine):
+    if held:
         needed = replace(memory.of_engine(engine), weights_bytes=0, activations_bytes=0)
-        memory.require(needed, f"the KV cache of reply {held + 1}")
+        memory.require(needed, f"the KV cache of reply {held + 1}", engine.parsed_target())
 
 
 def _threads(threads: int) -> int:

@@ -317,11 +317,7 @@ def test_slots_begin_where_tensorrt_lets_tensors_begin(built: Built, install: In
     engine, machine = built(OLD), install(OLD)
     runner = opened(engine, "lm", machine)
     state = runner.new_state(3)
-    pointers = {
-        array.pointer  # type: ignore[attr-defined]
-        for slot in range(3)
-        for array in state.slot(slot).arrays.values()
-    }
+    pointers = {array.pointer for slot in range(3) for array in state.slot(slot).arrays.values()}
     assert len(pointers) == 3 * len(state.arrays)
     assert {pointer % 256 for pointer in pointers} == {0}
     fills = [entry for entry in machine.world.log if entry[0] == "fill"]
