@@ -1,0 +1,71 @@
+"""What every plugin says to TensorRT 10.13 and newer: number formats, PTX, grid, scalars.
+
+Such a plugin is Python while an engine is built; the engine holds its PTX and needs nothing else.
+A plugin's kernel takes input pointers, int32 numbers that TensorRT computes from shapes, and
+output pointers, in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from edgevlm.engines.plugins.compile import Launch, compiled
+from edgevlm.toolkit.errors import UnsupportedError
+
+NAMESPACE = "edgevlm"
+FORMATS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
+_TENSORRT_NAMES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
+
+
+def define(folders: Sequence[str], sm: int) -> None:
+    """Register plugins by their folders' names, for cards of compute capability `sm`.
+
+    Only where TensorRT itself builds: TensorRT-RTX ends a process whose parser takes a plugin.
+    Raises UnsupportedError there, and where TensorRT has no such plugins.
+    """
+    trt = import_module("tensorrt")
+    if not hasattr(trt, "QuickPluginCreationRequest"):
+        raise UnsupportedError(
+            f"{trt.__name__} {trt.__version__} takes no plugins that are compiled ahead of time",
+            hint="TensorRT 10.13 does; 10.3 takes those that make in engines/plugins/cpp builds",
+        )
+    for folder in folders:
+        import_module(f"edgevlm.engines.plugins.{folder}.plugin").define(sm)
+
+
+def combinations(trtp: Any, names: Sequence[str], float32: Sequence[str] = ()) -> list[Any]:
+    """The formats that a plugin takes: all tensors in one, but `float32` always in that."""
+    rows = [
+        ", ".join("FP32" if name in float32 else form for name in names)
+        for form in FORMATS.values()
+    ]
+    return [trtp.AutoTuneCombination(row, ", ".join(["LINEAR"] * len(names))) for row in rows]
+
+
+def dtype_of(tensor: Any) -> str:
+    """The number format of a tensor's description, by our name."""
+    return _TENSORRT_NAMES[tensor.dtype.name]
+
+
+def answer(
+    trtp: Any,
+    kernel: Any,
+    launch: Launch,
+    dtype: str,
+    sm: int,
+    programs: Any,
+    scalars: Sequence[Any],
+) -> tuple[str, str, Any, Any]:
+    """What a plugin hands TensorRT: the kernel's name, its PTX, how to launch it, its scalars.
+
+    programs, scalars: expressions of shapes.
+    """
+    made = compiled(kernel, launch, dtype, sm)
+    how = trtp.KernelLaunchParams()
+    how.grid_x, how.block_x, how.shared_mem = programs, made.threads, made.shared_bytes
+    extra = trtp.SymIntExprs(len(scalars))
+    for index, scalar in enumerate(scalars):
+        extra[index] = trtp.SymInt32(scalar)
+    return made.name, made.ptx, how, extra
