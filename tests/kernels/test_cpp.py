@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 
 from edgevlm.engines.backends.tensorrt.flavours import RTX
+from edgevlm.engines.lowering.lower import lower_component
 from edgevlm.toolkit.ops import decompositions
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.target import Target
 from tests.conftest import ROOT
 from tests.kernels.conftest import headers
+from tests.onnx_tools import model_of
+from tests.ops_cases import CASES
 
 SOURCES = ROOT / "engines/plugins/cpp"
 HARNESS = ROOT / "tests/kernels/harness.cpp"
@@ -162,12 +166,51 @@ print(json.dumps(sorted([c.name, c.plugin_version, c.plugin_namespace] for c in 
 """
 
 
-@pytest.mark.skipif(not RTX.installed(), reason="TensorRT-RTX is not installed: make test-rtx")
-def test_nvidias_registry_loads_the_library(cuda: Path, tmp_path: Path) -> None:
+needs_rtx = pytest.mark.skipif(
+    not RTX.installed(), reason="TensorRT-RTX is not installed: make test-rtx"
+)
+
+
+@pytest.fixture(scope="module")
+def library(cuda: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library for the host against the newest headers, those of RTX's time."""
+    out = tmp_path_factory.mktemp("newest")
+    made("v11.1", cuda, out, "host")
+    return out / LIBRARY
+
+
+@needs_rtx
+def test_nvidias_registry_loads_the_library(library: Path) -> None:
     """RTX has the registry of TensorRT 11, and only what stays clear of its builder is asked."""
-    made("v11.1", cuda, tmp_path, "host")
-    command = [sys.executable, "-c", RTX_SCRIPT, str(tmp_path / LIBRARY)]
+    command = [sys.executable, "-c", RTX_SCRIPT, str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout, done.stderr[-1000:]
     names = ("LayerMerge", "MSDeformAttn", "RotateHeads")
     assert json.loads(done.stdout) == [[name, "1", "edgevlm"] for name in names]
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("case", "asked_for", "called"),
+    [
+        ("ms_deform_attn", "MSDeformAttn", "MSDeformAttn"),
+        ("layer_merge", "LayerMerge", "LayerMerge"),
+        ("attention_rotary", "RotaryAttention", "RotateHeads"),
+    ],
+)
+def test_nvidias_parser_gives_the_call_to_the_plugin(
+    case: str, asked_for: str, called: str, library: Path, tmp_path: Path
+) -> None:
+    """And takes the body where no such plugin is registered."""
+    part, target = CASES[case], Target("tensorrt", (11, 4), "sm_90")
+    model = model_of(part.component(), part.weights())
+    graph = tmp_path / "graph.onnx"
+    graph.write_bytes(lower_component("c", model, target, [asked_for]).model.SerializeToString())
+    command = [sys.executable, "-m", "tests.kernels.parsed", str(graph)]
+    with_it = subprocess.run([*command, str(library)], capture_output=True, text=True).stdout
+    assert f"SAID Found registered plugin: {called}. Importing this node as a plugin" in with_it
+    assert f"SAID Successfully created plugin: {called}" in with_it
+    assert "PARSED" not in with_it  # RTX ends here: no process that builds with it registers ours
+    without = subprocess.run(command, capture_output=True, text=True).stdout
+    assert "PARSED True" in without
+    assert "PLUGIN" not in without.partition("PARSED")[2]

@@ -83,7 +83,8 @@ def run(x: Any, norm_weight: Any, norm_bias: Any, scale: Any, weight: Any, bias:
     """y [B, tokens, OUTPUTS] of torch tensors on one card; x [B, tokens, LEVELS * HIDDEN]."""
     y = x.new_empty((*x.shape[:2], at.outputs))
     tokens = x.shape[0] * x.shape[1]
-    interpreted = triton.knobs.runtime.interpret  # it would multiply the bits of bf16 as integers
+    # The interpreter would multiply the bits of bf16 as integers.
+    interpreted = not isinstance(layer_merge, triton.JITFunction)
     return launched(
         layer_merge,
         lambda dtype: at.launch(dtype, widen=interpreted),
