@@ -37,6 +37,16 @@ class Site:
         count: Callable[..., Work] = self.at.work
         return count(*self.sizes, dtype)
 
+    def programs(self, dtype: str) -> int:
+        """Programs of one launch."""
+        count: Callable[..., int] = self.at.programs
+        return count(*self.sizes, dtype)
+
+    @property
+    def scalar(self) -> int:
+        """The number that the kernel takes: queries, or tokens."""
+        return self.sizes[-1]
+
     def launch(self, dtype: str) -> Launch:
         """How its kernel is compiled."""
         return self.at.launch(dtype)
@@ -61,4 +71,13 @@ SITES = (
     Site("comm, CLIP", "LayerMerge", LayerMerge(24, 1024, 1e-5, 1024), (576,)),
     Site("comm, DINOv2", "LayerMerge", LayerMerge(6, 1024, 1e-5, 1024), (576,)),
     Site("mlcd-bigg-448", "RotaryAttention", Rotary(16, 104), (1, 1025)),
+)
+# Small shapes, some of odd sizes, for interpreters and quick answers.
+SMALL = (
+    Site("small deformable attention", "MSDeformAttn", MSDeformAttn(2, 2, 8, 3, 3, 4), (2, 6)),
+    Site("one point, one level", "MSDeformAttn", MSDeformAttn(3, 1, 5, 1, 4, 4), (1, 19)),
+    Site("small merge", "LayerMerge", LayerMerge(3, 40, 1e-5, 24), (10,)),
+    Site("merge of thirty levels", "LayerMerge", LayerMerge(30, 16, 1e-5, 70), (3,)),
+    Site("small rotation", "RotaryAttention", Rotary(2, 8), (2, 5)),
+    Site("rotation of odd heads", "RotaryAttention", Rotary(5, 26), (1, 17)),
 )

@@ -57,7 +57,7 @@ def run(q: Any, k: Any, angles: Any, at: Attributes) -> tuple[Any, Any]:
     launched(
         rotary,
         at.launch,
-        lambda _: at.programs(batch, tokens),
+        lambda dtype: at.programs(batch, tokens, dtype),
         (q, k, angles, tokens, *turned),
     )
     return turned[0], turned[1]

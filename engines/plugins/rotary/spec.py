@@ -42,8 +42,8 @@ class Attributes:
             warps=4,
         )
 
-    def programs(self, batch: int, tokens: int) -> int:
-        """Programs of one launch."""
+    def programs(self, batch: int, tokens: int, dtype: str) -> int:
+        """Programs of one launch, the same in all formats."""
         return batch * ceil_div(tokens, self.each()) * (self.num_heads // self.heads_each())
 
     def work(self, batch: int, tokens: int, dtype: str) -> Work:
