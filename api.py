@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from edgevlm.calibration.calibrate import Calibration
     from edgevlm.calibration.static import StaticCalibration
     from edgevlm.engines.build.build import Request
+    from edgevlm.engines.lowering.capabilities import Decision
     from edgevlm.engines.manifest import Engine
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
@@ -130,7 +131,8 @@ def export_bundle(
         revision=revision,
         offline=offline,
     )
-    write_source(model, source, out, dtype=dtype, target=target, force=force, progress=progress)
+    lint(model, dtype, target)
+    write_source(model, source, out, dtype=dtype, force=force, progress=progress)
     return Bundle.open(Path(out))
 
 
@@ -140,19 +142,14 @@ def write_source(
     out: str | Path,
     *,
     dtype: str,
-    target: str | None,
     force: bool,
     progress: Progress | None,
 ) -> None:
     """Write an opened source as a bundle; `source` is where it was read from."""
-    from edgevlm.engines.build import build
     from edgevlm.export import write
     from edgevlm.toolkit.bundle.atomic import refuse_source
-    from edgevlm.toolkit.target import parse
 
     refuse_source(Path(out), Path(source))
-    if target is not None:
-        build.lint(write.graphs(model, dtype), parse(target))
     write.write_bundle(
         model,
         Path(out),
@@ -161,6 +158,17 @@ def write_source(
         force=force,
         progress=progress or _silent,
     )
+
+
+def lint(model: Source, dtype: str, target: str | None) -> list[Decision]:
+    """How a target would lower an opened source. Raises UnsupportedError for what it lacks."""
+    if target is None:
+        return []
+    from edgevlm.engines.build import build
+    from edgevlm.export import write
+    from edgevlm.toolkit.target import parse
+
+    return build.lint(write.graphs(model, dtype), parse(target))
 
 
 def build_request(
@@ -262,9 +270,10 @@ def calibrate(
     """Quantize a float bundle with samples, as `edgevlm calibrate` does.
 
     settings: see edgevlm.calibration.samples.Settings. Writes the bundle `out`; what was found.
-    Raises ToolkitError; nothing half-written stays.
+    Raises ToolkitError; an interrupted one goes on when the same is asked again.
     """
     from edgevlm.calibration import calibrate as calibration
+    from edgevlm.calibration import unfinished
     from edgevlm.calibration.pictures import Given
     from edgevlm.calibration.samples import Settings
     from edgevlm.export import available
@@ -274,11 +283,12 @@ def calibrate(
     from edgevlm.export import write
 
     given = Given(*(None if file is None else Path(file) for file in (images, prompts, text)))
-    say, where = progress or _silent, (Path(bundle), Path(out), given, Settings(to, **settings))
-    source, found = calibration.of_bundle(*where, forward.interpreter(), say, force)
-    write.write_bundle(
-        source, Path(out), dtype=found.dtype, made_by=made_by(), force=force, progress=say
-    )
+    say, target, name = progress or _silent, Path(out), made_by()
+    where = (Path(bundle), target, given, Settings(to, **settings))
+    with unfinished.beside(target, name) as kept:
+        source, found = calibration.of_bundle(*where, forward.interpreter(), say, force, kept)
+        options: dict[str, Any] = {"dtype": found.dtype, "force": force, "progress": say}
+        write.write_bundle(source, target, made_by=name, **options)
     return found
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from edgevlm.calibration import command as calibration
-from edgevlm.toolkit.terminal.failures import fail, unexpected
 from edgevlm.toolkit.terminal.flags import (
     AcceptLoss,
     AllowBanned,
@@ -87,6 +86,7 @@ def export(
 ) -> None:
     """Write a model as a bundle: ONNX per component, safetensors, goldens."""
     from edgevlm import api
+    from edgevlm.engines.build.summary import with_lowering
     from edgevlm.engines.runtime.memory import peak_rss_mb
     from edgevlm.export import available
     from edgevlm.toolkit.target import parse
@@ -113,13 +113,12 @@ def export(
         revision=revision,
         offline=offline,
     )
+    decisions = api.lint(model, dtype, for_target)
     if dry_run:
-        console.result(*summary.planned_bundle(model, dtype, out))
+        console.result(*with_lowering(summary.planned_bundle(model, dtype, out), decisions))
         return
-    api.write_source(
-        model, source, out, dtype=dtype, target=for_target, force=force, progress=console.step
-    )
-    console.result(*summary.written_bundle(out, peak_rss_mb()))
+    api.write_source(model, source, out, dtype=dtype, force=force, progress=console.step)
+    console.result(*with_lowering(summary.written_bundle(out, peak_rss_mb()), decisions))
 
 
 @app.command()
@@ -165,7 +164,7 @@ def build(
         force=force,
         progress=console.step,
     )
-    if dry_run:
+    if dry_run or (explain and not builder.builds_here(request.target)):
         console.result(*summary.planned_engine(bundle, request, explain))
         return
     engine, written = builder.build(bundle, out, request, console.step)
@@ -368,6 +367,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _guarded(debug: bool) -> int:
     from edgevlm.toolkit.errors import ToolkitError
+    from edgevlm.toolkit.terminal.failures import fail, unexpected
 
     try:
         code = app(standalone_mode=False)

@@ -37,6 +37,11 @@ class Compared:
             self.product += float(p @ q)
 
     @property
+    def sums(self) -> list[float]:
+        """All of it."""
+        return [self.error, self.plain, self.rounded, self.product]
+
+    @property
     def relative_rms(self) -> float:
         """Root mean square of the difference, over that of the float values."""
         return float(np.sqrt(self.error / max(self.plain, 1e-24)))
@@ -115,30 +120,71 @@ class Appraise(Wrapper[Any]):
 
 @dataclass
 class Whole:
-    """The outputs of components, the float model's beside the rounded one's, errors of earlier
-    components included.
+    """What rounding does to a model: to single layers, and to the outputs of components, the float
+    model's beside the rounded one's, errors of earlier components included.
+
+    kl, same: sums over `scored` positions of logits; losses: sums of the negative log-likelihood
+    of the tokens that follow `read` of them, which are of texts, in float and rounded.
     """
 
+    layers: dict[str, LayerError] = field(default_factory=dict)
     components: dict[str, Compared] = field(default_factory=dict)
     kl: float = 0.0
     same: int = 0
     scored: int = 0
+    losses: tuple[float, float] = (0.0, 0.0)
+    read: int = 0
 
     def add(
-        self, plain: Mapping[str, Mapping[str, Array]], rounded: Mapping[str, Mapping[str, Array]]
+        self,
+        plain: Mapping[str, Mapping[str, Array]],
+        rounded: Mapping[str, Mapping[str, Array]],
+        following: Array | None = None,
     ) -> None:
-        """Add what one sample gave."""
+        """Add what one sample gave; following: the token behind each position, -1 for none."""
         for name, outputs in plain.items():
             for port, a in outputs.items():
                 b = rounded[name][port]
                 if port == _CENTERED:
-                    self._logits(a[0], b[0])
+                    self._logits(a[0], b[0], following)
                     a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
                 self.components.setdefault(name, Compared()).add(a, b)
 
-    def _logits(self, a: Array, b: Array) -> None:
-        p, q = _log_softmax(a), _log_softmax(b)
-        self.kl += float((np.exp(p) * (p - q)).sum())
+    @property
+    def growth(self) -> float:
+        """By how much perplexity grows on text like the float model's own: exp(KL) - 1."""
+        return float(np.expm1(self.kl / max(self.scored, 1)))
+
+    def arrays(self) -> dict[str, Array]:
+        """All of it, see unfinished.Found."""
+        found = {"component " + name: np.array(c.sums) for name, c in self.components.items()}
+        for path, error in self.layers.items():
+            found["layer " + path] = np.array([*error.compared.sums, float(error.rows)])
+            found["shift " + path] = error.shift
+        sums = (self.kl, *self.losses, *map(float, (self.same, self.scored, self.read)))
+        return {**found, "logits": np.array(sums)}
+
+    def fill(self, arrays: Mapping[str, Array]) -> None:
+        """The inverse, in place: wrappers hold `layers`."""
+        for key, array in arrays.items():
+            kind, _, name = key.partition(" ")
+            if kind == "component":
+                self.components[name] = Compared(*map(float, array))
+            elif kind == "layer":
+                *sums, rows = (float(x) for x in array)
+                shift = np.array(arrays["shift " + name])
+                self.layers[name] = LayerError(Compared(*sums), shift, int(rows))
+        self.kl, before, after, *counts = (float(x) for x in arrays["logits"])
+        self.losses, (self.same, self.scored, self.read) = (before, after), map(int, counts)
+
+    def _logits(self, a: Array, b: Array, following: Array | None) -> None:
+        for row in range(len(a)):  # one at a time: vocabularies are large
+            p, q = _log_softmax(a[row]), _log_softmax(b[row])
+            self.kl += float((np.exp(p) * (p - q)).sum())
+            if following is not None and following[row] >= 0:
+                at = int(following[row])
+                self.losses = (self.losses[0] - float(p[at]), self.losses[1] - float(q[at]))
+                self.read += 1
         self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
         self.scored += len(a)
 

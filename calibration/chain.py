@@ -1,9 +1,15 @@
-"""A sample through a whole model: encoders, merger, language model, each run by given ops."""
+"""Samples through a whole model: encoders, merger, language model, each run by given ops.
+
+A few samples go together, so that weights are read once for all of them and products have more
+rows: views of images through the encoders, and prompts of one length through the language model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,15 +18,21 @@ from edgevlm.calibration.pictures import Sample
 from edgevlm.toolkit.errors import CalibrationError, InputError
 from edgevlm.toolkit.images import decode, views
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
-from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, Step, Weights
+from edgevlm.toolkit.ops.wrappers import Wrapper
 from edgevlm.toolkit.text import prompts
-from edgevlm.toolkit.text.prompts import Prompt
+from edgevlm.toolkit.text.prompts import Prompt, PromptSequence
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.components import Component, zero_states
+from edgevlm.toolkit.vlm.components import Component, no_states
 from edgevlm.toolkit.vlm.config import ModelConfig
 
-SCORED = 16  # positions whose logits are compared
+SCORED = 16  # positions of a prompt whose logits are compared
+SCORED_IN_TEXT = 64
+_PIXELS = 4 * 336 * 336  # of views that go through an encoder together; one may be larger
+_TOKENS = 4096  # of prompts that go through the language model together; one may be longer
+
+Found = dict[str, dict[str, Array]]  # what components give, by component and port
 
 
 def _same(array: Any) -> Any:
@@ -61,6 +73,15 @@ class Loaded(Mapping[str, Any]):
         return len(self.weights)
 
 
+class Uncached(Wrapper[Any]):
+    """Keeps no KV cache: a sample is read once, and the caches of a large model are large."""
+
+    def attention_cached(
+        self, q: Any, k: Any, v: Any, past: tuple[Any, Any], step: Step[Any], **sizes: Any
+    ) -> tuple[Any, Any, Any]:
+        return self.inner.attention_cached(q, k, v, past, step, **sizes)[0], *past
+
+
 @dataclass(frozen=True)
 class Passage:
     """How samples go through: the weights of each component, and the ops around `arithmetic`,
@@ -77,7 +98,8 @@ class Passage:
         load, read = self.arithmetic.load, self.arithmetic.read
         loaded: Weights[Any] = Weights(Loaded(self.weights.get(part.name, {}), load))
         if part.name not in self._made:
-            self._made[part.name] = self.wrap(self.arithmetic.ops, part)
+            plain: Any = Uncached(self.arithmetic.ops, part.name)
+            self._made[part.name] = self.wrap(plain, part)
         ops = self._made[part.name]
         outputs = part.forward(ops, loaded, {name: load(x) for name, x in inputs.items()})
         kept = [port.name for port in part.outputs if port.updates is None]
@@ -93,25 +115,40 @@ class Chain:
         self.parts = components.components(model)
         self._sources = {edge.target: edge.source for edge in components.edges(model)}
 
-    def run(self, sample: Sample, by: Passage) -> dict[str, dict[str, Array]]:
-        """What every component that the sample reaches gives, by component and port.
+    def run(self, sample: Sample, by: Passage) -> Found:
+        """`run_all` of one sample."""
+        return self.run_all([sample], by)[0]
 
-        The language model's are logits at up to SCORED positions of text, spread evenly.
+    def run_all(
+        self,
+        samples: Sequence[Sample],
+        by: Passage,
+        *,
+        language: bool = True,
+    ) -> list[Found]:
+        """What every component that a sample reaches gives, for each sample.
+
+        language: whether the language model is run. Its outputs are logits at up to SCORED
+        positions of the text in a prompt, or SCORED_IN_TEXT of a text, spread evenly. Its last
+        layer runs for no other, so they are what shows the ranges there too.
         """
-        if sample.ids is not None:
-            ids = sample.ids[None]
-            return self._language(ids, np.full_like(ids, -1), None, by)
-        prompt, tiles = self._prompt(sample)
-        found: dict[str, dict[str, Array]] = {}
-        features, indices = None, list[Array]()
-        if sample.image is not None:
-            found = self._vision(sample, by, tiles=tiles)
-            features, order = self._features(found)
-            indices = [order] * prompt.images
-        sequence = prompts.assemble(prompt, indices)
-        longest = min(self.model.prompts.cut or sequence.length, self.model.lm.config.context)
-        sequence = sequence.first(longest)
-        return found | self._language(sequence.ids, sequence.rows, features, by)
+        asked = [None if sample.ids is not None else self._prompt(sample) for sample in samples]
+        seen = [
+            self._views(sample, tiles=prompt[1]) if prompt and sample.image is not None else None
+            for sample, prompt in zip(samples, asked, strict=True)
+        ]
+        found = self._vision(seen, by)
+        if not language:
+            return found
+        reads = [
+            self._read(sample, prompt[0] if prompt else None, outputs)
+            for sample, prompt, outputs in zip(samples, asked, found, strict=True)
+        ]
+        for group in _groups(reads):
+            logits = self._language([reads[i] for i in group], by)
+            for i, own in zip(group, logits, strict=True):
+                found[i][self.model.lm.name] = {"logits": own}
+        return found
 
     def check(self, sample: Sample) -> None:
         """Raise CalibrationError for a prompt that the model cannot be asked."""
@@ -133,31 +170,58 @@ class Chain:
         prompts.check_slots(prompt, images + reused)
         return prompt, rendered.tiles
 
-    def _vision(self, sample: Sample, by: Passage, *, tiles: bool) -> dict[str, dict[str, Array]]:
+    def _views(self, sample: Sample, *, tiles: bool) -> views.PreparedImage:
         assert sample.image is not None
         rgb = decode.load(sample.image, upright=self.model.images.upright).rgb
-        seen = views.prepare(rgb, self.model.images, count=1, tiles=tiles)
+        return views.prepare(rgb, self.model.images, count=1, tiles=tiles)
+
+    def _vision(self, seen: Sequence[views.PreparedImage | None], by: Passage) -> list[Found]:
+        """What the components before the language model give for each image."""
+        encoded = {
+            part.name: self._encoded(part, seen, by)
+            for part in self.parts
+            if part.name.startswith("encoder.")
+        }
+        return [
+            self._merged({name: each[i] for name, each in encoded.items()}, one, by) if one else {}
+            for i, one in enumerate(seen)
+        ]
+
+    def _encoded(
+        self, part: Component, seen: Sequence[views.PreparedImage | None], by: Passage
+    ) -> list[dict[str, Array]]:
+        """What an encoder gives for each image; views of several images go together."""
+        name = part.name.removeprefix("encoder.")
+        each = [[view[name] for view in one.pixels] if one else [] for one in seen]
+        pixels = [view for views_of_one in each for view in views_of_one]
+        if not pixels:
+            return [{} for _ in seen]
+        step = max(_PIXELS // math.prod(pixels[0].shape[-2:]), 1)
+        runs = [
+            by.run(part, {"pixels": np.stack(pixels[start : start + step])})
+            for start in range(0, len(pixels), step)
+        ]
+        joined = {port: np.concatenate([one[port] for one in runs]) for port in runs[0]}
+        ends = np.cumsum([len(one) for one in each])
+        return [
+            {port: array[end - len(one) : end] for port, array in joined.items()}
+            for one, end in zip(each, ends, strict=True)
+        ]
+
+    def _merged(self, found: Found, seen: views.PreparedImage, by: Passage) -> Found:
+        """The same with what the merger, and what stands behind it, make of one image."""
         values: dict[str, Array] = {}
         if seen.order is not None:
             values = {
                 "arrangement.rows": seen.order.rows,
                 "arrangement.weights": seen.order.weights,
             }
-        found: dict[str, dict[str, Array]] = {}
         for part in self.parts[:-1]:
-            if part.name.startswith("encoder."):
-                each = [
-                    by.run(part, {"pixels": view[part.name.removeprefix("encoder.")][None]})
-                    for view in seen.pixels
-                ]
-                outputs = {port: np.concatenate([one[port] for one in each]) for port in each[0]}
-            else:
+            if part.name not in found:
                 ports = [port.name for port in part.inputs]
-                outputs = by.run(
-                    part, {port: values[self._sources[f"{part.name}:{port}"]] for port in ports}
-                )
-            values |= {f"{part.name}:{port}": array for port, array in outputs.items()}
-            found[part.name] = outputs
+                inputs = {port: values[self._sources[f"{part.name}:{port}"]] for port in ports}
+                found[part.name] = by.run(part, inputs)
+            values |= {f"{part.name}:{port}": x for port, x in found[part.name].items()}
         if seen.order is not None and "arrange" not in found:
             found["arrangement"] = {"rows": seen.order.rows[:, 0]}
         return found
@@ -169,22 +233,76 @@ class Chain:
         rows = found.pop("arrangement", {}).get("rows")
         return features, np.arange(len(features)) if rows is None else rows
 
-    def _language(
-        self, ids: Array, rows: Array, features: Array | None, by: Passage
-    ) -> dict[str, dict[str, Array]]:
-        part, length = self.parts[-1], ids.shape[1]
-        if not (rows < 0).any():
-            raise CalibrationError("a prompt has no text that the model sees", hint="leave it out")
+    def _read(self, sample: Sample, prompt: Prompt | None, found: Found) -> _Read:
+        """What the language model reads of a sample."""
+        if prompt is None:
+            assert sample.ids is not None
+            ids = sample.ids[None]
+            return _read(ids, np.full_like(ids, -1), None, SCORED_IN_TEXT)
+        features, indices = None, list[Array]()
+        if sample.image is not None:
+            features, order = self._features(found)
+            indices = [order] * prompt.images
+        sequence: PromptSequence = prompts.assemble(prompt, indices)
+        longest = min(self.model.prompts.cut or sequence.length, self.model.lm.config.context)
+        sequence = sequence.first(longest)
+        return _read(sequence.ids, sequence.rows, features, SCORED)
+
+    def _language(self, reads: Sequence[_Read], by: Passage) -> list[Array]:
+        """Logits [1, scored, vocabulary] of each."""
+        part, length = self.parts[-1], reads[0].ids.shape[1]
         width = int(self.model.lm.config.hidden_size)
-        texts = np.flatnonzero(rows[0] < 0)  # after an image token, logits mean nothing
-        spread = np.linspace(0, len(texts) - 1, min(SCORED, len(texts))).astype(np.int64)
-        scored = np.unique(texts[spread])
+        rows, features, first = list[Array](), [np.zeros((1, width), np.float32)], 1
+        for read in reads:
+            rows.append(np.where(read.rows < 0, -1, read.rows + first))
+            if read.features is not None:
+                features.append(np.asarray(read.features, np.float32))
+                first += len(read.features)
         inputs = {
-            "ids": ids,
-            "rows": rows,
-            "features": np.zeros((1, width), np.float32) if features is None else features,
-            "start": np.zeros(1, np.int64),
-            "score": scored[None],
-            **zero_states(part.inputs, part.outputs, {"batch": 1, "context": length}),
+            "ids": np.concatenate([read.ids for read in reads]),
+            "rows": np.concatenate(rows),
+            "features": np.concatenate(features),
+            "start": np.zeros(len(reads), np.int64),
+            "score": np.stack([read.score for read in reads]),
+            **no_states(part.inputs, part.outputs, {"batch": len(reads), "context": length}),
         }
-        return {part.name: by.run(part, inputs)}
+        return list(by.run(part, inputs)["logits"][:, None])
+
+
+@dataclass(frozen=True)
+class _Read:
+    """ids and rows [1, S], features or None as the language model takes them; score [P]."""
+
+    ids: Array
+    rows: Array
+    features: Array | None
+    score: Array
+
+
+def _read(ids: Array, rows: Array, features: Array | None, scored: int) -> _Read:
+    texts = np.flatnonzero(rows[0] < 0)  # after an image token, logits mean nothing
+    if not len(texts):
+        raise CalibrationError("a prompt has no text that the model sees", hint="leave it out")
+    return _Read(ids, rows, features, texts[_spread(len(texts), scored)])
+
+
+def following(sample: Sample) -> Array | None:
+    """The token behind each scored position of a text, -1 behind its last; None for a prompt."""
+    if sample.ids is None:
+        return None
+    at = _spread(len(sample.ids), SCORED_IN_TEXT)
+    return np.asarray(np.append(sample.ids, -1)[at + 1])
+
+
+def _spread(count: int, most: int) -> Array:
+    """At most so many of the first `count` numbers."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))
+
+
+def _groups(reads: Sequence[_Read]) -> Iterator[list[int]]:
+    """Numbers of those that go together: neighbours of one length that score as many tokens."""
+    alike = groupby(range(len(reads)), lambda i: (reads[i].ids.shape[1], len(reads[i].score)))
+    for (length, _), run in alike:
+        numbers, most = list(run), max(_TOKENS // length, 1)
+        for start in range(0, len(numbers), most):
+            yield numbers[start : start + most]

@@ -16,6 +16,13 @@ _Prompts = Annotated[
     Optional[Path],
     typer.Option(help='int8-static: a file of lines {"image": ..., "prompt": ...}.'),
 ]
+_Budget = Annotated[
+    Optional[float],
+    typer.Option(
+        help="How much perplexity may grow: 0.05 is 5 %, the default in int4 and int8. "
+        "int8-static: leave layers in float for it."
+    ),
+]
 _ZeroPoints = Annotated[
     bool, typer.Option("--zero-points", help="4 bits: blocks have zero points of their own.")
 ]
@@ -54,9 +61,7 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
             typer.Option(help="int8-static: layers to leave in float, lm/layers.0/*. Repeatable."),
         ] = None,
         samples: Annotated[int, typer.Option(help="int8-static: the most images or prompts.")] = 64,
-        budget: Annotated[
-            float, typer.Option(help="How much perplexity may grow: 0.05 is 5 %.")
-        ] = 0.05,
+        budget: _Budget = None,
         block: Annotated[
             int, typer.Option(help="Inputs that share a scale in 4 bits: 32, 64 or 128.")
         ] = 32,

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, R, Step, Weights
-from edgevlm.toolkit.vlm.components import Component, zero_states
+from edgevlm.toolkit.vlm.components import Component, no_states
 
 
 class Many(tuple[Array, ...]):
@@ -90,7 +90,7 @@ def hidden(lm: Component, ops: Any, weights: Any, windows: Array) -> Many:
     """The output of the last norm for each window of token ids [N, S]: N of [1, S, D]."""
     count, length = windows.shape
     width = next(port.shape[1] for port in lm.inputs if port.name == "features")
-    states = zero_states(lm.inputs, lm.outputs, {"batch": 1, "context": length})
+    states = no_states(lm.inputs, lm.outputs, {"batch": 1, "context": length})
     inputs = {
         "ids": Many(windows[:, None]),
         "rows": Many([np.full((1, length), -1)] * count),

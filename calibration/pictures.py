@@ -72,8 +72,9 @@ def gather(bundle: Bundle, given: Given, settings: Settings, progress: Progress)
                 f"{source} has {len(pairs)} samples, at least {FEWEST} are needed",
                 hint="32 to 128 are usual: images and prompts like those the model will see",
             )
-        calibrating += [pair for i, pair in enumerate(pairs) if i % 4 != 3]
-        held += pairs[3::4][:_HELD_OUT]
+        apart = range(3, len(pairs), 4)[:_HELD_OUT]
+        calibrating += [pair for i, pair in enumerate(pairs) if i not in apart]
+        held += [pairs[i] for i in apart]
     if given.text is not None:
         used, kept = samples.windows_of(bundle, given.text, settings)
         calibrating += [Sample(ids=ids) for ids in used]

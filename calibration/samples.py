@@ -17,7 +17,8 @@ from edgevlm.toolkit.quantization.plan import Block
 
 STATIC = "int8-static"
 _STATIC = ("range", "smooth", "bias_correction", "keep_float", "samples")
-_WEIGHT_ONLY = ("block", "budget", "zero_points")
+_WEIGHT_ONLY = ("block", "zero_points")
+BUDGET = 0.05  # of weights alone, unless another is given
 BLOCKS: tuple[Block, ...] = (32, 64, 128)
 _HELD_OUT = 8  # windows, a quarter of the text at most
 
@@ -26,10 +27,11 @@ _HELD_OUT = 8  # windows, a quarter of the text at most
 class Settings:
     """window: tokens of a sample of text; windows: the most of them.
 
+    budget: how much perplexity may grow, 0.05 for 5 %; None for BUDGET, and none in static INT8.
     Of weights alone: block, inputs that share a scale in 4 bits; zero_points, whether such blocks
-    have zero points of their own; budget, how much the perplexity of held-out text may grow, 0.05
-    for 5 %. Of static INT8: range, the method (histogram.py); smooth, SmoothQuant's alpha;
-    keep_float, globs over paths of layers; samples, the most images or prompts.
+    have zero points of their own. Of static INT8: range, the method (histogram.py); smooth,
+    SmoothQuant's alpha; keep_float, globs over paths of layers; samples, the most images or
+    prompts.
     """
 
     to: str = "int4"
@@ -37,12 +39,17 @@ class Settings:
     windows: int = 24
     block: int = 32
     zero_points: bool = False
-    budget: float = 0.05
+    budget: float | None = None
     range: str = "mse"
     smooth: float | None = None
     bias_correction: bool = False
     keep_float: tuple[str, ...] = ()
     samples: int = 64
+
+
+def budget_of(settings: Settings) -> float:
+    """The budget of weights alone."""
+    return BUDGET if settings.budget is None else settings.budget
 
 
 def check(settings: Settings) -> None:
@@ -59,8 +66,9 @@ def check(settings: Settings) -> None:
         raise ConfigError(f"--smooth {settings.smooth} is not between 0 and 1", hint="0.5 is usual")
     if settings.block not in BLOCKS:
         raise ConfigError(f"--block {settings.block} is unknown", hint="known: 32, 64, 128")
-    if not (math.isfinite(settings.budget) and settings.budget > 0):
-        raise ConfigError(f"--budget {settings.budget} is not a number above 0")
+    budget = settings.budget
+    if budget is not None and not (math.isfinite(budget) and budget > 0):
+        raise ConfigError(f"--budget {budget} is not a number above 0")
     for name in ("window", "windows", "samples"):
         if getattr(settings, name) < 2:
             raise ConfigError(f"--{name} {getattr(settings, name)} is less than 2")

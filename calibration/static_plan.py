@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from edgevlm.calibration.samples import Settings
@@ -13,6 +13,8 @@ from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.cost import count, image_axes
 
+MOST_IN_FLOAT = 0.3  # of the layers' arithmetic, to keep within the budget
+FLOAT_STEPS = 3  # from none to that many, as each takes a measurement
 _HEAD = "lm/head"  # reads one row a token, and its errors reach the logits as they are
 
 
@@ -37,7 +39,7 @@ def layers_of(model: ModelConfig) -> Layers:
         for cost in counter.costs:
             if cost.op in ("linear", "conv") and cost.matrix_elements:
                 flops[cost.path] = flops.get(cost.path, 0) + cost.flops
-            elif cost.op in ("linear", "conv"):
+            elif cost.op in ("linear", "conv", "layer_merge"):  # the last has no codes of its own
                 made.append(cost.path)
     return Layers(flops, tuple(made), totals)
 
@@ -58,6 +60,23 @@ def plan_of(model: ModelConfig, settings: Settings) -> PrecisionPlan:
     globs = (*head, *layers.made, *settings.keep_float)
     rules = tuple(Rule(glob, "float") for glob in dict.fromkeys(globs))
     return PrecisionPlan("int8", rules, method=settings.range)
+
+
+def without_worst(
+    plan: PrecisionPlan, worst: Sequence[str], layers: Layers, step: int
+) -> PrecisionPlan:
+    """The plan with the first of the layers `worst` in float: as many as do `step` of FLOAT_STEPS
+    parts of MOST_IN_FLOAT of the arithmetic.
+    """
+    most = MOST_IN_FLOAT * step / FLOAT_STEPS * sum(layers.flops[path] for path in worst)
+    taken, size = list[str](), 0
+    for path in worst:
+        if size + layers.flops[path] <= most:
+            taken.append(path)
+            size += layers.flops[path]
+    rules = (*plan.rules, *(Rule(path, "float") for path in taken))
+    ranges = {path: largest for path, largest in plan.ranges.items() if path not in taken}
+    return replace(plan, rules=rules, ranges=ranges)
 
 
 def share(name: str, layers: Layers, plan: PrecisionPlan) -> float:

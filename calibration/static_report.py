@@ -39,6 +39,11 @@ def summary(
         "kl": result.kl,
         "same_top_1": result.same_top_1,
         "scored": result.scored,
+        "growth": result.growth,
+        "within_budget": result.within_budget,
+        "tokens": result.tokens,
+        "perplexity_float": result.perplexity_float,
+        "perplexity": result.perplexity,
         "smoothed": result.smoothed,
         "corrected": result.corrected,
         "layers": to_plain(result.layers),
@@ -49,16 +54,36 @@ def summary(
         (name, human_bytes(before), human_bytes(after), *_figures(costs.get(name)))
         for name, (before, after) in sizes.items()
     ]
-    worst = [(cost.path, cost.range, cost.error) for cost in result.layers[:_SHOWN]]
+    worst = [
+        (cost.path, cost.range, cost.error, "float" if cost.in_float else "int8")
+        for cost in result.layers[:_SHOWN]
+    ]
     lines = [
         *table(columns, rows),
         f"logits           KL {result.kl:.4f}, same likeliest token {result.same_top_1:.1%}, at "
         f"{result.scored} positions of {result.held_out} held-out samples",
         f"calibrated       {plan.samples} samples, {plan.method}",
         f"changed          {result.smoothed} inputs smoothed, {result.corrected} biases corrected",
-        *table(("layers that cost most", "range", "relative rms"), worst),
+        *_text(result),
+        *table(("layers that cost most", "range", "relative rms", "in"), worst),
     ]
+    if not result.within_budget:
+        lines.append("the budget does not hold: this is the best that was found")
     return data, lines
+
+
+def _text(result: StaticCalibration) -> list[str]:
+    """What it costs on text, and which layers were left in float for that."""
+    lines = []
+    if result.perplexity_float is not None and result.perplexity is not None:
+        lines.append(
+            f"perplexity       {result.perplexity_float:.2f} -> {result.perplexity:.2f}, on "
+            f"{result.tokens:,} tokens of held-out text"
+        )
+    spared = sum(cost.in_float for cost in result.layers)
+    if spared:
+        lines.append(f"left in float    {spared} of {len(result.layers)} layers, for the budget")
+    return lines
 
 
 def _figures(cost: Any) -> tuple[str, str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +18,10 @@ from edgevlm.calibration import smooth
 from edgevlm.calibration.chain import Passage, in_numpy
 from edgevlm.toolkit.bundle.goldens import AXES
 from edgevlm.toolkit.checkpoints.layouts.source import Source
-from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.ops.wrappers import Observe
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
+from edgevlm.toolkit.ops.wrappers import Observe, Wrapper
 from edgevlm.toolkit.text.tokenizer import Tokenizer
-from edgevlm.toolkit.vlm.components import Component, Port, components, zero_states
+from edgevlm.toolkit.vlm.components import Component, Port, components, no_states
 from edgevlm.toolkit.vlm.cost import image_axes
 
 ALPHA = 0.5
@@ -44,6 +45,14 @@ Mix 200 g of flour with two eggs, a pinch of salt and 1/4 litre of milk; let it 
 Der Zug nach Norden hat heute zwanzig Minuten Verspaetung. Il fait froid, mais le soleil brille.
 La respuesta correcta es la segunda: x = 7, porque 3x + 4 = 25.
 """
+
+
+class _Rows(Wrapper[Array]):
+    """All rows of an input in one product, which NumPy would compute for each window."""
+
+    def linear(self, x: Array, w: Weights[Array]) -> Array:
+        y = self.inner.linear(x.reshape(-1, x.shape[-1]), w)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 def smoothed(source: Source) -> Source:
@@ -73,7 +82,7 @@ def _largest(
     weights: Mapping[str, Array],
     links: list[smooth.Link],
     values: dict[str, Array],
-    windows: list[Array],
+    windows: Array,
 ) -> dict[str, Array]:
     """max|x| of each channel that the linears of a link read, by the first one's path.
 
@@ -86,13 +95,16 @@ def _largest(
             found = np.abs(x).reshape(-1, x.shape[-1]).max(0)
             largest[path] = np.maximum(largest.get(path, found), found)
 
-    by = Passage({part.name: weights}, in_numpy(), lambda ops, p: Observe(ops, p.name, see))
+    def wrap(ops: Ops[Array], p: Component) -> Any:
+        rows: Any = _Rows(ops, p.name)
+        return Observe(rows, p.name, see)
+
+    by = Passage({part.name: weights}, in_numpy(), wrap)
     generator = np.random.default_rng(0)
     decodes = any(port.updates for port in part.outputs)
-    calls = [_read(part, ids) for ids in windows] if decodes else [_values(part, generator, values)]
-    for given in calls:
-        outputs = by.run(part, given)
-        values |= {f"{part.name.removeprefix('encoder.')}.{n}": x for n, x in outputs.items()}
+    given = _read(part, windows) if decodes else _values(part, generator, values)
+    outputs = by.run(part, given)
+    values |= {f"{part.name.removeprefix('encoder.')}.{n}": x for n, x in outputs.items()}
     return largest
 
 
@@ -114,8 +126,11 @@ def _normal(port: Port, generator: np.random.Generator) -> Array:
     return generator.standard_normal(shape, np.float32)
 
 
-def _windows(source: Source) -> list[Array]:
-    """The page as tokens, as far as the tokenizer can read it, and random ones: ids [1, S]."""
+def _windows(source: Source) -> Array:
+    """The page as tokens, as far as the tokenizer can read it, and random ones: ids [N, S].
+
+    They are read together, as weights of a large model take longer to read than to multiply.
+    """
     lm = source.model.lm.config
     length = min(_TOKENS, lm.context)
     tokenizer = Tokenizer.from_text(
@@ -125,18 +140,18 @@ def _windows(source: Source) -> list[Array]:
     ids = ids[ids < lm.vocab_size]
     count = min(len(ids) // length, _WINDOWS)
     random = np.random.default_rng(0).integers(0, lm.vocab_size, (_RANDOM, length))
-    return [row[None] for row in (*ids[: count * length].reshape(count, length), *random)]
+    return np.concatenate([ids[: count * length].reshape(count, length), random])
 
 
 def _read(part: Component, ids: Array) -> dict[str, Array]:
-    """The language model's inputs for a prompt without images."""
-    length = ids.shape[1]
+    """The language model's inputs for prompts without images, ids [N, S]."""
+    count, length = ids.shape
     width = part.shapes["embed.weight"][1]
     return {
         "ids": ids,
         "rows": np.full_like(ids, -1),
         "features": np.zeros((1, width), np.float32),
-        "start": np.zeros(1, np.int64),
-        "score": np.full((1, 1), length - 1),
-        **zero_states(part.inputs, part.outputs, {"batch": 1, "context": length}),
+        "start": np.zeros(count, np.int64),
+        "score": np.full((count, 1), length - 1),
+        **no_states(part.inputs, part.outputs, {"batch": count, "context": length}),
     }

@@ -43,19 +43,22 @@ def _coordinates() -> list[onnx.NodeProto]:
 
 
 def _sampled() -> list[onnx.NodeProto]:
-    """Values at the deformed points: [B * M * L, d, Q, P]."""
+    """Values at the deformed points: [B * L * M, d, Q, P].
+
+    Levels stand before heads, so that all that is transposed is each level's matrix of cells and
+    channels, which kernels do in blocks.
+    """
     return [
         _float32("value"),
         _float32("offsets"),
-        *_reshaped(
-            "value_f32", "cells", 0, "@levels", "@height", "@width", "@num_heads", "@head_dim"
-        ),
-        _transposed("cells", [0, 4, 1, 5, 2, 3]),
+        node("Shape", ["value"], ["channels"], start=2, end=3),
+        *_reshaped("value_f32", "cells", 0, "@levels", -1, "channels"),
+        _transposed("cells", [0, 1, 3, 2]),
         *_reshaped("cells_transposed", "image", -1, "@head_dim", "@height", "@width"),
         *_reshaped("offsets_f32", "shifts", 0, 0, "@num_heads", "@levels", "@num_points", 2),
         node("Mul", ["shifts", "step"], ["scaled"]),
         node("Add", ["scaled", "centre"], ["points"]),
-        _transposed("points", [0, 2, 3, 1, 4, 5]),
+        _transposed("points", [0, 3, 2, 1, 4, 5]),
         *_reshaped("points_transposed", "grid", -1, "queries", "@num_points", 2),
         node(
             "GridSample",
@@ -69,13 +72,13 @@ def _sampled() -> list[onnx.NodeProto]:
 
 
 def _weights() -> list[onnx.NodeProto]:
-    """What each sample counts: [B * M * L, 1, Q, P]."""
+    """What each sample counts: [B * L * M, 1, Q, P]."""
     return [
         _float32("scores"),
         *_reshaped("scores_f32", "joint", 0, 0, "@num_heads", -1),
         node("Softmax", ["joint"], ["softmaxed"], axis=-1),
         *_reshaped("softmaxed", "apart", 0, 0, "@num_heads", "@levels", "@num_points"),
-        _transposed("apart", [0, 2, 3, 1, 4]),
+        _transposed("apart", [0, 3, 2, 1, 4]),
         *_reshaped("apart_transposed", "weights", -1, 1, "queries", "@num_points"),
     ]
 
@@ -86,13 +89,11 @@ def _summed() -> list[onnx.NodeProto]:
         node("Mul", ["sampled", "weights"], ["weighted"]),
         ints("point_axis", 3),
         node("ReduceSum", ["weighted", "point_axis"], ["points_sum"], keepdims=0),
-        *_reshaped("points_sum", "heads", -1, "@num_heads", "@levels", "@head_dim", "queries"),
-        ints("level_axis", 2),
-        node("ReduceSum", ["heads", "level_axis"], ["levels_sum"], keepdims=0),
-        _transposed("levels_sum", [0, 3, 1, 2]),
-        ints("flat", 0, 0, -1),
-        node("Reshape", ["levels_sum_transposed", "flat"], ["joined"], allowzero=0),
-        node("CastLike", ["joined", "value"], ["y"]),
+        *_reshaped("points_sum", "channels_first", -1, "@levels", "channels", "queries"),
+        ints("level_axis", 1),
+        node("ReduceSum", ["channels_first", "level_axis"], ["levels_sum"], keepdims=0),
+        _transposed("levels_sum", [0, 2, 1]),
+        node("CastLike", ["levels_sum_transposed", "value"], ["y"]),
     ]
 
 

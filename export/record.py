@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 
 from edgevlm.export import blocked, rows, static
 from edgevlm.export.nodes import DOMAIN
+from edgevlm.toolkit.ops import decompositions
 from edgevlm.toolkit.ops.vocabulary import Array, R, Step, Weights
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 
@@ -293,6 +294,8 @@ class OnnxOps:
 
     def layer_merge(self, xs: Sequence[str], w: Weights[str], eps: float) -> str:
         norm, linear, path = w / "norm", w / "linear", self._at(w)
+        if self._plan.at(f"{self._component}/{linear.path}") == "int8_rows":
+            return decompositions.layer_merge(self, xs, w, eps)
         levels, hidden_size = self._shapes[norm.key("weight")]
         parameters = [norm["weight"], norm["bias"], w["scale"], linear["weight"], linear["bias"]]
         return self.one(
@@ -356,11 +359,11 @@ class OnnxOps:
     def concat(self, xs: Sequence[str], axis: int) -> str:
         return self.one("Concat", list(xs), axis=axis)
 
-    def slice(self, x: str, axis: int, start: int, stop: int | None) -> str:
-        if start == 0 and stop is None:
+    def slice(self, x: str, axis: int, start: int, stop: int | None, step: int = 1) -> str:
+        if start == 0 and stop is None and step == 1:
             return x
         end = np.iinfo(np.int64).max if stop is None else stop
-        bounds = [self.ints(start), self.ints(end), self.ints(axis), self.ints(1)]
+        bounds = [self.ints(start), self.ints(end), self.ints(axis), self.ints(step)]
         return self.one("Slice", [x, *bounds])
 
     def reshape(self, x: str, shape: tuple[int, ...]) -> str:

@@ -297,6 +297,9 @@ CASES: dict[str, Case] = {
     "slice of the last axis": Case(
         lambda op, w, x: op.slice(x["x"], 2, 3, None), inputs={"x": (2, 5, 8)}
     ),
+    "slice of every second": Case(
+        lambda op, w, x: op.slice(x["x"], 1, 0, -1, 2), inputs={"x": (2, 5, 8)}
+    ),
     "slice": Case(lambda op, w, x: op.slice(x["x"], 1, 1, 4), inputs={"x": (2, 5, 8)}),
     "slice to the end": Case(
         lambda op, w, x: op.slice(x["x"], 1, 2, None), inputs={"x": (2, 5, 8)}

@@ -16,9 +16,9 @@ def interpreter() -> tuple[Any, Callable[[Array], Any], Callable[[Any], Array]] 
     """Ops, from an array to their tensors, and back; None where torch is not installed."""
     if find_spec("torch") is None:
         return None
-    from edgevlm.training.torch_ops import TorchOps
+    from edgevlm.training.forward_ops import ForwardOps
 
-    return TorchOps(), _load, _read
+    return ForwardOps(), _load, _read
 
 
 def _load(array: Array) -> Any:

@@ -181,9 +181,10 @@ class TorchOps:
     def concat(self, xs: Sequence[Tensor], axis: int) -> Tensor:
         return torch.cat(list(xs), axis)
 
-    def slice(self, x: Tensor, axis: int, start: int, stop: int | None) -> Tensor:
-        length = (x.shape[axis] if stop is None else stop) - start
-        return x.narrow(axis, start, length)
+    def slice(self, x: Tensor, axis: int, start: int, stop: int | None, step: int = 1) -> Tensor:
+        cut = [slice(None)] * x.ndim
+        cut[axis] = slice(start, stop, step)
+        return x[tuple(cut)]
 
     def reshape(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         return x.reshape([x.shape[i] if n == 0 else n for i, n in enumerate(shape)])

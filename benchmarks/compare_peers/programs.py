@@ -125,11 +125,16 @@ def transformers(place: Place) -> list[Setting]:
     ]
 
 
+def install_openvino(place: Place) -> None:
+    """OpenVINO with what exports to it and compresses weights."""
+    packages = ["openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", TORCH, "pillow"]
+    place.install("openvino", [TORCH], packages, without=("torchvision",))
+
+
 def openvino(place: Place) -> list[Setting]:
     """optimum-intel's export, in the form of each row."""
     source = checkpoint(place)
-    packages = ["openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", TORCH, "pillow"]
-    place.install("openvino", [TORCH], packages, without=("torchvision",))
+    install_openvino(place)
     older = place.once(place.models / "checkpoint-older", partial(old_names, place, source))
 
     def export(weights: str, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,7 @@ from edgevlm.toolkit.bundle.atomic import (
     writing,
 )
 from edgevlm.toolkit.bundle.manifest import GOLDENS, TOKENIZER, Bundle, FileRecord, record_file
-from edgevlm.toolkit.errors import ConfigError, MissingExtra, TargetMismatch
+from edgevlm.toolkit.errors import ConfigError, MissingExtra, TargetMismatch, UnsupportedError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import Target, check_runs_here
 from edgevlm.toolkit.vlm import config as model_config
@@ -266,12 +267,11 @@ def lowering(bundle: Bundle, request: Request) -> list[Decision]:
     return decisions
 
 
-def lint(graphs: Mapping[str, onnx.ModelProto], target: Target) -> None:
-    """Raise UnsupportedError if `target` has no lowering for an op of one of the graphs."""
+def lint(graphs: Mapping[str, onnx.ModelProto], target: Target) -> list[Decision]:
+    """The lowering tables of graphs. Raises UnsupportedError for what `target` lacks."""
     from edgevlm.engines.lowering.lower import decide
 
-    for name, model in graphs.items():
-        decide(name, model, target)
+    return [line for name, model in graphs.items() for line in decide(name, model, target)]
 
 
 def settled(bundle: Bundle, request: Request) -> tuple[int, Mapping[str, Any]]:
@@ -315,11 +315,22 @@ def _backend_for(target: Target, path: Path, out: Path) -> tuple[Backend, bool]:
     try:
         check_runs_here(target, here, f"edgevlm build {path} {out} --target {here}")
     except TargetMismatch as mismatch:
+        words = ["edgevlm", "build", str(path), str(out), "--target", str(target)]
+        there = f"run this there: {shlex.join(words)} (here, --explain shows how it is lowered)"
         raise TargetMismatch(
             f"an engine for {target} cannot be built on this machine ({here})",
-            hint=mismatch.hint,
+            hint=there if target.backend == "tensorrt" else mismatch.hint,
         ) from None
     return backend, False
+
+
+def builds_here(target: Target) -> bool:
+    """Whether this machine can build engines for `target`."""
+    try:
+        _backend_for(target, Path(), Path())
+    except (TargetMismatch, MissingExtra, UnsupportedError):
+        return False
+    return True
 
 
 def _new_bytes(bundle: Bundle, request: Request) -> int:

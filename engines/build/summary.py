@@ -13,7 +13,7 @@ from edgevlm.engines.build import build as builder
 from edgevlm.engines.build import check
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.engines.manifest import Engine, Trial
-from edgevlm.engines.profiling.roofline import Floors, floors
+from edgevlm.engines.profiling.roofline import Floors, floors, floors_of_devices
 from edgevlm.engines.runtime.memory import estimate
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.strict import to_plain
@@ -34,14 +34,16 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
     check.allowed_loss(plan, request.accept_loss)
     second = request.tuning.prompts.plan if request.tuning.prompts else None
     memory = estimate(bundle, request.target, context, plan, second)
-    time = floors(bundle.model, plan, request.target, bundle.manifest.dtype)
+    what = bundle.model, plan, request.target, bundle.manifest.dtype
+    on_card = request.target.backend.startswith("tensorrt")
+    times = floors_of_devices(*what) if on_card else {"this machine": floors(*what)}
     decisions = builder.lowering(bundle, request)
     data = {
         "bundle": str(path),
         "target": str(request.target),
         "written": False,
         "memory": asdict(memory) | {"total_bytes": memory.total_bytes},
-        "time": to_plain(time),
+        "time": {name: to_plain(time) for name, time in times.items()},
         "lowering": [to_plain(d) for d in decisions],
     }
     rows = [
@@ -50,18 +52,19 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
         ("activations", human_bytes(memory.activations_bytes)),
         ("in all", human_bytes(memory.total_bytes)),
     ]
-    lines = [*table(("memory", "about"), rows), "", *_floor_lines(time)]
+    lines = [*table(("memory", "about"), rows), ""]
+    lines += [line for name, time in times.items() for line in _floor_lines(name, time)]
     if explain:
         lines += [*_explained(decisions), *_timed(request.tuning.trials)]
     return data, lines, ""
 
 
-def _floor_lines(time: Floors) -> list[str]:
+def _floor_lines(name: str, time: Floors) -> list[str]:
     return [
-        f"at best, by this machine's {time.peak_gflop_s:.0f} GFLOP/s, {time.peak_int8_gop_s:.0f} "
+        f"at best, by {name}'s {time.peak_gflop_s:.0f} GFLOP/s, {time.peak_int8_gop_s:.0f} "
         f"GOP/s in 8 bits and {time.peak_gb_s:.1f} GB/s: first token after "
-        f"{time.time_to_first_token_ms:.0f} ms ({time.prompt_tokens} prompt tokens, "
-        f"{time.image_tokens} of them image), then {time.inter_token_latency_ms:.2f} ms a token"
+        f"{time.time_to_first_token_ms:.3g} ms ({time.prompt_tokens} prompt tokens, "
+        f"{time.image_tokens} of them image), then {time.inter_token_latency_ms:.3g} ms a token"
     ]
 
 
@@ -83,6 +86,15 @@ def built_engine(engine: Engine, out: Path, written: bool, explain: bool) -> Res
         following = shlex.join(["edgevlm", "verify", str(out)])
     data = _engine_data(engine, out) | {"already_built": not written, "next": following}
     return data, lines, following
+
+
+def with_lowering(result: Result, decisions: Sequence[Decision]) -> Result:
+    """What `export` prints, with the lowering table of `--for`."""
+    data, lines, following = result
+    if not decisions:
+        return result
+    table = [*_explained(list(decisions))]
+    return data | {"lowering": [to_plain(d) for d in decisions]}, [*table, *lines], following
 
 
 def _explained(decisions: list[Decision]) -> list[str]:

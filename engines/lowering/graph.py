@@ -29,6 +29,7 @@ class Rewriter:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
         self.shared: dict[str, onnx.NodeProto] = {}
+        self._replaced: set[str] = set()
         self._constants: dict[str, onnx.TensorProto] = {}
         self._users: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self._stored = {tensor.name for tensor in model.graph.initializer}
@@ -90,6 +91,22 @@ class Rewriter:
         found: onnx.TensorProto = next(t for t in self.model.graph.initializer if t.name == name)
         return found
 
+    def only_user(self, tensor: str, op: str) -> tuple[onnx.NodeProto, str] | None:
+        """The node that alone reads a tensor, if it is such an op with a stored vector as its
+        other input; and that vector.
+        """
+        users, outputs = self.users(tensor), {value.name for value in self.model.graph.output}
+        if len(users) != 1 or users[0].op_type != op or tensor in outputs:
+            return None
+        (other,) = [name for name in users[0].input if name != tensor] or [""]
+        vectors = {t.name for t in self.model.graph.initializer if len(t.dims) == 1}
+        return (users[0], other) if other in vectors else None
+
+    def replace(self, node: onnx.NodeProto) -> list[str]:
+        """The outputs of a node of the original graph, which another one makes from now on."""
+        self._replaced.add(node.name)
+        return list(node.output)
+
     def shape_of(self, weight: str) -> tuple[int, ...]:
         """The shape of a stored tensor."""
         return tuple(self.tensor(weight).dims)
@@ -105,6 +122,7 @@ class Rewriter:
         graph = self.model.graph
         graph.initializer.extend(self._constants.values())
         outputs = {value.name for value in graph.output}
+        nodes = [node for node in nodes if node.name not in self._replaced]
         kept = used([*self.shared.values(), *nodes], outputs)
         del graph.node[:]
         graph.node.extend(_ordered(kept, self._known()))

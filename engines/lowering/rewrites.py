@@ -98,14 +98,30 @@ def row_quantize(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
 
 
 def row_quantized_linear(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
-    """A product scaled by the outputs' steps while it is written, by the rows' after it."""
+    """A product scaled by the outputs' steps while it is written, by the rows' after it.
+
+    Where a bias and a scale of each output follow (LayerScale), the scale goes into the steps and
+    the bias: one pass over the outputs less. ONNX Runtime multiplies constants when it loads them.
+    """
     codes, step, stored, scale = node.input
     one = r.constant("row.one", np.asarray(1, np.float32))
     middle = r.constant("row.zero_point", np.asarray(ZERO_POINT, np.uint8))
-    inputs, whole = [codes, stored, one, scale, middle, middle], f"{node.name}/columns"
+    columns, outputs, behind = f"{node.name}/columns", node.output, list[onnx.NodeProto]()
+    bias = r.only_user(node.output[0], "Add")
+    gain = r.only_user(bias[0].output[0], "Mul") if bias else None
+    if bias and gain:
+        scaled, shift, outputs = f"{node.name}/gain", f"{node.name}/shift", [f"{node.name}/rows"]
+        behind = [
+            r.node("Mul", [scale, gain[1]], [scaled], scaled),
+            r.node("Mul", [bias[1], gain[1]], [shift], shift),
+            r.node("Add", [*outputs, shift], r.replace(gain[0]), bias[0].name),
+        ]
+        scale = scaled
+    inputs = [codes, stored, one, scale, middle, middle]
     return [
-        r.node(f"{CONTRIB}.MatMulIntegerToFloat", inputs, [whole], whole),
-        r.node("Mul", [whole, step], node.output, node.name),
+        r.node(f"{CONTRIB}.MatMulIntegerToFloat", inputs, [columns], columns),
+        r.node("Mul", [columns, step], outputs, node.name),
+        *behind,
     ]
 
 

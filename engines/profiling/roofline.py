@@ -17,11 +17,12 @@ from tempfile import TemporaryDirectory
 
 from edgevlm.engines import backends
 from edgevlm.engines.backends import Peaks
+from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.runtime.memory import element_bytes
 from edgevlm.toolkit.images.tiling import arrange, best_resolution
 from edgevlm.toolkit.ops.wrappers import Count
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.target import Target
+from edgevlm.toolkit.target import DEVICES, Target
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.cost import count, image_axes, outputs, read_bytes, weight_bits
@@ -109,6 +110,29 @@ def floors(model: ModelConfig, plan: PrecisionPlan, target: Target, dtype: str) 
     with TemporaryDirectory() as folder:
         backend.extras(Path(folder))
         peaks = backend.peaks(Path(folder))
+    return _floors(model, plan, target, dtype, peaks)
+
+
+def floors_of_devices(
+    model: ModelConfig, plan: PrecisionPlan, target: Target, dtype: str
+) -> dict[str, Floors]:
+    """The same for every known device of a target, from its vendor's figures, by name.
+
+    Weights in codes become floats before they are multiplied there.
+    """
+    found = {}
+    computed = capabilities.of(target).computes_in(dtype)
+    for name, device in DEVICES.items():
+        if device.target.backend == target.backend and target.holds(device.target.arch):
+            rate = 1000 * device.peak_tops["fp16"] / (2 if computed == "fp32" else 1)
+            peaks = Peaks(rate, rate, device.bandwidth_gb_s)
+            found[name] = _floors(model, plan, target, dtype, peaks)
+    return found
+
+
+def _floors(
+    model: ModelConfig, plan: PrecisionPlan, target: Target, dtype: str, peaks: Peaks
+) -> Floors:
     work = question(model)
     bounds = roofline(model, plan, peaks, work, {}, element_bytes(target, dtype)).stages
     stages = {bound.stage: bound.floor_ms for bound in bounds}

@@ -13,6 +13,7 @@ import pytest
 from edgevlm import api
 from edgevlm.engines import manifest
 from edgevlm.engines.backends.tensorrt import builder
+from edgevlm.engines.backends.tensorrt.flavours import RTX
 from edgevlm.engines.build import shapes
 from edgevlm.engines.manifest import Engine
 from edgevlm.toolkit.bundle.manifest import Bundle
@@ -30,6 +31,7 @@ SYSTEMS: dict[str, tuple[Path, Path | None]] = {
     ),
     "mlcd": (GOLDENS / "mlcd_llavanext_e2e", None),
 }
+HERE_RTX = "tensorrt-rtx@" + ".".join(map(str, RTX.installed()[:2]))
 ALL_CARDS = "sm_80+sm_86+sm_89+sm_120"
 Export = Callable[[str, str], Path]
 
@@ -52,7 +54,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
 def build(bundle: Path, out: Path, cards: str = ALL_CARDS, precision: str | None = None) -> Engine:
     accept = 0.9 if precision else None
     return api.build_engine(
-        bundle, out, target=f"tensorrt-rtx@1.7/{cards}", precision=precision, accept_loss=accept
+        bundle, out, target=f"{HERE_RTX}/{cards}", precision=precision, accept_loss=accept
     )
 
 
@@ -111,9 +113,7 @@ def test_static_int8_multiplies_codes(export: Export, tmp_path: Path) -> None:
         to="int8-static",
         keep_float=("lm/*",),
     )
-    engine = api.build_engine(
-        bundle, tmp_path / "e", target="tensorrt-rtx@1.7/sm_89", accept_loss=0.9
-    )
+    engine = api.build_engine(bundle, tmp_path / "e", target=f"{HERE_RTX}/sm_89", accept_loss=0.9)
     kernels = json.loads((tmp_path / "e/encoder.clip.kernels.json").read_text())
     products = [k for k in kernels if k["kind"] == "gemm" and "Int8" in k["types"]]
     assert len(products) >= 3  # a layer's q, k and v are one
@@ -126,14 +126,14 @@ def test_an_engine_for_another_card_is_not_run(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "e"
-    made = shell.json("build", export("llava", "fp16"), out, "--target", "rtx-4090")
-    assert made["target"] == "tensorrt-rtx@1.7/sm_89"
+    made = shell.json("build", export("llava", "fp16"), out, "--target", f"{HERE_RTX}/rtx-4090")
+    assert made["target"] == f"{HERE_RTX}/sm_89"
     assert made["next"] == f"edgevlm verify {out}"
     assert made["plans"]["lm"]["kernels"] > 0
     for verb in (("run", out, "What?"), ("verify", out)):
         shell(*verb, code=1)
-        assert "was built for tensorrt-rtx@1.7/sm_89; this machine is tensorrt-rtx@" in shell.errors
-    shell("build", export("llava", "fp16"), out, "--target", "rtx-4090")
+        assert f"was built for {HERE_RTX}/sm_89; this machine is tensorrt-rtx@" in shell.errors
+    shell("build", export("llava", "fp16"), out, "--target", f"{HERE_RTX}/rtx-4090")
     assert "already built" not in shell.errors
     table = shell("inspect", out)
     assert "not verified" in table
@@ -143,7 +143,7 @@ def test_an_engine_for_another_card_is_not_run(
 def test_what_cannot_be_built_says_why(export: Export, tmp_path: Path) -> None:
     bundle = export("llava", "fp16")
     for target, kind, words in (
-        ("tensorrt-rtx@1.7/sm_90", UnsupportedError, "no engines for sm_90"),
+        (f"{HERE_RTX}/sm_90", UnsupportedError, "no engines for sm_90"),
         ("tensorrt-rtx@1.2/sm_89", TargetMismatch, "needs tensorrt-rtx 1.2, here is 1"),
         ("jetson-agx-orin", TargetMismatch, "cannot be built on this machine"),
     ):

@@ -46,7 +46,7 @@ def writing(out: Path, *, force: bool) -> Iterator[Path]:
             refuse_existing(out, force=force)  # another process may have been faster
             _publish(partial, final)
     except OSError as refused:
-        raise _output_error(refused, out) from None
+        raise output_error(refused, out) from None
     finally:
         _remove_empty(parents)
 
@@ -159,7 +159,7 @@ def _locked(final: Path) -> Iterator[Path]:
         lock = _lock_of(partial)
         descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         # Before it is locked, another process may take the new file for a leftover.
-        if _try_lock(descriptor) is not False and lock.exists():
+        if try_lock(descriptor) is not False and lock.exists():
             break
         os.close(descriptor)
     try:
@@ -183,13 +183,13 @@ def _taken(lock: Path) -> Iterator[bool]:
         yield True
         return
     try:
-        locked = _try_lock(descriptor)
+        locked = try_lock(descriptor)
         yield _is_old(lock) if locked is None else locked
     finally:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool | None:
+def try_lock(descriptor: int) -> bool | None:
     """Whether the lock was free and is ours now; None where there are no locks."""
     try:
         import fcntl
@@ -232,7 +232,8 @@ def _remove_empty(parents: list[Path]) -> None:
             parent.rmdir()
 
 
-def _output_error(refused: OSError, out: Path) -> OutputError:
+def output_error(refused: OSError, out: Path) -> OutputError:
+    """What the system refused while `out` was written, in words."""
     if refused.errno in _FULL:
         return OutputError(
             f"{out} could not be written: the disk is full ({refused.strerror})",

@@ -318,7 +318,7 @@ def concat(y: Spec, xs: Sequence[Spec], axis: int) -> Cost:
     return _moved(0, y, *xs)
 
 
-def slice_(y: Spec, x: Spec, axis: int, start: int, stop: int | None) -> Cost:
+def slice_(y: Spec, x: Spec, axis: int, start: int, stop: int | None, step: int = 1) -> Cost:
     """No arithmetic; what is cut out is copied, the rest is not read."""
     cut = Parameter(y.shape) if isinstance(x, Parameter) else Spec(y.shape)
     return _moved(0, y, cut)

@@ -190,9 +190,9 @@ class NumpyOps:
     def concat(self, xs: Sequence[Array], axis: int) -> Array:
         return np.concatenate(list(xs), axis)
 
-    def slice(self, x: Array, axis: int, start: int, stop: int | None) -> Array:
+    def slice(self, x: Array, axis: int, start: int, stop: int | None, step: int = 1) -> Array:
         cut = [slice(None)] * x.ndim
-        cut[axis] = slice(start, stop)
+        cut[axis] = slice(start, stop, step)
         return x[tuple(cut)]
 
     def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:

@@ -174,9 +174,9 @@ class ShapeOps:
         shape[axis] = sum(x.shape[axis] for x in xs)
         return Spec(tuple(shape))
 
-    def slice(self, x: Spec, axis: int, start: int, stop: int | None) -> Spec:
+    def slice(self, x: Spec, axis: int, start: int, stop: int | None, step: int = 1) -> Spec:
         shape = list(x.shape)
-        shape[axis] = len(range(*slice(start, stop).indices(shape[axis])))
+        shape[axis] = len(range(*slice(start, stop, step).indices(shape[axis])))
         return Spec(tuple(shape))
 
     def reshape(self, x: Spec, shape: tuple[int, ...]) -> Spec:

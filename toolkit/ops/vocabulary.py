@@ -280,8 +280,8 @@ class Ops(Protocol[T]):
         """The tensors joined along `axis`."""
         ...
 
-    def slice(self, x: T, axis: int, start: int, stop: int | None) -> T:
-        """x[start:stop] along `axis`; None runs to the end."""
+    def slice(self, x: T, axis: int, start: int, stop: int | None, step: int = 1) -> T:
+        """x[start:stop:step] along `axis`; None runs to the end, a negative stop counts from it."""
         ...
 
     def reshape(self, x: T, shape: tuple[int, ...]) -> T:

@@ -87,10 +87,14 @@ class Count(Wrapper[Spec]):
         return counted
 
     def layer_merge(self, xs: Sequence[Spec], w: Weights[Spec], eps: float) -> Spec:
-        """The ops inside; recorded as one function, its matrix stays in float in every plan."""
+        """The ops inside; the product is of an op of its own, as plans of weights alone leave its
+        matrix in float.
+        """
         first = len(self.costs)
         y = super().layer_merge(xs, w, eps)
-        self.costs[first:] = [replace(c, matrix_elements=0) for c in self.costs[first:]]
+        self.costs[first:] = [
+            replace(c, op="layer_merge") if c.matrix_elements else c for c in self.costs[first:]
+        ]
         return y
 
     def _add(self, op: str, args: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:

@@ -74,6 +74,20 @@ def zero_states(
     }
 
 
+def no_states(
+    inputs: Sequence[Port], outputs: Sequence[Port], axes: Mapping[str, int]
+) -> dict[str, Array]:
+    """`zero_states` for a single call whose new states nobody keeps: one array of each shape."""
+    made: dict[tuple[Dim, ...], Array] = {}
+    names = {port.updates for port in outputs if port.updates}
+    ports = [port for port in inputs if port.name in names]
+    for port in ports:
+        shape = [axes[n] if isinstance(n, str) else n for n in port.shape]
+        if port.shape not in made:
+            made[port.shape] = np.zeros(shape, np.float32)
+    return {port.name: made[port.shape] for port in ports}
+
+
 def components(c: ModelConfig) -> tuple[Component, ...]:
     """All components of a model, in the order in which they run."""
     order = c.images.arrangement

@@ -41,10 +41,12 @@ def weight_bits(cost: Cost, plan: PrecisionPlan) -> int | None:
     precision = plan.at(cost.path)
     if _static(cost, plan):
         return 8
-    if not cost.matrix_elements or cost.op == "conv" or precision not in TABLES_IN_8_BITS:
+    if not cost.matrix_elements or precision not in TABLES_IN_8_BITS:
         return None
     if _by_channel(cost, plan):
         return 8
+    if cost.op in ("conv", "layer_merge"):
+        return None
     if _block(cost, plan) is None:
         return None
     return WEIGHT_BITS[precision] if cost.op == "linear" else TABLE.bits
@@ -52,7 +54,7 @@ def weight_bits(cost: Cost, plan: PrecisionPlan) -> int | None:
 
 def _by_channel(cost: Cost, plan: PrecisionPlan) -> bool:
     """Whether the op's matrix is stored with one scale per output (quantization/channels.py)."""
-    return cost.op == "linear" and plan.at(cost.path) == "int8_rows"
+    return cost.op in ("linear", "layer_merge") and plan.at(cost.path) == "int8_rows"
 
 
 def _static(cost: Cost, plan: PrecisionPlan) -> bool:

@@ -125,7 +125,10 @@ def _failure(name: str, folder: Path, done: subprocess.CompletedProcess[str]) ->
             f"{name}: the builder ran out of memory: {first[:300]}",
             hint="allow fewer image tiles or a shorter context: --max-image-tiles, --max-context",
         )
-    return BuildError(f"{name}: {first[:300]}", hint="please report this with edgevlm doctor")
+    hint = "please report this with edgevlm doctor"
+    if "Cuda Runtime" in first:  # as with Q/DQ before TensorRT-RTX 1.5
+        hint = "this release needs a graphics card to build this: take TensorRT-RTX 1.7"
+    return BuildError(f"{name}: {first[:300]}", hint=hint)
 
 
 def report(

@@ -228,3 +228,20 @@ def test_engines_of_before_are_read(bundle: Path, tmp_path: Path) -> None:
     data["build"].pop("tuning", None)
     path.write_text(json.dumps(data))
     assert manifest.read(tmp_path / "e").precision is None
+
+
+def test_merging_levels_multiplies_in_8_bits(tmp_path: Path) -> None:
+    """COMM's matrix over all levels of an encoder is the largest of its merger."""
+    part = component("mergers", "comm")
+    model = stored(part, tensors(part), tmp_path)
+    merged = [name for name in part.shapes if name.endswith(".linear.weight")]
+    kept = {tensor.name for tensor in model.graph.initializer}
+    assert "LayerMerge" not in {node.op_type for node in model.graph.node}
+    assert merged and all(name + ".int8_channels" in kept for name in merged)
+
+
+def test_downsampling_of_a_convnext_multiplies_in_8_bits(tmp_path: Path) -> None:
+    part = component("encoders", "convnext")
+    model = stored(part, tensors(part), tmp_path)
+    products = [node for node in model.graph.node if node.op_type == "RowQuantizedLinear"]
+    assert sum("/down/linear" in node.name for node in products) == 2

@@ -83,26 +83,31 @@ class Config:
 
 
 def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
-    """pixels [B, 3, H, W] -> [B, H // stride * W // stride, dims[-1]], row by row."""
+    """pixels [B, 3, H, W] -> [B, H // stride * W // stride, dims[-1]], row by row.
+
+    Channels stay last between the convolutions, as norms and linears take them: a block needs no
+    transposes but those around its depthwise convolution, which its kernels do on the way.
+    """
     x = op.conv(pixels, w / "stem" / "conv", stride=c.patch)
-    x = convnet.channel_norm(op, x, w / "stem" / "norm", c.eps)
+    x = op.layer_norm(convnet.channels_last(op, x), w / "stem" / "norm", c.eps)
     for s, depth in enumerate(c.depths):
         stage = w / f"stages.{s}"
         if s:
-            x = convnet.channel_norm(op, x, stage / "down" / "norm", c.eps)
-            x = op.conv(x, stage / "down" / "conv", stride=2)
+            x = op.layer_norm(x, stage / "down" / "norm", c.eps)
+            x = op.linear(convnet.squares(op, x), stage / "down" / "linear")
         for j in range(depth):
             x = op.block(_block, stage / f"blocks.{j}", x, c, c.dims[s])
-    return (convnet.tokens(op, x, c.dims[-1]),)
+    return (op.reshape(x, (0, -1, c.dims[-1])),)
 
 
 def _block(op: Ops[T], w: Weights[T], x: T, c: Config, channels: int) -> T:
-    y = op.conv(x, w / "depthwise", stride=1, padding=3, groups=channels)
+    y = convnet.channels_first(op, x)
+    y = op.conv(y, w / "depthwise", stride=1, padding=3, groups=channels)
     y = op.layer_norm(convnet.channels_last(op, y), w / "norm", c.eps)
     y = op.linear(op.gelu(op.linear(y, w / "up")), w / "down")
     if c.scaled:
         y = op.mul(y, w["scale"])
-    return op.add(x, convnet.channels_first(op, y))
+    return op.add(x, y)
 
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
@@ -113,7 +118,8 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
         if s:
             before = c.dims[s - 1]
             tensors |= convnet.norm_shapes(f"stages.{s}.down.norm", before)
-            tensors |= convnet.conv_shapes(f"stages.{s}.down.conv", before, d, 2)
+            tensors |= {f"stages.{s}.down.linear.weight": (4 * before, d)}
+            tensors |= {f"stages.{s}.down.linear.bias": (d,)}
         for j in range(depth):
             block = f"stages.{s}.blocks.{j}"
             tensors |= convnet.conv_shapes(f"{block}.depthwise", d, d, 7, groups=d)
@@ -140,8 +146,9 @@ def _recipe(key: str) -> Recipe:
         return keep(f"embeddings.{theirs}.{leaf}")
     _, stage, path_in_stage = layer.split(".", 2)
     if path_in_stage.startswith("down."):
-        number = 1 if path_in_stage.endswith("conv") else 0
-        return keep(f"encoder.stages.{stage}.downsampling_layer.{number}.{leaf}")
+        number = 1 if path_in_stage.endswith("linear") else 0
+        stored = f"encoder.stages.{stage}.downsampling_layer.{number}.{leaf}"
+        return convnet.of_squares(stored) if number and leaf == "weight" else keep(stored)
     _, block, *name = path_in_stage.split(".")
     source = f"encoder.stages.{stage}.layers.{block}"
     if leaf == "scale":

@@ -1,0 +1,1 @@
+"""The sides of `benchmarks.towers`: each module runs in the environment of its program."""

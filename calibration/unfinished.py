@@ -1,0 +1,173 @@
+"""What a calibration has found so far, kept beside its output until that is written.
+
+`.NAME.calibrating` beside the bundle NAME holds a safetensors file per thing found, each written
+whole, and `key`, a hash of all that the result depends on: bundle, samples, settings, versions of
+what computes. The same command goes on with it; for any other it is thrown away. A writer holds a
+lock there (toolkit/bundle/atomic.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from edgevlm.toolkit.bundle.atomic import output_error, try_lock
+from edgevlm.toolkit.checkpoints.safetensors_io import (
+    STORAGE,
+    SafetensorsFile,
+    TensorSpec,
+    row_blocks,
+    write_safetensors,
+)
+from edgevlm.toolkit.errors import OutputError, ToolkitError
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.strict import to_plain
+
+FORMAT = 1  # of what is kept; another one is thrown away
+_SECONDS = 5.0  # between two times that a pass over samples is kept
+_KEY, _LOCK, _DONE = "key", "lock", "done"
+_DTYPES = {dtype: name for name, dtype in STORAGE.items() if name != "bf16"}
+
+
+class Found(Protocol):
+    """Sums over samples that can be kept and taken up again."""
+
+    def arrays(self) -> dict[str, Array]:
+        """All of it; no array is empty."""
+        ...
+
+    def fill(self, arrays: Mapping[str, Array]) -> None:
+        """The inverse, on a new one."""
+        ...
+
+
+class Unfinished:
+    """A folder with what was found; without one nothing is kept.
+
+    made_by: the program.
+    """
+
+    def __init__(self, folder: Path | None = None, made_by: str = "") -> None:
+        self.folder = folder
+        self._made_by = made_by
+        self._kept_at = time.monotonic()
+        self._descriptor: int | None = None
+
+    def begin(self, progress: Callable[[str], None], *parts: Any) -> None:
+        """Take the folder: what it holds is kept if it was found by the same program, versions of
+        NumPy included, for the same `parts`: all that the calibration depends on.
+
+        Raises OutputError if another process is at work there.
+        """
+        if self.folder is None:
+            return
+        plain = to_plain([FORMAT, self._made_by, np.__version__, *parts])
+        key = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        old = self.folder / _KEY
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if old.exists() and old.read_text() == key:
+            progress("going on where an earlier run of this calibration ended")
+            return
+        for file in self.folder.iterdir():
+            if file.name != _LOCK:
+                file.unlink()
+        old.write_text(key)
+
+    def get(self, name: str) -> dict[str, Array]:
+        """The arrays kept under a name, mapped from the file."""
+        file = SafetensorsFile(self._file(name))
+        return {key: file.read(key) for key in file.entries}
+
+    def has(self, name: str) -> bool:
+        """Whether something is kept under a name."""
+        return self.folder is not None and self._file(name).exists()
+
+    def put(self, name: str, arrays: Mapping[str, Array]) -> None:
+        """Keep arrays, none of them empty, under a name."""
+        if self.folder is None:
+            return
+        specs = [TensorSpec(key, _DTYPES[x.dtype], x.shape) for key, x in arrays.items()]
+        part = self._file(name).with_suffix(".part")
+        write_safetensors(part, specs, lambda spec: row_blocks(arrays[spec.name]))
+        os.replace(part, self._file(name))
+        self._kept_at = time.monotonic()
+
+    def take_up(self, name: str, found: Found) -> int:
+        """Fill `found` with what an earlier run kept; how many samples that was of."""
+        if not self.has(name):
+            return 0
+        arrays = self.get(name)
+        done = int(arrays.pop(_DONE)[0])
+        found.fill(arrays)
+        return done
+
+    def keep(self, name: str, found: Found, done: int, *, last: bool) -> None:
+        """Keep what was found in the first `done` samples, if it is the last time or long ago."""
+        if last or self.due():
+            self.put(name, {**found.arrays(), _DONE: np.array([done], np.int64)})
+
+    def due(self) -> bool:
+        """Whether nothing was kept for a while."""
+        return time.monotonic() - self._kept_at >= _SECONDS
+
+    def close(self, *, remove: bool) -> None:
+        """Let go of the folder. remove: with all that it holds."""
+        if self._descriptor is None or self.folder is None:
+            return
+        if remove:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def _file(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.safetensors"
+
+    def _lock(self) -> None:
+        assert self.folder is not None
+        descriptor = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+        if try_lock(descriptor) is False:
+            os.close(descriptor)
+            raise OutputError(
+                f"{self.folder} belongs to a calibration that is running",
+                hint="wait for it, or write to another place",
+            )
+        self._descriptor = descriptor
+
+
+@contextmanager
+def beside(out: Path, made_by: str) -> Iterator[Unfinished]:
+    """What an unfinished calibration of `out` has found; removed when the block ends well.
+
+    It stays where the block is interrupted, or `out` cannot be written; where the calibration is
+    refused it would be refused again, and nothing stays.
+    """
+    final = out.resolve()
+    parents = [parent for parent in final.parents if not parent.exists()]
+    kept = Unfinished(final.with_name(f".{final.name}.calibrating"), made_by)
+    remove = False
+    try:
+        yield kept
+        remove = True
+    except OutputError:
+        raise
+    except ToolkitError:
+        remove = True
+        raise
+    except OSError as refused:
+        raise output_error(refused, out) from None
+    finally:
+        kept.close(remove=remove)
+        with suppress(OSError):  # one that holds something stays
+            for parent in parents:
+                parent.rmdir()
