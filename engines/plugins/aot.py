@@ -7,26 +7,29 @@ output pointers, in this order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
 from edgevlm.engines.plugins.compile import Launch, compiled
-from edgevlm.toolkit.errors import UnsupportedError
+from edgevlm.toolkit.errors import MissingExtra, UnsupportedError
 
 NAMESPACE = "edgevlm"
 FORMATS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
 _TENSORRT_NAMES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
 
 
-def define(folders: Sequence[str], sm: int) -> None:
+def define(folders: Iterable[str], sm: int) -> None:
     """Register plugins by their folders' names, for cards of compute capability `sm`.
 
     Only where TensorRT itself builds: TensorRT-RTX ends a process whose parser takes a plugin.
-    Raises UnsupportedError there, and where TensorRT has no such plugins.
+    Raises UnsupportedError there and before 10.13, MissingExtra without TensorRT.
     """
-    trt = import_module("tensorrt")
-    if not hasattr(trt, "QuickPluginCreationRequest"):
+    try:
+        trt = import_module("tensorrt")
+    except ImportError:
+        raise MissingExtra("tensorrt", "tensorrt", purpose="building with plugins") from None
+    if not hasattr(trt, "KernelLaunchParams"):
         raise UnsupportedError(
             f"{trt.__name__} {trt.__version__} takes no plugins that are compiled ahead of time",
             hint="TensorRT 10.13 does; 10.3 takes those that make in engines/plugins/cpp builds",

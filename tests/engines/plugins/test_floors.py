@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
 from edgevlm.engines.lowering.tensorrt_plugins import PLUGINS
+from edgevlm.engines.plugins import aot
 from edgevlm.engines.plugins.__main__ import main
 from edgevlm.engines.plugins.catalogue import FOLDERS, SITES
 from edgevlm.engines.plugins.compile import PTX_ISA, Launch, without_scratch
-from edgevlm.toolkit.errors import BuildError
+from edgevlm.toolkit.errors import BuildError, MissingExtra, UnsupportedError
 from edgevlm.toolkit.target import DEVICES
 from tests.conftest import ROOT
 
@@ -102,3 +104,17 @@ def test_floors_load_neither_triton_nor_tensorrt_nor_onnx() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_no_plugin_is_registered_where_the_parser_would_end_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TensorRT-RTX under TensorRT's name has no classes for plugins of this kind; nor has 10.3."""
+    without = ModuleType("tensorrt")
+    without.__version__ = "1.7.1.116"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", without)
+    with pytest.raises(UnsupportedError, match=r"tensorrt 1\.7\.1\.116 takes no plugins"):
+        aot.define(FOLDERS.values(), 89)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingExtra):
+        aot.define(FOLDERS.values(), 89)
