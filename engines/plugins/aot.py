@@ -11,9 +11,16 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from edgevlm.engines.plugins.compile import Launch, compiled
 from edgevlm.toolkit.errors import MissingExtra, UnsupportedError
 
+# The parser hands every attribute as an array of one. NVIDIA's code would make an int of it by
+# int(array), which NumPy refuses since 2.4; arrays it leaves as they are.
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
 NAMESPACE = "edgevlm"
 FORMATS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
 _TENSORRT_NAMES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
@@ -45,6 +52,11 @@ def combinations(trtp: Any, names: Sequence[str], float32: Sequence[str] = ()) -
         for form in FORMATS.values()
     ]
     return [trtp.AutoTuneCombination(row, ", ".join(["LINEAR"] * len(names))) for row in rows]
+
+
+def number(attribute: Ints) -> int:
+    """An attribute's value."""
+    return int(attribute[0])
 
 
 def dtype_of(tensor: Any) -> str:

@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 # Symbols that come from Python, the C library and the compiler's own, not from TensorRT.
 _FOREIGN = re.compile(r"@|^_?Py|^_ITM|^_Z|^__|^pthread|^dl(open|sym|close|error)$")
 SHAPES: Mapping[str, tuple[Sequence[tuple[int, ...]], Mapping[str, Any], Sequence[int]]] = {
@@ -125,13 +127,30 @@ def expressions(trt: Any) -> Any:
     return Builder()
 
 
+def given(trt: Any, name: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What NVIDIA's creator makes of attributes, which the parser hands as arrays of one."""
+    creator = trt.get_plugin_registry().creators[name, "1", "edgevlm"]
+    kinds = trt.PluginFieldType
+    fields = [
+        trt.PluginField(key, np.asarray([value], np.float32), kinds.FLOAT32)
+        if isinstance(value, float)
+        else trt.PluginField(key, np.asarray([value], np.int32), kinds.INT32)
+        for key, value in attributes.items()
+    ]
+    collection, phase = trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD
+    ahead = trt.QuickPluginCreationRequest.STRICT_AOT
+    made = creator.create_plugin(name, "edgevlm", collection, phase, ahead)
+    return dict(made.attrs)
+
+
 def ask(trt: Any, plugin: Any, name: str, dtype: Any) -> dict[str, Any]:
     """What a plugin says for the shapes above, its tensors in `dtype`."""
     library = importlib.import_module("tensorrt_bindings.plugin._lib")
     tensors = importlib.import_module("tensorrt_bindings.plugin._tensor")
     builder = expressions(trt)
     tensors.SymIntExpr._exprBuilder = tensors.ShapeExpr._exprBuilder = builder
-    shapes, attributes, always = SHAPES[name]
+    shapes, numbers, always = SHAPES[name]
+    attributes = given(trt, name, numbers)
     inputs = []
     for index, shape in enumerate(shapes):
         exprs = tensors.ShapeExprs.from_tuple([tensors.ShapeExpr(n) for n in shape])
@@ -146,6 +165,7 @@ def ask(trt: Any, plugin: Any, name: str, dtype: Any) -> dict[str, Any]:
         return int(value._expr.value) if hasattr(value, "_expr") else int(value)
 
     return {
+        "attributes": {key: float(value[0]) for key, value in attributes.items()},
         "outputs": [[number(n) for n in out.shape_expr] for out in outputs],
         "types": [out.dtype.name for out in outputs],
         "combinations": [combo.io_types for combo in combos],
@@ -155,7 +175,6 @@ def ask(trt: Any, plugin: Any, name: str, dtype: Any) -> dict[str, Any]:
         "extra": [number(extra[i]) for i in range(len(extra))],
         "kernel": kernel,
         "parameters": ptx.split(".entry")[1].split(")")[0].count(".param"),
-        "creator": (name, "1", "edgevlm") in trt.get_plugin_registry().creators,
     }
 
 

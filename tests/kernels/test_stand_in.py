@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from edgevlm.engines.lowering.lower import lower_component
+from edgevlm.toolkit.target import Target
 from tests.kernels.conftest import FETCHED
+from tests.kernels.stand_in import SHAPES
+from tests.onnx_tools import model_of
+from tests.ops_cases import CASES
 
 RELEASES = ("10.13.3.9", "11.4.0.106")
 OUTPUTS = {
@@ -30,6 +35,17 @@ GRIDS = {
 SCALARS = {"MSDeformAttn": 35, "LayerMerge": 130, "RotateHeads": 37}
 PARAMETERS = {"MSDeformAttn": 6, "LayerMerge": 8, "RotateHeads": 6}
 TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+
+
+def attributes_of_call(called: str) -> list[str]:
+    """Those of a lowered call; the parser hands those that a creator names."""
+    cases = {"MSDeformAttn": "ms_deform_attn", "LayerMerge": "layer_merge"}
+    part = CASES[cases.get(called, "attention_rotary")]
+    model, target = model_of(part.component(), part.weights()), Target("tensorrt", (11, 4), "sm_87")
+    plugins = [called if called in cases else "RotaryAttention"]
+    nodes = lower_component("c", model, target, plugins).model.graph.node
+    (call,) = (node for node in nodes if node.op_type == called)
+    return sorted(a.name for a in call.attribute if not a.name.startswith("plugin_"))
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -51,7 +67,9 @@ def test_nvidias_python_takes_our_plugins(release: str, tmp_path: Path) -> None:
     assert len(told["found"]) == 9
     for name, said in told["found"].items():
         op, dtype = name.split(", ")
-        assert said["creator"]
+        assert sorted(said["attributes"]) == attributes_of_call(op)
+        for key, value in SHAPES[op][1].items():
+            assert said["attributes"][key] == pytest.approx(value)
         assert said["outputs"] == OUTPUTS[op]
         assert set(said["types"]) == {TYPES[dtype]}
         wide = "fp32" if dtype == "fp32" else "fp16"

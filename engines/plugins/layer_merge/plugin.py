@@ -2,7 +2,9 @@
 is registered, so they must not be postponed."""
 
 from edgevlm.engines.plugins import aot
+from edgevlm.engines.plugins.aot import Floats, Ints
 from edgevlm.engines.plugins.layer_merge.spec import ROWS, Attributes
+from edgevlm.engines.plugins.work import ceil_div
 
 ID = f"{aot.NAMESPACE}::LayerMerge"
 
@@ -22,10 +24,10 @@ def define(sm: int) -> None:
         scale: trtp.TensorDesc,
         weight: trtp.TensorDesc,
         bias: trtp.TensorDesc,
-        levels: int,
-        hidden_size: int,
-        epsilon: float,
-        output_size: int,
+        levels: Ints,
+        hidden_size: Ints,
+        epsilon: Floats,
+        output_size: Ints,
     ) -> trtp.TensorDesc:
         shape = (x.shape_expr[0], x.shape_expr[1], weight.shape_expr[1])
         return trtp.from_shape_expr(shape, x.dtype)
@@ -40,19 +42,20 @@ def define(sm: int) -> None:
         scale: trtp.TensorDesc,
         weight: trtp.TensorDesc,
         bias: trtp.TensorDesc,
-        levels: int,
-        hidden_size: int,
-        epsilon: float,
-        output_size: int,
+        levels: Ints,
+        hidden_size: Ints,
+        epsilon: Floats,
+        output_size: Ints,
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
         from edgevlm.engines.plugins.layer_merge.kernel import layer_merge
 
-        at = Attributes(levels, hidden_size, epsilon, output_size)
+        sizes = [aot.number(size) for size in (levels, hidden_size)]
+        at = Attributes(*sizes, float(epsilon[0]), aot.number(output_size))
         dtype = aot.dtype_of(x)
         tokens = x.shape_expr[0] * x.shape_expr[1]
-        across = -(-output_size // at.columns(dtype))
+        across = ceil_div(at.outputs, at.columns(dtype))
         programs = trtp.cdiv(tokens, ROWS) * across
         return aot.answer(trtp, layer_merge, at.launch(dtype), dtype, sm, programs, [tokens])
 

@@ -2,6 +2,7 @@
 is registered, so they must not be postponed."""
 
 from edgevlm.engines.plugins import aot
+from edgevlm.engines.plugins.aot import Ints
 from edgevlm.engines.plugins.ms_deform_attn.spec import Attributes
 
 ID = f"{aot.NAMESPACE}::MSDeformAttn"
@@ -16,12 +17,12 @@ def define(sm: int) -> None:
         offsets: trtp.TensorDesc,
         scores: trtp.TensorDesc,
         reference: trtp.TensorDesc,
-        num_heads: int,
-        num_points: int,
-        head_dim: int,
-        levels: int,
-        height: int,
-        width: int,
+        num_heads: Ints,
+        num_points: Ints,
+        head_dim: Ints,
+        levels: Ints,
+        height: Ints,
+        width: Ints,
     ) -> trtp.TensorDesc:
         shape = (offsets.shape_expr[0], offsets.shape_expr[1], value.shape_expr[2])
         return trtp.from_shape_expr(shape, value.dtype)
@@ -35,21 +36,22 @@ def define(sm: int) -> None:
         offsets: trtp.TensorDesc,
         scores: trtp.TensorDesc,
         reference: trtp.TensorDesc,
-        num_heads: int,
-        num_points: int,
-        head_dim: int,
-        levels: int,
-        height: int,
-        width: int,
+        num_heads: Ints,
+        num_points: Ints,
+        head_dim: Ints,
+        levels: Ints,
+        height: Ints,
+        width: Ints,
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
         from edgevlm.engines.plugins.ms_deform_attn.kernel import ms_deform_attn
 
-        at = Attributes(num_heads, num_points, head_dim, levels, height, width)
+        numbers = (num_heads, num_points, head_dim, levels, height, width)
+        at = Attributes(*map(aot.number, numbers))
         dtype = aot.dtype_of(value)
         batch, queries = offsets.shape_expr[0], offsets.shape_expr[1]
-        programs = batch * trtp.cdiv(queries, at.each(dtype)) * num_heads
+        programs = batch * trtp.cdiv(queries, at.each(dtype)) * at.num_heads
         return aot.answer(trtp, ms_deform_attn, at.launch(dtype), dtype, sm, programs, [queries])
 
     trtp.register(ID)(describe)

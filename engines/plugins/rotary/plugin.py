@@ -2,6 +2,7 @@
 read while it is registered, so they must not be postponed."""
 
 from edgevlm.engines.plugins import aot
+from edgevlm.engines.plugins.aot import Ints
 from edgevlm.engines.plugins.rotary.spec import Attributes
 
 ID = f"{aot.NAMESPACE}::RotateHeads"
@@ -15,10 +16,11 @@ def define(sm: int) -> None:
         q: trtp.TensorDesc,
         k: trtp.TensorDesc,
         angles: trtp.TensorDesc,
-        num_heads: int,
-        head_dim: int,
+        num_heads: Ints,
+        head_dim: Ints,
     ) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
-        shape = (q.shape_expr[0], num_heads, q.shape_expr[1], head_dim)
+        heads, width = aot.number(num_heads), aot.number(head_dim)
+        shape = (q.shape_expr[0], heads, q.shape_expr[1], width)
         turned = [trtp.from_shape_expr(shape, x.dtype) for x in (q, k)]
         return turned[0], turned[1]
 
@@ -29,17 +31,17 @@ def define(sm: int) -> None:
         q: trtp.TensorDesc,
         k: trtp.TensorDesc,
         angles: trtp.TensorDesc,
-        num_heads: int,
-        head_dim: int,
+        num_heads: Ints,
+        head_dim: Ints,
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
         from edgevlm.engines.plugins.rotary.kernel import rotary
 
-        at, dtype = Attributes(num_heads, head_dim), aot.dtype_of(q)
+        at, dtype = Attributes(aot.number(num_heads), aot.number(head_dim)), aot.dtype_of(q)
         tokens = q.shape_expr[1]
         blocks = q.shape_expr[0] * trtp.cdiv(tokens, at.each())
-        programs = blocks * (num_heads // at.heads_each())
+        programs = blocks * (at.num_heads // at.heads_each())
         return aot.answer(trtp, rotary, at.launch(dtype), dtype, sm, programs, [tokens])
 
     trtp.register(ID)(describe)
