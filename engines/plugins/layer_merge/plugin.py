@@ -51,8 +51,12 @@ def define(sm: int) -> None:
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
         from edgevlm.engines.plugins.layer_merge.kernel import layer_merge
 
-        sizes = [aot.number(size) for size in (levels, hidden_size)]
-        at = Attributes(*sizes, float(epsilon[0]), aot.number(output_size))
+        at = Attributes(
+            levels=aot.number(levels),
+            hidden_size=aot.number(hidden_size),
+            epsilon=float(epsilon[0]),
+            outputs=aot.number(output_size),
+        )
         dtype = aot.dtype_of(x)
         tokens = x.shape_expr[0] * x.shape_expr[1]
         across = ceil_div(at.outputs, at.columns(dtype))
