@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgevlm.toolkit.errors import BuildError, MissingExtra
+from edgevlm.toolkit.errors import BuildError, MissingExtra, UnsupportedError
 
 # The newest PTX that the oldest driver with support for the card reads: CUDA 12.6 (JetPack 6) reads
 # 8.5, CUDA 12.8 reads 8.7 and is the first for 100 and 120, CUDA 13.0 reads 9.0 and is Thor's.
@@ -72,9 +72,15 @@ class Usage:
 def compiled(kernel: Any, launch: Launch, dtype: str, sm: int) -> Compiled:
     """A Triton kernel for compute capability `sm`.
 
-    Raises MissingExtra without Triton, and BuildError if the kernel wants what TensorRT cannot
-    give: memory of its own, more than one launch, much shared memory.
+    Raises MissingExtra without Triton, UnsupportedError for another card, and BuildError if the
+    kernel wants what TensorRT cannot give: memory of its own, more than one launch, much shared
+    memory.
     """
+    if sm not in PTX_ISA:
+        known = ", ".join(f"sm_{card}" for card in PTX_ISA)
+        raise UnsupportedError(
+            f"there are no fused kernels for sm_{sm}", hint=f"there are for {known}"
+        )
     try:
         import triton
         from triton.backends.compiler import GPUTarget

@@ -89,6 +89,11 @@ def test_scratch_parameters_go_unless_they_are_used() -> None:
         without_scratch(PTX, "spin", 2)
 
 
+def test_a_card_without_ptx_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="no fused kernels for sm_75"):
+        SITES[0].compiled("fp16", 75)
+
+
 def test_types_of_parameters_come_in_a_plugins_order() -> None:
     launch = Launch(("a", "b"), ("n",), ("y",), {"SIZE": 3}, {"b": "fp32"}, warps=4)
     kinds = {"a": "*fp16", "b": "*fp32", "n": "i32", "y": "*fp16", "SIZE": "constexpr"}
