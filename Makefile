@@ -102,8 +102,10 @@ $(VENV)/.kernels: $(VENV)/.dev
 	@mkdir -p $(VENV)/tensorrt
 	-@for release in $(BINDINGS); do $(BIN)/python -m pip --disable-pip-version-check download --quiet \
 	  --no-deps --dest $(VENV)/tensorrt tensorrt-cu13-bindings==$$release; done
-	-@for release in $(HEADERS); do test -d $(VENV)/tensorrt/$$release || git clone --quiet --depth 1 \
-	  --branch $$release https://github.com/NVIDIA/TensorRT $(VENV)/tensorrt/$$release; done
+	-@for release in $(HEADERS); do test -d $(VENV)/tensorrt/$$release || { \
+	  GIT_TERMINAL_PROMPT=0 git clone --quiet --depth 1 --filter=blob:none --sparse --branch $$release \
+	    https://github.com/NVIDIA/TensorRT $(VENV)/tensorrt/$$release && \
+	  git -C $(VENV)/tensorrt/$$release sparse-checkout set include; }; done
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt

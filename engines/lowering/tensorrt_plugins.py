@@ -109,7 +109,7 @@ _ASKED = "as asked, a plugin's kernel in place of the body"
 _OLDER = _row(older_rotary, ROTATION, f"{_ASKED}, before 10.14 around two products")
 PLUGINS: dict[str, Row] = {
     "edgevlm.MSDeformAttn": _row(
-        kept, "MSDeformAttn", f"{_ASKED}, of which the builder makes four to six kernels"
+        kept, "MSDeformAttn", f"{_ASKED}, of which the builder makes two to four kernels"
     ),
     "edgevlm.LayerMerge": _row(
         layer_merge, "LayerMerge", f"{_ASKED}, whose levels the builder joins while it norms them"

@@ -52,15 +52,16 @@ class Attributes:
     def work(self, batch: int, queries: int, dtype: str) -> Work:
         """Of `batch` images of `queries` queries each.
 
-        The body's kernels hand each other the points, the result before it is transposed, and
-        the softmaxed scores; with one level the weighted samples, twice, in float32.
+        The kernels that the builder makes hand each other the points; with several levels also
+        the softmaxed scores, and the result before it is transposed.
         """
         size, values = BYTES[dtype], batch * queries * self.num_heads * self.head_dim
         samples = batch * queries * self.num_heads * self.levels * self.num_points
         cells = batch * self.levels * self.height * self.width * self.num_heads * self.head_dim
         floor = size * (cells + 3 * samples + values) + 8 * queries
-        handed = 8 * samples + size * values
-        handed += 4 * values + 8 * samples * self.head_dim if self.levels == 1 else 4 * samples
+        handed = 8 * samples
+        if self.levels > 1:
+            handed += 4 * samples + size * values
         flops = samples * (8 * self.head_dim + 20)
-        kernels = 6 if self.levels == 1 else 4
+        kernels = 2 if self.levels == 1 else 4
         return Work(floor, flops, floor, 1, floor + 2 * handed, kernels)

@@ -101,7 +101,7 @@ def test_an_op_without_a_plugin_is_named() -> None:
 
 
 def test_every_default_is_the_body() -> None:
-    assert ROWS["edgevlm.MSDeformAttn"].action == "decompose"
+    assert ROWS["edgevlm.MSDeformAttn"].into == "GridSample"
     assert ROWS["edgevlm.LayerMerge"].action == "decompose"
 
 
