@@ -79,7 +79,7 @@ def _measured(
     from edgevlm.export import probe
 
     if "--no-tune" in options or not _runs_here(target):
-        return tune.untuned(source.model, kind)
+        return tune.untuned(source.model, kind, target)
     timings, keep_slower = Timings(target, probe.linears), "--keep-slower" in options
     return tune.tuned(source.model, kind, timings, progress, keep_slower=keep_slower)
 

@@ -1,26 +1,22 @@
-"""From text to codes: the language model's layers in 4 bits, the worst of them in 8, and its price.
-
-Linears are rounded in the order in which they run, each with the inputs that the layers before it
-give once they are rounded, so a layer makes up for errors before it as well as for its own.
-"""
+"""From text to codes: a language model's layers in 4 bits, the worst of them in 8; the price."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from edgevlm.calibration import gptq, static, unsampled, weight_only
-from edgevlm.calibration.kept_codes import KeptCodes, KeptLayers, Made
+from edgevlm.calibration import rounding, smooth, static, unsampled, weight_only
+from edgevlm.calibration.kept_codes import Made
 from edgevlm.calibration.many import Many, ManyOps, hidden
 from edgevlm.calibration.pictures import Given
 from edgevlm.calibration.quality import Quality, compare
+from edgevlm.calibration.rounding import Rounded
 from edgevlm.calibration.samples import BLOCKS, STATIC, Settings, budget_of, check, windows_of
 from edgevlm.calibration.static import Interpreter, StaticCalibration
 from edgevlm.calibration.unfinished import Unfinished
@@ -29,7 +25,7 @@ from edgevlm.toolkit.bundle.atomic import refuse_existing, refuse_source
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization import blockwise
 from edgevlm.toolkit.quantization.blockwise import LINEAR, TABLE, StorageFormat
 from edgevlm.toolkit.quantization.coded import Coded, Codes
@@ -40,12 +36,14 @@ Progress = Callable[[str], None]
 Makers = Mapping[str, Callable[[], Codes]]
 MOST_IN_8_BITS = 0.3  # of the linears' weights, to keep within the budget
 _AIM = 0.8  # of the budget: the text that chooses the mix favours it, other text costs more
-_STEPS = 3  # from none to that many, as each takes a measurement
+_STEPS = 2  # from none to that many, as in each everything is rounded again
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear: its bits, and the squared error of its outputs in 4 bits over their size."""
+    """A linear: its bits, and the squared error of its outputs over their size that it has in 4
+    bits by its own rounding, where all linears have 4 bits.
+    """
 
     path: str
     bits: int
@@ -56,7 +54,8 @@ class Layer:
 class Calibration:
     """What came out: the plan, the codes of the language model, and what they cost.
 
-    dtype: of what the bundle has in float.
+    weights: the language model's, in the form of which the codes are. dtype: of what the bundle has
+    in float.
     """
 
     plan: PrecisionPlan
@@ -65,6 +64,7 @@ class Calibration:
     share_4_bits: float
     quality: Quality
     within_budget: bool
+    weights: Mapping[str, Array]
     dtype: str = "fp32"
 
 
@@ -101,7 +101,7 @@ def of_bundle(
     kept.begin(progress, bundle.sha256, settings, *(_sha256(ids) for ids in chosen))
     found = calibrate(lm, plain, chosen, settings, progress, kept)
     plan = weight_only.with_vision(found.plan, source.model)
-    weights = {**source.weights, lm.name: Coded(plain, found.codes)}
+    weights = {**source.weights, lm.name: Coded(found.weights, found.codes)}
     made = unsampled.smoothed(replace(source, plan=plan, weights=weights))
     return made, replace(found, plan=plan)
 
@@ -121,90 +121,155 @@ def calibrate(
     """
     calibrating, held = windows
     linears = [k for k in lm.shapes if _is_layer(k, lm)]
-    unfinished = unfinished or Unfinished()
-    codes = {key: partial(_nearest, weights, key, LINEAR[8]) for key in linears}
     kept = {key: partial(_nearest, weights, key, s) for key, s in _ends(lm).items()}
     if settings.to == "int8":
-        made = Made({**codes, **kept})
-        found = compare(lm, weights, Coded(weights, made), held, progress)
-        plan = weight_only.plan("int8", "--to")
-        layers = tuple(Layer(_path(key, lm), 8, 0.0) for key in linears)
-        within = found.growth <= budget_of(settings)
-        return Calibration(plan, made, layers, 0.0, found, within)
-    zero_points = settings.zero_points
-    storage = StorageFormat(4, True, LINEAR[4].suffix, settings.block, zero_points)
-    ops = Compensate(storage, linears, progress, unfinished)
-    ops.run(lm, Coded(weights, Made(kept)), calibrating)
-    in_4 = {key: partial(ops.codes.__getitem__, key) for key in linears}
-    choices, errors = (codes, in_4, kept), ops.errors
-    in_8 = _until_it_fits(lm, weights, choices, errors, held, settings, progress, unfinished)
-    chosen = Made({**in_4, **{key: codes[key] for key in in_8.keys}, **kept})
-    rules = [Rule(_path(key, lm), "int8_weights") for key in in_8.keys]
-    block = _block(settings.block)
+        return _in_8_bits(lm, weights, linears, kept, held, settings, progress)
+    fit = _until_it_fits(lm, weights, kept, windows, settings, progress, unfinished or Unfinished())
+    found, in_8 = fit.rounded(), set(fit.in_8)
+    codes = _with_ends(found, kept)
+    block, zero_points = _block(settings.block), settings.zero_points
     without = [
         Rule(_path(key, lm), "int4_weights", block)
         for key in linears
-        if zero_points and not ops.codes[key].storage.zero_points
+        if zero_points and key not in in_8 and not codes[key].storage.zero_points
     ]
     plan = PrecisionPlan(
         "int8_weights",
-        (Rule(f"{lm.name}/layers.*", "int4_weights", block, zero_points), *without, *rules),
-        method="gptq",
+        (
+            Rule(f"{lm.name}/layers.*", "int4_weights", block, zero_points),
+            *without,
+            *(Rule(_path(key, lm), "int8_weights") for key in linears if key in in_8),
+        ),
+        method=settings.method,
         samples=len(calibrating),
         samples_sha256=_sha256(calibrating),
     )
-    layers = tuple(Layer(_path(k, lm), chosen[k].storage.bits, errors[k]) for k in linears)
-    share = 1 - sum(_size(lm, k) for k in in_8.keys) / sum(_size(lm, k) for k in linears)
-    within = in_8.quality.growth <= budget_of(settings)
-    return Calibration(plan, chosen, layers, share, in_8.quality, within)
+    layers = tuple(Layer(_path(k, lm), 8 if k in in_8 else 4, fit.errors[k]) for k in linears)
+    share = 1 - sum(_size(lm, k) for k in in_8) / sum(_size(lm, k) for k in linears)
+    within = fit.quality.growth <= budget_of(settings)
+    scaled = _scaled(lm, weights, found, linears)
+    return Calibration(plan, codes, layers, share, fit.quality, within, scaled)
+
+
+def _in_8_bits(
+    lm: Component,
+    weights: Mapping[str, Array],
+    linears: Sequence[str],
+    kept: Makers,
+    held: Array,
+    settings: Settings,
+    progress: Progress,
+) -> Calibration:
+    """All linears rounded to nearest."""
+    in_8 = {key: partial(_nearest, weights, key, LINEAR[8]) for key in linears}
+    codes = Made({**kept, **in_8})
+    found = compare(lm, weights, Coded(weights, codes), held, progress)
+    plan = weight_only.plan("int8", "--to")
+    layers = tuple(Layer(_path(key, lm), 8, 0.0) for key in linears)
+    within = found.growth <= budget_of(settings)
+    return Calibration(plan, codes, layers, 0.0, found, within, weights)
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """The linears that are kept in 8 bits, and how good the model is with them."""
+    """The linears that are kept in 8 bits, what came of rounding, and how good the model is.
 
-    keys: tuple[str, ...]
+    rounded: gives what came of it, from `part` if an earlier run found it. errors: of each linear
+    in 4 bits, by key.
+    """
+
+    in_8: tuple[str, ...]
+    rounded: Callable[[], Rounded]
+    part: Unfinished
     quality: Quality
+    errors: Mapping[str, float]
 
 
 def _until_it_fits(
     lm: Component,
     weights: Mapping[str, Array],
-    codes: tuple[Makers, Makers, Makers],
-    errors: Mapping[str, float],
-    held: Array,
+    kept: Makers,
+    windows: tuple[Array, Array],
     settings: Settings,
     progress: Progress,
     unfinished: Unfinished,
 ) -> _Fit:
-    """Put the linears with the largest errors into 8 bits, until the budget holds."""
-    in_8, in_4, kept = codes
-    worst = sorted(errors, key=lambda key: -errors[key])
-    total, best, known = sum(_size(lm, key) for key in worst), None, None
+    """Round everything to 4 bits, then the linears with the largest errors to 8, until the budget
+    holds: each time anew, as every linear makes up for those before it.
+    """
+    rounds = _Rounds(lm, weights, kept, windows, settings, progress, unfinished)
+    in_4 = [key for key in lm.shapes if _is_layer(key, lm)]
+    total, best = sum(_size(lm, key) for key in in_4), None
+    errors: Mapping[str, float] = {}
     for step in range(_STEPS + 1):
-        keys = _up_to(worst, lm, MOST_IN_8_BITS * step / _STEPS * total)
-        mixed = {**in_4, **{key: in_8[key] for key in keys}, **kept}
-        quality = _earlier(unfinished, len(keys))
-        if quality is None:
-            progress(f"{len(keys)} of {len(worst)} linears in 8 bits: measuring on held-out text")
-            known = known or hidden(lm, ManyOps(), weights, held)
-            quality = compare(lm, weights, Coded(weights, Made(mixed)), held, progress, known)
-            unfinished.put(f"{len(keys)} in 8 bits", {"quality": np.array(astuple(quality))})
-        found = _Fit(keys, quality)
+        worst = sorted(in_4, key=lambda key: -errors.get(key, 0))
+        found = rounds.run(step, _up_to(worst, lm, MOST_IN_8_BITS * step / _STEPS * total))
+        errors = errors or found.errors
         if best is None or found.quality.growth < best.quality.growth:
-            best = found
+            best, found = found, best
+        if found is not None:  # codes take room on disk: those of the best round stay
+            found.part.drop()
         if best.quality.growth <= _AIM * budget_of(settings):
             break
     assert best is not None
-    return best
+    return replace(best, errors=errors)
 
 
-def _earlier(unfinished: Unfinished, in_8: int) -> Quality | None:
-    """What an earlier run measured with so many linears in 8 bits."""
-    if not unfinished.has(f"{in_8} in 8 bits"):
-        return None
-    tokens, *rest = (float(x) for x in unfinished.get(f"{in_8} in 8 bits")["quality"])
-    return Quality(int(tokens), *rest)
+@dataclass
+class _Rounds:
+    """Everything is rounded and measured, each time with other linears in 8 bits."""
+
+    lm: Component
+    weights: Mapping[str, Array]
+    kept: Makers
+    windows: tuple[Array, Array]
+    settings: Settings
+    progress: Progress
+    unfinished: Unfinished
+    _known: Many | None = None  # what the float model gives for held-out text
+
+    def run(self, step: int, in_8: tuple[str, ...]) -> _Fit:
+        """What comes of it; an earlier run's round is not run again."""
+        lm, settings, progress = self.lm, self.settings, self.progress
+        storage = StorageFormat(4, True, LINEAR[4].suffix, settings.block, settings.zero_points)
+        in_4 = {k: fitting(storage, shape[0]) for k, shape in lm.shapes.items() if _is_layer(k, lm)}
+        storages = in_4 | dict.fromkeys(in_8, LINEAR[8])
+        weights, part = Coded(self.weights, Made(self.kept)), self.unfinished.part(f"round {step}")
+        given = (lm, weights, self.windows[0], storages, settings.method, progress, part)
+        rounded = partial(rounding.rounded, *given)
+        name = f"measured {step}"
+        if self.unfinished.has(name):
+            arrays = self.unfinished.get(name)
+            tokens, *rest = (float(x) for x in arrays["quality"])
+            errors = dict(zip(in_4, map(float, arrays["errors"]), strict=True))
+            return _Fit(in_8, rounded, part, Quality(int(tokens), *rest), errors)
+        progress(f"{len(in_8)} of {len(in_4)} linears in 8 bits")
+        found = rounded()
+        quality = self._measured(found)
+        errors = {key: found.errors[key] for key in in_4}
+        arrays = {"quality": np.array(astuple(quality)), "errors": np.array([*errors.values()])}
+        self.unfinished.put(name, arrays)
+        return _Fit(in_8, lambda: found, part, quality, errors)
+
+    def _measured(self, found: Rounded) -> Quality:
+        (_, held), plain = self.windows, self.weights
+        self._known = self._known or hidden(self.lm, ManyOps(), plain, held)
+        scaled = _scaled(self.lm, plain, found, found.codes.keys())
+        made = Coded(scaled, _with_ends(found, self.kept))
+        return compare(self.lm, plain, made, held, self.progress, self._known)
+
+
+def _with_ends(found: Rounded, kept: Makers) -> Made:
+    """All codes of the language model, each made or read when it is used."""
+    return Made({**{k: partial(found.codes.__getitem__, k) for k in found.codes}, **kept})
+
+
+def _scaled(
+    lm: Component, weights: Mapping[str, Array], found: Rounded, linears: Collection[str]
+) -> Mapping[str, Array]:
+    """The weights, with the scales that were found moved into what is in front of linears."""
+    linked = [x for x in rounding.links(lm, linears) if x.source in found.scales]
+    return smooth.smoothed(weights, found.scales, linked) if linked else weights
 
 
 def _up_to(worst: list[str], lm: Component, most: float) -> tuple[str, ...]:
@@ -216,54 +281,6 @@ def _up_to(worst: list[str], lm: Component, most: float) -> tuple[str, ...]:
         taken.append(key)
         size += _size(lm, key)
     return tuple(taken)
-
-
-@dataclass
-class Compensate(ManyOps):
-    """Runs the samples, and rounds each linear of a layer as soon as they reach it."""
-
-    storage: StorageFormat
-    linears: Collection[str]
-    progress: Progress
-    unfinished: Unfinished = field(default_factory=Unfinished)
-    errors: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-        self.codes = KeptCodes(self.unfinished)
-        self._layers = KeptLayers(self.unfinished)
-        self._seen: tuple[Many | None, Array] = (None, np.zeros(0))
-
-    def run(self, lm: Component, weights: Mapping[str, Array], windows: Array) -> None:
-        """Fill `codes` and `errors`, by key."""
-        hidden(lm, self, weights, windows)
-        self.errors.update({key: self.codes.error(key) for key in self.linears})
-
-    def block(self, function: Callable[..., Any], w: Weights[Any], *args: Any) -> Any:
-        """A layer: from the second argument, which goes through all of them, to the next, and its
-        part of the KV cache, which nobody reads.
-        """
-        passed = self._layers.passed(args[0])
-        if passed is not None:
-            return passed, (None, None)
-        found = super().block(function, w, *args)
-        self._layers.leaves(found[0])
-        return found
-
-    def linear(self, x: Many, w: Weights[Any]) -> Many:
-        key = w.key("weight")
-        if key not in self.linears:
-            return super().linear(x, w)
-        if key in self.codes:
-            return super().linear(x, w.replacing(weight=self.codes[key].floats()))
-        matrix = w["weight"]
-        if self._seen[0] is not x:  # q, k and v have the same input
-            self._seen = (x, gptq.second_moments(list(x), w.path))
-        found = gptq.compensated(matrix, self._seen[1], fitting(self.storage, len(matrix)), w.path)
-        self.codes.add(key, found.codes, found.error)
-        number = list(self.linears).index(key) + 1
-        self.progress(f"{w.path} ({number} of {len(self.linears)}): error {found.error:.2g}")
-        return super().linear(x, w.replacing(weight=found.codes.floats()))
 
 
 def fitting(storage: StorageFormat, inputs: int) -> StorageFormat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -12,6 +12,7 @@ import typer
 
 from edgevlm.toolkit.terminal.flags import Debug, Force, Json, Quiet
 
+_SHOWN = 5  # of the linears
 _Prompts = Annotated[
     Optional[Path],
     typer.Option(help='int8-static: a file of lines {"image": ..., "prompt": ...}.'),
@@ -23,6 +24,7 @@ _Budget = Annotated[
         "int8-static: leave layers in float for it."
     ),
 ]
+_Method = Annotated[str, typer.Option(help="4 bits: rtn, awq, gptq or awq+gptq.")]
 _ZeroPoints = Annotated[
     bool, typer.Option("--zero-points", help="4 bits: blocks have zero points of their own.")
 ]
@@ -62,6 +64,7 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
         ] = None,
         samples: Annotated[int, typer.Option(help="int8-static: the most images or prompts.")] = 64,
         budget: _Budget = None,
+        method: _Method = "awq+gptq",
         block: Annotated[
             int, typer.Option(help="Inputs that share a scale in 4 bits: 32, 64 or 128.")
         ] = 32,
@@ -125,9 +128,19 @@ def summary(result: Any, bundle: Path, out: Path) -> tuple[Any, list[str], str]:
         f"KL to float      {quality.kl:.4f}, same likeliest token {quality.same_top_1:.1%}",
         f"in 4 bits        {result.share_4_bits:.0%} of the weights of the layers' linears",
     ]
+    lines += _worst(result.layers)
     if not result.within_budget:
         lines.append("the budget does not hold: this is the best that was found")
     return data, lines, following
+
+
+def _worst(layers: Sequence[Any]) -> list[str]:
+    """A table of the linears with the largest errors in 4 bits: where 8 would be chosen first."""
+    from edgevlm.toolkit.terminal.console import table
+
+    worst = sorted(layers, key=lambda layer: -layer.error_4_bits)[:_SHOWN]
+    rows = [(x.path, f"{x.error_4_bits:.2%}", f"{x.bits}") for x in worst if x.error_4_bits]
+    return table(("largest errors", "in 4 bits", "has bits"), rows) if rows else []
 
 
 def write_report(file: Path | None, data: Any) -> None:

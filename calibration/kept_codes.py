@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -25,6 +25,9 @@ class Made(Mapping[str, Codes]):
 
     def __getitem__(self, key: str) -> Codes:
         return self._makers[key]()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._makers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
@@ -75,25 +78,25 @@ class KeptLayers:
     """Where samples were in the model when hidden states were kept the last time."""
 
     def __init__(self, kept: Unfinished) -> None:
-        self._kept = kept
+        self._kept = kept.part("samples")  # with a clock that codes do not put back
         self._done = 0
-        self._arrays = kept.get(_LAYER) if kept.has(_LAYER) else None
+        self._arrays = self._kept.get(_LAYER) if self._kept.has(_LAYER) else None
         self._until = int(self._arrays["layers"][0]) if self._arrays else 0
 
-    def passed(self, x: Many) -> Many | None:
-        """What leaves the next layer, in which `x` enters, if an earlier run was beyond it: only
-        where that run ended is it what the layer gives.
+    def passed(self, streams: Sequence[Many]) -> list[Many] | None:
+        """What leaves the next layer, in which `streams` enter, if an earlier run was beyond it:
+        only where that run ended is it what the layer gives.
         """
         if self._done >= self._until:
             return None
         self._done += 1
         if self._done < self._until or self._arrays is None:
-            return x
-        return x.split(np.array(self._arrays["x"]))
+            return list(streams)
+        return [x.split(np.array(self._arrays[f"{i}"])) for i, x in enumerate(streams)]
 
-    def leaves(self, x: Many) -> None:
-        """A layer was run, and gives `x`."""
+    def leaves(self, streams: Sequence[Many]) -> None:
+        """A layer was run, and gives `streams`: the samples of one model, or of two of them."""
         self._done += 1
         if self._kept.folder is not None and self._kept.due():
-            layers = np.array([self._done], np.int64)
-            self._kept.put(_LAYER, {"x": x.joined(), "layers": layers})
+            arrays = {f"{i}": x.joined() for i, x in enumerate(streams)}
+            self._kept.put(_LAYER, {**arrays, "layers": np.array([self._done], np.int64)})

@@ -10,6 +10,8 @@ import numpy as np
 
 from edgevlm.calibration import weight_only
 from edgevlm.calibration.histogram import METHODS
+from edgevlm.calibration.rounding import METHODS as OF_4_BITS
+from edgevlm.calibration.rounding import Method
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.errors import CalibrationError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -17,7 +19,7 @@ from edgevlm.toolkit.quantization.plan import Block
 
 STATIC = "int8-static"
 _STATIC = ("range", "smooth", "bias_correction", "keep_float", "samples")
-_WEIGHT_ONLY = ("block", "zero_points")
+_IN_4_BITS = ("method", "block", "zero_points")
 BUDGET = 0.05  # of weights alone, unless another is given
 BLOCKS: tuple[Block, ...] = (32, 64, 128)
 _HELD_OUT = 8  # windows, a quarter of the text at most
@@ -28,15 +30,16 @@ class Settings:
     """window: tokens of a sample of text; windows: the most of them.
 
     budget: how much perplexity may grow, 0.05 for 5 %; None for BUDGET, and none in static INT8.
-    Of weights alone: block, inputs that share a scale in 4 bits; zero_points, whether such blocks
-    have zero points of their own. Of static INT8: range, the method (histogram.py); smooth,
-    SmoothQuant's alpha; keep_float, globs over paths of layers; samples, the most images or
-    prompts.
+    Of weights alone: method, how 4 bits are chosen (rounding.py); block, inputs that share a scale
+    in 4 bits; zero_points, whether such blocks have zero points of their own. Of static INT8:
+    range, the method (histogram.py); smooth, SmoothQuant's alpha; keep_float, globs over paths of
+    layers; samples, the most images or prompts.
     """
 
     to: str = "int4"
     window: int = 256
     windows: int = 24
+    method: Method = "awq+gptq"
     block: int = 32
     zero_points: bool = False
     budget: float | None = None
@@ -64,6 +67,10 @@ def check(settings: Settings) -> None:
         )
     if settings.smooth is not None and not 0 < settings.smooth < 1:
         raise ConfigError(f"--smooth {settings.smooth} is not between 0 and 1", hint="0.5 is usual")
+    if settings.method not in OF_4_BITS:
+        raise ConfigError(
+            f"--method {settings.method!r} is unknown", hint=f"known: {', '.join(OF_4_BITS)}"
+        )
     if settings.block not in BLOCKS:
         raise ConfigError(f"--block {settings.block} is unknown", hint="known: 32, 64, 128")
     budget = settings.budget
@@ -76,11 +83,11 @@ def check(settings: Settings) -> None:
 
 def _refuse_others(settings: Settings) -> None:
     """Raise ConfigError for options that have no meaning for what is asked."""
-    static = settings.to == STATIC
+    static, in_4_bits = settings.to == STATIC, settings.to == "int4"
+    foreign = {*(() if static else _STATIC), *(() if in_4_bits else _IN_4_BITS)}
     for option in fields(Settings):
         name = option.name
-        changed = getattr(settings, name) != option.default
-        if changed and name in (_WEIGHT_ONLY if static else _STATIC):
+        if name in foreign and getattr(settings, name) != option.default:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(
                 f"{flag} has no meaning for --to {settings.to}", hint=f"leave {flag} out"

@@ -32,7 +32,7 @@ from edgevlm.toolkit.errors import OutputError, ToolkitError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import to_plain
 
-FORMAT = 1  # of what is kept; another one is thrown away
+FORMAT = 2  # of what is kept; another one is thrown away
 _SECONDS = 5.0  # between two times that a pass over samples is kept
 _KEY, _LOCK, _DONE = "key", "lock", "done"
 _DTYPES = {dtype: name for name, dtype in STORAGE.items() if name != "bf16"}
@@ -53,12 +53,13 @@ class Found(Protocol):
 class Unfinished:
     """A folder with what was found; without one nothing is kept.
 
-    made_by: the program.
+    made_by: the program. part: what the names of all that is kept begin with.
     """
 
-    def __init__(self, folder: Path | None = None, made_by: str = "") -> None:
+    def __init__(self, folder: Path | None = None, made_by: str = "", part: str = "") -> None:
         self.folder = folder
         self._made_by = made_by
+        self._part = part
         self._kept_at = time.monotonic()
         self._descriptor: int | None = None
 
@@ -82,6 +83,18 @@ class Unfinished:
             if file.name != _LOCK:
                 file.unlink()
         old.write_text(key)
+
+    def part(self, name: str) -> Unfinished:
+        """A part of the folder that can be dropped by itself; the whole is begun and closed."""
+        return Unfinished(self.folder, self._made_by, f"{self._part}{name} ")
+
+    def drop(self) -> None:
+        """Remove all that a part holds."""
+        assert self._part
+        if self.folder is not None:
+            for file in self.folder.iterdir():
+                if file.name.startswith(self._part):
+                    file.unlink()
 
     def get(self, name: str) -> dict[str, Array]:
         """The arrays kept under a name, mapped from the file."""
@@ -131,7 +144,7 @@ class Unfinished:
 
     def _file(self, name: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"{name}.safetensors"
+        return self.folder / f"{self._part}{name}.safetensors"
 
     def _lock(self) -> None:
         assert self.folder is not None

@@ -241,6 +241,13 @@ def test_a_bundle_for_another_target_is_checked_before_it_is_written(
     shell("export", CHECKPOINT, tmp_path / "b", "--for", "cpu")
     out = shell("export", CHECKPOINT, tmp_path / "d", "--for", "jetson-orin-nano")
     assert "before 10.15: simpler ops; the cache is copied" in out
+    out = shell(
+        "export", CHECKPOINT, tmp_path / "e", "--for", "onnxruntime-cuda@1.31.1/sm_90",
+        "--dtype", "fp16", "--dry-run",
+    )  # fmt: skip
+    assert "com.microsoft.GroupQueryAttention" in out
+    shell("export", CHECKPOINT, tmp_path / "e", "--for", "onnxruntime-cuda/sm_87", code=1)
+    assert "build for TensorRT, which has: --target jetson-orin-nano" in shell.errors
     card = "tensorrt@10.16/sm_75"
     shell("export", CHECKPOINT, tmp_path / "c", "--for", card, "--dtype", "bf16", code=1)
     assert f"for {card}: bf16 does not exist on sm_75" in shell.errors

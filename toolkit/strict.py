@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from edgevlm.toolkit import inert_keys
 from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.inert_keys import BOOKKEEPING as BOOKKEEPING
 
 V = TypeVar("V")
 _REQUIRED: Any = object()
@@ -45,7 +46,7 @@ class Reader:
 
     def __init__(self, data: Mapping[str, Any], where: str, allow: Iterable[str] = ()) -> None:
         self._data = dict(data)
-        self._open = set(data) - inert_keys.BOOKKEEPING
+        self._open = set(data) - BOOKKEEPING
         self._allow = set(allow)
         self.where = where
 

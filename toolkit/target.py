@@ -12,10 +12,19 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
+from edgevlm.toolkit import card as card
 from edgevlm.toolkit.errors import ConfigError, TargetMismatch
 
 Version = tuple[int, ...]
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "reference")
+BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "reference")
+CUDA = "onnxruntime-cuda"
+CUDA_PACKAGE = "onnxruntime-gpu"
+# Cards that have machine code in the wheels of onnxruntime-gpu 1.31.1, which hold no PTX, by the
+# processor beside the card. So Orin (87), Thor (110), B200 (100) have none.
+CUDA_CARDS: Mapping[str, tuple[str, ...]] = {
+    "x86_64": ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120"),
+    "aarch64": ("sm_89", "sm_90", "sm_120", "sm_121"),
+}
 _VNNI = {"avx512_vnni", "avx_vnni"}  # flags of processors that add 8-bit products in 32 bits
 # x86, then ARM: asimddp and i8mm are its 8-bit products
 _INSTRUCTION_SETS = (
@@ -82,12 +91,15 @@ DEVICES: dict[str, Device] = {
 
 
 def parse(text: str) -> Target:
-    """A target from its text form, a device's name, "cpu", or "reference".
+    """A target from its text form, a device's name, "cpu", "cuda", or "reference".
 
-    Raises ConfigError with the nearest known names.
+    Raises ConfigError with the nearest known names, and TargetMismatch for "cuda" where there is no
+    card to ask.
     """
     if text in ("cpu", "onnxruntime"):
         return this_cpu()
+    if text == "cuda":
+        return _card_here()
     if text == "reference":
         return Target("reference", (), machine())
     if text in DEVICES:
@@ -100,7 +112,7 @@ def parse(text: str) -> Target:
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
             raise ConfigError(f"{version!r} in the target {text!r} is not a version")
         return Target(form[1], tuple(map(int, version.split("."))), arch)
-    known = ["cpu", "reference", *DEVICES]
+    known = ["cpu", "cuda", "reference", *DEVICES]
     close = difflib.get_close_matches(text, known, 3) or known
     raise ConfigError(
         f"there is no target {text!r}",
@@ -153,6 +165,25 @@ def this_cpu() -> Target:
     return Target("onnxruntime", installed("onnxruntime"), machine())
 
 
+def this_card() -> Target:
+    """ONNX Runtime on this machine's card; no version without onnxruntime-gpu, and "no-device" for
+    an architecture without a card.
+    """
+    return Target(CUDA, installed(CUDA_PACKAGE), card.architecture() or card.NO_DEVICE)
+
+
+def _card_here() -> Target:
+    """This machine's card, which "cuda" stands for."""
+    here = this_card()
+    if here.arch == card.NO_DEVICE:
+        raise TargetMismatch(
+            "cuda stands for this machine's NVIDIA card, and there is none that its driver knows",
+            hint="run the command on the machine that has the card; or name the target in full, "
+            f"such as {CUDA}@1.31.1/sm_89, for --explain and export --for",
+        )
+    return here
+
+
 def installed(package: str) -> Version:
     """A package's version without importing it; () when it is absent."""
     for name in (package, f"{package}-gpu"):
@@ -176,15 +207,19 @@ def release(text: str) -> Version:
 def check_runs_here(built: Target, here: Target, rebuild: str) -> None:
     """Raise TargetMismatch unless an engine built for `built` can run on `here`.
 
-    ONNX Runtime runs graphs made for its own or an older release; TensorRT its own release only.
-    `rebuild` is the command that makes an engine for this machine.
+    ONNX Runtime runs graphs made for its own or an older release, on a card those for an older one
+    too; TensorRT its own release only. `rebuild` is the command that makes an engine for this
+    machine.
     """
     reasons = []
     if built.backend != here.backend:
         reasons.append(f"backend {built.backend}, here {here.backend}")
-    if not built.holds(here.arch):
+    if built.backend == here.backend == CUDA:
+        reasons += _on_this_card(built, here)
+    elif not built.holds(here.arch):
         reasons.append(f"architecture {built.arch}, here {here.arch}")
-    if built.backend == "onnxruntime" and built.version[:2] > here.version[:2] and here.version:
+    older = built.version[:2] > here.version[:2] and bool(here.version)
+    if built.backend in ("onnxruntime", CUDA) and older:
         reasons.append(f"release {_text(built.version)}, here the older {_text(here.version)}")
     exact = built.backend.startswith("tensorrt")
     if exact and here.version[: len(built.version)] != built.version:
@@ -194,6 +229,27 @@ def check_runs_here(built: Target, here: Target, rebuild: str) -> None:
             f"the engine was built for {built}; this machine is {here} ({'; '.join(reasons)})",
             hint=f"build it here: {rebuild}",
         )
+
+
+def _on_this_card(built: Target, here: Target) -> list[str]:
+    """Why ONNX Runtime cannot run an engine on this machine's card."""
+    reasons = []
+    if not here.version:
+        reasons.append(f"{CUDA_PACKAGE} is not installed: pip install 'edgevlm[gpu]'")
+    if here.arch == card.NO_DEVICE:
+        return [*reasons, "there is no NVIDIA card, or no driver"]
+    known = CUDA_CARDS.get(machine(), ())
+    if here.arch not in known:
+        reasons.append(f"{CUDA_PACKAGE} has no kernels for {here.arch} on {machine()}")
+    elif _capability(built.arch) > _capability(here.arch):
+        reasons.append(f"architecture {built.arch}, here the older {here.arch}")
+    return reasons
+
+
+def _capability(arch: str) -> int:
+    """Compute capability of a card: 89 of sm_89; 0 of what is none."""
+    number = arch.removeprefix("sm_")
+    return int(number) if number.isdigit() else 0
 
 
 def _text(version: Version) -> str:

@@ -109,6 +109,7 @@ class Compiled:
 
     precision: the number format it computes in, which sets the tolerance of the goldens.
     lowering: a decision per kind of op; empty for a backend that lowers nothing. plan: of TensorRT.
+    searchable: whether --bisect can run its graph, op by op, as the backend would.
     """
 
     record: ComponentRecord
@@ -117,6 +118,7 @@ class Compiled:
     notes: tuple[str, ...] = ()
     lowering: tuple[Decision, ...] = ()
     plan: PlanReport | None = None
+    searchable: bool = True
 
 
 class Backend(Protocol):
@@ -171,7 +173,11 @@ class Backend(Protocol):
         ...
 
 
+_FILES = {"onnxruntime-cuda": "onnxruntime_cuda", "tensorrt-rtx": "tensorrt"}
+
+
 def backend(target: Target) -> Backend:
     """The backend of a target: a file of this folder, or of TensorRT's two products one."""
-    module = import_module(f"edgevlm.engines.backends.{target.backend.partition('-')[0]}")
+    file = _FILES.get(target.backend, target.backend)
+    module = import_module(f"edgevlm.engines.backends.{file}")
     return cast(Backend, module.of(target) if hasattr(module, "of") else module)

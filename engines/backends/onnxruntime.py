@@ -10,7 +10,6 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -23,20 +22,14 @@ from edgevlm.engines.backends import (
     Peaks,
     RunnerOptions,
     Shapes,
+    onnx_files,
     probes,
     sessions,
 )
 from edgevlm.engines.backends.bindings import Bindings
-from edgevlm.engines.backends.common import place
 from edgevlm.engines.backends.state import Allocation, State, check, zeros
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
-from edgevlm.toolkit.checkpoints.safetensors_io import (
-    Blocks,
-    SafetensorsFile,
-    TensorSpec,
-    row_blocks,
-    write_safetensors,
-)
+from edgevlm.toolkit.checkpoints.safetensors_io import Blocks, SafetensorsFile, row_blocks
 from edgevlm.toolkit.errors import BuildError, MissingExtra
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import Target, machine, saturates_int8, this_cpu, threads_here
@@ -77,23 +70,16 @@ def compile(
     shapes: Shapes,
 ) -> Compiled:
     """Lower one component; weights are linked if they need no upcast."""
-    try:
-        import onnx
-    except ImportError:
-        raise MissingExtra("onnx", "export", purpose="building an engine") from None
+    model = onnx_files.read_graph(source / record.graph)
     from edgevlm.engines.lowering import capabilities, lower, signed
 
-    model = onnx.load(str(source / record.graph), load_external_data=False)
     lowered = lower.lower_component(record.name, model, target)
     model, notes = lowered.model, list[str]()
     if (computed := capabilities.of(target).computes_in(dtype)) != dtype and lower.upcast(model):
         notes.append(f"{dtype} upcast to {computed}: this processor has no half kernels")
     flipped = frozenset[str]() if _unsigned_is_best() else signed.sign_weights(model)
-    if notes or flipped:
-        _convert_weights(source, record, folder, model, flipped)
-    else:
-        place(source / record.weights, folder / record.weights)
-    (folder / record.graph).write_bytes(model.SerializeToString())
+    changes = _changes(source, record, flipped) if notes or flipped else {}
+    onnx_files.write(source, folder, record, model, changes)
     return Compiled(
         record,
         (record.graph, record.weights),
@@ -117,66 +103,26 @@ def _unsigned_is_best() -> bool:
     return machine() != "x86_64" or saturates_int8()
 
 
-def _convert_weights(
-    source: Path,
-    record: ComponentRecord,
-    folder: Path,
-    model: onnx.ModelProto,
-    signed: frozenset[str],
-) -> None:
-    """Write the weights that the graph reads, floats as float32 and the codes of `signed` as int8,
-    and point its tensors at them.
-    """
-    file = SafetensorsFile(source / record.weights)
-    changed = {"fp16": "fp32", "bf16": "fp32"}
-    read = {_offset(t) for t in model.graph.initializer if t.data_location == t.EXTERNAL}
-    specs = [
-        TensorSpec(name, "int8" if name in signed else changed.get(e.dtype, e.dtype), e.shape)
-        for name, e in file.entries.items()
-        if e.offset in read
-    ]
-
-    def produce(tensor: TensorSpec) -> Blocks:
-        blocks = row_blocks(file.read(tensor.name))
-        if tensor.name not in signed:
-            return blocks
-        return ((block ^ np.uint8(128)).view(np.int8) for block in blocks)
-
-    written = write_safetensors(folder / record.weights, specs, produce)
-    by_old_offset = {file.entries[name].offset: e for name, e in written.entries.items()}
-    for tensor in model.graph.initializer:
-        if tensor.data_location != tensor.EXTERNAL:
-            continue
-        entry = by_old_offset[_offset(tensor)]
-        span = {"location": record.weights, "offset": entry.offset, "length": entry.nbytes}
-        del tensor.external_data[:]
-        for key, value in span.items():
-            tensor.external_data.add(key=key, value=str(value))
+def _changes(
+    source: Path, record: ComponentRecord, signed: frozenset[str]
+) -> dict[str, onnx_files.Change]:
+    """Floats as float32, and the codes of `signed` as int8."""
+    changes = dict[str, onnx_files.Change]()
+    for name, entry in SafetensorsFile(source / record.weights).entries.items():
+        if name in signed:
+            changes[name] = onnx_files.Change("int8", entry.shape, _flipped)
+        elif entry.dtype in ("fp16", "bf16"):
+            changes[name] = onnx_files.Change("fp32", entry.shape)
+    return changes
 
 
-def _offset(tensor: onnx.TensorProto) -> int:
-    """Where an external tensor begins in its file."""
-    return next(int(item.value) for item in tensor.external_data if item.key == "offset")
+def _flipped(codes: Array) -> Blocks:
+    return ((block ^ np.uint8(128)).view(np.int8) for block in row_blocks(codes))
 
 
 def without_logits(folder: Path, record: ComponentRecord) -> ComponentRecord:
     """The graph without its output layer, and the weights that are left."""
-    import onnx
-
-    from edgevlm.engines.lowering.graph import cut
-
-    file, weights = folder / record.graph, folder / record.weights
-    model = onnx.load(str(file), load_external_data=False)
-    cut(model, ["score"], ["logits"])
-    with tempfile.TemporaryDirectory(dir=folder) as whole:
-        weights.replace(Path(whole) / record.weights)
-        _convert_weights(Path(whole), record, folder, model, frozenset())
-    file.write_bytes(model.SerializeToString())
-    return replace(
-        record,
-        inputs=tuple(port for port in record.inputs if port.name != "score"),
-        outputs=tuple(port for port in record.outputs if port.name != "logits"),
-    )
+    return onnx_files.without_logits(folder, record)
 
 
 def extras(folder: Path) -> tuple[str, ...]:

@@ -32,10 +32,13 @@ def session_options(threads: int = 0) -> Any:
     return options
 
 
-def open_session(model: Path | str | bytes, options: Any | None = None) -> Any:
-    """A session on the processor, of a graph's file or of its bytes.
+def open_session(
+    model: Path | str | bytes, options: Any | None = None, provider: Any = "CPUExecutionProvider"
+) -> Any:
+    """A session of a graph's file or of its bytes, on the processor or where `provider` says.
 
-    Raises what ONNX Runtime raises if it cannot load the graph.
+    provider: a name, or a pair of it and its options. Raises what ONNX Runtime raises if it cannot
+    load the graph.
     """
     import onnxruntime
 
@@ -43,7 +46,7 @@ def open_session(model: Path | str | bytes, options: Any | None = None) -> Any:
     return onnxruntime.InferenceSession(
         model if isinstance(model, bytes) else str(model),
         options or session_options(),
-        providers=["CPUExecutionProvider"],
+        providers=[provider],
         disabled_optimizers=[_MERGING] if static.SUFFIX.encode() in graph else None,
     )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from edgevlm.toolkit.errors import InputError
-from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.vlm.components import Port, zero_states
 
 
@@ -21,13 +21,14 @@ class Allocation:
 class State:
     """Consecutive slots of a KV cache, one sequence each.
 
-    arrays: by the input that reads it, float32 [slots, kv_heads, context, head_dim]; empty for a
-    component without a state. Slots share memory with the state that they were taken from, and
-    may be used in the same way: a prompt is read into one slot (batch 1), then any range of slots
-    decodes in one batch, one token each.
+    arrays: by the input that reads it, [slots, kv_heads, context, head_dim]; empty for a component
+    without a state. NumPy's in float32 on the processor; on a card its own, in the model's format,
+    whose slices of the first axis share memory too. Slots share memory with the state that they
+    were taken from, and may be used in the same way: a prompt is read into one slot (batch 1), then
+    any range of slots decodes in one batch, one token each.
     """
 
-    arrays: Mapping[str, Array]
+    arrays: Mapping[str, Any]
     count: int
     allocation: Allocation
     first: int = 0

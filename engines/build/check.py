@@ -104,7 +104,7 @@ def check(
     return compare(
         all_calls,
         bundle.manifest.model,
-        AXES["context"],
+        min(AXES["context"], bundle.model.lm.config.context),
         compiled,
         backend,
         folder,
@@ -220,7 +220,7 @@ def _first_op(
     bundle: Bundle, component: Compiled, folder: Path, calls: list[Golden], limit: float
 ) -> str:
     """Where the compiled graph first diverges, as the last words of an error message."""
-    if component.record.graph not in component.files:
+    if component.record.graph not in component.files or not component.searchable:
         return "; this backend has no graph to search"
     from edgevlm.engines.build.bisect import first_divergence
 

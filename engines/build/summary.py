@@ -35,7 +35,7 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
     second = request.tuning.prompts.plan if request.tuning.prompts else None
     memory = estimate(bundle, request.target, context, plan, second)
     what = bundle.model, plan, request.target, bundle.manifest.dtype
-    on_card = request.target.backend.startswith("tensorrt")
+    on_card = request.target.arch.startswith("sm_")
     times = floors_of_devices(*what) if on_card else {"this machine": floors(*what)}
     decisions = builder.lowering(bundle, request)
     data = {

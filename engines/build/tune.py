@@ -17,6 +17,7 @@ from edgevlm.engines.build.timings import Product, Timings
 from edgevlm.engines.manifest import PREFILL_CHUNK, Trial
 from edgevlm.engines.profiling.roofline import question
 from edgevlm.toolkit.quantization.plan import Precision
+from edgevlm.toolkit.target import CUDA, Target
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.components import Component
 from edgevlm.toolkit.vlm.config import ModelConfig
@@ -38,6 +39,9 @@ _PROMPTS: Mapping[str, tuple[Precision, ...]] = {
 # What is taken without measuring, as on every processor measured so far it was the fastest in the
 # encoders and for prompts; in 4 bits that which takes the least memory.
 UNTUNED: Mapping[str, Precision] = {"int8": "int8_rows", "int4": "int4_weights"}
+# On a card only the weights are in 8 or 4 bits, which single tokens read; prompts and images are
+# computed in float, which codes would have to become first.
+UNTUNED_ON_CARDS: Mapping[str, Precision] = {"int8": "int8_weights", "int4": "int4_weights"}
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,13 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def untuned(model: ModelConfig, kind: str) -> Choice:
+def untuned(model: ModelConfig, kind: str, target: Target) -> Choice:
     """The table's choice for weights in `kind`: int8 or int4."""
     names = [component.name for component in components.components(model)]
-    forms = dict.fromkeys(names, UNTUNED["int8"])
-    return Choice({**forms, model.lm.name: UNTUNED[kind]})
+    on_card = target.backend == CUDA
+    lm = (UNTUNED_ON_CARDS if on_card else UNTUNED)[kind]
+    vision: Precision = "float" if on_card else UNTUNED["int8"]
+    return Choice({**dict.fromkeys(names, vision), model.lm.name: lm})
 
 
 def tuned(

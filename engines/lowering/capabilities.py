@@ -29,8 +29,9 @@ class Row:
     """One op on one target.
 
     since: the first backend version for which this alternative holds. fits: whether it suits a
-    call (None: every call). Where either does not hold, `otherwise` is tried. Decomposing puts our
-    function's standard body in its place; refusing gives the reason in `why`.
+    call (None: every call). formats: the float formats of models that it holds for (none: all).
+    Where one of them does not hold, `otherwise` is tried. Decomposing puts our function's standard
+    body in its place; refusing gives the reason in `why`.
     """
 
     action: Action
@@ -40,17 +41,19 @@ class Row:
     since: Version = ()
     fits: Callable[[onnx.NodeProto], bool] | None = None
     otherwise: Row | None = None
+    formats: tuple[str, ...] = ()
 
     def at(self, version: Version) -> Row | None:
         """This row with the alternatives that hold in `version`, None if none does."""
         otherwise = self.otherwise.at(version) if self.otherwise else None
         return replace(self, otherwise=otherwise) if _holds(self.since, version) else otherwise
 
-    def choose(self, node: onnx.NodeProto) -> Row | None:
-        """The first alternative that suits this call, None if none does."""
-        if self.fits is None or self.fits(node):
+    def choose(self, node: onnx.NodeProto, dtype: str = "fp32") -> Row | None:
+        """The first alternative that suits this call in a model of `dtype`, None if none does."""
+        held = not self.formats or dtype in self.formats
+        if held and (self.fits is None or self.fits(node)):
             return self
-        return self.otherwise.choose(node) if self.otherwise else None
+        return self.otherwise.choose(node, dtype) if self.otherwise else None
 
     def alternatives(self) -> Iterator[Row]:
         """This row and all that are tried where it does not fit."""
@@ -135,6 +138,14 @@ _BACKENDS = {
         compute=("fp32",),
         kv_dtype="fp32",
         rows="onnxruntime_rows",
+    ),
+    # Its kernels of Cast, Reshape, Transpose and others end with opset 23; what a newer one renews
+    # would run on the processor.
+    "onnxruntime-cuda": _Backend(
+        opsets=((23, ()),),
+        compute=("fp32", "fp16", "bf16"),
+        rows="onnxruntime_cuda_rows",
+        lint="onnxruntime_cuda_lint",
     ),
     "reference": _Backend(opsets=((24, ()),), compute=("fp32",), kv_dtype="fp32"),
     "tensorrt": _TENSORRT,

@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 CONTRIB = "com.microsoft"
+_FLOATS: dict[int, str] = {
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+}
 
 
 def op_name(node: onnx.NodeProto) -> str:
@@ -23,11 +28,22 @@ def attribute(node: onnx.NodeProto, name: str) -> Any:
     return helper.get_attribute_value(next(a for a in node.attribute if a.name == name))
 
 
+def float_type(model: onnx.ModelProto) -> int:
+    """TensorProto's number of the floats that a component takes, which its weights share."""
+    kinds = (value.type.tensor_type.elem_type for value in model.graph.input)
+    return next((kind for kind in kinds if kind in _FLOATS), TensorProto.FLOAT)
+
+
+def float_format(model: onnx.ModelProto) -> str:
+    """The same by its name: fp32, fp16 or bf16."""
+    return _FLOATS[float_type(model)]
+
+
 class Rewriter:
     """New nodes for one graph. Helpers that several nodes share are made once, in front."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
+        self.model, self.float_type = model, float_type(model)
         self.shared: dict[str, onnx.NodeProto] = {}
         self._replaced: set[str] = set()
         self._constants: dict[str, onnx.TensorProto] = {}
@@ -59,11 +75,17 @@ class Rewriter:
 
     def as_bytes(self, name: str, shape: tuple[int, ...]) -> str:
         """A second tensor with the bytes of a stored one, in another shape; returns its name."""
-        alias = f"{name}.bytes"
+        return self.again(name, f"{name}.bytes", shape, TensorProto.UINT8)
+
+    def again(self, name: str, alias: str, shape: tuple[int, ...], kind: int = 0) -> str:
+        """A second tensor `alias` of what is stored as `name`, in another shape; returns its name.
+
+        kind: its type, that of the stored one by default.
+        """
         if alias not in self._constants:
-            tensor = onnx.TensorProto()
+            tensor = TensorProto()
             tensor.CopyFrom(self.tensor(name))
-            tensor.name, tensor.data_type = alias, onnx.TensorProto.UINT8
+            tensor.name, tensor.data_type = alias, kind or tensor.data_type
             del tensor.dims[:]
             tensor.dims.extend(shape)
             self._constants[alias] = tensor

@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.lowering.capabilities import Decision, Row
-from edgevlm.engines.lowering.graph import Rewriter, op_name
+from edgevlm.engines.lowering.graph import Rewriter, float_format, op_name
 from edgevlm.engines.lowering.inline import inlined
 from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.target import Target
@@ -50,7 +50,8 @@ def lower_component(
     plugins: ops whose calls stay, for plugins that whoever builds has registered (MSDeformAttn).
     Raises UnsupportedError naming every op for which the target has no row, or no plugin.
     """
-    rewriter, taken = Rewriter(model), _Taken(rows_of(target, plugins))
+    rewriter = Rewriter(model)
+    taken = _Taken(rows_of(target, plugins), float_format(model))
     nodes = taken.lowered(list(model.graph.node), rewriter)
     taken.check(component, target)
     rewriter.finish(nodes)
@@ -74,8 +75,8 @@ class _Taken:
     counts: how often which row was taken for which op. A body's ops count where they are not kept.
     """
 
-    def __init__(self, rows: Mapping[str, Row]) -> None:
-        self._rows = rows
+    def __init__(self, rows: Mapping[str, Row], dtype: str) -> None:
+        self._rows, self._dtype = rows, dtype
         self.counts: Counter[tuple[str, Row]] = Counter()
         self._missing: set[str] = set()
 
@@ -101,7 +102,7 @@ class _Taken:
         for node in nodes:
             op = op_name(node)
             first = self._rows.get(op)
-            row = first.choose(node) if first else None
+            row = first.choose(node, self._dtype) if first else None
             if row is None:
                 self._missing.add(op)
                 continue

@@ -55,6 +55,11 @@ def unembed(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
 
 def blocked_linear(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     """MatMulNBits reads the stored bytes; it rounds its input to 8 bits, block by block."""
+    return [by_blocks(node, r, accuracy_level=4)]
+
+
+def by_blocks(node: onnx.NodeProto, r: Rewriter, accuracy_level: int) -> onnx.NodeProto:
+    """The same. accuracy_level: 4 where inputs may be rounded to 8 bits, 0 where they stay."""
     x, stored, scale, zeros = node.input
     k, n, bits, block = (
         int(attribute(node, name)) for name in ("in_features", "out_features", "bits", "block_size")
@@ -65,7 +70,7 @@ def blocked_linear(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
         inputs.append(r.as_bytes(zeros, (n, k // block * bits // 8)))
     op = f"{CONTRIB}.MatMulNBits"
     sizes = {"K": k, "N": n, "bits": bits, "block_size": block}
-    return [r.node(op, inputs, node.output, node.name, accuracy_level=4, **sizes)]
+    return r.node(op, inputs, node.output, node.name, accuracy_level=accuracy_level, **sizes)
 
 
 def row_quantize(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
@@ -139,18 +144,26 @@ def multi_head_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodePro
 
 def rotary_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     """q and k rotated by RotaryEmbedding as they are stored, then MultiHeadAttention."""
-    q, k, v, angles = node.input
-    heads, positions = attribute(node, "num_heads"), _every_position(q, r)
+    q, _, _, angles = node.input
+    positions = every_position(q, r)
     cos = r.once("Cos", [angles], f"{angles}.cos")
     sin = r.once("Sin", [angles], f"{angles}.sin")
-    named = {"q": q, "k": k}
-    rotated = [_rotated(node, r, n, x, heads, (cos, sin, positions)) for n, x in named.items()]
-    inputs = [*(t.output[0] for t in rotated), v]
-    attend = f"{CONTRIB}.MultiHeadAttention"
-    return [*rotated, r.node(attend, inputs, node.output, node.name, num_heads=heads)]
+    return rotated_attention(node, r, (cos, sin, positions))
 
 
-def _every_position(x: str, r: Rewriter) -> str:
+def rotated_attention(
+    node: onnx.NodeProto, r: Rewriter, table: tuple[str, str, str]
+) -> list[onnx.NodeProto]:
+    """The same by a table of (cos, sin, positions)."""
+    q, k, v, _ = node.input
+    heads = attribute(node, "num_heads")
+    turned = [rotated(node, r, name, x, heads, table) for name, x in (("q", q), ("k", k))]
+    inputs = [*(t.output[0] for t in turned), v]
+    op = f"{CONTRIB}.MultiHeadAttention"
+    return [*turned, r.node(op, inputs, node.output, node.name, num_heads=heads)]
+
+
+def every_position(x: str, r: Rewriter) -> str:
     """Positions 0, 1, … of every row of [B, S, ...], as [B, S]; made once per graph."""
     zero, one = (r.constant(f"position.{n}", np.asarray(n, np.int64)) for n in (0, 1))
     sizes = r.once("Shape", [x], "position.sizes", start=0, end=2)
@@ -159,7 +172,7 @@ def _every_position(x: str, r: Rewriter) -> str:
     return r.once("Expand", [row, sizes], "position.every")
 
 
-def _rotated(
+def rotated(
     node: onnx.NodeProto, r: Rewriter, label: str, x: str, heads: int, table: tuple[str, str, str]
 ) -> onnx.NodeProto:
     """x [B, S, heads * d] rotated by (cos, sin, positions), half against half."""
@@ -187,21 +200,30 @@ def windowed(node: onnx.NodeProto) -> bool:
 
 def group_query_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     """GroupQueryAttention rotates, writes the cache in place and masks by length."""
-    q, k, v, key, value, cos, sin, positions, _ = node.input
-    return [_attend(node, r, [q, k, v, key, value, *_lengths(positions, r), cos, sin], rotary=1)]
+    _, _, _, _, _, cos, sin, positions, _ = node.input
+    inside = (*lengths_and_total(positions, r), cos, sin)
+    return [attend(node, r, [*node.input[:5], *inside], rotary=1)]
 
 
 def rotary_then_group_query_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     """The same with the rotation in a node of its own."""
-    q, k, v, key, value, cos, sin, positions, _ = node.input
-    table = cos, sin, positions
-    rotated_q = _rotated(node, r, "q", q, attribute(node, "num_heads"), table)
-    rotated_k = _rotated(node, r, "k", k, attribute(node, "num_kv_heads"), table)
-    inputs = [rotated_q.output[0], rotated_k.output[0], v, key, value, *_lengths(positions, r)]
-    return [rotated_q, rotated_k, _attend(node, r, inputs, rotary=0)]
+    _, _, _, _, _, cos, sin, positions, _ = node.input
+    return rotated_first(node, r, (cos, sin, positions), lengths_and_total(positions, r))
 
 
-def _attend(node: onnx.NodeProto, r: Rewriter, inputs: list[str], rotary: int) -> onnx.NodeProto:
+def rotated_first(
+    node: onnx.NodeProto, r: Rewriter, table: tuple[str, str, str], sizes: tuple[str, str]
+) -> list[onnx.NodeProto]:
+    """q and k rotated by a table of (cos, sin, positions), then attended in cached `sizes`."""
+    q, k, v, key, value, *_ = node.input
+    rotated_q = rotated(node, r, "q", q, attribute(node, "num_heads"), table)
+    rotated_k = rotated(node, r, "k", k, attribute(node, "num_kv_heads"), table)
+    inputs = [rotated_q.output[0], rotated_k.output[0], v, key, value, *sizes]
+    return [rotated_q, rotated_k, attend(node, r, inputs, rotary=0)]
+
+
+def attend(node: onnx.NodeProto, r: Rewriter, inputs: list[str], rotary: int) -> onnx.NodeProto:
+    """The kernel for a CachedAttention call, with its sizes, heads and window."""
     return r.node(
         f"{CONTRIB}.GroupQueryAttention",
         inputs,
@@ -216,14 +238,19 @@ def _attend(node: onnx.NodeProto, r: Rewriter, inputs: list[str], rotary: int) -
     )
 
 
-def _lengths(positions: str, r: Rewriter) -> list[str]:
-    """Per row the cached tokens after this call, minus one; the largest total. Once per graph."""
+def lengths_and_total(positions: str, r: Rewriter) -> tuple[str, str]:
+    """`lengths`, and the largest number of cached tokens after this call. Once per graph."""
+    counted = lengths(positions, r)
+    one = r.constant("gqa.one", np.asarray(1, np.int32))
+    largest = r.once("ReduceMax", [counted], "gqa.largest", keepdims=0)
+    return counted, r.once("Add", [largest, one], "gqa.total")
+
+
+def lengths(positions: str, r: Rewriter) -> str:
+    """Per row the cached tokens after this call, minus one, as int32. Once per graph."""
     last = r.constant("gqa.last", np.asarray([-1], np.int64))
     end = r.constant("gqa.end", np.asarray([np.iinfo(np.int64).max], np.int64))
     axis = r.constant("gqa.axis", np.asarray([1], np.int64))
     column = r.once("Slice", [positions, last, end, axis], "gqa.column")
     flat = r.once("Squeeze", [column, axis], "gqa.length64")
-    lengths = r.once("Cast", [flat], "gqa.lengths", to=onnx.TensorProto.INT32)
-    one = r.constant("gqa.one", np.asarray(1, np.int32))
-    largest = r.once("ReduceMax", [lengths], "gqa.largest", keepdims=0)
-    return [lengths, r.once("Add", [largest, one], "gqa.total")]
+    return r.once("Cast", [flat], "gqa.lengths", to=onnx.TensorProto.INT32)

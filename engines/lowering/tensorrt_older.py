@@ -8,6 +8,7 @@ so the runtime needs two buffers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -15,6 +16,8 @@ from onnx import TensorProto
 
 from edgevlm.engines.lowering.graph import Body, Rewriter, attribute
 
+# Nodes for: a cache, new rows, their positions, the name of the new cache, and that of the part.
+Write = Callable[[Body, str, str, str, str, str], None]
 _LOWEST = float(np.finfo(np.float32).min)
 
 
@@ -53,8 +56,14 @@ def rotary_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     return b.joined(attended(b, q, k, v, scale, None), node.output)
 
 
-def cached_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
-    """Rotary attention over a cache of static length, written at positions[:, 0]."""
+def cached_attention(
+    node: onnx.NodeProto, r: Rewriter, write: Write | None = None
+) -> list[onnx.NodeProto]:
+    """Rotary attention over a cache of static length, written at positions[:, 0].
+
+    write: puts new rows into a cache; by default with a product.
+    """
+    write = write or _write
     q, k, v, past_key, past_value, cos, sin, positions, mask = node.input
     y, present_key, present_value = node.output
     heads, kv_heads, head_dim = (
@@ -65,8 +74,8 @@ def cached_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     rotated = _rotated(b, b.heads(q, heads, "q"), table, "q")
     key = _rotated(b, b.heads(k, kv_heads, "k"), table, "k")
     value = b.heads(v, kv_heads, "v")
-    _write(b, past_key, key, positions, present_key, "key")
-    _write(b, past_value, value, positions, present_value, "value")
+    write(b, past_key, key, positions, present_key, "key")
+    write(b, past_value, value, positions, present_value, "value")
     groups = heads // kv_heads
     key, value = present_key, present_value
     if groups > 1:  # each head of keys and values serves `groups` of queries

@@ -19,7 +19,7 @@ from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.images import decode
 from edgevlm.toolkit.images.decode import LoadedImage
-from edgevlm.toolkit.target import installed, processor_name
+from edgevlm.toolkit.target import card, processor_name
 from edgevlm.toolkit.text import prompts
 from edgevlm.toolkit.text.prompts import Prompt
 
@@ -248,12 +248,14 @@ def _spread(values: Sequence[float]) -> Spread:
 
 def _device(session: Session) -> dict[str, str]:
     engine = session.engine
+    target, graphics = engine.parsed_target(), card.name()
     return {
         "target": engine.target,
         "processor": processor_name(),
+        **({"card": graphics or "?"} if target.arch.startswith("sm_") else {}),
         "threads": str(session.threads),
         "system": f"{platform.system()} {platform.release()}",
-        "backend": ".".join(map(str, installed("onnxruntime"))),
+        "backend": ".".join(map(str, backends.backend(target).here().version)),
         "precision": engine.precision or engine.dtype,
         "python": platform.python_version(),
     }

@@ -81,7 +81,8 @@ def _totals(p: Profile) -> list[str]:
         f"speed of light         {decode.gbytes:.3g} GB of weights and KV cache a token "
         f"at the measured {p.roofline.peak_gb_s:.3g} GB/s: "
         f"{_rate(1000 / max(decode.floor_ms, 1e-9))} tokens/s at best",
-        f"device                 {p.device['processor']}, {p.device['threads']} threads, "
+        f"device                 {p.device.get('card') or p.device['processor']}, "
+        f"{p.device['threads']} threads, "
         f"{p.device['target']}, {p.device['precision']}",
     ]
 

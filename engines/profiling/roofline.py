@@ -22,7 +22,7 @@ from edgevlm.engines.runtime.memory import element_bytes
 from edgevlm.toolkit.images.tiling import arrange, best_resolution
 from edgevlm.toolkit.ops.wrappers import Count
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.target import DEVICES, Target
+from edgevlm.toolkit.target import CUDA, DEVICES, Target
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.cost import count, image_axes, outputs, read_bytes, weight_bits
@@ -123,7 +123,8 @@ def floors_of_devices(
     found = {}
     computed = capabilities.of(target).computes_in(dtype)
     for name, device in DEVICES.items():
-        if device.target.backend == target.backend and target.holds(device.target.arch):
+        known = target.backend in (device.target.backend, CUDA)
+        if known and target.holds(device.target.arch):
             rate = 1000 * device.peak_tops["fp16"] / (2 if computed == "fp32" else 1)
             peaks = Peaks(rate, rate, device.bandwidth_gb_s)
             found[name] = _floors(model, plan, target, dtype, peaks)

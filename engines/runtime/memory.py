@@ -14,7 +14,7 @@ from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.safetensors_io import STORAGE
 from edgevlm.toolkit.errors import OutOfMemory
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.target import Target
+from edgevlm.toolkit.target import CUDA, Target, card
 from edgevlm.toolkit.terminal.console import human_bytes
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.config import ModelConfig
@@ -164,9 +164,13 @@ def _cached(stat: Path) -> int:
     return sum(int(pairs.get(f"total_{kind}", pairs.get(kind, 0))) for kind in kinds)
 
 
-def require(needed: Estimate, what: str) -> None:
-    """Raise OutOfMemory if `what` cannot be held, with the settings that lower the need."""
-    free = available_bytes()
+def require(needed: Estimate, what: str, target: Target | None = None) -> None:
+    """Raise OutOfMemory if `what` cannot be held, with the settings that lower the need.
+
+    target: where it is to be held; on a card its memory counts, elsewhere this machine's.
+    """
+    on_card = target is not None and target.backend == CUDA
+    free = card.free_bytes() if on_card else available_bytes()
     if free is not None and needed.total_bytes > free:
         raise OutOfMemory(
             f"{what} needs about {human_bytes(needed.total_bytes)} of memory "
@@ -181,4 +185,4 @@ def require_component(bundle: Bundle, plan: PrecisionPlan, target: Target) -> No
     """The same for a build, which holds one component at a time."""
     size = element_bytes(target, bundle.manifest.dtype)
     largest = max(stored_bytes(bundle.model, plan, size).values())
-    require(Estimate(largest, 0, 0, 0), "building the largest component")
+    require(Estimate(largest, 0, 0, 0), "building the largest component", target)

@@ -10,8 +10,7 @@ from typing import Any
 
 from edgevlm.engines.runtime.question import Question
 from edgevlm.toolkit.errors import InputError, ToolkitError
-from edgevlm.toolkit.inert_keys import BOOKKEEPING
-from edgevlm.toolkit.strict import Reader
+from edgevlm.toolkit.strict import BOOKKEEPING, Reader
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Session:
         engine = manifest.read(folder)
         manifest.check(folder, engine)
         manifest.check_verified(folder, engine)
-        memory.require(memory.of_engine(engine), f"opening {folder}")
+        memory.require(memory.of_engine(engine), f"opening {folder}", engine.parsed_target())
         encoders = len(engine.parsed_model().encoders)
         together = side_by_side(encoders, cores)
         shared = RunnerOptions(engine.context, cores // encoders if together else threads, profile)
@@ -239,7 +239,7 @@ def _require_state(engine: Engine, held: int) -> None:
     """Opening the engine counted one state; each further one must fit into the free memory."""
     if held:
         needed = replace(memory.of_engine(engine), weights_bytes=0, activations_bytes=0)
-        memory.require(needed, f"the KV cache of reply {held + 1}")
+        memory.require(needed, f"the KV cache of reply {held + 1}", engine.parsed_target())
 
 
 def _threads(threads: int) -> int:

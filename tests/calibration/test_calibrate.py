@@ -49,12 +49,18 @@ def calibrated(bundle: Path, out: Path, **changes: object) -> calibration.Calibr
 
 
 @pytest.mark.parametrize(
-    ("block", "zero_points"), [*((block, False) for block in samples.BLOCKS), (32, True)]
+    ("block", "zero_points", "method"),
+    [
+        *((block, False, "gptq") for block in samples.BLOCKS),
+        (32, True, "awq+gptq"),
+        *((32, False, method) for method in ("rtn", "awq")),
+    ],
 )
 def test_what_was_computed_is_what_is_stored_and_run(
-    block: int, zero_points: bool, bundle: Path, tmp_path: Path
+    block: int, zero_points: bool, method: str, bundle: Path, tmp_path: Path
 ) -> None:
-    found = calibrated(bundle, tmp_path / "b", block=block, zero_points=zero_points)
+    options = {"block": block, "zero_points": zero_points, "method": method}
+    found = calibrated(bundle, tmp_path / "b", **options)
     in_4 = [codes.storage for codes in found.codes.values() if codes.storage.bits == 4]
     assert any(storage.zero_points for storage in in_4) == zero_points
     written = Bundle.open(tmp_path / "b")
@@ -65,7 +71,7 @@ def test_what_was_computed_is_what_is_stored_and_run(
         assert np.array_equal(as_stored.codes, codes.codes)
         assert np.array_equal(as_stored.scales, codes.scales)
     assert written.manifest.plan == found.plan
-    assert (found.plan.method, found.plan.samples) == ("gptq", 12)
+    assert (found.plan.method, found.plan.samples) == (method, 12)
     kinds = [golden.component for golden in goldens.load(written.path / "golden.npz")]
     for kind, (actual, expected) in zip(kinds, replayed(written), strict=True):
         # Inputs rounded by rows: a value between two steps may be rounded to the other one.
@@ -88,7 +94,7 @@ def test_what_was_computed_is_what_is_stored_and_run(
 def test_it_builds_and_answers_as_it_is(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    growing = iter([Quality(10, 1.0, worse, 0.1, 0.5) for worse in (4.0, 3.0, 2.5, 2.0)])
+    growing = iter([Quality(10, 1.0, worse, 0.1, 0.5) for worse in (4.0, 3.0, 2.0)])
     monkeypatch.setattr(calibration, "compare", lambda *given: next(growing))
     found = calibrated(bundle, tmp_path / "b")
     assert not found.within_budget
@@ -144,6 +150,9 @@ def test_what_cannot_be_is_refused(bundle: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"to": "int3"}, "--to 'int3'"),
         ({"block": 16}, "--block 16"),
+        ({"method": "spqr"}, "--method 'spqr'"),
+        ({"method": "awq", "to": "int8"}, "--method has no meaning for --to int8"),
+        ({"block": 64, "to": "int8"}, "--block has no meaning for --to int8"),
         ({"budget": 0.0}, "--budget 0.0"),
         ({"window": 100_000}, "--window 100000"),
         ({"windows": 1}, "--windows 1"),

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from edgevlm import api
+from edgevlm.calibration import calibrate as calibration
 from edgevlm.calibration import kept_codes
 from edgevlm.calibration.calibrate import calibrate
 from edgevlm.calibration.calibrator import Calibrator
 from edgevlm.calibration.chain import Chain, in_numpy
 from edgevlm.calibration.pictures import Sample
+from edgevlm.calibration.rounding import Method
 from edgevlm.calibration.samples import Settings
 from edgevlm.calibration.static_plan import plan_of
 from edgevlm.calibration.unfinished import Unfinished
@@ -77,13 +79,20 @@ def test_static_int8(sources: dict[int, tuple[Path, Source]]) -> None:
     assert peaks[1] - peaks[0] < histograms + 0.2 * weights
 
 
+@pytest.mark.parametrize(("method", "aim"), [("awq+gptq", 1.0), ("rtn", -1e12)])
 def test_4_bits(
-    sources: dict[int, tuple[Path, Source]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Method,
+    aim: float,
+    sources: dict[int, tuple[Path, Source]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """aim: of one round, and of all of them."""
     monkeypatch.setattr(kept_codes, "_IN_MEMORY", 0)
+    monkeypatch.setattr(calibration, "_AIM", aim)
     peaks = []
     for layers, (_, source) in sources.items():
-        lm, settings = lm_component(source.model.lm), Settings(budget=1e9)
+        lm, settings = lm_component(source.model.lm), Settings(budget=1e9, method=method)
         kept = Unfinished(tmp_path / str(layers), "test")
         kept.begin(silent, layers)
         plain = source.weights[lm.name]

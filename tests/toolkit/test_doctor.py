@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+import re
 
 import pytest
 
+from edgevlm.toolkit import target
 from edgevlm.toolkit.target import this_cpu, threads_here
 from edgevlm.toolkit.terminal import doctor
 
@@ -84,3 +86,38 @@ def test_8_bit_products_are_those_of_the_processor(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(doctor, "saturates_int8", lambda saturates=saturates: saturates)
         _, lines = doctor.report("9.9")
         assert f"8-bit products: {expected}" in lines
+
+
+def test_a_card_is_named_with_what_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {
+        "architecture": "sm_89",
+        "name": "L4",
+        "driver_version": "13.0",
+        "free_bytes": 2 * 10**9,
+    }
+    for name, value in facts.items():
+        monkeypatch.setattr(target.card, name, lambda value=value: value)
+    monkeypatch.setattr(doctor, "machine", lambda: "x86_64")
+    monkeypatch.setattr(doctor, "this_card", lambda: "onnxruntime-cuda@1.31.1/sm_89")
+    data, text, problems = report(monkeypatch, onnxruntime=None, onnxruntime_gpu="1.31.1")
+    assert data["targets"] == ["onnxruntime-cuda@1.31.1/sm_89", str(this_cpu()), "reference"]
+    assert "L4 (sm_89, 2.0 GB free), its driver runs CUDA 13.0" in text
+    assert "onnxruntime-gpu: " in text
+    assert "CPUExecutionProvider" in str(data["onnxruntime_providers"])
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [(None, "there is no NVIDIA card"), ("sm_87", "has kernels for sm_75, .* this card is sm_87")],
+)
+def test_a_card_without_kernels_is_a_problem(
+    architecture: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target.card, "architecture", lambda: architecture)
+    monkeypatch.setattr(doctor, "machine", lambda: "x86_64")
+    data, _, problems = report(monkeypatch, onnxruntime=None, onnxruntime_gpu="1.31.1")
+    assert len(problems) == 1
+    assert re.search(reason, problems[0]["problem"])
+    assert "TensorRT" in problems[0]["fix"]
+    assert "cuda" not in str(data["targets"])

@@ -91,6 +91,8 @@ RUNS = [
     ("onnxruntime/x86_64", "onnxruntime@1.31.0/x86_64"),
     ("tensorrt@10.16/sm_87", "tensorrt@10.16/sm_87"),
     ("reference/x86_64", "reference/x86_64"),
+    ("onnxruntime-cuda@1.31.1/sm_89", "onnxruntime-cuda@1.31.9/sm_89"),
+    ("onnxruntime-cuda@1.30/sm_80", "onnxruntime-cuda@1.31/sm_90"),
 ]
 DOES_NOT = [
     ("onnxruntime@1.32.0/x86_64", "onnxruntime@1.31.0/x86_64", "release 1.32.0, here the older"),
@@ -100,16 +102,55 @@ DOES_NOT = [
     ("tensorrt@10.16/sm_87", "tensorrt/sm_87", "release 10.16, here none"),
     ("tensorrt@10.16/sm_87", "tensorrt@10.16/sm_90", "architecture sm_87"),
     ("tensorrt@10.16/sm_87", "onnxruntime@1.31/x86_64", "backend tensorrt.*architecture sm_87"),
+    ("onnxruntime-cuda@1.32/sm_89", "onnxruntime-cuda@1.31/sm_89", "release 1.32, here the older"),
+    ("onnxruntime-cuda@1.31/sm_90", "onnxruntime-cuda@1.31/sm_89", "sm_90, here the older sm_89"),
+    ("onnxruntime-cuda@1.31/sm_89", "onnxruntime-cuda@1.31/sm_100", "no kernels for sm_100"),
+    ("onnxruntime-cuda@1.31/sm_89", "onnxruntime-cuda@1.31/no-device", "there is no NVIDIA card"),
+    ("onnxruntime-cuda@1.31/sm_89", "onnxruntime-cuda/sm_89", "onnxruntime-gpu is not installed"),
+    ("onnxruntime-cuda@1.31/sm_89", "onnxruntime@1.31/x86_64", "backend onnxruntime-cuda"),
 ]
 
 
+@pytest.fixture
+def beside_x86(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which cards have kernels depends on the processor beside them."""
+    monkeypatch.setattr(target, "machine", lambda: "x86_64")
+
+
+def test_cuda_is_the_card_that_the_driver_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target.card, "architecture", lambda: "sm_89")
+    monkeypatch.setattr(target, "installed", lambda package: (1, 31, 1))
+    assert str(parse("cuda")) == "onnxruntime-cuda@1.31.1/sm_89"
+    monkeypatch.setattr(target.card, "architecture", lambda: None)
+    with pytest.raises(TargetMismatch, match="there is none that its driver knows") as refused:
+        parse("cuda")
+    assert "onnxruntime-cuda@1.31.1/sm_89" in refused.value.hint
+
+
+def test_a_machine_without_a_card_says_so() -> None:
+    card = target.card
+    if card.architecture() is None:
+        assert card.name() is None
+    assert (card.free_bytes() or 1) > 0
+
+
+def test_beside_an_arm_processor_other_cards_have_kernels(
+    monkeypatch: pytest.MonkeyPatch, beside_x86: None
+) -> None:
+    built, here = (parse(f"onnxruntime-cuda@1.31/{arch}") for arch in ("sm_90", "sm_121"))
+    with pytest.raises(TargetMismatch, match="no kernels for sm_121 on x86_64"):
+        check_runs_here(built, here, "edgevlm build")
+    monkeypatch.setattr(target, "machine", lambda: "aarch64")
+    check_runs_here(built, here, "edgevlm build")
+
+
 @pytest.mark.parametrize(("built", "here"), RUNS)
-def test_what_runs_here(built: str, here: str) -> None:
+def test_what_runs_here(built: str, here: str, beside_x86: None) -> None:
     check_runs_here(parse(built), parse(here), "edgevlm build")
 
 
 @pytest.mark.parametrize(("built", "here", "reason"), DOES_NOT)
-def test_what_does_not_run_here(built: str, here: str, reason: str) -> None:
+def test_what_does_not_run_here(built: str, here: str, reason: str, beside_x86: None) -> None:
     with pytest.raises(TargetMismatch, match=reason) as refused:
         check_runs_here(parse(built), parse(here), "edgevlm build B E")
     assert built in refused.value.message

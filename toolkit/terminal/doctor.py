@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit.target import (
+    CUDA_CARDS,
+    card,
     instruction_sets,
     machine,
     processor_name,
     saturates_int8,
+    this_card,
     this_cpu,
     threads_here,
 )
@@ -51,11 +54,38 @@ def report(version: str) -> tuple[dict[str, Any], list[str]]:
         "memory_gb": round(_memory_gb(), 1),
         "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         "nvidia_driver": Path("/proc/driver/nvidia/version").exists(),
+        "card": _card(),
+        "onnxruntime_providers": _providers(packages),
         "packages": packages,
         "targets": _targets(packages),
         "problems": _problems(packages),
     }
     return data, _lines(data)
+
+
+def _card() -> dict[str, Any] | None:
+    """The NVIDIA card, by its driver; None where there is none."""
+    architecture = card.architecture()
+    if architecture is None:
+        return None
+    free = card.free_bytes()
+    return {
+        "name": card.name(),
+        "architecture": architecture,
+        "cuda_of_the_driver": card.driver_version(),
+        "free_gb": None if free is None else round(free / 1e9, 1),
+    }
+
+
+def _providers(packages: dict[str, str | None]) -> list[str]:
+    """What onnxruntime-gpu can execute graphs with; [] where it is not installed."""
+    if not packages["onnxruntime-gpu"]:
+        return []
+    try:
+        import onnxruntime
+    except ImportError:
+        return []
+    return list(onnxruntime.get_available_providers())
 
 
 def _int8_products() -> str:
@@ -83,7 +113,20 @@ def _targets(packages: dict[str, str | None]) -> list[str]:
     targets = ["reference"]
     if packages["onnxruntime"] or packages["onnxruntime-gpu"]:
         targets.insert(0, str(this_cpu()))
+    if packages["onnxruntime-gpu"] and not _no_kernels():
+        targets.insert(0, str(this_card()))
     return targets
+
+
+def _no_kernels() -> str:
+    """Why onnxruntime-gpu has no use for this machine's card; "" where it has."""
+    architecture = card.architecture()
+    if architecture is None:
+        return "there is no NVIDIA card, or no driver"
+    known = CUDA_CARDS.get(machine(), ())
+    if architecture not in known:
+        return f"onnxruntime-gpu has kernels for {', '.join(known)}, this card is {architecture}"
+    return ""
 
 
 def _problems(packages: dict[str, str | None]) -> list[dict[str, str]]:
@@ -99,6 +142,15 @@ def _problems(packages: dict[str, str | None]) -> list[dict[str, str]]:
         problems.append(
             {"problem": "no backend: engines cannot run", "fix": "pip install 'edgevlm[cpu]'"}
         )
+    alone = packages["onnxruntime-gpu"] and not packages["onnxruntime"]
+    if alone and _no_kernels():
+        problems.append(
+            {
+                "problem": f"the target cuda is not for this machine: {_no_kernels()}",
+                "fix": "pip uninstall -y onnxruntime-gpu && pip install 'edgevlm[cpu]'; "
+                "Jetsons: build with TensorRT (docs/tensorrt.md)",
+            }
+        )
     if not packages["onnx"]:
         problems.append(
             {
@@ -107,6 +159,20 @@ def _problems(packages: dict[str, str | None]) -> list[dict[str, str]]:
             }
         )
     return problems
+
+
+def _card_lines(data: dict[str, Any]) -> list[str]:
+    found, providers = data["card"], data["onnxruntime_providers"]
+    lines = []
+    if found:
+        free = "" if found["free_gb"] is None else f", {found['free_gb']} GB free"
+        lines.append(
+            f"{found['name']} ({found['architecture']}{free}), its driver runs CUDA "
+            f"{found['cuda_of_the_driver']}"
+        )
+    if providers:
+        lines.append(f"onnxruntime-gpu: {', '.join(providers)}")
+    return lines
 
 
 def _lines(data: dict[str, Any]) -> list[str]:
@@ -119,6 +185,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
         f"{data['memory_gb']} GB memory, "
         f"{data['disk_free_gb']} GB disk free, "
         f"{'an' if data['nvidia_driver'] else 'no'} NVIDIA driver",
+        *_card_lines(data),
         f"targets here: {', '.join(data['targets'])}",
         "",
     ]

@@ -14,7 +14,7 @@ from edgevlm.engines.build.build import Request, build
 from edgevlm.engines.manifest import Built, Engine
 from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from edgevlm.toolkit.errors import ConfigError
-from edgevlm.toolkit.target import this_cpu
+from edgevlm.toolkit.target import parse, this_cpu
 from tests.pipeline import requantized, silent
 
 PLAIN = Request(this_cpu(), None, False, "tests")
@@ -115,3 +115,10 @@ def test_inspect_shows_plan_and_both_figures(ready: Path, tmp_path: Path) -> Non
 )
 def test_percent(share: float | None, text: str) -> None:
     assert summary.percent(share) == text
+
+
+def test_a_plan_for_a_card_names_the_devices_that_have_it(ready: Path) -> None:
+    card = replace(PLAIN, target=parse("onnxruntime-cuda@1.31.1/sm_89"))
+    data, lines, _ = summary.planned_engine(ready / "bundle", card, explain=True)
+    assert {"rtx-4090", "l4"} <= set(data["time"])
+    assert any("ScatterElements" in line for line in lines)  # the bundle is in fp32

@@ -27,7 +27,7 @@ from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import Precision
-from edgevlm.toolkit.target import this_cpu
+from edgevlm.toolkit.target import parse, this_cpu
 from edgevlm.toolkit.vlm import components
 from tests.conftest import HERE
 from tests.pipeline import LOSS_IN_4_BITS, ask, engine_of, silent
@@ -254,3 +254,12 @@ def test_only_what_is_scored_is_read_alone(
     assert [call[0] for call in tokens.calls] == [[token] for token in alone]
     assert [call[1] for call in tokens.calls] == [7 + token - 10 for token in alone]
     assert found[..., 0].tolist() == [[10 + at for at in score]] if score else found.size == 0
+
+
+def test_what_is_not_measured_depends_on_the_target(bundle: Path) -> None:
+    model = Bundle.open(bundle).model
+    for kind, form in (("int8", "int8_weights"), ("int4", "int4_weights")):
+        on_card = tune.untuned(model, kind, parse("onnxruntime-cuda/sm_89")).forms
+        assert on_card == {"encoder.clip": "float", "merger": "float", "lm": form}
+        elsewhere = tune.untuned(model, kind, parse("jetson-agx-orin")).forms
+        assert elsewhere["merger"] == "int8_rows"

@@ -43,6 +43,13 @@ def test_since_holds_for_every_alternative() -> None:
     ]  # fmt: skip
 
 
+def test_a_row_may_be_for_some_float_formats() -> None:
+    otherwise = Row("decompose", "simple")
+    row = Row("swap", "fast", formats=("fp16", "bf16"), otherwise=otherwise)
+    chosen = {dtype: row.choose(NODE, dtype) for dtype in ("fp32", "fp16", "bf16")}
+    assert chosen == {"fp32": otherwise, "fp16": row, "bf16": row}
+
+
 def test_lowering_honours_since_in_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two alternatives the first does not fit; the second holds from 1.24 on."""
     ports = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [2]) for n in "xy"]
@@ -74,3 +81,6 @@ def test_what_targets_compute_in() -> None:
     assert [device.computes_in(d) for d in ("fp32", "fp16", "bf16")] == ["fp32", "fp16", "bf16"]
     assert device.cache_in("bf16") == "bf16"
     assert capabilities.of(parse("reference")).rows() == {}
+    card = capabilities.of(Target("onnxruntime-cuda", (), "sm_89"))
+    assert [card.cache_in(d) for d in ("fp32", "fp16", "bf16")] == ["fp32", "fp16", "bf16"]
+    assert card.opset == 23

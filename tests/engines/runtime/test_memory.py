@@ -16,7 +16,7 @@ from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.memory import Estimate, estimate
 from edgevlm.engines.runtime.session import Session
 from edgevlm.export.write import describe, write_bundle
-from edgevlm.toolkit import systems
+from edgevlm.toolkit import systems, target
 from edgevlm.toolkit.bundle.manifest import FORMAT, Bundle, Manifest
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
@@ -148,6 +148,20 @@ def test_an_engine_that_does_not_fit_is_not_opened(
     with pytest.raises(OutOfMemory, match="largest component"):
         build(tmp_path / "bundle", tmp_path / "never", request(), silent)
     assert not (tmp_path / "never").exists()
+
+
+def test_on_a_card_its_own_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed, on_card = memory.Estimate(1000, 0, 0, 64), parse("onnxruntime-cuda/sm_89")
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10)
+    monkeypatch.setattr(target.card, "free_bytes", lambda: 2000)
+    memory.require(needed, "it", on_card)
+    with pytest.raises(OutOfMemory):
+        memory.require(needed, "it", parse("cpu"))
+    monkeypatch.setattr(target.card, "free_bytes", lambda: 999)
+    with pytest.raises(OutOfMemory, match="999"):
+        memory.require(needed, "it", on_card)
+    monkeypatch.setattr(target.card, "free_bytes", lambda: None)  # nobody can say
+    memory.require(needed, "it", on_card)
 
 
 def request() -> Request:
