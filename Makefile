@@ -2,6 +2,7 @@
 # make demo-exact   every step on a tiny model of random weights, equal to the original, no torch
 # make test    the test suite
 # make test-rtx     NVIDIA's builder on this machine, which needs no card; installs it (docs/tensorrt.md)
+# make test-kernels   fused kernels for every card, without one; installs Triton (docs/extending.md)
 # make check   formatting, lint, types, imports and sizes
 # make bench   the benchmarks
 # make wheel   dist/edgevlm-*.whl
@@ -17,10 +18,12 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_ARGS)
 BENCHMARKS := start_up export lm_decode precision train_step
+BINDINGS := 10.13.3.9 11.4.0.106
+HEADERS := v10.3.0 v11.1
 CODE := __init__.py api.py cli.py toolkit export engines training calibration tests examples benchmarks
 
 .NOTPARALLEL:
-.PHONY: demo demo-exact test test-rtx check types bench wheel clean distclean
+.PHONY: demo demo-exact test test-rtx test-kernels check types bench wheel clean distclean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo
@@ -29,10 +32,13 @@ demo-exact: $(VENV)/.demo-exact
 	$(BIN)/python -m examples.demo_exact
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not rtx'
+	$(BIN)/python -m pytest -m 'not rtx and not kernels'
 
 test-rtx: $(VENV)/.rtx
 	$(BIN)/python -m pytest -m rtx tests/rtx
+
+test-kernels: $(VENV)/.kernels
+	$(BIN)/python -m pytest tests/kernels tests/engines/plugins
 
 check: $(VENV)/.dev
 	$(BIN)/python -m ruff format --check $(CODE)
@@ -87,6 +93,19 @@ $(VENV)/.demo-exact: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.rtx: $(VENV)/.dev
 	@$(INSTALL) --no-build-isolation --editable '.[tensorrt-rtx]'
+	@touch $@
+
+# TensorRT's bindings are read by a stand-in, and not installed; its headers are open source. Tests
+# say so where one of them cannot be had.
+$(VENV)/.kernels: $(VENV)/.dev
+	@$(INSTALL) --no-build-isolation --editable '.[kernels]'
+	@mkdir -p $(VENV)/tensorrt
+	-@for release in $(BINDINGS); do $(BIN)/python -m pip --disable-pip-version-check download --quiet \
+	  --no-deps --dest $(VENV)/tensorrt tensorrt-cu13-bindings==$$release; done
+	-@for release in $(HEADERS); do test -d $(VENV)/tensorrt/$$release || { \
+	  GIT_TERMINAL_PROMPT=0 git clone --quiet --depth 1 --filter=blob:none --sparse --branch $$release \
+	    https://github.com/NVIDIA/TensorRT $(VENV)/tensorrt/$$release && \
+	  git -C $(VENV)/tensorrt/$$release sparse-checkout set include; }; done
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt

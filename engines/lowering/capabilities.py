@@ -7,11 +7,12 @@ computes in is known without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
+from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.target import Target, Version
 
 if TYPE_CHECKING:
@@ -79,14 +80,15 @@ class Capabilities:
 
     opset: the newest standard opset that it reads. compute: the float formats that it has kernels
     for; a model in another is upcast to fp32. kv_dtype: the format of the KV cache, None for the
-    model's own. rows: makes the table of ops; empty where no lowering has been written. lint:
-    raises UnsupportedError for a component's lowered graph that would not become an engine.
+    model's own. rows: makes the table of ops, with plugins for those that are named; empty where no
+    lowering has been written. lint: raises UnsupportedError for a component's lowered graph that
+    would not become an engine.
     """
 
     opset: int
     compute: tuple[str, ...]
     kv_dtype: str | None
-    rows: Callable[[], Mapping[str, Row]]
+    rows: Callable[..., Mapping[str, Row]]
     lint: Callable[[str, onnx.ModelProto], None]
 
     def computes_in(self, dtype: str) -> str:
@@ -101,7 +103,8 @@ class Capabilities:
 @dataclass(frozen=True)
 class _Backend:
     """The same over all releases of a backend. opsets: with the release since which each is read,
-    newest first. rows: the file of this folder that holds `ROWS`; lint: that which has `check`.
+    newest first. rows: the file of this folder that holds `ROWS`; lint: that which has `check`;
+    plugins: that which holds `PLUGINS`, the rows of ops that a plugin is asked for.
     releases: which release of TensorRT equals each of another backend, oldest first; rows and
     opsets are stated in those.
     """
@@ -111,6 +114,7 @@ class _Backend:
     kv_dtype: str | None = None
     rows: str = ""
     lint: str = ""
+    plugins: str = ""
     releases: tuple[tuple[Version, Version], ...] = ()
 
     def release(self, version: Version) -> Version:
@@ -126,6 +130,7 @@ _TENSORRT = _Backend(
     ("fp32", "fp16", "bf16"),
     rows="tensorrt_rows",
     lint="tensorrt_lint",
+    plugins="tensorrt_plugins",
 )
 _BACKENDS = {
     "onnxruntime": _Backend(
@@ -145,8 +150,10 @@ _BACKENDS = {
     "reference": _Backend(opsets=((24, ()),), compute=("fp32",), kv_dtype="fp32"),
     "tensorrt": _TENSORRT,
     # by the classes, methods and ops of each; 1.4 lacks Swish, which 11.0 brought
+    # It ends the process whose parser takes a plugin.
     "tensorrt-rtx": replace(
         _TENSORRT,
+        plugins="",
         releases=(
             ((1, 4), (10, 16)),
             ((1, 5), (11, 1)),
@@ -163,10 +170,12 @@ def of(target: Target) -> Capabilities:
     release = backend.release(target.version)
     opset = next(opset for opset, since in backend.opsets if _holds(since, release))
 
-    def rows() -> Mapping[str, Row]:
+    def rows(plugins: Collection[str] = ()) -> Mapping[str, Row]:
         if not backend.rows:
+            _plugins(backend, target, plugins)
             return {}
         table = import_module(f"edgevlm.engines.lowering.{backend.rows}").ROWS
+        table = table | _plugins(backend, target, plugins)
         known = {op: row.at(release) for op, row in table.items()}
         return {op: row for op, row in known.items() if row is not None}
 
@@ -176,6 +185,25 @@ def of(target: Target) -> Capabilities:
             module.check(component, model, target)
 
     return Capabilities(opset, backend.compute, backend.kv_dtype, rows, lint)
+
+
+def _plugins(backend: _Backend, target: Target, asked: Collection[str]) -> dict[str, Row]:
+    """The rows of ops for which plugins are asked. Raises UnsupportedError for any other."""
+    module = f"edgevlm.engines.lowering.{backend.plugins}"
+    known: dict[str, Row] = import_module(module).PLUGINS if asked and backend.plugins else {}
+    missing = sorted(set(asked) - set(map(_short, known)))
+    if missing:
+        raise UnsupportedError(
+            f"{target} takes no plugin for {', '.join(missing)}",
+            hint=f"there are plugins for {', '.join(map(_short, known))}"
+            if known
+            else "build without: the standard bodies run everywhere",
+        )
+    return {op: row for op, row in known.items() if _short(op) in asked}
+
+
+def _short(op: str) -> str:
+    return op.rpartition(".")[2]
 
 
 def _holds(since: Version, version: Version) -> bool:

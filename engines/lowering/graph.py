@@ -145,7 +145,7 @@ class Rewriter:
         graph.initializer.extend(self._constants.values())
         outputs = {value.name for value in graph.output}
         nodes = [node for node in nodes if node.name not in self._replaced]
-        kept = _used([*self.shared.values(), *nodes], outputs)
+        kept = used([*self.shared.values(), *nodes], outputs)
         del graph.node[:]
         graph.node.extend(_ordered(kept, self._known()))
         inputs = {name for node in kept for name in node.input}
@@ -223,7 +223,7 @@ def cut(model: onnx.ModelProto, inputs: Iterable[str], outputs: Iterable[str]) -
         kept = [value for value in values if value.name not in dropped]
         del values[:]
         values.extend(kept)
-    nodes = _used(list(graph.node), {value.name for value in graph.output})
+    nodes = used(list(graph.node), {value.name for value in graph.output})
     del graph.node[:]
     graph.node.extend(nodes)
     read = {name for node in nodes for name in node.input}
@@ -234,8 +234,8 @@ def cut(model: onnx.ModelProto, inputs: Iterable[str], outputs: Iterable[str]) -
     graph.initializer.extend(tensors)
 
 
-def _used(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
-    """Nodes that contribute to `wanted`. Nodes may come in any order."""
+def used(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
+    """The nodes that contribute to `wanted`. Nodes may come in any order."""
     maker = {output: node for node in nodes for output in node.output if output}
     queue, kept = [n for n in wanted if n in maker], dict[int, onnx.NodeProto]()
     while queue:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -42,20 +42,25 @@ def lower(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
     return lower_component(model.graph.name or "the graph", model, target).model
 
 
-def lower_component(component: str, model: onnx.ModelProto, target: Target) -> Lowered:
+def lower_component(
+    component: str, model: onnx.ModelProto, target: Target, plugins: Collection[str] = ()
+) -> Lowered:
     """The graph for `target`, made of `model` itself.
 
-    Raises UnsupportedError naming every op for which the target has no row.
+    plugins: ops whose calls stay, for plugins that whoever builds has registered (MSDeformAttn).
+    Raises UnsupportedError naming every op for which the target has no row, or no plugin.
     """
-    rewriter, taken = Rewriter(model), _Taken(rows_of(target), float_format(model))
+    rewriter = Rewriter(model)
+    taken = _Taken(rows_of(target, plugins), float_format(model))
     nodes = taken.lowered(list(model.graph.node), rewriter)
     taken.check(component, target)
     rewriter.finish(nodes)
-    for opset in model.opset_import:
+    bodies = [opset for function in model.functions for opset in function.opset_import]
+    for opset in [*model.opset_import, *bodies]:
         if not opset.domain:
             # In newer opsets the target's ops only have more types and options; none is used.
             opset.version = min(opset.version, capabilities.of(target).opset)
-    check_allowed(component, model, target)
+    check_allowed(component, model, target, plugins)
     capabilities.of(target).lint(component, model)
     decisions = (
         Decision(component, op, n, row.action, row.into, row.why)
@@ -113,9 +118,9 @@ class _Taken:
         return result
 
 
-def rows_of(target: Target) -> Mapping[str, Row]:
-    """The table of a target in its release."""
-    return capabilities.of(target).rows()
+def rows_of(target: Target, plugins: Collection[str] = ()) -> Mapping[str, Row]:
+    """The table of a target in its release, with plugins for the ops that are named."""
+    return capabilities.of(target).rows(plugins)
 
 
 def upcast(model: onnx.ModelProto) -> bool:
@@ -149,9 +154,12 @@ def _upcast_tensor(tensor: onnx.TensorProto) -> bool:
     return True
 
 
-def check_allowed(component: str, model: onnx.ModelProto, target: Target) -> None:
+def check_allowed(
+    component: str, model: onnx.ModelProto, target: Target, plugins: Collection[str] = ()
+) -> None:
     """Raise UnsupportedError if a lowered graph still holds an op that the target lacks."""
-    rows = [(op, row) for op, first in rows_of(target).items() for row in first.alternatives()]
+    table = rows_of(target, plugins)
+    rows = [(op, row) for op, first in table.items() for row in first.alternatives()]
     allowed = {op for op, row in rows if row.action == "keep"}
     allowed |= {row.into for _, row in rows if row.into}
     unsupported = sorted({op_name(n) for n in model.graph.node} - allowed)

@@ -41,7 +41,7 @@ def attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     width = b("Shape", [q], "width", start=3, end=4)  # head_dim is not an attribute here
     f32 = b("Cast", [width], "width_f32", to=TensorProto.FLOAT)
     scale = b("Div", [b.float32(1.0), b("Sqrt", [f32], "root")], "scale")
-    return b.joined(_attended(b, q, k, v, scale, None), node.output)
+    return b.joined(attended(b, q, k, v, scale, None), node.output)
 
 
 def rotary_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
@@ -53,7 +53,7 @@ def rotary_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     q, k, v = (b.heads(x, heads, name) for x, name in zip(qkv, "qkv", strict=True))
     scale = b.float32(1 / math.sqrt(head_dim))
     q, k = (_rotated(b, x, table, name) for x, name in ((q, "q"), (k, "k")))
-    return b.joined(_attended(b, q, k, v, scale, None), node.output)
+    return b.joined(attended(b, q, k, v, scale, None), node.output)
 
 
 def cached_attention(
@@ -85,13 +85,13 @@ def cached_attention(
         value = b("Unsqueeze", [value, middle], "value_groups")
         mask = r.once("Unsqueeze", [mask, middle], f"{mask}.groups")
     scale = b.float32(float(attribute(node, "scale")))
-    mixed = _attended(b, rotated, key, value, scale, mask)
+    mixed = attended(b, rotated, key, value, scale, mask)
     if groups > 1:
         mixed = b("Reshape", [mixed, b.ints(0, heads, -1, head_dim)], "mixed_heads")
     return b.joined(mixed, [y])
 
 
-def _attended(b: Body, q: str, k: str, v: str, scale: str, mask: str | None) -> str:
+def attended(b: Body, q: str, k: str, v: str, scale: str, mask: str | None) -> str:
     """softmax(q k^T * scale) v over the last two axes, the Softmax in float32."""
     rank = 5 if mask is not None and mask.endswith(".groups") else 4
     perm = [*range(rank - 2), rank - 1, rank - 2]

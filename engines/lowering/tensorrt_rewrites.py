@@ -7,6 +7,7 @@ flipped.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 from onnx import TensorProto
 
@@ -51,6 +52,56 @@ def attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     mixed = b("Attention", split, "mixed")
     b.nodes[-1].attribute.extend(kept)
     return b.joined(mixed, node.output)
+
+
+def ms_deform_attn(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """Deformable attention as its body has it, but for the order of axes: points before queries.
+
+    The builder then adds the points while it samples, and of one level makes two kernels, not six.
+    """
+    value, offsets, scores, reference = node.input
+    names = ("num_heads", "num_points", "head_dim", "levels", "height", "width")
+    heads, points, head_dim, levels, *size = (int(attribute(node, name)) for name in names)
+    queries, split, b = r.shape_of(reference)[0], [0, 0, heads, levels, points], Body(node.name, r)
+
+    def shaped(x: str, label: str, *to: int) -> str:
+        return b("Reshape", [x, b.ints(*to)], label, allowzero=0)
+
+    def moved(x: str, label: str, *perm: int) -> str:
+        return b("Transpose", [x], f"{label}_transposed", perm=perm)
+
+    value_f32, offsets_f32, scores_f32 = (
+        b("Cast", [x], f"{label}_f32", to=TensorProto.FLOAT)
+        for x, label in ((value, "value"), (offsets, "offsets"), (scores, "scores"))
+    )
+    cells = shaped(value_f32, "cells", 0, levels, *size, heads, head_dim)
+    image = shaped(moved(cells, "cells", 0, 4, 1, 5, 2, 3), "image", -1, head_dim, *size)
+    places = _sampling_points(b, shaped(offsets_f32, "shifts", *split, 2), reference, size)
+    grid = shaped(moved(places, "points", 0, 2, 3, 4, 1, 5), "grid", -1, points, queries, 2)
+    joint = shaped(scores_f32, "joint", 0, 0, heads, -1)
+    shares = shaped(b("Softmax", [joint], "softmaxed", axis=-1), "apart", *split)
+    weights = shaped(moved(shares, "apart", 0, 2, 3, 4, 1), "weights", -1, 1, points, queries)
+    how = {"mode": "linear", "padding_mode": "zeros", "align_corners": 0}
+    weighted = b("Mul", [b("GridSample", [image, grid], "sampled", **how), weights], "weighted")
+    summed = b("ReduceSum", [weighted, b.ints(2)], "points_sum", keepdims=0)
+    if levels > 1:
+        summed = shaped(summed, "levels", -1, heads, levels, head_dim, queries)
+        summed = b("ReduceSum", [summed, b.ints(2)], "levels_sum", keepdims=0)
+    else:
+        summed = shaped(summed, "levels_sum", -1, heads, head_dim, queries)
+    joined = shaped(moved(summed, "levels_sum", 0, 3, 1, 2), "joined", 0, 0, -1)
+    return b.ending("CastLike", [joined, value], node.output)
+
+
+def _sampling_points(b: Body, shifts: str, reference: str, size: list[int]) -> str:
+    """Where to sample, as GridSample counts, -1 to 1: [B, Q, heads, levels, points, 2]."""
+    height, width = size
+    step = np.asarray([2 / width, 2 / height], np.float32)
+    scaled = b("Mul", [shifts, b.rewriter.constant(f"step.{width}_{height}", step)], "scaled")
+    doubled = b("Mul", [reference, b.float32(2.0)], "doubled")
+    shifted = b("Sub", [doubled, b.float32(1.0)], "shifted")
+    centre = b("Unsqueeze", [shifted, b.ints(1, 2, 3)], "centre")
+    return b("Add", [scaled, centre], "points")
 
 
 def blocked_linear(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:

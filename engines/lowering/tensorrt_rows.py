@@ -107,7 +107,11 @@ ROWS: dict[str, Row] = {
     "edgevlm.QuickGelu": _BODY,
     "edgevlm.SwiGLU": _BODY,
     "edgevlm.Unembed": _BODY,
-    "edgevlm.MSDeformAttn": _BODY,
+    "edgevlm.MSDeformAttn": _swap(
+        rewrites.ms_deform_attn,
+        "GridSample",
+        "the body with points before queries: one level is two kernels in place of six",
+    ),
     "edgevlm.LayerMerge": _BODY,
     "edgevlm.ResponseNorm": _BODY,
 }

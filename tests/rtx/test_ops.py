@@ -96,6 +96,15 @@ def test_every_op_becomes_an_engine(
         assert result["plan_bytes"] > 0, result["errors"]
 
 
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_deformable_attention_is_two_kernels(
+    dtype: str, built: Mapping[tuple[str, str], dict[str, Any]]
+) -> None:
+    """Where to sample, and all else; its body as it stands would be six for one level."""
+    for name in ("ms_deform_attn", "ms_deform_attn, one level"):
+        assert len(kernels.read(built[name, dtype]["log"])) == 2
+
+
 def test_attention_has_kernels_of_its_own_where_heads_are_wide_enough(
     built: Mapping[tuple[str, str], dict[str, Any]],
 ) -> None:
