@@ -173,7 +173,7 @@ def test_a_plan_without_its_weights_is_refused(
     """A profile that leaves the image no size builds into a constant."""
     bundle = export("convllava", "fp16")
     sizes = shapes.of("encoder.convnext", Bundle.open(bundle).model, 64)
-    nothing = {**sizes.profiles[0], "height": (64, 64, 65), "width": (64, 64, 65)}
+    nothing = {**sizes.profiles[0], "height": (33, 48, 63), "width": (33, 48, 63)}
 
     def of(component: str, model: object, context: int) -> object:
         return replace(sizes, profiles=(nothing,))
