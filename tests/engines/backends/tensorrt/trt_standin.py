@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from edgevlm.engines.backends import sessions
 from edgevlm.toolkit.ops.vocabulary import Array
 from tests.engines.backends.tensorrt import api
 from tests.engines.backends.tensorrt.api import Api
@@ -366,13 +367,9 @@ class ICudaEngine(Thing):
         import onnxruntime
 
         if self._session is None:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = 1
-            options.log_severity_level = 3
+            options = sessions.session_options(1)
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            self._session = onnxruntime.InferenceSession(
-                self._model, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = sessions.open_session(self._model, options)
         assert self._session is not None
         names = list(self._outputs)
         return dict(zip(names, self._session.run(names, inputs), strict=True))
