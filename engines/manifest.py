@@ -122,9 +122,14 @@ class Engine:
 
 
 def write(folder: Path, engine: Engine) -> None:
-    """Write engine.json."""
+    """Write engine.json, whole or not at all: `verify` writes it into a finished engine."""
     text = json.dumps(to_plain(engine), indent=1)  # ASCII: a path need not be UTF-8
-    (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    new = folder / f"{DESCRIPTION}.new"
+    try:
+        new.write_text(text + "\n", encoding="utf-8")
+        new.replace(folder / DESCRIPTION)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def read(folder: Path) -> Engine:

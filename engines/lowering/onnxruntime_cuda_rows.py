@@ -13,6 +13,7 @@ from dataclasses import replace
 from edgevlm.engines.lowering import onnxruntime_cuda_rewrites as cuda
 from edgevlm.engines.lowering import rewrites
 from edgevlm.engines.lowering.capabilities import Rewrite, Row
+from edgevlm.engines.lowering.onnxruntime_rows import ROWS as PROCESSOR
 
 # The version of each standard op that has a kernel.
 KERNELS: Mapping[str, int] = {
@@ -98,17 +99,7 @@ ROWS: dict[str, Row] = {
         fits=rewrites.plain_attention,
         otherwise=Row("keep", "a standard op with a kernel"),
     ),
-    "edgevlm.QuickGelu": _rewrite(
-        rewrites.quick_gelu, "com.microsoft.QuickGelu", "one pass over memory"
-    ),
-    "edgevlm.SwiGLU": _rewrite(
-        rewrites.swiglu, "com.microsoft.QuickGelu", "silu is QuickGelu with alpha 1"
-    ),
-    "edgevlm.Unembed": _rewrite(
-        rewrites.unembed,
-        "com.microsoft.FusedMatMul",
-        "reads the embedding table as it is stored",
-    ),
+    **{op: PROCESSOR[op] for op in ("edgevlm.QuickGelu", "edgevlm.SwiGLU", "edgevlm.Unembed")},
     "edgevlm.BlockedLinear": _rewrite(
         cuda.blocked_linear,
         "com.microsoft.MatMulNBits",

@@ -67,3 +67,19 @@ def test_engine_json_without_the_mark_is_of_a_verified_engine(tmp_path: Path) ->
     del data["verified"], data["plans"]
     file.write_text(json.dumps(data))
     assert manifest.read(folder).verified
+
+
+def test_an_interrupted_verification_leaves_engine_json_whole(
+    unverified: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (unverified / manifest.DESCRIPTION).read_bytes()
+
+    def interrupted(self: Path, content: str, **how: object) -> int:
+        self.write_bytes(content[:100].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verify(unverified, silent)
+    assert (unverified / manifest.DESCRIPTION).read_bytes() == before
+    assert not list(unverified.glob("*.new"))
