@@ -1,17 +1,20 @@
-"""edgevlm: the command line. It parses options, calls api.py and prints."""
+"""edgevlm: the command line. It parses options, calls api.py and prints.
+
+Verbs that connect packages stand here; those that need an engine alone in engines/verbs/.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from edgevlm.calibration import command as calibration
+from edgevlm.engines.verbs import profile, run, verify
 from edgevlm.toolkit.terminal.flags import (
     AcceptLoss,
-    AllowBanned,
     Base,
     Bisect,
     Context,
@@ -23,21 +26,16 @@ from edgevlm.toolkit.terminal.flags import (
     Json,
     KeepSlower,
     LowPrecision,
-    NoRepeatNgram,
     NoTune,
     Offline,
     Quiet,
     Quirk,
     RandomWeights,
-    RepetitionPenalty,
     System,
-    Threads,
     Tower,
+    opened_console,
 )
 from edgevlm.training import command
-
-if TYPE_CHECKING:
-    from edgevlm.toolkit.terminal.console import Console
 
 _INTERRUPTED = "interrupted; nothing half-written was left behind"
 
@@ -49,16 +47,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _console(as_json: bool, quiet: bool, context: typer.Context | None = None) -> Console:
-    """context: of a verb with steps; closing it restores the terminal, after an error too."""
-    from edgevlm.toolkit.terminal.console import Console
-
-    console = Console(quiet=quiet or as_json, as_json=as_json)
-    if context is not None:
-        context.call_on_close(console.close)
-    return console
 
 
 @app.command()
@@ -92,7 +80,7 @@ def export(
     from edgevlm.toolkit.target import parse
     from edgevlm.toolkit.terminal import summary
 
-    console = _console(as_json, quiet, context)
+    console = opened_console(as_json, quiet, context)
     available.check_dtype(dtype)
     if for_target is not None:
         parse(for_target)
@@ -150,7 +138,7 @@ def build(
     from edgevlm.engines.build import build as builder
     from edgevlm.engines.build import summary
 
-    console = _console(as_json, quiet, context)
+    console = opened_console(as_json, quiet, context)
     request = api.build_request(
         bundle,
         target=target,
@@ -172,121 +160,11 @@ def build(
 
 
 @app.command()
-def verify(
-    context: typer.Context,
-    engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Compare an engine with the reference on this machine, which has its graphics card."""
-    from edgevlm.engines.build import summary
-    from edgevlm.engines.build.verify import verify as compared
-
-    console = _console(as_json, quiet, context)
-    console.result(*summary.built_engine(compared(engine, console.step), engine, True, False))
-
-
-@app.command()
-def run(
-    engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
-    prompt: Annotated[Optional[str], typer.Argument(help="The question.")] = None,
-    image: Annotated[Optional[list[str]], typer.Option(help="An image file. Repeatable.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens of this total probability.")
-    ] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the K likeliest tokens; 0 is off.")] = 0,
-    seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")] = None,
-    repetition_penalty: RepetitionPenalty = None,
-    no_repeat_ngram: NoRepeatNgram = None,
-    allow_banned: AllowBanned = False,
-    template: Annotated[
-        str, typer.Option(help="auto, none (PROMPT is raw text with <image>) or a name.")
-    ] = "auto",
-    stop: Annotated[
-        Optional[list[str]], typer.Option(help="End the answer before this text. Repeatable.")
-    ] = None,
-    literal: Annotated[
-        bool,
-        typer.Option("--literal", help="PROMPT is text alone: no control tokens, no <image>."),
-    ] = False,
-    input_file: Annotated[
-        Optional[Path],
-        typer.Option("--input", help="A file of requests, one JSON object per line."),
-    ] = None,
-    output: Annotated[
-        Optional[Path],
-        typer.Option(help="With --input: a new file; gets each answer as it comes, one a line."),
-    ] = None,
-    threads: Threads = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Ask an engine a question about images; the answer streams."""
-    from edgevlm.engines.runtime import batch, request_file
-    from edgevlm.engines.runtime.sampling import Sampling
-    from edgevlm.engines.runtime.session import Question, Session
-
-    console = _console(as_json, quiet)
-    penalties = (repetition_penalty, no_repeat_ngram, allow_banned)
-    sampling = Sampling(temperature, top_k, top_p, seed, *penalties)
-    given = Question(
-        prompt or "", image or (), max_tokens, sampling, template, stop or (), literal=literal
-    )
-    batch.check_output(output, many=input_file is not None)
-    requests = request_file.gather(given, input_file)
-    with Session.open(engine, threads=threads) as session:
-        if input_file is None:
-            batch.answer_one(session, given, console)
-        else:
-            batch.answer_all(session, requests, console, output)
-
-
-@app.command()
-def profile(
-    context: typer.Context,
-    engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
-    image: Annotated[
-        Optional[Path], typer.Option(help="An image file; default: a generated image.")
-    ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 32,
-    max_tokens: Annotated[int, typer.Option(help="Tokens generated in each run.")] = 64,
-    runs: Annotated[int, typer.Option(help="Timed runs.")] = 5,
-    warmup: Annotated[int, typer.Option(help="Runs before the timed ones.")] = 1,
-    compare: Annotated[
-        Optional[list[Path]], typer.Option(help="Another engine to measure too. Repeatable.")
-    ] = None,
-    layers: Annotated[int, typer.Option(help="Show the N slowest layers.")] = 0,
-    html: Annotated[Optional[Path], typer.Option(help="Write a self-contained report.")] = None,
-    trace: Annotated[Optional[Path], typer.Option(help="Write a Chrome/Perfetto trace.")] = None,
-    threads: Threads = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Measure an engine: every stage and layer, compared with the machine's limits."""
-    from edgevlm.engines.profiling import report
-    from edgevlm.engines.profiling.profile import ProfileRequest, profile_all
-
-    console = _console(as_json, quiet, context)
-    request = ProfileRequest(
-        image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
-    )
-    report.check_files(layers, html, trace)
-    profiles = profile_all([engine, *(compare or [])], request, console.step)
-    report.write_files(profiles, html, trace)
-    console.result(*report.result(profiles, layers))
-
-
-@app.command()
 @calibration.verb
 def calibrate(**given: Any) -> None:
     from edgevlm import api
 
-    console = _console(given.pop("as_json"), given.pop("quiet"))
+    console = opened_console(given.pop("as_json"), given.pop("quiet"))
     report = given.pop("report")
     found = api.calibrate(progress=console.step, **given)
     data, lines, following = calibration.summary(found, given["bundle"], given["out"])
@@ -300,7 +178,7 @@ def train(**given: Any) -> None:
     from edgevlm import api
 
     as_json, quiet = given.pop("as_json"), given.pop("quiet")
-    console = _console(as_json, quiet)
+    console = opened_console(as_json, quiet)
     if given["stage"] == "list":
         console.result(*command.listing())
         return
@@ -322,7 +200,7 @@ def inspect(
     """Describe a checkpoint, bundle, engine or profile: components, sizes, ports, origin."""
     from edgevlm import api
 
-    _console(as_json, quiet).result(*api.inspect(path))
+    opened_console(as_json, quiet).result(*api.inspect(path))
 
 
 @app.command()
@@ -335,7 +213,11 @@ def doctor(
     from edgevlm import __version__
     from edgevlm.toolkit.terminal.doctor import report
 
-    _console(as_json, quiet).result(*report(__version__))
+    opened_console(as_json, quiet).result(*report(__version__))
+
+
+for _verb in (run.run, profile.profile, verify.verify):  # those that need an engine alone
+    app.command()(_verb)
 
 
 @app.callback(invoke_without_command=True)

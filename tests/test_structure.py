@@ -163,6 +163,7 @@ def test_only_training_imports_torch_and_only_export_and_build_import_onnx() -> 
 # What cli.py reads to declare flags and verbs; they load nothing but typer themselves.
 DECLARING = {
     "edgevlm.calibration",
+    "edgevlm.engines.verbs",
     "edgevlm.training",
     "edgevlm.toolkit.terminal.flags",
 }

@@ -30,8 +30,7 @@ def shortened(name: str) -> Source:
 
 def bundle(name: str, out: Path) -> None:
     """The bundle in float32."""
-    words = {"dtype": "fp32", "target": None, "force": False, "progress": None}
-    api.write_source(shortened(name), name, out, **words)  # type: ignore[arg-type]
+    api.write_source(shortened(name), name, out, dtype="fp32", force=False, progress=None)
 
 
 def graphs(source: Path, out: Path) -> None:

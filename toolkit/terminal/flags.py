@@ -1,11 +1,14 @@
-"""Flags that several verbs of the command line share."""
+"""What several verbs of the command line share: flags, and opening the console."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from edgevlm.toolkit.terminal.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
@@ -80,3 +83,13 @@ Bisect = Annotated[
     bool,
     typer.Option("--bisect", help="If the engine differs from the reference, name the first op."),
 ]
+
+
+def opened_console(as_json: bool, quiet: bool, context: typer.Context | None = None) -> Console:
+    """context: of a verb with steps; closing it restores the terminal, after an error too."""
+    from edgevlm.toolkit.terminal.console import Console
+
+    console = Console(quiet=quiet or as_json, as_json=as_json)
+    if context is not None:
+        context.call_on_close(console.close)
+    return console

@@ -1,0 +1,45 @@
+"""The verb `edgevlm profile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from edgevlm.toolkit.terminal.flags import Debug, Json, Quiet, Threads, opened_console
+
+
+def profile(
+    context: typer.Context,
+    engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
+    image: Annotated[
+        Optional[Path], typer.Option(help="An image file; default: a generated image.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="Tokens generated in each run.")] = 64,
+    runs: Annotated[int, typer.Option(help="Timed runs.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Runs before the timed ones.")] = 1,
+    compare: Annotated[
+        Optional[list[Path]], typer.Option(help="Another engine to measure too. Repeatable.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Show the N slowest layers.")] = 0,
+    html: Annotated[Optional[Path], typer.Option(help="Write a self-contained report.")] = None,
+    trace: Annotated[Optional[Path], typer.Option(help="Write a Chrome/Perfetto trace.")] = None,
+    threads: Threads = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure an engine: every stage and layer, compared with the machine's limits."""
+    from edgevlm.engines.profiling import report
+    from edgevlm.engines.profiling.profile import ProfileRequest, profile_all
+
+    console = opened_console(as_json, quiet, context)
+    request = ProfileRequest(
+        image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
+    )
+    report.check_files(layers, html, trace)
+    profiles = profile_all([engine, *(compare or [])], request, console.step)
+    report.write_files(profiles, html, trace)
+    console.result(*report.result(profiles, layers))
