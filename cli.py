@@ -6,38 +6,41 @@ Verbs that connect packages stand here; those that need an engine alone in engin
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import typer
+try:
+    import typer
 
-from edgevlm.calibration import command as calibration
-from edgevlm.engines.verbs import profile, run, verify
-from edgevlm.toolkit.terminal.flags import (
-    AcceptLoss,
-    Base,
-    Bisect,
-    Context,
-    Debug,
-    DryRun,
-    For,
-    Force,
-    IgnoreKey,
-    Json,
-    KeepSlower,
-    LowPrecision,
-    NoTune,
-    Offline,
-    Quiet,
-    Quirk,
-    RandomWeights,
-    System,
-    Tower,
-    opened_console,
-)
-from edgevlm.training import command
-
-_INTERRUPTED = "interrupted; nothing half-written was left behind"
+    from edgevlm.calibration import command as calibration
+    from edgevlm.engines.verbs import profile, run, verify
+    from edgevlm.toolkit.terminal.flags import (
+        AcceptLoss,
+        Base,
+        Bisect,
+        Context,
+        Debug,
+        DryRun,
+        For,
+        Force,
+        IgnoreKey,
+        Json,
+        KeepSlower,
+        LowPrecision,
+        NoTune,
+        Offline,
+        Quiet,
+        Quirk,
+        RandomWeights,
+        System,
+        Tower,
+        opened_console,
+    )
+    from edgevlm.training import command
+except KeyboardInterrupt:  # these take a tenth of a second
+    print("error: interrupted; nothing half-written was left behind", file=sys.stderr)
+    sys.exit(130)
 
 app = typer.Typer(
     help="Deploy multi-encoder vision-language models: export, build, run, profile.",
@@ -233,41 +236,27 @@ def _version(
 
 def main() -> None:
     """Entry point: errors become one line and a hint; 1 for ours, 2 for usage, 130 for Ctrl-C."""
-    import signal
+    from edgevlm.toolkit.terminal import failures, streams
 
-    from edgevlm.toolkit.terminal import streams
-
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupts = failures.Interrupts()
     streams.prepare()
-    code = _guarded("--debug" in sys.argv[1:])
-    sys.exit(code if streams.flush() else code or 1)
+    code = _guarded("--debug" in sys.argv[1:], lambda: interrupts.came)
+    interrupts.end()
+    unwritten = streams.flush()
+    if unwritten:
+        code = failures.fail(unwritten, "", 1)
+    sys.exit(code if unwritten is None else code or 1)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _guarded(debug: bool) -> int:
-    from edgevlm.toolkit.errors import ToolkitError
-    from edgevlm.toolkit.terminal.failures import fail, unexpected
+def _guarded(debug: bool, came: Callable[[], bool] = lambda: False) -> int:
+    """The exit status of the command; came: whether an interrupt arrived, whatever became of it."""
+    from edgevlm.toolkit.terminal import failures
 
     try:
         code = app(standalone_mode=False)
-        return fail(_INTERRUPTED, "", 130) if code == 130 else int(code or 0)
-    except ToolkitError as error:
-        if debug:
-            raise
-        return fail(error.message, error.hint, 1)
-    except KeyboardInterrupt:
-        return fail(_INTERRUPTED, "", 130)
-    except MemoryError:
-        return fail("out of memory", "lower --max-context, or use a smaller model", 1)
-    except BrokenPipeError:
-        return 1
-    except OSError as refused:
-        return fail(f"{refused.filename or 'a file'}: {refused.strerror or refused}", "", 1)
-    except Exception as error:
-        return unexpected(error, _INTERRUPTED, debug=debug)
+        return failures.interrupted() if code == 130 else int(code or 0)
+    except BaseException as error:
+        return failures.told(error, debug=debug, came=came)
 
 
 if __name__ == "__main__":

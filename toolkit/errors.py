@@ -18,14 +18,55 @@ ToolkitError                 message + hint (the next step)
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_MOST_QUOTED = 200
+_MOST = 600  # letters of a message; a list of a thousand tensors says no more than its ends
+_TAIL = 120
+_MOST_SEARCHED = 4000
+# A quoted value that is too long: its first letters, and the last few.
+_LONG_QUOTE = re.compile(
+    r"""(?<![^\s=(\[{,:])(['"])((?:(?!\1)[^\\]|\\.){200})(?:(?!\1)[^\\]|\\.)+\1"""
+)
+# What a terminal acts upon instead of showing it: controls, changes of direction, line ends; and
+# half characters, which cannot be written.
+_UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class ToolkitError(Exception):
-    """An error with the offending value in `message` and the next step in `hint`."""
+    """An error with the offending value in `message` and the next step in `hint`.
+
+    Values that a file or a user gave may be of any length: quoted ones are cut to 200 letters, and
+    messages to 600.
+    """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
+        message = shortened(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = shortened(hint)
+
+
+def shortened(message: str) -> str:
+    """A message whose quoted values have 200 letters at most, and which has 600."""
+    if len(message) > _MOST_SEARCHED:
+        message = f"{message[:_MOST_SEARCHED]}…{message[-_TAIL:]}"
+    if len(message) > _MOST_QUOTED:
+        message = _LONG_QUOTE.sub(r"\1\2…\1", message)
+    if len(message) > _MOST:
+        message = f"{message[: _MOST - _TAIL]} … {message[-_TAIL:]}"
+    return message
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with everything that a terminal would act upon as Python's escapes, except `keep`.
+
+    What comes from a file, or from a model, may hold such characters; they must not move the cursor
+    or hide what follows.
+    """
+    return _UNPRINTED.sub(lambda m: m[0] if m[0] in keep else repr(m[0])[1:-1], text)
 
 
 class ConfigError(ToolkitError):
@@ -49,13 +90,42 @@ class UnsupportedError(ToolkitError):
 
 
 class MissingExtra(ToolkitError):
-    """A package that only this verb needs is not installed."""
+    """A package that this verb needs is not installed; broken: why it cannot be loaded."""
 
-    def __init__(self, package: str, extra: str, *, purpose: str) -> None:
+    def __init__(self, package: str, extra: str, *, purpose: str, broken: str = "") -> None:
+        state = f"is installed and cannot be loaded: {broken}" if broken else "is not installed"
         super().__init__(
-            f"{purpose} needs the package {package!r}, which is not installed",
-            hint=f"pip install 'edgevlm[{extra}]'",
+            f"{purpose} needs the package {package!r}, which {state}",
+            hint=f"pip install {'--force-reinstall ' if broken else ''}'edgevlm[{extra}]'",
         )
+
+
+@contextmanager
+def needing(package: str, extra: str, *, purpose: str) -> Iterator[None]:
+    """Import an optional package inside. Raises MissingExtra, and KeyboardInterrupt where a package
+    made an ImportError of one.
+    """
+    try:
+        yield
+    except ImportError as failed:
+        if interrupted(failed):
+            raise KeyboardInterrupt from None
+        broken = "" if isinstance(failed, ModuleNotFoundError) else str(failed)
+        raise MissingExtra(package, extra, purpose=purpose, broken=broken) from None
+
+
+def interrupted(error: BaseException) -> bool:
+    """Whether an error was made of an interrupt: compiled modules tell theirs as an ImportError."""
+    seen: set[int] = set()
+    links = [error]
+    while links:
+        link = links.pop()
+        if isinstance(link, KeyboardInterrupt):
+            return True
+        if id(link) not in seen:
+            seen.add(id(link))
+            links += [cause for cause in (link.__cause__, link.__context__) if cause is not None]
+    return False
 
 
 class DataError(ToolkitError):

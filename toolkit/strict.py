@@ -200,6 +200,19 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def to_json(value: Any) -> str:
+    """One line of ASCII that every JSON parser reads: a number that is none or infinite is null."""
+    return json.dumps(_finite(to_plain(value)), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
 def from_plain(kind: type[V], data: Any, where: str) -> V:
     """The inverse of to_plain for type `kind`. ConfigError at the first value that does not fit."""
     return typing.cast(V, _decode(kind, data, where))

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgevlm.toolkit.errors import MissingExtra
+from edgevlm.toolkit.errors import needing
 from edgevlm.training.loop import EvalRecord, StepRecord
 
 METRICS = "metrics.jsonl"
@@ -110,10 +110,8 @@ def cut_back(out: Path, step: int) -> None:
 
 
 def _tensorboard(out: Path) -> Any:
-    try:
+    with needing("tensorboard", "train", purpose="--tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingExtra("tensorboard", "train", purpose="--tensorboard") from None
     return SummaryWriter(str(out / "tensorboard"))
 
 

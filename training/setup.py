@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from edgevlm.toolkit.checkpoints.layouts.source import Source
-from edgevlm.toolkit.errors import ConfigError, MissingExtra
+from edgevlm.toolkit.errors import ConfigError, needing
 from edgevlm.toolkit.images.preprocess import ImageRules
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.text.tokenizer import Tokenizer
@@ -37,11 +37,9 @@ def accelerator(precision: str) -> Any:
     """
     import torch
 
-    try:
+    with needing("accelerate", "train", purpose="training"):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
-    except ImportError:
-        raise MissingExtra("accelerate", "train", purpose="training") from None
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     # Without a word about it, processes on a machine without a GPU would not find one another.
     cpu = not torch.accelerator.is_available()

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from edgevlm.toolkit import onnx_runtime
+
 # TensorProto's numbers, which need no onnx, with NumPy types of the same size.
 ELEMENTS: dict[str, tuple[int, type[np.generic]]] = {
     "fp32": (1, np.float32),
@@ -63,10 +65,8 @@ def empty(shape: Sequence[int], dtype: str, device: Device) -> DeviceArray:
 
     An array without elements gets memory too: a null pointer cannot be told from a missing one.
     """
-    import onnxruntime
-
     held = list(shape) if all(shape) else [1]
-    value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+    value = onnx_runtime.load().OrtValue.ortvalue_from_shape_and_type(
         held, ELEMENTS[dtype][0], device.kind, device.number
     )
     return DeviceArray(value, tuple(shape), dtype, device)
@@ -74,12 +74,10 @@ def empty(shape: Sequence[int], dtype: str, device: Device) -> DeviceArray:
 
 def zeros(shape: Sequence[int], dtype: str, device: Device) -> DeviceArray:
     """The same, filled with zeros: rows that nobody has written must not hold NaN."""
-    import onnxruntime
-
     array = empty(shape, dtype, device)
     element, same_size = ELEMENTS[dtype]
     blank = np.zeros(tuple(shape), same_size)
     if dtype == "bf16":  # which NumPy does not have
-        blank = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(blank, element)
+        blank = onnx_runtime.load().OrtValue.ortvalue_from_numpy_with_onnx_type(blank, element)
     array.value.update_inplace(blank)
     return array

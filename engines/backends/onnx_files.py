@@ -18,7 +18,7 @@ from edgevlm.toolkit.checkpoints.safetensors_io import (
     row_blocks,
     write_safetensors,
 )
-from edgevlm.toolkit.errors import MissingExtra
+from edgevlm.toolkit.errors import needing
 from edgevlm.toolkit.ops.vocabulary import Array
 
 if TYPE_CHECKING:
@@ -36,10 +36,8 @@ class Change:
 
 def read_graph(file: Path) -> onnx.ModelProto:
     """A graph whose weights stay in their file. Raises MissingExtra."""
-    try:
+    with needing("onnx", "export", purpose="building an engine"):
         import onnx
-    except ImportError:
-        raise MissingExtra("onnx", "export", purpose="building an engine") from None
     return onnx.load(str(file), load_external_data=False)
 
 

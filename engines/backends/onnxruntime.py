@@ -28,9 +28,10 @@ from edgevlm.engines.backends import (
 )
 from edgevlm.engines.backends.bindings import Bindings
 from edgevlm.engines.backends.state import Allocation, State, check, zeros
+from edgevlm.toolkit import onnx_runtime
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import Blocks, SafetensorsFile, row_blocks
-from edgevlm.toolkit.errors import BuildError, MissingExtra
+from edgevlm.toolkit.errors import BuildError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import Target, machine, saturates_int8, this_cpu, threads_here
 
@@ -43,14 +44,6 @@ _TYPES = {"float": np.float32, "int64": np.int64}
 def here() -> Target:
     """ONNX Runtime on this machine's processor."""
     return this_cpu()
-
-
-def _load_package() -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingExtra("onnxruntime", "cpu", purpose="running on this processor") from None
-    return onnxruntime
 
 
 # -- build -----------------------------------------------------------------------------------
@@ -143,7 +136,7 @@ def _session_options(options: RunnerOptions, *, stateful: bool = False) -> Any:
     """Options with the session's threads. Only a decoder's threads spin between calls: its next
     call comes at once, while an encoder's would compete with the components after it.
     """
-    _load_package()
+    onnx_runtime.load()
     settings = sessions.session_options(options.threads or threads_here())
     if not stateful:
         settings.add_session_config_entry("session.force_spinning_stop", "1")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from edgevlm.toolkit import onnx_runtime
 from edgevlm.toolkit.quantization import static
 from edgevlm.toolkit.target import saturates_int8
 
@@ -22,9 +23,7 @@ _ERRORS_ONLY = 3
 
 def session_options(threads: int = 0) -> Any:
     """onnxruntime.SessionOptions that are right on this processor; threads: 0 for all."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
+    options = onnx_runtime.load().SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads
     if saturates_int8():
@@ -40,14 +39,15 @@ def open_session(
     provider: a name, or a pair of it and its options. Raises what ONNX Runtime raises if it cannot
     load the graph.
     """
-    import onnxruntime
-
     graph = model if isinstance(model, bytes) else Path(model).read_bytes()
-    return onnxruntime.InferenceSession(
+    return onnx_runtime.load().InferenceSession(
         model if isinstance(model, bytes) else str(model),
         options or session_options(),
         providers=[provider],
         disabled_optimizers=[_MERGING] if static.SUFFIX.encode() in graph else None,
+        # A failure is told as it is: not printed on stdout, and not tried again elsewhere.
+        enable_fallback=0,
+        read_config_from_model=0,
     )
 
 
@@ -59,6 +59,5 @@ def read_weights_from(options: Any, folder: Path) -> Any:
 
 def keep_graph(options: Any) -> None:
     """Let ONNX Runtime run the graph as it is, without rewriting it."""
-    import onnxruntime
-
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    levels = onnx_runtime.load().GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_DISABLE_ALL

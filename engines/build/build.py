@@ -29,7 +29,13 @@ from edgevlm.toolkit.bundle.atomic import (
     writing,
 )
 from edgevlm.toolkit.bundle.manifest import GOLDENS, TOKENIZER, Bundle, FileRecord, record_file
-from edgevlm.toolkit.errors import ConfigError, MissingExtra, TargetMismatch, UnsupportedError
+from edgevlm.toolkit.errors import (
+    ConfigError,
+    MissingExtra,
+    TargetMismatch,
+    UnsupportedError,
+    needing,
+)
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import Target, check_runs_here
 from edgevlm.toolkit.vlm import config as model_config
@@ -251,10 +257,8 @@ def lowering(bundle: Bundle, request: Request) -> list[Decision]:
     """The lowering table of every component that a build would have. Needs no device."""
     if request.target.backend == "reference":
         return []
-    try:
+    with needing("onnx", "export", purpose="reading a bundle's graphs"):
         import onnx
-    except ImportError:
-        raise MissingExtra("onnx", "export", purpose="reading a bundle's graphs") from None
     from edgevlm.engines.lowering.lower import decide
 
     requantized = request.requantization.graphs() if request.requantization else {}

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.engines.plugins.compile import Launch, compiled
-from edgevlm.toolkit.errors import MissingExtra, UnsupportedError
+from edgevlm.toolkit.errors import UnsupportedError, needing
 
 # The parser hands every attribute as an array of one. NVIDIA's code would make an int of it by
 # int(array), which NumPy refuses since 2.4; arrays it leaves as they are.
@@ -32,10 +32,8 @@ def define(folders: Iterable[str], sm: int) -> None:
     Only where TensorRT itself builds: TensorRT-RTX ends a process whose parser takes a plugin.
     Raises UnsupportedError there and before 10.13, MissingExtra without TensorRT.
     """
-    try:
+    with needing("tensorrt", "tensorrt", purpose="building with plugins"):
         trt = import_module("tensorrt")
-    except ImportError:
-        raise MissingExtra("tensorrt", "tensorrt", purpose="building with plugins") from None
     if not hasattr(trt, "KernelLaunchParams"):
         raise UnsupportedError(
             f"{trt.__name__} {trt.__version__} takes no plugins that are compiled ahead of time",

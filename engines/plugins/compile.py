@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgevlm.toolkit.errors import BuildError, MissingExtra, UnsupportedError
+from edgevlm.toolkit.errors import BuildError, UnsupportedError, needing
 
 # The newest PTX that the oldest driver with support for the card reads: CUDA 12.6 (JetPack 6) reads
 # 8.5, CUDA 12.8 reads 8.7 and is the first for 100 and 120, CUDA 13.0 reads 9.0 and is Thor's.
@@ -81,12 +81,10 @@ def compiled(kernel: Any, launch: Launch, dtype: str, sm: int) -> Compiled:
         raise UnsupportedError(
             f"there are no fused kernels for sm_{sm}", hint=f"there are for {known}"
         )
-    try:
+    with needing("triton", "kernels", purpose="compiling fused kernels"):
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-    except ImportError:
-        raise MissingExtra("triton", "kernels", purpose="compiling fused kernels") from None
     signature = launch.signature(dtype)
     # Tensors between layers start at multiples of 256 bytes, which wide loads need.
     aligned = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]

@@ -23,7 +23,7 @@ import numpy as np
 from edgevlm.engines.plugins.catalogue import SITES, SMALL, Site
 from edgevlm.engines.plugins.compile import PTX_ISA, Compiled
 from edgevlm.engines.plugins.trial import Trial, difference, floats, stored, trial
-from edgevlm.toolkit.errors import MissingExtra, ToolkitError, UnsupportedError
+from edgevlm.toolkit.errors import ToolkitError, UnsupportedError, needing
 from edgevlm.toolkit.ops.vocabulary import Array
 
 # Of the largest value: what a format rounds to; a merge rounds normed levels too.
@@ -38,10 +38,8 @@ class Card:
     """
 
     def __init__(self) -> None:
-        try:
+        with needing("cuda-core", "kernels", purpose="running kernels"):
             self._core = import_module("cuda.core")
-        except ImportError:
-            raise MissingExtra("cuda-core", "kernels", purpose="running kernels") from None
         try:
             self._device = self._core.Device(0)
             self._device.set_current()

@@ -6,7 +6,6 @@ terminal, and in a file with one JSON object a line.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +14,14 @@ from typing import Any, TextIO
 
 from edgevlm.engines.runtime.request_file import Request
 from edgevlm.engines.runtime.session import Answer, Question, Session
-from edgevlm.toolkit.errors import InputError, OutputError, ToolkitError
-from edgevlm.toolkit.strict import to_plain
+from edgevlm.toolkit.errors import (
+    InputError,
+    OutputError,
+    ToolkitError,
+    printable,
+    shortened,
+)
+from edgevlm.toolkit.strict import to_json, to_plain
 from edgevlm.toolkit.terminal.console import Console
 
 
@@ -54,7 +59,7 @@ def answer_all(
             entries.append(entry)
             answers += [answer] if answer else []
             if file is not None:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.write(to_json(entry) + "\n")
                 file.flush()
     failed = [entry for entry in entries if "error" in entry]
     console.result({"answers": entries, "failed": len(failed)}, ())
@@ -108,8 +113,7 @@ def _written(output: Path | None) -> Iterator[TextIO | None]:
         yield None
         return
     try:
-        # Half a character in an id is written as JSON's own escape.
-        file = output.open("x", encoding="utf-8", errors="backslashreplace")
+        file = output.open("x", encoding="ascii")
     except OSError as refused:
         raise OutputError(f"{output} cannot be written: {refused.strerror}") from None
     with file:
@@ -117,11 +121,10 @@ def _written(output: Path | None) -> Iterator[TextIO | None]:
 
 
 def _failure(entry: Mapping[str, Any]) -> str:
-    name = "" if entry["id"] is None else f" (id {json.dumps(entry['id'], ensure_ascii=False)})"
+    name = "" if entry["id"] is None else f" (id {shortened(to_json(entry['id']))})"
     hint = f" ({entry['error']['hint']})" if entry["error"]["hint"] else ""
-    return " ".join(
-        f"failed: line {entry['line']}{name}: {entry['error']['message']}{hint}".split()
-    )
+    told = f"failed: line {entry['line']}{name}: {entry['error']['message']}{hint}"
+    return printable(" ".join(told.split()))
 
 
 def _close(answers: list[Answer], session: Session, console: Console) -> None:

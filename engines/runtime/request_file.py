@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _request(line: bytes, number: int, file: Path, given: Question) -> Request:
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        data = json.loads(line.decode())
+        data = json.loads(line.decode(), parse_constant=_refused, parse_float=_finite)
     except UnicodeDecodeError as odd:
         raise InputError(f"{where} cannot be read as UTF-8: {odd.reason}") from None
     except (ValueError, RecursionError) as broken:
@@ -71,6 +72,17 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{where} is not a JSON object")
     return data
+
+
+def _refused(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    """A number; one that no float holds would become infinite."""
+    if not math.isfinite(float(digits)):
+        raise ValueError(f"{digits:.40} is beyond the range of numbers")
+    return float(digits)
 
 
 def _question(data: dict[str, Any], where: str, given: Question, folder: Path) -> Question:

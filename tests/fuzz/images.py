@@ -85,7 +85,9 @@ class Images:
 
 def _stored(image: Any, kind: str, **options: Any) -> bytes:
     file = BytesIO()
-    image.save(file, kind, **options)
+    if "append_images" in options:  # images keep the settings of the format they were saved in
+        options = options | {"append_images": [frame.copy() for frame in options["append_images"]]}
+    image.copy().save(file, kind, **options)
     return file.getvalue()
 
 
@@ -100,7 +102,7 @@ def _written() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     turned: dict[str, Any] = {"exif": exif.tobytes()}
-    frames: dict[str, Any] = {"save_all": True, "append_images": [rgb.rotate(90), rgb]}
+    frames: dict[str, Any] = {"save_all": True, "append_images": [rgb.rotate(90), rgb.copy()]}
     found = {
         "jpeg": _stored(rgb, "JPEG", **turned),
         "progressive jpeg": _stored(rgb, "JPEG", progressive=True),

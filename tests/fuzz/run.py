@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,7 @@ class Report:
 
 def repeating(name: str, key: str) -> str:
     """The command that checks one case again."""
-    return f"python -m tests.fuzz repeat {name} {key!a}"
+    return shlex.join(["python", "-m", "tests.fuzz", "repeat", name, key])
 
 
 def jobs_of(count: int, seed: int, names: Sequence[str]) -> list[str]:

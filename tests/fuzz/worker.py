@@ -31,6 +31,7 @@ MOST_SECONDS = 5.0
 MOST_MB = 500.0
 _WATCHDOG_SECONDS = 40.0  # of the wall clock: other processes may be busy
 _ADDRESS_SPACE = 4 << 30  # more than the process has at its begin
+_FRAMES = 6
 _STATUS = Path("/proc/self/status")
 _PEAK_RESET = Path("/proc/self/clear_refs")
 
@@ -95,7 +96,8 @@ def _tried(kind: Cases[Any], seeds: dict[str, Any], key: str) -> dict[str, Any]:
     except BaseException as escaped:  # a panic of Rust is no Exception
         if isinstance(escaped, KeyboardInterrupt):
             raise
-        found = f"escaped: {type(escaped).__name__}: {escaped!s:.200}\n{traceback.format_exc()}"
+        last = "".join(traceback.format_tb(escaped.__traceback__)[-_FRAMES:])
+        found = f"escaped: {type(escaped).__name__}: {escaped!s:.200}\n{last}"
     seconds, grown = time.process_time() - begun, _peak_mb() - before
     if not found and grown > MOST_MB:
         found = f"memory: {grown:.0f} MB more"

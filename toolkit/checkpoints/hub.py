@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from edgevlm.toolkit.errors import CheckpointError, MissingExtra
+from edgevlm.toolkit.errors import CheckpointError, needing
 
 _PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -85,11 +85,9 @@ def origin_in_cache(folder: Path) -> tuple[str, str] | None:
 
 
 def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
-    try:
+    with needing("huggingface_hub", "export", purpose=f"fetching {name}"):
         from huggingface_hub import snapshot_download
         from huggingface_hub.constants import HF_HUB_CACHE
-    except ImportError:
-        raise MissingExtra("huggingface_hub", "export", purpose=f"fetching {name}") from None
     try:
         folder = snapshot_download(
             name, revision=revision, local_files_only=offline, allow_patterns=_PATTERNS

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgevlm.toolkit.strict import to_plain
+from edgevlm.toolkit.errors import printable
+from edgevlm.toolkit.strict import to_json
+from edgevlm.toolkit.terminal import streams
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -50,23 +51,24 @@ class Console:
         """Something the user should know that is not progress."""
         self.close()
         if not self.quiet:
-            print(f"note: {message}", file=sys.stderr, flush=True)
+            print(f"note: {printable(message)}", file=sys.stderr, flush=True)
 
     def result(self, data: Any, lines: Sequence[str], following: str = "") -> None:
         """The verb's result: `data` as JSON, or `lines` for people; following: the next command."""
         self.close()
         if self.as_json:
-            print(json.dumps(to_plain(data), ensure_ascii=False))
+            streams.write_ascii(to_json(data))
             return
         for line in lines:
-            print(line)
+            print(line if isinstance(line, Drawn) else printable(line, keep="\n\t"))
         if following and not self.quiet:
             print(f"next: {following}")
 
     def stream(self, text: str) -> None:
-        """A piece of an answer, printed at once."""
+        """A piece of an answer, printed at once; of a model's control characters the escapes."""
         if not self.as_json:
-            print(text, end="", flush=True)
+            shown = printable(text, keep="\n\t") if sys.stdout.isatty() else text
+            print(shown, end="", flush=True)
 
 
 def _spinner(line: str) -> Status:
@@ -80,7 +82,7 @@ def _spinner(line: str) -> Status:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     """Aligned columns; numbers to the right. On a terminal rich draws it."""
-    cells = [[_cell(value) for value in row] for row in rows]
+    cells = [[printable(_cell(value)) for value in row] for row in rows]
     if sys.stdout.isatty():
         return [_rich_table(columns, cells)]
     widths = [max(len(r[i]) for r in [list(columns), *cells]) for i in range(len(columns))]
@@ -105,20 +107,25 @@ def _numeric(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def _rich_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+class Drawn(str):
+    """Text that rich drew, with its colours: all of it may go to a terminal."""
+
+
+def _rich_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> Drawn:
     from io import StringIO
 
     from rich.console import Console as RichConsole
     from rich.table import Table
+    from rich.text import Text
 
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         drawn.add_column(name)
     for row in cells:
-        drawn.add_row(*row)
+        drawn.add_row(*map(Text, row))  # text in brackets is no markup
     text = StringIO()
     RichConsole(file=text, force_terminal=True).print(drawn)
-    return text.getvalue().rstrip("\n")
+    return Drawn(text.getvalue().rstrip("\n"))
 
 
 def human_bytes(count: float) -> str:

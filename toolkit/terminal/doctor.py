@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from edgevlm.toolkit import onnx_runtime
+from edgevlm.toolkit.errors import MissingExtra
 from edgevlm.toolkit.target import (
     CUDA_CARDS,
     card,
@@ -82,10 +84,9 @@ def _providers(packages: dict[str, str | None]) -> list[str]:
     if not packages["onnxruntime-gpu"]:
         return []
     try:
-        import onnxruntime
-    except ImportError:
+        return list(onnx_runtime.load().get_available_providers())
+    except MissingExtra:
         return []
-    return list(onnxruntime.get_available_providers())
 
 
 def _int8_products() -> str:

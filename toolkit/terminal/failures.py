@@ -2,14 +2,74 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Callable
+
+from edgevlm.toolkit import errors
+
+_INTERRUPTED = "interrupted; nothing half-written was left behind"
 
 
-def unexpected(error: Exception, interrupted: str, *, debug: bool) -> int:
-    """The exit status of an error that is not ours: 2 for the parser's, else 1 and a defect.
+class Interrupts:
+    """Ctrl-C and SIGTERM, from now on: a KeyboardInterrupt, and `came` remembers it.
 
-    Raises the error itself with `debug`.
+    Libraries make other errors of an interrupt, such as a failed import, or lose it in a callback.
     """
+
+    def __init__(self) -> None:
+        self.came = False
+        signal.signal(signal.SIGTERM, self._raise)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's "&" ignores it
+            signal.signal(signal.SIGINT, self._raise)
+        sys.unraisablehook = self._lost
+
+    def _raise(self, number: int, frame: object) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+    def _lost(self, what: sys.UnraisableHookArgs) -> None:
+        if not isinstance(what.exc_value, KeyboardInterrupt):
+            sys.__unraisablehook__(what)
+
+    def end(self) -> None:
+        """The command has ended: a further interrupt ends the process without a word."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def interrupted() -> int:
+    """Say that the command was interrupted; its exit status."""
+    return fail(_INTERRUPTED, "", 130)
+
+
+def told(error: BaseException, *, debug: bool, came: Callable[[], bool]) -> int:
+    """Say what ended a command; its exit status: 130 for an interrupt, 2 for the parser's errors,
+    else 1.
+
+    came: whether the process was interrupted, whatever became of it. Raises what `--debug` shows
+    as a traceback.
+    """
+    if came() or errors.interrupted(error):
+        return interrupted()
+    if isinstance(error, MemoryError):
+        return fail("out of memory", "lower --max-context, or use a smaller model", 1)
+    if isinstance(error, BrokenPipeError):
+        return 1
+    if isinstance(error, errors.ToolkitError):
+        if debug:
+            raise error
+        return fail(error.message, error.hint, 1)
+    if isinstance(error, OSError):
+        return fail(f"{error.filename or 'a file'}: {error.strerror or error}", "", 1)
+    if isinstance(error, (SystemExit, GeneratorExit)):
+        raise error
+    return _unexpected(error, debug=debug)
+
+
+def _unexpected(error: BaseException, *, debug: bool) -> int:
+    """An error that is not ours: the parser's, or a defect. A panic of Rust is no Exception."""
     format_message = getattr(error, "format_message", None)
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error, file=sys.stderr)
@@ -17,16 +77,17 @@ def unexpected(error: Exception, interrupted: str, *, debug: bool) -> int:
     if format_message is not None:
         return fail(format_message(), "edgevlm --help, or edgevlm VERB --help", 2)
     if type(error).__name__ == "Abort":
-        return fail(interrupted, "", 130)
+        return interrupted()
     if debug:
         raise error
     kind = type(error).__name__
-    return fail(f"{kind}: {error}", "this is a defect of edgevlm; --debug shows where", 1)
+    reason = errors.shortened(f"{kind}: {error}")
+    return fail(reason, "this is a defect of edgevlm; --debug shows where", 1)
 
 
 def fail(message: str, hint: str, code: int) -> int:
     """Print an error, each part on one line; returns the exit status `code`."""
-    print("error:", " ".join(message.splitlines()), file=sys.stderr)
-    if hint:
-        print("hint:", " ".join(hint.splitlines()), file=sys.stderr)
+    for kind, text in (("error:", message), ("hint:", hint)):
+        if text:
+            print(kind, errors.printable(" ".join(text.splitlines())), file=sys.stderr)
     return code

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgevlm.toolkit.errors import CheckpointError, ConfigError, MissingExtra
+from edgevlm.toolkit.errors import CheckpointError, ConfigError, needing
 from edgevlm.toolkit.text.added_tokens import AddedToken, Declared
 from edgevlm.toolkit.text.sentencepiece_text import BLANK, SentencePieceRules
 
@@ -135,10 +135,8 @@ def _check(model: Model, path: Path) -> None:
 
 def read_model(path: Path) -> Model:
     """The pieces and settings of a model file. Raises CheckpointError if it is none."""
-    try:
+    with needing("sentencepiece", "export", purpose=f"reading {path.name}"):
         import sentencepiece
-    except ImportError:
-        raise MissingExtra("sentencepiece", "export", purpose=f"reading {path.name}") from None
     try:
         data = path.read_bytes()
         sentencepiece.SentencePieceProcessor(model_proto=data)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgevlm.toolkit.errors import DataError, MissingExtra
+from edgevlm.toolkit.errors import DataError, needing
 from edgevlm.training.data.samples import RawSample, read_item
 
 TRAIN = "train"
@@ -84,10 +84,8 @@ def open_parquet(
 
 
 def _library() -> Any:
-    try:
+    with needing("datasets", "train", purpose="reading this data set"):
         import datasets
-    except ImportError:
-        raise MissingExtra("datasets", "train", purpose="reading this data set") from None
     datasets.disable_progress_bars()
     return datasets
 

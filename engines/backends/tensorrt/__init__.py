@@ -18,7 +18,7 @@ from edgevlm.engines.backends.tensorrt import device
 from edgevlm.engines.backends.tensorrt.card import Cards
 from edgevlm.engines.backends.tensorrt.flavours import FLAVOURS, Flavour
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
-from edgevlm.toolkit.errors import MissingExtra, UnsupportedError
+from edgevlm.toolkit.errors import UnsupportedError, needing
 from edgevlm.toolkit.target import Target
 
 RTX_CARDS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120")
@@ -66,10 +66,8 @@ class TensorRT:
 
         Raises BuildError with the builder's reason, OutOfMemory or UnsupportedError.
         """
-        try:
+        with needing("onnx", "export", purpose="building an engine"):
             import onnx
-        except ImportError:
-            raise MissingExtra("onnx", "export", purpose="building an engine") from None
         from edgevlm.engines.backends.tensorrt import builder
         from edgevlm.engines.lowering import lower
 

@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from edgevlm.toolkit.errors import InputError, MissingExtra, OutOfMemory, TargetMismatch
+from edgevlm.toolkit.errors import InputError, OutOfMemory, TargetMismatch, needing
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.terminal.console import human_bytes
 
@@ -190,7 +190,6 @@ class Cards:
 
 
 def _cuda_core(extra: str) -> Any:
-    try:
-        return import_module("cuda.core")
-    except ImportError:
-        raise MissingExtra("cuda-core", extra, purpose="running a TensorRT engine") from None
+    with needing("cuda-core", extra, purpose="running a TensorRT engine"):
+        module = import_module("cuda.core")
+    return module

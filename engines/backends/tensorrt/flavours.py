@@ -7,7 +7,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 from edgevlm.engines.backends.tensorrt import device
-from edgevlm.toolkit.errors import MissingExtra, TargetMismatch
+from edgevlm.toolkit.errors import MissingExtra, TargetMismatch, needing
 from edgevlm.toolkit.target import Target, Version, release
 
 
@@ -34,10 +34,9 @@ class Flavour:
 
     def load(self) -> Any:
         """The module. Raises MissingExtra."""
-        try:
-            return import_module(self.module)
-        except ImportError:
-            raise MissingExtra(self.packages[0], self.extra, purpose="building engines") from None
+        with needing(self.packages[0], self.extra, purpose="building engines"):
+            module = import_module(self.module)
+        return module
 
     def here(self) -> Target:
         """The installed release and this machine's card."""

@@ -17,7 +17,7 @@ from edgevlm.engines.backends.tensorrt.arrays import size
 from edgevlm.engines.backends.tensorrt.builder import Job
 from edgevlm.engines.backends.tensorrt.card import Card, Cards
 from edgevlm.engines.backends.tensorrt.context import Context
-from edgevlm.toolkit.errors import MissingExtra
+from edgevlm.toolkit.errors import needing
 
 if TYPE_CHECKING:
     import onnx
@@ -46,10 +46,8 @@ def peaks(cards: Cards, trt: Any, module: str, capabilities: list[str]) -> Peaks
 
 def product(kind: str, side: int) -> onnx.ModelProto:
     """x [side, side] in fp16 times a constant; both rounded to INT8 before where `kind` says so."""
-    try:
+    with needing("onnx", "export", purpose="measuring a graphics card"):
         from onnx import TensorProto, helper, numpy_helper
-    except ImportError:
-        raise MissingExtra("onnx", "export", purpose="measuring a graphics card") from None
 
     weight = np.random.default_rng(0).integers(-99, 99, (side, side)).astype(np.int8)
     constants: dict[str, Any] = {"w": weight.astype(np.float16)}
