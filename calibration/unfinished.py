@@ -20,7 +20,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edgevlm.toolkit.bundle.atomic import output_error, try_lock
+from edgevlm.toolkit.bundle.atomic import output_error
+from edgevlm.toolkit.bundle.unfinished import try_lock
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     STORAGE,
     SafetensorsFile,

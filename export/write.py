@@ -349,7 +349,8 @@ def _write_tokenizer_and_goldens(
 def _goldens(component: Component, stored: Tensors, source: Source) -> list[Golden]:
     """The answers of the weights as they were stored, and the float model's where those differ."""
     known = goldens.load(source.goldens) if source.goldens else []
-    origin = [golden for golden in known if golden.component == component.name]
+    parts = component.name, component.inputs, component.outputs
+    origin = goldens.calls_of(known, *parts) if known else []
     if not source.plan.precisions and not any(golden.float_outputs for golden in origin):
         return list(goldens.make_goldens(component, stored))
     floats = origin or goldens.make_goldens(component, source.weights.get(component.name, {}))

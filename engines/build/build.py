@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends import Backend, Compiled, PlanReport, Shapes
 from edgevlm.engines.build import check, second_form, shapes
+from edgevlm.engines.build.kept import existing
 from edgevlm.engines.build.second_form import SecondForm
 from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.engines.manifest import Built, Engine, PromptForm, Trial
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.memory import peak_rss_mb
+from edgevlm.toolkit.bundle import checksums
 from edgevlm.toolkit.bundle.atomic import (
     recover,
     refuse_existing,
@@ -37,7 +39,7 @@ from edgevlm.toolkit.errors import (
     needing,
 )
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.target import Target, check_runs_here
+from edgevlm.toolkit.target import Target, check_runs_here, threads_here
 from edgevlm.toolkit.vlm import config as model_config
 from edgevlm.toolkit.vlm.cost import stored_bytes
 
@@ -116,7 +118,7 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     backend, elsewhere = _backend_for(request.target, path, out)
     recover(out)
     current = existing(bundle, out, request, context, model)
-    if current is not None and not request.force:
+    if current is not None:
         return current, False
     refuse_source(out, path)
     refuse_existing(out, force=request.force)
@@ -134,13 +136,14 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
         sizes = partial(shapes.of, model=config, context=context)
         parts = _parts(source, backend, folder, request, sizes, allowed, elsewhere, progress)
         seconds = time.perf_counter() - started
-        engine = _described(path, bundle, source, request, context, model, parts, seconds)
+        engine = _described(path, folder, bundle, source, request, context, model, parts, seconds)
         manifest.write(folder, engine)
     return engine, True
 
 
 def _described(
     path: Path,
+    folder: Path,
     bundle: Bundle,
     source: Bundle,
     request: Request,
@@ -149,7 +152,9 @@ def _described(
     parts: _Parts,
     seconds: float,
 ) -> Engine:
-    """What engine.json says of a finished build; source: the bundle, or its requantized form."""
+    """What engine.json says of a finished build in `folder`; source: the bundle at `path`, or its
+    requantized form.
+    """
     errors = parts.errors
     return Engine(
         manifest.FORMAT,
@@ -173,6 +178,7 @@ def _described(
         request.tuning.trials,
         parts.plans,
         parts.verified,
+        checksums.of_files(folder, parts.files, threads_here()),
     )
 
 
@@ -232,25 +238,6 @@ def _requantized(requantization: Requantization, folder: Path) -> Iterator[Bundl
         yield Bundle.open(path)
     finally:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def existing(
-    bundle: Bundle, out: Path, request: Request, context: int, model: Mapping[str, Any]
-) -> Engine | None:
-    """The engine at `out`, if a build with this request would give the same one."""
-    if not (out / manifest.DESCRIPTION).exists():
-        return None
-    try:
-        engine = manifest.read(out)
-        manifest.check_files(out, engine)
-    except Exception:  # a damaged or foreign engine is not the requested one
-        return None
-    requested = (bundle.sha256, str(request.target), context, model, request.precision)
-    actual = (engine.bundle_sha256, engine.target, engine.context, engine.model, engine.precision)
-    allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
-    accurate = all(loss <= allowed for loss in engine.build.precision_losses.values())
-    tuned = engine.tuning_options == request.tuning.options
-    return engine if actual == requested and accurate and tuned else None
 
 
 def lowering(bundle: Bundle, request: Request) -> list[Decision]:

@@ -17,7 +17,13 @@ from edgevlm.engines.backends import Backend, Compiled, Runner, RunnerOptions
 from edgevlm.toolkit.bundle import goldens
 from edgevlm.toolkit.bundle.goldens import AXES, Golden, relative_rms
 from edgevlm.toolkit.bundle.manifest import GOLDENS, Bundle
-from edgevlm.toolkit.errors import AccuracyError, BundleError, ConfigError
+from edgevlm.toolkit.errors import (
+    AccuracyError,
+    BuildError,
+    BundleError,
+    ConfigError,
+    ToolkitError,
+)
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
 
@@ -134,9 +140,10 @@ def compare(
     for component in compiled:
         name, limit = component.record.name, tolerance(component)
         progress(f"{name}: comparing with the reference")
-        calls = [golden for golden in all_calls if golden.component == name]
-        runner = backend.open(folder, component.record, model, RunnerOptions(context=context))
-        answers = _answers(runner, calls)
+        record = component.record
+        calls = goldens.calls_of(all_calls, name, record.inputs, record.outputs)
+        runner = backend.open(folder, record, model, RunnerOptions(context=context))
+        answers = _answers(runner, calls, name)
         error = _error(answers, [golden.outputs for golden in calls])
         if not error <= limit:
             op = search(component, calls, limit) if search else ""
@@ -164,8 +171,8 @@ class _Answer:
     values: Array
 
 
-def _answers(runner: Runner, calls: list[Golden]) -> list[dict[str, _Answer]]:
-    """What an opened component answers to each call; closes it."""
+def _answers(runner: Runner, calls: list[Golden], name: str) -> list[dict[str, _Answer]]:
+    """What an opened component answers to each call; closes it. Raises BuildError."""
     answers = []
     try:
         state = runner.new_state()
@@ -174,6 +181,13 @@ def _answers(runner: Runner, calls: list[Golden]) -> list[dict[str, _Answer]]:
             answers.append(
                 {n: _Answer(outputs[n].shape, goldens.sampled(outputs[n])) for n in golden.outputs}
             )
+    except ToolkitError:
+        raise
+    except Exception as refused:  # backends raise many types of their own
+        raise BuildError(
+            f"{name} cannot be run on its goldens: {refused}",
+            hint="the bundle's graph, weights and goldens do not go together; export it again",
+        ) from None
     finally:
         runner.close()
     return answers

@@ -25,6 +25,7 @@ from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock
 from edgevlm.engines.runtime.components import open_components
 from edgevlm.engines.runtime.concurrency import StatePool, Turns
+from edgevlm.engines.runtime.finite import finite
 from edgevlm.engines.runtime.question import Question as Question
 from edgevlm.engines.runtime.reply import Answer as Answer
 from edgevlm.engines.runtime.reply import Reply as Reply
@@ -87,9 +88,11 @@ class Session:
         threads: int = 0,
         profile: bool = False,
         replies: int = REPLIES,
+        verify: bool = False,
     ) -> Session:
         """Load an engine that can have `replies` replies open at once.
 
+        Its files are compared with their checksums; with `verify`, by SHA-256.
         threads: 0 takes one for each processor; more than four times as many are refused. If
         one component cannot be opened, the others are closed. Raises BundleError, TargetMismatch,
         MissingExtra, OutOfMemory, BuildError or InputError.
@@ -99,7 +102,7 @@ class Session:
             raise InputError(f"a session with {replies} replies answers nothing")
         started, folder = time.perf_counter(), Path(folder)
         engine = manifest.read(folder)
-        manifest.check(folder, engine)
+        manifest.check(folder, engine, verify=verify)
         manifest.check_verified(folder, engine)
         memory.require(memory.of_engine(engine), f"opening {folder}", engine.parsed_target())
         encoders = len(engine.parsed_model().encoders)
@@ -158,7 +161,8 @@ class Session:
             return self.vision.encode(images, clock, tiles=tiles)
 
     def prefill(self, sequence: PromptSequence, features: Tensor, state: State) -> Array:
-        """Logits [vocab] after the whole prompt, which the state, one slot, then holds.
+        """Logits [vocab] after the whole prompt, which the state, one slot, then holds. Raises
+        AccuracyError if they are no numbers.
 
         The prompt is read in equal chunks of at most PREFILL_CHUNK tokens: less memory, and less
         time, as attention computes a square of scores per chunk, of which the causal half counts.
@@ -177,7 +181,7 @@ class Session:
             with self._turns:
                 self._check_open()
                 outputs = self._lm.run(inputs, state)
-        return np.asarray(outputs["logits"][0, 0])
+        return finite(self.model.lm.name, "logits", np.asarray(outputs["logits"][0, 0]))
 
     def decode(self, token: int, position: int, state: State) -> Array:
         """Logits [vocab] after one more token at `position` in a state of one slot.
@@ -199,7 +203,8 @@ class Session:
         }
         with self._turns:
             self._check_open()
-            return np.asarray(self._lm.run(inputs, state)["logits"][:, 0])
+            logits = np.asarray(self._lm.run(inputs, state)["logits"][:, 0])
+        return finite(self.model.lm.name, "logits", logits)
 
     def _column(self, slots: int) -> tuple[Array, Array]:
         """For each slot: no feature row, and the only position to score."""

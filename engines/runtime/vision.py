@@ -16,6 +16,7 @@ from edgevlm.engines.backends import Runner
 from edgevlm.engines.backends.tensors import Tensor, join, keep
 from edgevlm.engines.manifest import Engine
 from edgevlm.engines.runtime.clock import Clock
+from edgevlm.engines.runtime.finite import check_outputs
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.images import views
 from edgevlm.toolkit.images.decode import LoadedImage
@@ -66,7 +67,9 @@ class Vision:
     def encode(
         self, images: Sequence[LoadedImage], clock: Clock, *, tiles: bool = True
     ) -> Features:
-        """Features of all images. tiles=False gives every image one view (chat scripts)."""
+        """Features of all images. tiles=False gives every image one view (chat scripts). Raises
+        AccuracyError naming the component that computes no numbers.
+        """
         if not images:
             return self._none
         rows, indices, start = [], [], 0
@@ -119,6 +122,7 @@ class Vision:
         inputs = {p.name: values[self._sources[f"{record.name}:{p.name}"]] for p in record.inputs}
         with clock.time(record.name):
             outputs = keep(self._runners[record.name], inputs)
+        check_outputs(record.name, outputs)
         values.update({f"{record.name}:{name}": array for name, array in outputs.items()})
 
 

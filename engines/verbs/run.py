@@ -51,6 +51,9 @@ def run(
         Optional[Path],
         typer.Option(help="With --input: a new file; gets each answer as it comes, one a line."),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare all files with their SHA-256 first.")
+    ] = False,
     threads: Threads = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -69,7 +72,7 @@ def run(
     )
     batch.check_output(output, many=input_file is not None)
     requests = request_file.gather(given, input_file)
-    with Session.open(engine, threads=threads) as session:
+    with Session.open(engine, threads=threads, verify=verify) as session:
         if input_file is None:
             batch.answer_one(session, given, console)
         else:

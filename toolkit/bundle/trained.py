@@ -8,7 +8,6 @@ Other files beside these (training.json, states/, ...) are not looked at.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,8 +15,16 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from edgevlm.toolkit.bundle import sealed
 from edgevlm.toolkit.bundle.atomic import require_space, writing
-from edgevlm.toolkit.bundle.manifest import DTYPES, TOKENIZER, FileRecord, record_file
+from edgevlm.toolkit.bundle.manifest import (
+    DTYPES,
+    TOKENIZER,
+    FileRecord,
+    check_names,
+    record_file,
+    size_fault,
+)
 from edgevlm.toolkit.checkpoints import shards
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
@@ -31,7 +38,7 @@ from edgevlm.toolkit.checkpoints.weights import open_checkpoint
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.models.recipes import keep
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.strict import from_plain, read_json, to_plain
+from edgevlm.toolkit.strict import from_plain, read_json
 from edgevlm.toolkit.vlm import config as model_config
 from edgevlm.toolkit.vlm.components import Component, components
 from edgevlm.toolkit.vlm.config import ModelConfig
@@ -153,8 +160,7 @@ def _fill(
     description = Description(
         FORMAT, made_by, dtype, model_config.to_json(model), origin, training, files
     )
-    text = json.dumps(to_plain(description), indent=1)
-    (folder / CHECKPOINT).write_text(text + "\n", encoding="utf-8")
+    sealed.write(folder / CHECKPOINT, description)
 
 
 def _weighted(model: ModelConfig) -> list[Component]:
@@ -189,18 +195,18 @@ def read_description(folder: Path) -> Description:
     """checkpoint.json. Raises CheckpointError if it is damaged, or of another format."""
     file = folder / CHECKPOINT
     try:
-        data = read_json(file)
+        data = read_json(file, ours=True)
         if data.get("format") != FORMAT:
             raise CheckpointError(
-                f"{file} has format {data.get('format')!r}, this version reads {FORMAT}",
+                f"{file} has format {data.get('format')!r:.80}, this version reads {FORMAT}",
                 hint="save the checkpoint again with this version",
             )
-        description = from_plain(Description, data, str(file))
+        stated = {key: value for key, value in data.items() if key != sealed.SEAL}
+        description = from_plain(Description, stated, str(file))
+        sealed.opened(data, str(file), required=False)  # older ones have none
+        check_names(str(file), description.files)
     except ConfigError as odd:
         raise CheckpointError(odd.message, hint=_DAMAGED) from None
-    outside = [name for name in description.files if Path(name).name != name]
-    if outside:
-        raise CheckpointError(f"{file}: files names {outside[0]!r}, outside the folder")
     if TOKENIZER not in description.files:
         raise CheckpointError(f"{file}: files lacks {TOKENIZER}", hint=_DAMAGED)
     return description
@@ -259,14 +265,9 @@ def _origin(description: Description) -> dict[str, Any]:
 
 def _check_sizes(folder: Path, description: Description) -> None:
     for name, record in description.files.items():
-        file = folder / name
-        if not file.exists():
-            raise CheckpointError(f"{folder} lacks {name}", hint=_DAMAGED)
-        if file.stat().st_size != record.nbytes:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes, {CHECKPOINT} says {record.nbytes}",
-                hint=_DAMAGED,
-            )
+        fault = size_fault(folder, name, record, CHECKPOINT)
+        if fault:
+            raise CheckpointError(fault, hint=_DAMAGED)
 
 
 def _check_options(folder: Path, model: ModelConfig, options: Options) -> None:
