@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.engines import backends
-from edgevlm.engines.backends import PlanReport
+from edgevlm.engines.backends import PlanReport, Plugin
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle.manifest import ComponentRecord, FileRecord, check_parts
 from edgevlm.toolkit.errors import AccuracyError, BundleError, ConfigError
@@ -74,7 +74,8 @@ class Engine:
     plan: the precision plan of the engine. prompt_form: where prompts run in another precision than
     single tokens. trials: what was timed to choose. plans: of TensorRT, by component. verified:
     whether the engine was compared with the reference; one for a card that the machine that built
-    it lacks was not, until `edgevlm verify` runs on a machine that has it.
+    it lacks was not, until `edgevlm verify` runs on a machine that has it. plugins: of TensorRT,
+    that compute calls of it.
     """
 
     format: int
@@ -98,6 +99,7 @@ class Engine:
     trials: tuple[Trial, ...] = ()
     plans: Mapping[str, PlanReport] = field(default_factory=dict)
     verified: bool = True
+    plugins: tuple[Plugin, ...] = ()
 
     def parsed_target(self) -> Target:
         """The target as a value."""
@@ -116,6 +118,8 @@ class Engine:
         if self.precision is not None:
             words += ["--precision", self.precision]
         words += self.tuning_options
+        if self.plugins:
+            words += ["--plugins", ",".join(sorted({plugin.op for plugin in self.plugins}))]
         if self.build.accepted_loss is not None:
             words += ["--accept-loss", f"{self.build.accepted_loss:g}"]
         return shlex.join([*words, "--force"])

@@ -135,7 +135,8 @@ def compare(
         name, limit = component.record.name, tolerance(component)
         progress(f"{name}: comparing with the reference")
         calls = [golden for golden in all_calls if golden.component == name]
-        runner = backend.open(folder, component.record, model, RunnerOptions(context=context))
+        options = RunnerOptions(context=context, plugins=component.plugins)
+        runner = backend.open(folder, component.record, model, options)
         answers = _answers(runner, calls)
         error = _error(answers, [golden.outputs for golden in calls])
         if not error <= limit:
