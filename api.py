@@ -181,6 +181,7 @@ def build_request(
     tune: bool = True,
     keep_slower: bool = False,
     accept_loss: float | None = None,
+    plugins: str = "none",
     bisect: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -188,9 +189,11 @@ def build_request(
     """The request of `edgevlm build`; `precision` adds the recorder of the requantized model."""
     from edgevlm import requantize
     from edgevlm.engines.build.build import Request
+    from edgevlm.engines.build.plugins import chosen
     from edgevlm.toolkit.target import parse
 
     parsed = parse(target)
+    taken = chosen(plugins, Path(bundle), parsed, progress or _silent)
     requantization, tuning = requantize.chosen(
         Path(bundle),
         precision,
@@ -200,17 +203,8 @@ def build_request(
         tune=tune,
         keep_slower=keep_slower,
     )
-    return Request(
-        parsed,
-        max_context,
-        force,
-        made_by(),
-        max_image_tiles,
-        bisect,
-        requantization,
-        accept_loss,
-        tuning,
-    )
+    chosen_here = requantization, accept_loss, tuning, taken
+    return Request(parsed, max_context, force, made_by(), max_image_tiles, bisect, *chosen_here)
 
 
 def build_engine(
@@ -224,6 +218,7 @@ def build_engine(
     tune: bool = True,
     keep_slower: bool = False,
     accept_loss: float | None = None,
+    plugins: str = "none",
     bisect: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -233,8 +228,8 @@ def build_engine(
     tune: time number formats on this machine, see docs/cli.md. keep_slower: low precision where
     float is faster, too. accept_loss: the relative rms error against the float model that rounded
     weights may have, in place of the limit of `precision`; beyond it the build raises
-    AccuracyError. An engine of the same bundle and options that exists at `out` is kept. Raises
-    ToolkitError; nothing half-written stays.
+    AccuracyError. plugins: "NAME,...", "none" or "auto". An engine of the same bundle and options
+    that exists at `out` is kept. Raises ToolkitError; nothing half-written stays.
     """
     from edgevlm.engines.build.build import build
 
@@ -247,6 +242,7 @@ def build_engine(
         tune=tune,
         keep_slower=keep_slower,
         accept_loss=accept_loss,
+        plugins=plugins,
         bisect=bisect,
         force=force,
         progress=progress,

@@ -30,6 +30,7 @@ try:
         LowPrecision,
         NoTune,
         Offline,
+        Plugins,
         Quiet,
         Quirk,
         RandomWeights,
@@ -126,6 +127,7 @@ def build(
     no_tune: NoTune = False,
     keep_slower: KeepSlower = False,
     accept_loss: AcceptLoss = None,
+    plugins: Plugins = "none",
     bisect: Bisect = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show how each op is lowered, and why.")
@@ -151,6 +153,7 @@ def build(
         tune=not no_tune,
         keep_slower=keep_slower,
         accept_loss=accept_loss,
+        plugins=plugins,
         bisect=bisect,
         force=force,
         progress=console.step,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.engines import backends
-from edgevlm.engines.backends import PlanReport
+from edgevlm.engines.backends import PlanReport, Plugin
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle import checksums, sealed
 from edgevlm.toolkit.bundle.atomic import sha256_of
@@ -83,7 +83,7 @@ class Engine:
     single tokens. trials: what was timed to choose. plans: of TensorRT, by component. verified:
     whether the engine was compared with the reference; one for a card that the machine that built
     it lacks was not, until `edgevlm verify` runs on a machine that has it. checksums: of the files,
-    compared whenever the engine is opened.
+    compared whenever the engine is opened. plugins: of TensorRT, that compute calls of it.
     """
 
     format: int
@@ -108,6 +108,7 @@ class Engine:
     plans: Mapping[str, PlanReport] = field(default_factory=dict)
     verified: bool = True
     checksums: Checksums = field(default_factory=dict)
+    plugins: tuple[Plugin, ...] = ()
 
     def parsed_target(self) -> Target:
         """The target as a value."""
@@ -126,6 +127,8 @@ class Engine:
         if self.precision is not None:
             words += ["--precision", self.precision]
         words += self.tuning_options
+        if self.plugins:
+            words += ["--plugins", ",".join(sorted({plugin.op for plugin in self.plugins}))]
         if self.build.accepted_loss is not None:
             words += ["--accept-loss", f"{self.build.accepted_loss:g}"]
         return shlex.join([*words, "--force"])

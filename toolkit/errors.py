@@ -19,8 +19,11 @@ ToolkitError                 message + hint (the next step)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _MOST_QUOTED = 200
 _MOST = 600  # letters of a message; a list of a thousand tensors says no more than its ends

@@ -16,16 +16,32 @@ from edgevlm.toolkit.target import Target
 
 
 @dataclass(frozen=True)
+class Plugin:
+    """A fused kernel that computes calls of an engine, in place of what the builder makes of them.
+
+    op: whose calls (MSDeformAttn). name, namespace, version: in TensorRT's registry. library:
+    whether our library has to be there where the engine runs; else the kernel lies in the plan.
+    """
+
+    op: str
+    name: str
+    namespace: str
+    version: str
+    library: bool
+
+
+@dataclass(frozen=True)
 class RunnerOptions:
     """How a component is opened: cache length in tokens, threads (0 = all), layer timing.
 
-    beside: whether it runs at the same time as others of its session.
+    beside: whether it runs at the same time as others of its session. plugins: that it may need.
     """
 
     context: int
     threads: int = 0
     profile: bool = False
     beside: bool = False
+    plugins: tuple[Plugin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +132,7 @@ class Compiled:
 
     precision: the number format it computes in, which sets the tolerance of the goldens.
     lowering: a decision per kind of op; empty for a backend that lowers nothing. plan: of TensorRT.
-    searchable: whether --bisect can run its graph, op by op, as the backend would.
+    searchable: whether --bisect can run its graph, op by op, as the backend would. plugins: used.
     """
 
     record: ComponentRecord
@@ -126,6 +142,7 @@ class Compiled:
     lowering: tuple[Decision, ...] = ()
     plan: PlanReport | None = None
     searchable: bool = True
+    plugins: tuple[Plugin, ...] = ()
 
 
 class Backend(Protocol):
@@ -183,8 +200,13 @@ class Backend(Protocol):
 _FILES = {"onnxruntime-cuda": "onnxruntime_cuda", "tensorrt-rtx": "tensorrt"}
 
 
-def backend(target: Target) -> Backend:
-    """The backend of a target: a file of this folder, or of TensorRT's two products one."""
+def backend(target: Target, plugins: tuple[str, ...] = ()) -> Backend:
+    """The backend of a target: a file of this folder, or of TensorRT's two products one.
+
+    plugins: the ops that it builds plugins for; TensorRT alone has any.
+    """
     file = _FILES.get(target.backend, target.backend)
     module = import_module(f"edgevlm.engines.backends.{file}")
-    return cast(Backend, module.of(target) if hasattr(module, "of") else module)
+    if not hasattr(module, "of"):
+        return cast(Backend, module)
+    return cast(Backend, module.of(target, plugins))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevlm.engines import backends, manifest
-from edgevlm.engines.backends import Backend, Compiled, PlanReport, Shapes
+from edgevlm.engines.backends import Backend, Compiled, PlanReport, Plugin, Shapes
 from edgevlm.engines.build import check, second_form, shapes
 from edgevlm.engines.build.kept import existing
 from edgevlm.engines.build.second_form import SecondForm
@@ -82,7 +82,8 @@ class Request:
     is cut into, None for all that the model knows. bisect: on divergence, look for the first op.
     requantization: the model in another precision than the bundle's. accept_loss: the relative rms
     error against the float model that is accepted, None for the precision's own limit. tuning: how
-    the number formats of the precision, or of the bundle, were chosen.
+    the number formats of the precision, or of the bundle, were chosen. plugins: ops that TensorRT
+    computes by plugins of ours.
     """
 
     target: Target
@@ -94,6 +95,7 @@ class Request:
     requantization: Requantization | None = None
     accept_loss: float | None = None
     tuning: Tuning = Tuning()
+    plugins: tuple[str, ...] = ()
 
     def plan(self, bundle: Bundle) -> PrecisionPlan:
         """The plan of the engine."""
@@ -115,7 +117,7 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     bundle = Bundle.open(path)
     context, model = settled(bundle, request)
     allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
-    backend, elsewhere = _backend_for(request.target, path, out)
+    backend, elsewhere = _backend_for(request.target, path, out, request.plugins)
     recover(out)
     current = existing(bundle, out, request, context, model)
     if current is not None:
@@ -179,6 +181,7 @@ def _described(
         parts.plans,
         parts.verified,
         checksums.of_files(folder, parts.files, threads_here()),
+        parts.plugins,
     )
 
 
@@ -196,6 +199,11 @@ class _Parts:
     def plans(self) -> dict[str, PlanReport]:
         """What TensorRT's builder made of each component."""
         return {c.record.name: c.plan for c in self.compiled if c.plan is not None}
+
+    @property
+    def plugins(self) -> tuple[Plugin, ...]:
+        """Those that its components need, each once."""
+        return tuple(dict.fromkeys(plugin for c in self.compiled for plugin in c.plugins))
 
 
 def _parts(
@@ -254,7 +262,7 @@ def lowering(bundle: Bundle, request: Request) -> list[Decision]:
         model = requantized.get(record.name) or onnx.load(
             str(bundle.path / record.graph), load_external_data=False
         )
-        decisions += decide(record.name, model, request.target)
+        decisions += decide(record.name, model, request.target, request.plugins)
     return decisions
 
 
@@ -297,9 +305,11 @@ def _model(bundle: Bundle, tiles: int | None) -> Mapping[str, Any]:
     return model_config.to_json(replace(bundle.model, images=images))
 
 
-def _backend_for(target: Target, path: Path, out: Path) -> tuple[Backend, bool]:
+def _backend_for(
+    target: Target, path: Path, out: Path, plugins: tuple[str, ...] = ()
+) -> tuple[Backend, bool]:
     """The backend, and whether its engines cannot run on this machine, though it builds them."""
-    backend = backends.backend(target)
+    backend = backends.backend(target, plugins)
     here = backend.here()
     if backend.check_builds(target) and not target.holds(here.arch):
         return backend, True

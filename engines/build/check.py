@@ -142,7 +142,8 @@ def compare(
         progress(f"{name}: comparing with the reference")
         record = component.record
         calls = goldens.calls_of(all_calls, name, record.inputs, record.outputs)
-        runner = backend.open(folder, record, model, RunnerOptions(context=context))
+        options = RunnerOptions(context=context, plugins=component.plugins)
+        runner = backend.open(folder, record, model, options)
         answers = _answers(runner, calls, name)
         error = _error(answers, [golden.outputs for golden in calls])
         if not error <= limit:

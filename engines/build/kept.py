@@ -34,6 +34,7 @@ def existing(
     allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
     accurate = all(loss <= allowed for loss in engine.build.precision_losses.values())
     tuned = engine.tuning_options == request.tuning.options
+    tuned = tuned and {plugin.op for plugin in engine.plugins} == {*request.plugins}
     if not (actual == requested and accurate and tuned) or request.force:
         return None
     damage = manifest.faults(out, engine)

@@ -129,7 +129,11 @@ def _planned(engine: Engine) -> list[str]:
         for name, plan in engine.plans.items()
     ]
     heads = ("plan of", "layers", "kernels", "attentions fused", "weights held", "plan", "peak", "")
-    return ["", *table(heads, rows)] if rows else []
+    lines = ["", *table(heads, rows)] if rows else []
+    for plugin in engine.plugins:
+        where = "our library" if plugin.library else "the plan"
+        lines.append(f"{plugin.op}: plugin {plugin.namespace}::{plugin.name}, kernel in {where}")
+    return lines
 
 
 def _engine_data(engine: Engine, out: Path) -> dict[str, Any]:

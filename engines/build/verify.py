@@ -34,7 +34,9 @@ def verify(folder: Path, progress: Callable[[str], None]) -> Engine:
             f"{folder} has its language model twice and was verified when it was built",
             hint="build it again to compare it again",
         )
-    compiled = [Compiled(record, (), precision) for record in engine.components]
+    compiled = [
+        Compiled(record, (), precision, plugins=engine.plugins) for record in engine.components
+    ]
     backend = backends.backend(engine.parsed_target())
     allowed = check.allowed_loss(engine.plan, engine.build.accepted_loss)
     errors = check.compare(

@@ -109,8 +109,9 @@ class Session:
         card = engine.parsed_target().of_tensorrt
         together = side_by_side(encoders, cores, on_card=card) and not (card and profile)
         share = cores // encoders if together else threads
-        shared = RunnerOptions(engine.context, share, profile, beside=together)
-        alone = RunnerOptions(engine.context, threads, profile)
+        plugins = engine.plugins
+        shared = RunnerOptions(engine.context, share, profile, beside=together, plugins=plugins)
+        alone = RunnerOptions(engine.context, threads, profile, plugins=plugins)
         options = {
             record.name: shared if record.name.startswith("encoder.") else alone
             for record in engine.components

@@ -99,7 +99,8 @@ def _one_process(jobs: Sequence[str], ready: Path, report: Report) -> Iterator[F
                 begun = told["begun"]
                 continue
             assert begun is not None
-            (name, key), begun = begun, None
+            name, key = begun
+            begun = None
             _count(report, name, key, told)
             what = f"{told['found']}\n  case: {told['case']}" if told["found"] else ""
             yield Finding(name, key, what) if what else None
@@ -107,7 +108,9 @@ def _one_process(jobs: Sequence[str], ready: Path, report: Report) -> Iterator[F
         complaints.seek(0)
         last = complaints.read()
     if begun is not None:
-        yield Finding(*begun, f"the process died with {process.returncode}:\n{last[-3000:]}")
+        yield Finding(
+            begun[0], begun[1], f"the process died with {process.returncode}:\n{last[-3000:]}"
+        )
     elif process.returncode:
         raise RuntimeError(f"the worker failed outside of a case: {last[-3000:]}")
 

@@ -79,6 +79,13 @@ AcceptLoss = Annotated[
     Optional[float],
     typer.Option(help="Accept this relative rms error against float, such as 0.5."),
 ]
+Plugins = Annotated[
+    str,
+    typer.Option(
+        help="TensorRT: ops that fused plugins compute: NAME,... or none; auto: those that "
+        "selftest measured to win here."
+    ),
+]
 Bisect = Annotated[
     bool,
     typer.Option("--bisect", help="If the engine differs from the reference, name the first op."),

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from edgevlm.engines.backends import Compiled, Peaks, Runner, RunnerOptions, Shapes
-from edgevlm.engines.backends.tensorrt import device
+from edgevlm.engines.backends.tensorrt import device, plugins
 from edgevlm.engines.backends.tensorrt.card import Cards
 from edgevlm.engines.backends.tensorrt.flavours import FLAVOURS, Flavour
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
@@ -24,16 +24,16 @@ from edgevlm.toolkit.target import Target
 RTX_CARDS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120")
 
 
-def of(target: Target) -> TensorRT:
-    """The backend of a target of either product."""
-    return TensorRT(FLAVOURS[target.backend])
+def of(target: Target, plugins: tuple[str, ...] = ()) -> TensorRT:
+    """The backend of a target of either product, which builds plugins for the ops of `plugins`."""
+    return TensorRT(FLAVOURS[target.backend], plugins)
 
 
 class TensorRT:
     """One of the two products as a backend; what one such object opens shares a card's memory."""
 
-    def __init__(self, flavour: Flavour) -> None:
-        self._flavour = flavour
+    def __init__(self, flavour: Flavour, plugins: tuple[str, ...] = ()) -> None:
+        self._flavour, self._plugins = flavour, plugins
         self._cards = Cards(flavour.extra)
 
     def here(self) -> Target:
@@ -43,6 +43,8 @@ class TensorRT:
     def check_builds(self, target: Target) -> bool:
         """RTX builds for any card of its own kinds; TensorRT for the one at hand."""
         if self._flavour.needs_device:
+            if self._plugins and target.holds(self.here().arch):
+                plugins.check_builds(target)
             return False
         self._flavour.check_release(target)
         unknown = [arch for arch in target.arch.split("+") if arch not in RTX_CARDS]
@@ -75,7 +77,8 @@ class TensorRT:
         # RTX caps nothing for cards that are not here, and ignores what was timed before
         card = device.facts() if self._flavour.needs_device else None
         model = onnx.load(str(source / record.graph), load_external_data=False)
-        lowered = lower.lower_component(record.name, model, target)
+        lowered = lower.lower_component(record.name, model, target, self._plugins)
+        wanted = plugins.of_graph(model, target)
         fixed = builder.fixed_sizes(shapes)
         builder.fix(model, fixed)
         profiles = builder.profiles(record.inputs, shapes, fixed)
@@ -91,6 +94,7 @@ class TensorRT:
                 capabilities=_capabilities(target),
                 workspace_bytes=card.workspace_bytes if card else 0,
                 timing_cache=builder.timing_cache(self.here(), card) if card else "",
+                plugins=plugins.to_register(wanted, target),
             )
             result = builder.build(record.name, job, scratch)
             log = (scratch / "build.log").read_text()
@@ -99,11 +103,12 @@ class TensorRT:
         listing.write_text(json.dumps([asdict(kernel) for kernel in kernels], indent=0))
         notes = [
             f"{report.kernels} kernels; of {report.attentions} attentions "
-            f"{report.fused_attentions} have kernels of their own"
+            f"{report.fused_attentions} have kernels of their own",
+            *(f"{p.op} is computed by the plugin {p.namespace}::{p.name}" for p in wanted),
         ]
         made = replace(record, graph=plan.name, weights=plan.name)
         files = plan.name, listing.name
-        return Compiled(made, files, dtype, tuple(notes), lowered.decisions, report)
+        return Compiled(made, files, dtype, tuple(notes), lowered.decisions, report, plugins=wanted)
 
     def without_logits(self, folder: Path, record: ComponentRecord) -> ComponentRecord:
         """Not needed: one plan serves prompts and tokens, by two profiles."""
@@ -127,6 +132,7 @@ class TensorRT:
         from edgevlm.engines.backends.tensorrt.runner import open_runner
 
         trt = self._flavour.load()
+        plugins.load(trt, self.here(), options.plugins)
         return open_runner(self._cards, trt, folder, record, options, self.here())
 
     def peaks(self, folder: Path) -> Peaks:

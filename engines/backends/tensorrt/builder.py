@@ -8,12 +8,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevlm.engines.backends import PlanReport, Shapes, Size
-from edgevlm.engines.backends.tensorrt import codes, kernels
+from edgevlm.engines.backends.tensorrt import codes, kernels, plugins
 from edgevlm.engines.backends.tensorrt.device import CardFacts
 from edgevlm.engines.backends.tensorrt.kernels import Kernel
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
@@ -37,6 +37,7 @@ class Job:
     profiles: for each the smallest, usual and largest shape by input, of inputs that change.
     capabilities: names of TensorRT-RTX; empty for the card at hand. workspace_bytes: the most that
     a kernel may work in, 0 for no limit. timing_cache: a file to read and to add to, "" for none.
+    plugins: what to register before parsing, see plugins.to_register.
     """
 
     module: str
@@ -46,6 +47,7 @@ class Job:
     capabilities: list[str]
     workspace_bytes: int
     timing_cache: str
+    plugins: dict[str, Any] = field(default_factory=dict)
 
 
 def timing_cache(here: Target, card: CardFacts) -> str:
@@ -153,7 +155,11 @@ def report(
     profiles: int,
     seconds: float,
 ) -> tuple[PlanReport, list[Kernel]]:
-    """What the builder made of a component. Raises BuildError if the plan lacks its weights."""
+    """What the builder made of a component.
+
+    Raises BuildError if the plan lacks its weights, or if a call has a body where a plugin was
+    wanted.
+    """
     made, memory, given_bytes = kernels.read(log), kernels.memory(log), _stored_bytes(model)
     held = memory.weights if memory.weights is not None else int(result["plan_bytes"])
     if held < LEAST_WEIGHTS * given_bytes:
@@ -162,6 +168,7 @@ def report(
             "took the model for a constant",
             hint="please report this with edgevlm doctor",
         )
+    plugins.check_taken(record.name, model, int(result["plugins"]))
     sites = [node.name for node in model.graph.node if node.op_type == "Attention"]
     return (
         PlanReport(

@@ -21,6 +21,7 @@ HOLDS: dict[str, str | None] = {
     **{"builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser"},
     **{"config": "IBuilderConfig", "profile": "IOptimizationProfile", "error": "ParserError"},
     **{"runtime": "Runtime", "engine": "ICudaEngine", "_context": "IExecutionContext"},
+    **{"registry": "IPluginRegistry"},
 }
 HOLDS_IN: dict[str, dict[str, str | None]] = {
     "jit.py": {"config": "IRuntimeConfig", "made": "IRuntimeConfig", "cache": "IRuntimeCache"},
