@@ -14,6 +14,7 @@ try:
     import typer
 
     from edgevlm.calibration import command as calibration
+    from edgevlm.engines.verbs import eval as evaluation
     from edgevlm.engines.verbs import profile, run, verify
     from edgevlm.toolkit.terminal.flags import (
         AcceptLoss,
@@ -224,6 +225,7 @@ def doctor(
 
 for _verb in (run.run, profile.profile, verify.verify):  # those that need an engine alone
     app.command()(_verb)
+app.command("eval")(evaluation.evaluate)
 
 
 @app.callback(invoke_without_command=True)

@@ -162,6 +162,10 @@ class Reply:
             self._finish = "stop"
         return Token(token, text, self._times_ms[-1]), last
 
+    def read(self) -> tuple[PromptSequence, Tensor]:
+        """The prompt's sequence and feature rows, for those who score it instead of iterating."""
+        return self._read()
+
     def _read(self) -> tuple[PromptSequence, Tensor]:
         """Everything before the language model: the prompt's sequence and the feature rows."""
         session, question, clock = self._session, self._question, self._clock

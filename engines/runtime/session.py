@@ -7,7 +7,7 @@ token per decode step. `Reply` streams it; `Answer` has its text and the time of
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -41,6 +41,7 @@ from edgevlm.toolkit.text.tokenizer import Tokenizer
 
 REPLIES = 8  # the most that one session has open at once by default
 _MOST_THREADS = 4  # per processor
+_SCORED = 128  # positions whose logits are in memory at once
 
 
 class Session:
@@ -206,6 +207,25 @@ class Session:
             self._check_open()
             logits = np.asarray(self._lm.run(inputs, state)["logits"][:, 0])
         return finite(self.model.lm.name, "logits", logits)
+
+    def score(self, sequence: PromptSequence, features: Tensor, state: State) -> Iterator[Array]:
+        """Logits [positions, vocab] after every position of a prompt, in pieces, in order.
+
+        The state, one slot, holds the prompt in the end. A piece is valid until the next one.
+        """
+        for begin in range(0, sequence.length, _SCORED):
+            end = min(begin + _SCORED, sequence.length)
+            inputs = {
+                "ids": sequence.ids[:, begin:end],
+                "rows": sequence.rows[:, begin:end],
+                "features": features,
+                "start": np.asarray([begin], np.int64),
+                "score": np.arange(end - begin)[None],
+            }
+            with self._turns:
+                self._check_open()
+                outputs = self._lm.run(inputs, state)
+            yield np.asarray(outputs["logits"][0])
 
     def _column(self, slots: int) -> tuple[Array, Array]:
         """For each slot: no feature row, and the only position to score."""
