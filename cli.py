@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from edgevlm.calibration import command as calibration
-from edgevlm.engines.verbs import profile, run, verify
+from edgevlm.engines.verbs import embed, profile, run, verify
 from edgevlm.toolkit.terminal.flags import (
     AcceptLoss,
     Base,
@@ -22,12 +22,14 @@ from edgevlm.toolkit.terminal.flags import (
     DryRun,
     For,
     Force,
+    Heads,
     IgnoreKey,
     Json,
     KeepSlower,
     LowPrecision,
     NoTune,
     Offline,
+    Pooling,
     Quiet,
     Quirk,
     RandomWeights,
@@ -66,6 +68,8 @@ def export(
     revision: Annotated[Optional[str], typer.Option(help="Revision of a model id.")] = None,
     offline: Offline = False,
     for_target: For = None,
+    heads: Heads = None,
+    pooling: Pooling = None,
     dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
@@ -92,14 +96,11 @@ def export(
         quirks=quirk or (),
         max_context=max_context,
         offline=offline,
+        heads=heads,
+        pooling=pooling,
     )
     model = api.open_source(
-        source,
-        options,
-        random_weights=random_weights,
-        seed=seed,
-        revision=revision,
-        offline=offline,
+        source, options, random_weights=random_weights, seed=seed, revision=revision
     )
     decisions = api.lint(model, dtype, for_target)
     if dry_run:
@@ -216,7 +217,12 @@ def doctor(
     opened_console(as_json, quiet).result(*report(__version__))
 
 
-for _verb in (run.run, profile.profile, verify.verify):  # those that need an engine alone
+for _verb in (
+    run.run,
+    profile.profile,
+    verify.verify,
+    embed.embed,
+):  # those that need an engine alone
     app.command()(_verb)
 
 

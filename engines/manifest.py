@@ -17,9 +17,10 @@ from edgevlm.toolkit.errors import AccuracyError, BundleError, ConfigError
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
 from edgevlm.toolkit.strict import from_plain, read_json, to_plain
 from edgevlm.toolkit.target import Target, check_runs_here, parse
-from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.vlm import towers
 from edgevlm.toolkit.vlm.components import Edge
 from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm.towers import Model
 
 FORMAT = 3
 DESCRIPTION = "engine.json"
@@ -69,8 +70,9 @@ class PromptForm:
 class Engine:
     """What engine.json holds.
 
-    context: positions of the KV cache. max_image_tiles: None for all. precision: the requested
-    one, None for the bundle's own; tuning_options: --no-tune and --keep-slower as given.
+    context: positions of the KV cache, 0 for a vision tower by itself. max_image_tiles: None for
+    all. precision: the requested one, None for the bundle's own; tuning_options: --no-tune and
+    --keep-slower as given.
     plan: the precision plan of the engine. prompt_form: where prompts run in another precision than
     single tokens. trials: what was timed to choose. plans: of TensorRT, by component. verified:
     whether the engine was compared with the reference; one for a card that the machine that built
@@ -103,14 +105,19 @@ class Engine:
         """The target as a value."""
         return parse(self.target)
 
-    def parsed_model(self) -> ModelConfig:
+    def parsed_model(self) -> Model:
         """The model's configuration as values."""
-        return model_config.from_json(dict(self.model), f"{DESCRIPTION}: model")
+        return towers.from_json(dict(self.model), f"{DESCRIPTION}: model")
+
+    def parsed_vlm(self) -> ModelConfig:
+        """The same of a vision-language model. Raises UnsupportedError for a tower by itself."""
+        return towers.vlm(self.parsed_model(), "the engine")
 
     def rebuild_command(self, folder: Path, target: str = "cpu") -> str:
         """The command that builds this engine again, for `target`."""
         words = ["edgevlm", "build", self.bundle, str(folder), "--target", target]
-        words += ["--max-context", str(self.context)]
+        if self.context:
+            words += ["--max-context", str(self.context)]
         if self.max_image_tiles is not None:
             words += ["--max-image-tiles", str(self.max_image_tiles)]
         if self.precision is not None:
@@ -143,8 +150,9 @@ def read(folder: Path) -> Engine:
             raise ConfigError(f"{path} has format {data.get('format')!r}, expected {FORMAT}")
         engine = from_plain(Engine, data, str(path))
         check_parts(str(path), engine.parsed_model(), engine.components, engine.edges, engine.files)
-        if engine.context < 1:
-            raise ConfigError(f"{path}: context = {engine.context}, expected at least 1")
+        least = 0 if towers.is_tower(engine.model) else 1
+        if engine.context < least:
+            raise ConfigError(f"{path}: context = {engine.context}, expected at least {least}")
         return engine
     except ConfigError as odd:
         raise BundleError(odd.message, hint="build the engine again") from None

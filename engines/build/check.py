@@ -20,6 +20,7 @@ from edgevlm.toolkit.bundle.manifest import GOLDENS, Bundle
 from edgevlm.toolkit.errors import AccuracyError, BundleError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
+from edgevlm.toolkit.vlm import towers
 
 Progress = Callable[[str], None]
 # The largest error of kernels that a build accepts, by the precision in which they compute. int8:
@@ -104,7 +105,7 @@ def check(
     return compare(
         all_calls,
         bundle.manifest.model,
-        min(AXES["context"], bundle.model.lm.config.context),
+        min(AXES["context"], towers.context_of(bundle.model)),
         compiled,
         backend,
         folder,
