@@ -47,7 +47,7 @@ def _found(path: Path) -> Iterator[str]:
     if not path.is_dir():
         yield str(path)
         return
-    names = list(_below(path))
+    names = list(below(path))
     yield from names
     if not names:
         raise InputError(
@@ -55,11 +55,12 @@ def _found(path: Path) -> Iterator[str]:
         )
 
 
-def _below(folder: Path) -> Iterator[str]:
+def below(folder: Path) -> Iterator[str]:
+    """The images in a folder and in those inside it, in the order of their names."""
     with os.scandir(folder) as opened:
         entries = sorted(opened, key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_dir(follow_symlinks=True):
-            yield from _below(Path(entry.path))
+            yield from below(Path(entry.path))
         elif Path(entry.name).suffix.lower() in SUFFIXES:
             yield entry.path

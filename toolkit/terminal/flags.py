@@ -67,7 +67,9 @@ Heads = Annotated[
 ]
 Pooling = Annotated[
     Optional[str],
-    typer.Option(help="The embedding of a tower by itself: class, mean, class+mean, attention."),
+    typer.Option(
+        help="The embedding of a tower by itself: class, mean, class+mean, attention, ..."
+    ),
 ]
 LowPrecision = Annotated[
     Optional[str],

@@ -150,8 +150,9 @@ def _pooling(kind: str, checkpoint: Checkpoint, prefix: str, options: Options) -
                 hint=f"known: {', '.join(known)}",
             )
         return options.pooling
-    bare = kind == "siglip" and f"{prefix}head.probe" not in checkpoint
-    return "mean" if bare else known[0]
+    needs = {"siglip": "head.probe", "unireplknet": "norm.weight"}  # of the usual pooling
+    bare = kind in needs and prefix + needs[kind] not in checkpoint
+    return known[bare]
 
 
 def _refuse_foreign(path: Path, options: Options) -> None:
