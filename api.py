@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgevlm.engines.lowering.capabilities import Decision
     from edgevlm.engines.manifest import Engine
     from edgevlm.toolkit.bundle.manifest import Bundle
-    from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+    from edgevlm.toolkit.checkpoints.layouts.source import AnySource, Options, Source
     from edgevlm.toolkit.quantization.plan import PrecisionPlan
     from edgevlm.training.run import Result
 
@@ -41,11 +41,13 @@ def read_options(
     max_context: int | None = None,
     offline: bool = False,
     base: str | Path | None = None,
+    heads: int | None = None,
+    pooling: str | None = None,
 ) -> Options:
     """How a checkpoint is to be read; torch files too, where torch is installed.
 
     vision_tower: a folder, a weight file or a model id. base: a folder or a model id. offline:
-    download neither.
+    download neither. heads, pooling: of a vision tower by itself.
     """
     from edgevlm.toolkit.checkpoints.layouts.source import Options
     from edgevlm.training import torch_files
@@ -59,6 +61,8 @@ def read_options(
         tuple(quirks),
         offline,
         None if base is None else Path(base),
+        heads=heads,
+        pooling=pooling,
     )
 
 
@@ -69,9 +73,9 @@ def open_source(
     random_weights: bool = False,
     seed: int = 0,
     revision: str | None = None,
-    offline: bool = False,
-) -> Source:
-    """A checkpoint folder, a model id, a bundle, or preset:NAME with random weights.
+) -> AnySource:
+    """A checkpoint folder, a tower's folder or weight file, a model id, a bundle, or preset:NAME
+    with random weights. A model id is downloaded unless `options.offline`.
 
     Raises ConfigError, CheckpointError or BundleError.
     """
@@ -82,8 +86,9 @@ def open_source(
     systems.check_weights(text, random_weights)
     name = text.removeprefix("preset:")
     if name != text:
-        return systems.preset(name, seed, options)
-    return systems.load(hub.locate(text, revision=revision, offline=offline), options)
+        return systems.any_preset(name, seed, options)
+    folder = hub.locate_model(text, revision=revision, offline=options.offline)
+    return systems.load_any(folder, options)
 
 
 def export_bundle(
@@ -102,13 +107,16 @@ def export_bundle(
     revision: str | None = None,
     offline: bool = False,
     target: str | None = None,
+    heads: int | None = None,
+    pooling: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Write `source` as the bundle `out`, as `edgevlm export` does, and open it.
 
-    source: a checkpoint folder, a model id or preset:NAME. target: refuse what that target cannot
-    run. Raises ToolkitError; nothing half-written stays.
+    source: a checkpoint folder, a tower's weight file, a model id or preset:NAME. target: refuse
+    what that target cannot run. heads, pooling: of a vision tower by itself. Raises ToolkitError;
+    nothing half-written stays.
     """
     from edgevlm.export import available
     from edgevlm.toolkit.bundle.manifest import Bundle
@@ -122,6 +130,8 @@ def export_bundle(
         quirks=quirks,
         max_context=max_context,
         offline=offline,
+        heads=heads,
+        pooling=pooling,
     )
     model = open_source(
         source,
@@ -129,7 +139,6 @@ def export_bundle(
         random_weights=random_weights,
         seed=seed,
         revision=revision,
-        offline=offline,
     )
     lint(model, dtype, target)
     write_source(model, source, out, dtype=dtype, force=force, progress=progress)
@@ -137,7 +146,7 @@ def export_bundle(
 
 
 def write_source(
-    model: Source,
+    model: AnySource,
     source: str | Path,
     out: str | Path,
     *,
@@ -160,7 +169,7 @@ def write_source(
     )
 
 
-def lint(model: Source, dtype: str, target: str | None) -> list[Decision]:
+def lint(model: AnySource, dtype: str, target: str | None) -> list[Decision]:
     """How a target would lower an opened source. Raises UnsupportedError for what it lacks."""
     if target is None:
         return []
@@ -354,9 +363,10 @@ def _begun(model: str, options: Options, *, random_weights: bool, seed: int) -> 
     """The model that a run begins with; its origin remembers the folder."""
     from dataclasses import replace
 
-    source = open_source(
-        model, options, random_weights=random_weights, seed=seed, offline=options.offline
-    )
+    from edgevlm.toolkit.checkpoints.layouts.source import with_language_model
+
+    opened = open_source(model, options, random_weights=random_weights, seed=seed)
+    source = with_language_model(opened, model)
     if random_weights:
         return source
     return replace(source, origin={"folder": model, **source.origin})
@@ -372,22 +382,12 @@ def inspect(path: Path) -> tuple[Any, list[str]]:
     """What a path is: data, and lines for people. Raises BundleError if it is nothing we know."""
     from edgevlm.engines import manifest
     from edgevlm.engines.build import summary as engine_summary
-    from edgevlm.toolkit.bundle import trained
-    from edgevlm.toolkit.bundle.manifest import MANIFEST
     from edgevlm.toolkit.terminal import summary
     from edgevlm.training import torch_files
 
     if (path / manifest.DESCRIPTION).exists():
         return engine_summary.inspect_engine(path)
-    if (path / MANIFEST).exists():
-        return summary.inspect_bundle(path)
-    if path.suffix == ".json" and path.is_file():
-        return summary.inspect_profile(path)
-    if trained.is_trained(path):
-        return summary.inspect_trained(path)
-    if (path / "config.json").exists():
-        return summary.inspect_checkpoint(path, torch_files.reader())
-    raise summary.unknown(path)
+    return summary.inspect(path, torch_files.reader())
 
 
 def _silent(message: str) -> None:

@@ -14,8 +14,8 @@ try:
     import typer
 
     from edgevlm.calibration import command as calibration
+    from edgevlm.engines.verbs import embed, profile, run, verify
     from edgevlm.engines.verbs import eval as evaluation
-    from edgevlm.engines.verbs import profile, run, verify
     from edgevlm.toolkit.terminal.flags import (
         AcceptLoss,
         Base,
@@ -25,6 +25,7 @@ try:
         DryRun,
         For,
         Force,
+        Heads,
         IgnoreKey,
         Json,
         KeepSlower,
@@ -32,6 +33,7 @@ try:
         NoTune,
         Offline,
         Plugins,
+        Pooling,
         Quiet,
         Quirk,
         RandomWeights,
@@ -71,6 +73,8 @@ def export(
     revision: Annotated[Optional[str], typer.Option(help="Revision of a model id.")] = None,
     offline: Offline = False,
     for_target: For = None,
+    heads: Heads = None,
+    pooling: Pooling = None,
     dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
@@ -97,14 +101,11 @@ def export(
         quirks=quirk or (),
         max_context=max_context,
         offline=offline,
+        heads=heads,
+        pooling=pooling,
     )
     model = api.open_source(
-        source,
-        options,
-        random_weights=random_weights,
-        seed=seed,
-        revision=revision,
-        offline=offline,
+        source, options, random_weights=random_weights, seed=seed, revision=revision
     )
     decisions = api.lint(model, dtype, for_target)
     if dry_run:
@@ -223,7 +224,12 @@ def doctor(
     opened_console(as_json, quiet).result(*report(__version__))
 
 
-for _verb in (run.run, profile.profile, verify.verify):  # those that need an engine alone
+for _verb in (
+    run.run,
+    profile.profile,
+    verify.verify,
+    embed.embed,
+):  # those that need an engine alone
     app.command()(_verb)
 app.command("eval")(evaluation.evaluate)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from edgevlm.engines.build.build import Requantization, Tuning
     from edgevlm.engines.build.second_form import SecondForm
     from edgevlm.engines.build.tune import Choice
-    from edgevlm.toolkit.checkpoints.layouts.source import Source
+    from edgevlm.toolkit.checkpoints.layouts.source import AnySource, Source
     from edgevlm.toolkit.quantization.plan import PrecisionPlan
     from edgevlm.toolkit.target import Target
 
@@ -53,11 +53,11 @@ def chosen(
     available.check()
     from edgevlm.export import write
 
-    plan, tuning = weight_only.plan(precision), Tuning(options)
-    source = systems.load(bundle, Options())
+    source = systems.load_any(bundle, Options())
+    plan, tuning = weight_only.plan_for(precision, source.model), Tuning(options)
     if precision in weight_only.KINDS and not source.plan.precisions:
         found = _measured(source, precision, target, progress, options)
-        plan = weight_only.chosen(source.model.lm.name, found.forms)
+        plan = weight_only.chosen(source.model, found.forms)
         tuning = _tuning(source, found, options, made_by, progress)
     source = replace(source, plan=plan)
     dtype = capabilities.of(target).computes_in(Bundle.open(bundle).manifest.dtype)
@@ -71,7 +71,7 @@ def chosen(
 
 
 def _measured(
-    source: Source, kind: str, target: Target, progress: Progress, options: tuple[str, ...]
+    source: AnySource, kind: str, target: Target, progress: Progress, options: tuple[str, ...]
 ) -> Choice:
     """The fastest formats, or the table's where they are not to be measured or cannot be here."""
     from edgevlm.engines.build import tune
@@ -108,13 +108,14 @@ def _prompts_alone(
 
 
 def _tuning(
-    source: Source, found: Choice, options: tuple[str, ...], made_by: str, progress: Progress
+    source: AnySource, found: Choice, options: tuple[str, ...], made_by: str, progress: Progress
 ) -> Tuning:
     from edgevlm.calibration import weight_only
     from edgevlm.engines.build.build import Tuning
+    from edgevlm.toolkit.checkpoints.layouts.source import Source
 
     prompts = None
-    if found.prompts is not None:
+    if found.prompts is not None and isinstance(source, Source):
         plan = weight_only.of_lm(source.model.lm.name, found.prompts)
         prompts = _second_form(replace(source, plan=plan), plan, made_by, progress)
     return Tuning(options, found.trials, found.notes, prompts)

@@ -104,11 +104,11 @@ def of_bundle(
     bundle.check_sizes()
     refuse_source(out, path)
     refuse_existing(out, force=force)
-    plan = plan_of(bundle.model, settings)
+    plan = plan_of(bundle.vlm, settings)
     chosen = gather(bundle, given, settings, progress)
-    _check_reach(bundle.model, plan, chosen)
+    _check_reach(bundle.vlm, plan, chosen)
     source = systems.load(path, Options())
-    chain = Chain(bundle.model, bundle.tokenizer())
+    chain = Chain(bundle.vlm, bundle.tokenizer())
     for sample in (*chosen.calibrating, *chosen.held_out):
         chain.check(sample)
     used = chosen.calibrating, chosen.held_out
@@ -123,7 +123,7 @@ def _result(
     found: Measured, bundle: Bundle, settings: Settings, held_out: int
 ) -> StaticCalibration:
     plan, whole = found.source.plan, found.whole
-    layers = layers_of(bundle.model)
+    layers = layers_of(bundle.vlm)
     costs = [
         LayerCost(path, found.ranges[path], e.compared.relative_rms, plan.at(path) != "int8")
         for path, e in found.first.layers.items()

@@ -25,9 +25,10 @@ from edgevlm.toolkit.errors import AccuracyError, BundleError, ConfigError
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
 from edgevlm.toolkit.strict import from_plain, read_json
 from edgevlm.toolkit.target import Target, check_runs_here, parse, threads_here
-from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.vlm import towers
 from edgevlm.toolkit.vlm.components import Edge
 from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm.towers import Model
 
 FORMAT = 4
 DESCRIPTION = "engine.json"
@@ -77,8 +78,9 @@ class PromptForm:
 class Engine:
     """What engine.json holds.
 
-    context: positions of the KV cache. max_image_tiles: None for all. precision: the requested
-    one, None for the bundle's own; tuning_options: --no-tune and --keep-slower as given.
+    context: positions of the KV cache, 0 for a vision tower by itself. max_image_tiles: None for
+    all. precision: the requested one, None for the bundle's own; tuning_options: --no-tune and
+    --keep-slower as given.
     plan: the precision plan of the engine. prompt_form: where prompts run in another precision than
     single tokens. trials: what was timed to choose. plans: of TensorRT, by component. verified:
     whether the engine was compared with the reference; one for a card that the machine that built
@@ -114,14 +116,19 @@ class Engine:
         """The target as a value."""
         return parse(self.target)
 
-    def parsed_model(self) -> ModelConfig:
+    def parsed_model(self) -> Model:
         """The model's configuration as values."""
-        return model_config.from_json(dict(self.model), f"{DESCRIPTION}: model")
+        return towers.from_json(dict(self.model), f"{DESCRIPTION}: model")
+
+    def parsed_vlm(self) -> ModelConfig:
+        """The same of a vision-language model. Raises UnsupportedError for a tower by itself."""
+        return towers.vlm(self.parsed_model(), "the engine")
 
     def rebuild_command(self, folder: Path, target: str = "cpu") -> str:
         """The command that builds this engine again, for `target`."""
         words = ["edgevlm", "build", self.bundle, str(folder), "--target", target]
-        words += ["--max-context", str(self.context)]
+        if self.context:
+            words += ["--max-context", str(self.context)]
         if self.max_image_tiles is not None:
             words += ["--max-image-tiles", str(self.max_image_tiles)]
         if self.precision is not None:
@@ -166,9 +173,10 @@ def _check(engine: Engine, where: str) -> None:
     """Raise ConfigError for parts that do not go together, or lead out of the folder."""
     model = engine.parsed_model()
     check_parts(where, model, engine.components, engine.edges, engine.files)
-    longest: int = model.lm.config.context
-    if not 1 <= engine.context <= longest:
-        raise ConfigError(f"{where}: context = {engine.context}, expected 1 to {longest}")
+    longest = towers.context_of(model)
+    least = min(longest, 1)
+    if not least <= engine.context <= longest:
+        raise ConfigError(f"{where}: context = {engine.context}, expected {least} to {longest}")
     records = [*engine.components]
     if engine.prompt_form is not None:
         records.append(_prompt_record(engine, engine.prompt_form.record, where))
@@ -180,7 +188,7 @@ def _check(engine: Engine, where: str) -> None:
 
 def _prompt_record(engine: Engine, record: ComponentRecord, where: str) -> ComponentRecord:
     """The record of the second language model: of the first one's ports, without the scores."""
-    first = next(c for c in engine.components if c.name == engine.parsed_model().lm.name)
+    first = next(c for c in engine.components if c.name == engine.parsed_vlm().lm.name)
     known = {*first.inputs, *first.outputs}
     fits = record.name == first.name and {*record.inputs, *record.outputs} <= known
     if not fits or record.weights not in engine.files or record.graph == first.graph:

@@ -40,7 +40,7 @@ from edgevlm.toolkit.errors import (
 )
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import Target, check_runs_here, threads_here
-from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.vlm import towers
 from edgevlm.toolkit.vlm.cost import stored_bytes
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
         source = bundle
         if request.requantization is not None:
             source = stack.enter_context(_requantized(request.requantization, folder))
-        config = model_config.from_json(dict(model), "model")
+        config = towers.from_json(dict(model), "model")
         sizes = partial(shapes.of, model=config, context=context)
         parts = _parts(source, backend, folder, request, sizes, allowed, elsewhere, progress)
         seconds = time.perf_counter() - started
@@ -231,7 +231,7 @@ def _parts(
     wanted = request.tuning.prompts
     if wanted is None:
         return _Parts(compiled, files, errors, None)
-    where, lm = (folder, request.target), source.model.lm.name
+    where, lm = (folder, request.target), source.vlm.lm.name
     second = second_form.add(wanted, source, backend, *where, sizes(lm), allowed, progress)
     errors = errors.joined(second.errors, second_form.IN_PROMPTS)
     return _Parts(compiled, files | second.files, errors, second.form)
@@ -279,9 +279,14 @@ def settled(bundle: Bundle, request: Request) -> tuple[int, Mapping[str, Any]]:
 
 
 def _context(bundle: Bundle, requested: int | None) -> int:
-    limit: int = bundle.model.lm.config.context
+    limit = towers.context_of(bundle.model)
     if requested is None:
         return limit
+    if not limit:
+        raise ConfigError(
+            f"--max-context {requested} has no effect: {bundle.path} is a vision tower by itself",
+            hint="leave it out",
+        )
     if not 1 <= requested <= limit:
         raise ConfigError(
             f"--max-context {requested} does not fit: the bundle's tables have {limit} positions",
@@ -302,7 +307,7 @@ def _model(bundle: Bundle, tiles: int | None) -> Mapping[str, Any]:
             hint="leave it out",
         )
     images = replace(rules, tiling=rules.tiling.limited(tiles))
-    return model_config.to_json(replace(bundle.model, images=images))
+    return towers.to_json(replace(bundle.model, images=images))
 
 
 def _backend_for(
@@ -353,7 +358,7 @@ def _new_bytes(bundle: Bundle, request: Request) -> int:
 
 
 def _lm_bytes(bundle: Bundle, plan: PrecisionPlan) -> int:
-    return stored_bytes(bundle.model, plan, 4)[bundle.model.lm.name]
+    return stored_bytes(bundle.model, plan, 4)[bundle.vlm.lm.name]
 
 
 def _compile(
@@ -377,6 +382,7 @@ def _compile(
             linked = original is not None and (folder / name).samefile(bundle.path / name)
             files[name] = original if original and linked else record_file(folder / name)
     files |= {name: record_file(folder / name) for name in backend.extras(folder)}
-    (folder / TOKENIZER).write_bytes((bundle.path / TOKENIZER).read_bytes())
-    files[TOKENIZER] = bundle.manifest.files[TOKENIZER]
+    if TOKENIZER in bundle.manifest.files:  # a tower by itself has none
+        (folder / TOKENIZER).write_bytes((bundle.path / TOKENIZER).read_bytes())
+        files[TOKENIZER] = bundle.manifest.files[TOKENIZER]
     return components, files

@@ -26,6 +26,7 @@ from edgevlm.toolkit.errors import (
 )
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
+from edgevlm.toolkit.vlm import towers
 
 Progress = Callable[[str], None]
 # The largest error of kernels that a build accepts, by the precision in which they compute. int8:
@@ -110,7 +111,7 @@ def check(
     return compare(
         all_calls,
         bundle.manifest.model,
-        min(AXES["context"], bundle.model.lm.config.context),
+        min(AXES["context"], towers.context_of(bundle.model)),
         compiled,
         backend,
         folder,

@@ -21,9 +21,11 @@ from edgevlm.toolkit.terminal.console import human_bytes, table
 from edgevlm.toolkit.terminal.summary import (
     Result,
     component_lines,
+    generation_data,
     generation_lines,
     plan_lines,
 )
+from edgevlm.toolkit.vlm import towers
 
 
 def planned_engine(path: Path, request: builder.Request, explain: bool) -> Result:
@@ -48,7 +50,11 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
     }
     rows = [
         ("weights", human_bytes(memory.weights_bytes)),
-        (f"KV cache ({context} positions)", human_bytes(memory.cache_bytes)),
+        *(
+            [(f"KV cache ({context} positions)", human_bytes(memory.cache_bytes))]
+            if context
+            else []
+        ),
         ("activations", human_bytes(memory.activations_bytes)),
         ("in all", human_bytes(memory.total_bytes)),
     ]
@@ -60,19 +66,25 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
 
 
 def _floor_lines(name: str, time: Floors) -> list[str]:
-    return [
+    peaks = (
         f"at best, by {name}'s {time.peak_gflop_s:.0f} GFLOP/s, {time.peak_int8_gop_s:.0f} "
-        f"GOP/s in 8 bits and {time.peak_gb_s:.1f} GB/s: first token after "
-        f"{time.time_to_first_token_ms:.3g} ms ({time.prompt_tokens} prompt tokens, "
-        f"{time.image_tokens} of them image), then {time.inter_token_latency_ms:.3g} ms a token"
+        f"GOP/s in 8 bits and {time.peak_gb_s:.1f} GB/s"
+    )
+    if not time.prompt_tokens:
+        return [f"{peaks}: an image after {time.time_to_first_token_ms:.3g} ms"]
+    return [
+        f"{peaks}: first token after {time.time_to_first_token_ms:.3g} ms "
+        f"({time.prompt_tokens} prompt tokens, {time.image_tokens} of them image), then "
+        f"{time.inter_token_latency_ms:.3g} ms a token"
     ]
 
 
 def built_engine(engine: Engine, out: Path, written: bool, explain: bool) -> Result:
     """The engine that `build` wrote, or kept if not `written`."""
-    following = shlex.join(
-        ["edgevlm", "run", str(out), "What is in the image?", "--image", "PHOTO.jpg"]
-    )
+    words = ["edgevlm", "run", str(out), "What is in the image?", "--image", "PHOTO.jpg"]
+    if towers.is_tower(engine.model):
+        words = ["edgevlm", "embed", str(out), "PHOTOS", "-o", "features.npz"]
+    following = shlex.join(words)
     if written:
         line = f"{out}: built for {engine.target} in {engine.build.seconds:.1f} s"
     else:
@@ -139,7 +151,7 @@ def _planned(engine: Engine) -> list[str]:
 def _engine_data(engine: Engine, out: Path) -> dict[str, Any]:
     data: dict[str, Any] = to_plain(engine)
     del data["model"]
-    data["generation"] = engine.parsed_model().generation.stated()
+    data["generation"] = generation_data(engine.parsed_model())
     return {"kind": "engine", "engine": str(out)} | data
 
 
@@ -148,9 +160,8 @@ def inspect_engine(path: Path) -> tuple[Any, list[str]]:
     engine = manifest.read(path)
     data = _engine_data(engine, path)
     precision = engine.precision or engine.dtype
-    heading = (
-        f"engine for {engine.target} of {engine.bundle}, {precision}, context {engine.context}"
-    )
+    kind = f"context {engine.context}" if engine.context else "a vision tower by itself"
+    heading = f"engine for {engine.target} of {engine.bundle}, {precision}, {kind}"
     rows = [
         (name, f"{error:.1e}", percent(engine.build.precision_losses.get(name)))
         for name, error in engine.build.kernel_differences.items()

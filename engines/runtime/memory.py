@@ -16,9 +16,9 @@ from edgevlm.toolkit.errors import OutOfMemory
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import CUDA, Target, card
 from edgevlm.toolkit.terminal.console import human_bytes
-from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm import components, towers
 from edgevlm.toolkit.vlm.cost import count, image_axes, state_elements, stored_bytes
+from edgevlm.toolkit.vlm.towers import Model
 
 _FUSED = ("causal_mask",)  # the kernels of attention over the cache mask by themselves
 # A container's limit and use: cgroup v2, then v1.
@@ -65,32 +65,36 @@ def estimate(
     size = element_bytes(target, bundle.manifest.dtype)
     weights = weights_bytes(bundle.model, plan or bundle.manifest.plan, size)
     if prompt_plan is not None:
-        weights += stored_bytes(bundle.model, prompt_plan, size)[bundle.model.lm.name]
+        weights += stored_bytes(bundle.model, prompt_plan, size)[bundle.vlm.lm.name]
     return _with_weights(bundle.model, weights, context, size)
 
 
-def of_engine(engine: Engine) -> Estimate:
-    """The same for an engine on disk; the weights are those of its files."""
+def of_engine(engine: Engine, images: int = 1) -> Estimate:
+    """The same for an engine on disk; the weights are those of its files.
+
+    images: that a tower by itself sees at a time.
+    """
     second = (engine.prompt_form.record,) if engine.prompt_form else ()
     weights = sum(engine.files[c.weights].nbytes for c in (*engine.components, *second))
     size = element_bytes(engine.parsed_target(), engine.dtype)
-    return _with_weights(engine.parsed_model(), weights, engine.context, size)
+    return _with_weights(engine.parsed_model(), weights, engine.context, size, images)
 
 
-def _with_weights(model: ModelConfig, weights: int, context: int, size: int) -> Estimate:
+def _with_weights(model: Model, weights: int, context: int, size: int, images: int = 1) -> Estimate:
     axes = {"batch": 1, "context": context}
     cache = sum(state_elements(component, axes) for component in components.components(model))
-    scores = model.lm.config.num_heads * min(context, PREFILL_CHUNK) * context
-    activations = 2 * _largest(model, context) + scores
+    lm = towers.language_model(model)
+    scores = lm.config.num_heads * min(context, PREFILL_CHUNK) * context if lm else 0
+    activations = 2 * images * _largest(model, context) + scores
     return Estimate(weights, cache * size, activations * size, context)
 
 
-def weights_bytes(model: ModelConfig, plan: PrecisionPlan, size: int) -> int:
+def weights_bytes(model: Model, plan: PrecisionPlan, size: int) -> int:
     """Bytes of all weights files; `size`: bytes of a parameter that the plan leaves in float."""
     return sum(stored_bytes(model, plan, size).values())
 
 
-def _largest(model: ModelConfig, context: int) -> int:
+def _largest(model: Model, context: int) -> int:
     """The most elements that an op reads and writes, for one image with as many views as the
     model allows and a prompt read in chunks. Encoders see one view at a time, the rest all views.
     """

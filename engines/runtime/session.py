@@ -38,6 +38,7 @@ from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import threads_here
 from edgevlm.toolkit.text.prompts import PromptSequence
 from edgevlm.toolkit.text.tokenizer import Tokenizer
+from edgevlm.toolkit.vlm import towers
 
 REPLIES = 8  # the most that one session has open at once by default
 _MOST_THREADS = 4  # per processor
@@ -64,7 +65,7 @@ class Session:
     ) -> None:
         self.folder = folder
         self.engine = engine
-        self.model = engine.parsed_model()
+        self.model = engine.parsed_vlm()
         self.load_ms = load_ms
         rules = self.model.prompts
         self.tokenizer = Tokenizer.open(
@@ -103,10 +104,11 @@ class Session:
             raise InputError(f"a session with {replies} replies answers nothing")
         started, folder = time.perf_counter(), Path(folder)
         engine = manifest.read(folder)
+        model = towers.vlm(engine.parsed_model(), str(folder))
         manifest.check(folder, engine, verify=verify)
         manifest.check_verified(folder, engine)
         memory.require(memory.of_engine(engine), f"opening {folder}", engine.parsed_target())
-        encoders = len(engine.parsed_model().encoders)
+        encoders = len(model.encoders)
         card = engine.parsed_target().of_tensorrt
         together = side_by_side(encoders, cores, on_card=card) and not (card and profile)
         share = cores // encoders if together else threads

@@ -121,7 +121,7 @@ def test_eight_bits_cost_little(bundle: Path, tmp_path: Path) -> None:
 
 def test_many_samples_give_what_each_gives(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    lm, weights = lm_component(opened.model.lm), opened.tensors("lm")
+    lm, weights = lm_component(opened.vlm.lm), opened.tensors("lm")
     windows = np.arange(36).reshape(3, 12) % 50
     states = hidden(lm, ManyOps(), weights, windows)
     quality = compare(lm, weights, weights, windows, lambda message: None)
@@ -129,7 +129,7 @@ def test_many_samples_give_what_each_gives(bundle: Path) -> None:
     inputs = {
         "ids": windows[1:2],
         "rows": np.full((1, 12), -1),
-        "features": np.zeros((1, opened.model.lm.config.hidden_size), np.float32),
+        "features": np.zeros((1, opened.vlm.lm.config.hidden_size), np.float32),
         "start": np.zeros(1, np.int64),
         "score": np.arange(12)[None],
         **zero_states(lm.inputs, lm.outputs, {"batch": 1, "context": 12}),

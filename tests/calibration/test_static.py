@@ -96,7 +96,7 @@ def calibrated(bundle: Path, out: Path, **given: Any) -> StaticCalibration:
 
 def calibrator(bundle: Path, arithmetic: Arithmetic | None = None, **settings: Any) -> Calibrator:
     opened = Bundle.open(bundle)
-    chain = Chain(opened.model, opened.tokenizer())
+    chain = Chain(opened.vlm, opened.tokenizer())
     asked = Settings("int8-static", **settings)
     return Calibrator(chain, arithmetic or in_numpy(), asked, silent)
 
@@ -581,7 +581,7 @@ def test_the_budget_leaves_the_worst_layers_in_float(bundle: Path, tmp_path: Pat
 def test_samples_together_give_what_each_gives(bundle: Path, images: Path) -> None:
     opened = Bundle.open(bundle)
     chain, weights = (
-        Chain(opened.model, opened.tokenizer()),
+        Chain(opened.vlm, opened.tokenizer()),
         systems.load(bundle, Options()).weights,
     )
     files = sorted(images.iterdir())

@@ -3,7 +3,8 @@
 manifest.json   model configuration, components, edges, files with size and sha256
 NAME.onnx       one standard-opset graph per component; its weights stay outside
 NAME.safetensors  the component's weights, named as in the graph
-tokenizer.json  golden.npz (small inputs and the reference's outputs, see toolkit/bundle/goldens.py)
+tokenizer.json (a tower by itself has none)
+golden.npz (small inputs and the reference's outputs, see toolkit/bundle/goldens.py)
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from edgevlm.toolkit.quantization.coded import Codes
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.strict import from_plain, read_json
 from edgevlm.toolkit.text.tokenizer import Tokenizer
-from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.vlm import towers
 from edgevlm.toolkit.vlm.components import Edge, Port, components, edges
 from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm.towers import Model
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -67,7 +69,10 @@ class ComponentRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json holds. `source` says where the weights came from."""
+    """What manifest.json holds. `source` says where the weights came from.
+
+    model: of a vision-language model, or with the kind "tower" of a vision tower by itself.
+    """
 
     format: int
     made_by: str
@@ -187,7 +192,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
-    model: ModelConfig
+    model: Model
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -201,12 +206,17 @@ class Bundle:
             )
         manifest = read_manifest(file)
         try:
-            model = model_config.from_json(dict(manifest.model), f"{file}: model")
+            model = towers.from_json(dict(manifest.model), f"{file}: model")
             check_parts(str(file), model, manifest.components, manifest.edges, manifest.files)
             check_graphs(str(file), manifest.components, manifest.files)
         except ConfigError as odd:
             raise BundleError(odd.message, hint=_CHANGED) from None
         return cls(path, manifest, model)
+
+    @property
+    def vlm(self) -> ModelConfig:
+        """The model with its language model. Raises UnsupportedError for a tower by itself."""
+        return towers.vlm(self.model, f"bundle {self.path}")
 
     @property
     def sha256(self) -> str:
@@ -236,7 +246,7 @@ class Bundle:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that travels with the bundle."""
-        rules = self.model.prompts
+        rules = self.vlm.prompts
         return Tokenizer.open(self.path / TOKENIZER, rules.sentencepiece)
 
 
@@ -261,7 +271,7 @@ def read_manifest(file: Path) -> Manifest:
 
 def check_parts(
     where: str,
-    model: ModelConfig,
+    model: Model,
     records: Sequence[ComponentRecord],
     connections: Sequence[Edge],
     files: Mapping[str, FileRecord],

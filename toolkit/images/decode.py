@@ -45,6 +45,7 @@ _REFUSED_FORMATS = (
 )  # fmt: skip
 _CONVERTED = {"CMYK": "CMYK", "P": "palette", "PA": "palette", "YCbCr": "YCbCr", "HSV": "HSV"}
 _DIRECT = ("1", "L", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX")
+_KEPT = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # as they are, with own_mode
 _BY_HAND = "convert it with another program: to PNG, or JPEG"
 
 ImageSource: TypeAlias = "str | PathLike[str] | bytes | bytearray | Image | Array"
@@ -52,14 +53,19 @@ ImageSource: TypeAlias = "str | PathLike[str] | bytes | bytearray | Image | Arra
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """A decoded RGB image; `notes` states what was done to get it."""
+    """A decoded RGB image; `notes` states what was done to get it.
+
+    Loaded with own_mode it may have another mode that converts to RGB.
+    """
 
     rgb: Image
     notes: tuple[str, ...] = ()
 
 
-def load(source: ImageSource, *, upright: bool = True) -> LoadedImage:
+def load(source: ImageSource, *, upright: bool = True, own_mode: bool = False) -> LoadedImage:
     """Decode a file, its bytes, a PIL image or a uint8 array to RGB. Raises InputError.
+
+    own_mode: leave palettes and transparency as they are, for preprocessing that converts last.
 
     Orientation from EXIF is applied if `upright`, transparency dropped, CMYK and palettes are
     converted, deep and float greys scaled to 8 bits by their range; an animation gives its first
@@ -72,14 +78,14 @@ def load(source: ImageSource, *, upright: bool = True) -> LoadedImage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns where we refuse
             if isinstance(source, (Image.Image, np.ndarray)):
-                return _given(source, name, upright)
+                return _given(source, name, upright, own_mode)
             if isinstance(source, (str, PathLike)):
                 _refuse_devices(Path(source), name)
             file = source if isinstance(source, (str, PathLike)) else BytesIO(source)
             _refuse_large_icons(source, name)
             with Image.open(file, formats=_formats()) as opened:
                 _refuse_odd_sizes(opened.size, name)
-                loaded = _to_rgb(opened, name, upright)
+                loaded = _to_rgb(opened, name, upright, own_mode=own_mode)
                 _refuse_odd_sizes(loaded.rgb.size, name)  # decoders may find another size inside
                 return loaded
     except InputError:
@@ -140,7 +146,7 @@ def _formats() -> list[str]:
     return [*FORMATS, *(["AVIF"] if "avif" in features.modules else [])]
 
 
-def _given(image: Image | Array, name: str, upright: bool) -> LoadedImage:
+def _given(image: Image | Array, name: str, upright: bool, own_mode: bool) -> LoadedImage:
     """A decoded image; the caller's own object stays as it is."""
     from PIL import Image
 
@@ -152,7 +158,8 @@ def _given(image: Image | Array, name: str, upright: bool) -> LoadedImage:
                 "uint8 [height, width] or [height, width, 3 or 4]"
             )
         _refuse_odd_sizes((image.shape[1], image.shape[0]), name)
-        return _to_rgb(Image.fromarray(np.ascontiguousarray(image)), name, upright)
+        whole = Image.fromarray(np.ascontiguousarray(image))
+        return _to_rgb(whole, name, upright, own_mode=own_mode)
     undecoded = bool(getattr(image, "tile", ()))
     if undecoded and image.format not in (*_formats(), "MPO"):
         raise InputError(
@@ -160,7 +167,8 @@ def _given(image: Image | Array, name: str, upright: bool) -> LoadedImage:
         )
     _refuse_odd_sizes(image.size, name)
     # exif_transpose copies too
-    return _to_rgb(image if upright else image.copy(), name, upright, depth.declared(image))
+    copied = image if upright else image.copy()
+    return _to_rgb(copied, name, upright, depth.declared(image), own_mode=own_mode)
 
 
 def _unreadable(source: object, name: str, refused: Exception) -> InputError:
@@ -217,7 +225,12 @@ def _refuse_large(size: tuple[int, int], name: str) -> None:
 
 
 def _to_rgb(
-    file: Image, name: str, upright: bool, stated: depth.Depth | None = None
+    file: Image,
+    name: str,
+    upright: bool,
+    stated: depth.Depth | None = None,
+    *,
+    own_mode: bool = False,
 ) -> LoadedImage:
     """stated: the depth that was read before `file` was copied."""
     from PIL import ImageOps
@@ -228,6 +241,10 @@ def _to_rgb(
         notes.append(f"EXIF orientation {'applied' if upright else 'ignored'}")
     shown = ImageOps.exif_transpose(file) if upright else file
     try:
+        if own_mode and shown.mode in _KEPT:
+            depth.check_colours(shown, stated)
+            shown.load()
+            return LoadedImage(shown if shown is not file else shown.copy(), tuple(notes))
         rgb, note = _deep(shown, stated) if shown.mode in depth.MODES else _bytes(shown, stated)
     except InputError as odd:
         raise InputError(f"image {name} cannot be used: {odd.message}", hint=odd.hint) from None

@@ -1,6 +1,7 @@
 """Architectures, one file each, found by file name: encoders/clip.py is the encoder "clip".
 
-Every file offers `Config` (with `read`), `forward`, `shapes`, `names`, `unused` and `tiny`.
+Every file offers `Config` (with `read`), `forward`, `shapes`, `names`, `unused` and `tiny`; an
+encoder that can be a model by itself also `POOLINGS` and `embed`, with its own shapes and names.
 """
 
 from __future__ import annotations
@@ -43,6 +44,20 @@ class EncoderFile(Architecture, Protocol):
     def forward(self, op: Ops[T], c: Any, w: Weights[T], pixels: T) -> tuple[T, ...]: ...
 
 
+class TowerFile(EncoderFile, Protocol):
+    """An encoder that gives one embedding an image, by one of POOLINGS; the first is the usual."""
+
+    POOLINGS: tuple[str, ...]
+
+    def embed(self, op: Ops[T], c: Any, w: Weights[T], pixels: T, pooling: str) -> T: ...
+
+    def embed_shapes(self, c: Any, pooling: str) -> dict[str, tuple[int, ...]]: ...
+
+    def embed_names(self, c: Any, pooling: str) -> Mapping[str, Recipe]: ...
+
+    def embed_unused(self, c: Any, pooling: str) -> tuple[str, ...]: ...
+
+
 class MergerFile(Architecture, Protocol):
     """A merger: its Config has `outputs`."""
 
@@ -78,6 +93,20 @@ def _find(role: Role, kind: str) -> Any:
 def encoder(kind: str) -> EncoderFile:
     """The encoder file called `kind`. Raises ConfigError naming the known ones."""
     return cast(EncoderFile, _find("encoders", kind))
+
+
+def towers() -> list[str]:
+    """Names of the encoder files that can be a model by themselves."""
+    return [kind for kind in kinds("encoders") if hasattr(_find("encoders", kind), "POOLINGS")]
+
+
+def tower(kind: str) -> TowerFile:
+    """The same of an encoder that can be a model by itself. Raises ConfigError for any other."""
+    if kind not in towers():
+        raise ConfigError(
+            f"{kind} gives no embedding by itself", hint=f"known: {', '.join(towers())}"
+        )
+    return cast(TowerFile, _find("encoders", kind))
 
 
 def merger(kind: str) -> MergerFile:

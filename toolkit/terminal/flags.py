@@ -61,6 +61,16 @@ AllowBanned = Annotated[
 For = Annotated[
     Optional[str], typer.Option("--for", help="Check against this target; no device needed.")
 ]
+Heads = Annotated[
+    Optional[int],
+    typer.Option(help="Attention heads of a tower's weight file that does not say how many."),
+]
+Pooling = Annotated[
+    Optional[str],
+    typer.Option(
+        help="The embedding of a tower by itself: class, mean, class+mean, attention, ..."
+    ),
+]
 LowPrecision = Annotated[
     Optional[str],
     typer.Option(

@@ -17,9 +17,11 @@ from edgevlm.toolkit import models
 from edgevlm.toolkit.models.recipes import Recipe
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
+from edgevlm.toolkit.vlm.towers import Model, TowerConfig
 
 Dim = int | str
 ARRANGE = "arrange"
+EMBEDDING = "embedding"  # the output of a tower by itself
 GOLDEN_TOKENS = 7  # tokens of a bundle's golden inputs: the shortest context that can be checked
 Forward = Callable[[Ops[Any], Weights[Any], Mapping[str, Any]], dict[str, Any]]
 
@@ -88,8 +90,10 @@ def no_states(
     return {port.name: made[port.shape] for port in ports}
 
 
-def components(c: ModelConfig) -> tuple[Component, ...]:
+def components(c: Model) -> tuple[Component, ...]:
     """All components of a model, in the order in which they run."""
+    if isinstance(c, TowerConfig):
+        return (tower_component(c),)
     order = c.images.arrangement
     merger = merger_component(c.merger, c.encoders, newline=bool(order and order.newline))
     vision = [*map(encoder_component, c.encoders), merger]
@@ -98,13 +102,15 @@ def components(c: ModelConfig) -> tuple[Component, ...]:
     return (*vision, lm_component(c.lm))
 
 
-def edges(c: ModelConfig) -> tuple[Edge, ...]:
+def edges(c: Model) -> tuple[Edge, ...]:
     """How the components connect.
 
     Sources that are no component are "images.NAME", the pixels of that encoder, and
     "arrangement.rows" and "arrangement.weights" of edgevlm.toolkit.images.tiling.ArrangedTokens.
     """
     edges = [Edge(f"images.{e.name}", f"encoder.{e.name}:pixels") for e in c.encoders]
+    if isinstance(c, TowerConfig):
+        return tuple(edges)
     for encoder in c.encoders:
         for i in range(len(encoder.config.hidden_sizes)):
             port = f"merger:{encoder.name}.{i}"
@@ -140,6 +146,22 @@ def encoder_component(encoder: ComponentConfig) -> Component:
             Port(f"features.{i}", "float", ("tiles", c.tokens, hidden_size))
             for i, hidden_size in enumerate(c.hidden_sizes)
         ),
+    )
+
+
+def tower_component(c: TowerConfig) -> Component:
+    """An encoder by itself: pixels of one size in, one embedding for each image out."""
+    file, config = models.tower(c.encoder.kind), c.encoder.config
+
+    def forward(op: Ops[T], w: Weights[T], inputs: Mapping[str, T]) -> dict[str, T]:
+        return {EMBEDDING: file.embed(op, config, w, inputs["pixels"], c.pooling)}
+
+    return Component(
+        f"encoder.{c.encoder.name}",
+        forward,
+        file.embed_shapes(config, c.pooling),
+        (Port("pixels", "float", ("tiles", 3, *c.pixels)),),
+        (Port(EMBEDDING, "float", ("tiles", c.channels)),),
     )
 
 
