@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from edgevlm.toolkit.bundle.atomic import output_error, try_lock
+from edgevlm.toolkit.bundle.atomic import output_error
+from edgevlm.toolkit.bundle.unfinished import try_lock
 from edgevlm.toolkit.errors import ConfigError, MissingExtra, OutputError
 from edgevlm.toolkit.ops.vocabulary import Array
 

@@ -139,7 +139,7 @@ def merger(bundle: Path, machine: Machine, folder: Path) -> Compiled:
     opened = Bundle.open(bundle)
     record = opened.manifest.component("merger")
     backend = backends.backend(machine.target, (OP,))
-    sizes = shapes.of("merger", opened.model, opened.model.lm.config.context)
+    sizes = shapes.of("merger", opened.model, opened.vlm.lm.config.context)
     return backend.compile(bundle, "fp32", record, folder, machine.target, sizes)
 
 
