@@ -162,12 +162,14 @@ def build(
 @app.command()
 @calibration.verb
 def calibrate(**given: Any) -> None:
-    from edgevlm import api
+    from edgevlm import api, requantize
 
     console = opened_console(given.pop("as_json"), given.pop("quiet"))
-    report = given.pop("report")
+    report, measure = given.pop("report"), given.pop("measure")
     found = api.calibrate(progress=console.step, **given)
-    data, lines, following = calibration.summary(found, given["bundle"], given["out"])
+    where = given["bundle"], given["out"]
+    times = requantize.latency(*where, console.step) if measure else ()
+    data, lines, following = calibration.summary(found, *where, times)
     calibration.write_report(report, data)
     console.result(data, lines, following)
 

@@ -1,5 +1,5 @@
 """What `build --precision` connects: the bundle's model recorded again in fewer bits, each part in
-the number format that runs fastest on this machine.
+the number format that runs fastest on this machine; and what that makes of the time of each.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edgevlm.engines.build.build import Requantization, Tuning
+    from edgevlm.engines.build.latency import Latency
     from edgevlm.engines.build.second_form import SecondForm
     from edgevlm.engines.build.tune import Choice
     from edgevlm.toolkit.checkpoints.layouts.source import Source
@@ -68,6 +69,16 @@ def chosen(
         write.write_bundle(smooth, folder, made_by=made_by, progress=progress, dtype=dtype)
 
     return Requantization(precision, plan, writing, partial(write.graphs, source, dtype)), tuning
+
+
+def latency(before: Path, after: Path, progress: Progress) -> tuple[Latency, ...]:
+    """What the components of a bundle take on this machine, and those of what was calibrated of it.
+
+    Raises MissingExtra, OutputError or OutOfMemory.
+    """
+    from edgevlm.engines.build import latency as timing
+
+    return timing.measured(before, after, progress)
 
 
 def _measured(
