@@ -180,6 +180,7 @@ def build_request(
     precision: str | None = None,
     tune: bool = True,
     keep_slower: bool = False,
+    keep_float: Sequence[str] = (),
     accept_loss: float | None = None,
     bisect: bool = False,
     force: bool = False,
@@ -191,14 +192,9 @@ def build_request(
     from edgevlm.toolkit.target import parse
 
     parsed = parse(target)
+    how = requantize.How(tune, keep_slower, tuple(keep_float))
     requantization, tuning = requantize.chosen(
-        Path(bundle),
-        precision,
-        parsed,
-        progress or _silent,
-        made_by=made_by(),
-        tune=tune,
-        keep_slower=keep_slower,
+        Path(bundle), precision, parsed, progress or _silent, made_by(), how
     )
     return Request(
         parsed,
@@ -223,6 +219,7 @@ def build_engine(
     precision: str | None = None,
     tune: bool = True,
     keep_slower: bool = False,
+    keep_float: Sequence[str] = (),
     accept_loss: float | None = None,
     bisect: bool = False,
     force: bool = False,
@@ -231,10 +228,11 @@ def build_engine(
     """Build a bundle into the engine `out`, as `edgevlm build` does; what engine.json holds.
 
     tune: time number formats on this machine, see docs/cli.md. keep_slower: low precision where
-    float is faster, too. accept_loss: the relative rms error against the float model that rounded
-    weights may have, in place of the limit of `precision`; beyond it the build raises
-    AccuracyError. An engine of the same bundle and options that exists at `out` is kept. Raises
-    ToolkitError; nothing half-written stays.
+    float is faster, too. keep_float: globs over paths of layers that `precision` leaves in float.
+    accept_loss: the relative rms error against the float model that rounded weights may have, in
+    place of the limit of `precision`; beyond it the build raises AccuracyError. An engine of the
+    same bundle and options that exists at `out` is kept. Raises ToolkitError; nothing half-written
+    stays.
     """
     from edgevlm.engines.build.build import build
 
@@ -246,6 +244,7 @@ def build_engine(
         precision=precision,
         tune=tune,
         keep_slower=keep_slower,
+        keep_float=keep_float,
         accept_loss=accept_loss,
         bisect=bisect,
         force=force,

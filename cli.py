@@ -24,6 +24,7 @@ from edgevlm.toolkit.terminal.flags import (
     Force,
     IgnoreKey,
     Json,
+    KeepFloat,
     KeepSlower,
     LowPrecision,
     NoTune,
@@ -122,6 +123,7 @@ def build(
     precision: LowPrecision = None,
     no_tune: NoTune = False,
     keep_slower: KeepSlower = False,
+    keep_float: KeepFloat = None,
     accept_loss: AcceptLoss = None,
     bisect: Bisect = False,
     explain: Annotated[
@@ -147,6 +149,7 @@ def build(
         precision=precision,
         tune=not no_tune,
         keep_slower=keep_slower,
+        keep_float=keep_float or (),
         accept_loss=accept_loss,
         bisect=bisect,
         force=force,
