@@ -18,6 +18,7 @@ from edgevlm.engines.lowering.graph import Rewriter
 from edgevlm.engines.lowering.onnxruntime_rows import ROWS
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.toolkit.errors import AccuracyError, ConfigError, OutputError
+from edgevlm.toolkit.quantization.plan import Precision
 from edgevlm.toolkit.target import this_cpu
 from tests.conftest import HERE
 from tests.pipeline import LOSS_IN_4_BITS, engine_of, silent
@@ -158,7 +159,11 @@ def test_single_layers_can_be_kept(ready: Path, tmp_path: Path) -> None:
 def test_prompts_keep_them_in_their_own_form_too(
     ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forms = {"encoder.clip": "int8_rows", "merger": "int8_rows", "lm": "int4_weights"}
+    forms: dict[str, Precision] = {
+        "encoder.clip": "int8_rows",
+        "merger": "int8_rows",
+        "lm": "int4_weights",
+    }
     monkeypatch.setattr(
         tune, "tuned", lambda *given, **options: tune.Choice(forms, prompts="int8_rows")
     )
