@@ -189,6 +189,7 @@ def build_request(
     precision: str | None = None,
     tune: bool = True,
     keep_slower: bool = False,
+    keep_float: Sequence[str] = (),
     accept_loss: float | None = None,
     plugins: str = "none",
     bisect: bool = False,
@@ -203,14 +204,9 @@ def build_request(
 
     parsed = parse(target)
     taken = chosen(plugins, Path(bundle), parsed, progress or _silent)
+    how = requantize.How(tune, keep_slower, tuple(keep_float))
     requantization, tuning = requantize.chosen(
-        Path(bundle),
-        precision,
-        parsed,
-        progress or _silent,
-        made_by=made_by(),
-        tune=tune,
-        keep_slower=keep_slower,
+        Path(bundle), precision, parsed, progress or _silent, made_by(), how
     )
     chosen_here = requantization, accept_loss, tuning, taken
     return Request(parsed, max_context, force, made_by(), max_image_tiles, bisect, *chosen_here)
@@ -226,6 +222,7 @@ def build_engine(
     precision: str | None = None,
     tune: bool = True,
     keep_slower: bool = False,
+    keep_float: Sequence[str] = (),
     accept_loss: float | None = None,
     plugins: str = "none",
     bisect: bool = False,
@@ -235,10 +232,11 @@ def build_engine(
     """Build a bundle into the engine `out`, as `edgevlm build` does; what engine.json holds.
 
     tune: time number formats on this machine, see docs/cli.md. keep_slower: low precision where
-    float is faster, too. accept_loss: the relative rms error against the float model that rounded
-    weights may have, in place of the limit of `precision`; beyond it the build raises
-    AccuracyError. plugins: "NAME,...", "none" or "auto". An engine of the same bundle and options
-    that exists at `out` is kept. Raises ToolkitError; nothing half-written stays.
+    float is faster, too. keep_float: globs over paths of layers that `precision` leaves in float.
+    accept_loss: the relative rms error against the float model that rounded weights may have, in
+    place of the limit of `precision`; beyond it the build raises AccuracyError. plugins:
+    "NAME,...", "none" or "auto". An engine of the same bundle and options that exists at `out` is
+    kept. Raises ToolkitError; nothing half-written stays.
     """
     from edgevlm.engines.build.build import build
 
@@ -250,6 +248,7 @@ def build_engine(
         precision=precision,
         tune=tune,
         keep_slower=keep_slower,
+        keep_float=keep_float,
         accept_loss=accept_loss,
         plugins=plugins,
         bisect=bisect,

@@ -28,6 +28,7 @@ try:
         Heads,
         IgnoreKey,
         Json,
+        KeepFloat,
         KeepSlower,
         LowPrecision,
         NoTune,
@@ -128,6 +129,7 @@ def build(
     precision: LowPrecision = None,
     no_tune: NoTune = False,
     keep_slower: KeepSlower = False,
+    keep_float: KeepFloat = None,
     accept_loss: AcceptLoss = None,
     plugins: Plugins = "none",
     bisect: Bisect = False,
@@ -154,6 +156,7 @@ def build(
         precision=precision,
         tune=not no_tune,
         keep_slower=keep_slower,
+        keep_float=keep_float or (),
         accept_loss=accept_loss,
         plugins=plugins,
         bisect=bisect,
@@ -170,12 +173,14 @@ def build(
 @app.command()
 @calibration.verb
 def calibrate(**given: Any) -> None:
-    from edgevlm import api
+    from edgevlm import api, requantize
 
     console = opened_console(given.pop("as_json"), given.pop("quiet"))
-    report = given.pop("report")
+    report, measure = given.pop("report"), given.pop("measure")
     found = api.calibrate(progress=console.step, **given)
-    data, lines, following = calibration.summary(found, given["bundle"], given["out"])
+    where = given["bundle"], given["out"]
+    times = requantize.latency(*where, console.step) if measure else ()
+    data, lines, following = calibration.summary(found, *where, times)
     calibration.write_report(report, data)
     console.result(data, lines, following)
 

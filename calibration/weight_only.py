@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from edgevlm.toolkit.errors import ConfigError
@@ -12,6 +13,7 @@ from edgevlm.toolkit.strict import from_plain, read_json
 from edgevlm.toolkit.vlm import towers
 from edgevlm.toolkit.vlm.components import components
 from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm.cost import count, image_axes, weight_bits
 from edgevlm.toolkit.vlm.towers import Model
 
 KINDS = ("int8", "int4")
@@ -47,6 +49,24 @@ def with_vision(lm_plan: PrecisionPlan, model: ModelConfig) -> PrecisionPlan:
     names = [component.name for component in components(model) if component.name != model.lm.name]
     rules = tuple(Rule(f"{name}/*", "int8_rows") for name in names)
     return replace(lm_plan, rules=(*rules, *lm_plan.rules))
+
+
+def keeping(plan: PrecisionPlan, model: Model, globs: Sequence[str]) -> PrecisionPlan:
+    """The plan with the layers that any of `globs` matches in float.
+
+    Raises ConfigError for a glob that matches no layer that the plan rounds.
+    """
+    axes = image_axes(model, 1, 1) | {"sequence": 1, "context": 1}
+    costs = [cost for part in components(model) for cost in count(part, axes).costs]
+    paths = [cost.path for cost in costs if weight_bits(cost, plan)]
+    for glob in globs:
+        if not any(fnmatchcase(path, glob) for path in paths):
+            shown = f"such as {paths[0]}" if paths else "none"
+            raise ConfigError(
+                f"--keep-float {glob} matches no layer that would be rounded",
+                hint=f"those are paths {shown}; globs may have * in them: 'lm/*/mlp/down'",
+            )
+    return replace(plan, rules=(*plan.rules, *(Rule(glob, "float") for glob in globs)))
 
 
 def plan(kind: str, option: str = "--precision") -> PrecisionPlan:

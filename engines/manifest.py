@@ -79,8 +79,8 @@ class Engine:
     """What engine.json holds.
 
     context: positions of the KV cache, 0 for a vision tower by itself. max_image_tiles: None for
-    all. precision: the requested one, None for the bundle's own; tuning_options: --no-tune and
-    --keep-slower as given.
+    all. precision: the requested one, None for the bundle's own; tuning_options: --no-tune,
+    --keep-slower, --keep-float as given.
     plan: the precision plan of the engine. prompt_form: where prompts run in another precision than
     single tokens. trials: what was timed to choose. plans: of TensorRT, by component. verified:
     whether the engine was compared with the reference; one for a card that the machine that built

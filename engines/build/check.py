@@ -9,11 +9,12 @@ calls are random, which is harder on a trained model than text is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgevlm.engines.backends import Backend, Compiled, Runner, RunnerOptions
+from edgevlm.engines.backends import Backend, Compiled, RunnerOptions
+from edgevlm.engines.runtime import memory
 from edgevlm.toolkit.bundle import goldens
 from edgevlm.toolkit.bundle.goldens import AXES, Golden, relative_rms
 from edgevlm.toolkit.bundle.manifest import GOLDENS, Bundle
@@ -143,9 +144,8 @@ def compare(
         progress(f"{name}: comparing with the reference")
         record = component.record
         calls = goldens.calls_of(all_calls, name, record.inputs, record.outputs)
-        options = RunnerOptions(context=context, plugins=component.plugins)
-        runner = backend.open(folder, record, model, options)
-        answers = _answers(runner, calls, name)
+        outputs = _outputs(component, calls, backend, folder, model, context)
+        answers = _answers(calls, outputs)
         error = _error(answers, [golden.outputs for golden in calls])
         if not error <= limit:
             op = search(component, calls, limit) if search else ""
@@ -173,26 +173,58 @@ class _Answer:
     values: Array
 
 
-def _answers(runner: Runner, calls: list[Golden], name: str) -> list[dict[str, _Answer]]:
-    """What an opened component answers to each call; closes it. Raises BuildError."""
-    answers = []
+def _answers(
+    calls: list[Golden], outputs: Iterable[Mapping[str, Array]]
+) -> list[dict[str, _Answer]]:
+    return [
+        {n: _Answer(found[n].shape, goldens.sampled(found[n])) for n in golden.outputs}
+        for golden, found in zip(calls, outputs, strict=True)
+    ]
+
+
+def _outputs(
+    component: Compiled,
+    calls: list[Golden],
+    backend: Backend,
+    folder: Path,
+    model: Mapping[str, object],
+    context: int,
+) -> Iterator[Mapping[str, Array]]:
+    """What a component answers to each call, valid until the next: opened whole, or in pieces.
+
+    Raises BuildError where it cannot be run on them.
+    """
+    record = component.record
+    if _is_large(component, folder):
+        from edgevlm.engines.build import pieces
+
+        yield from pieces.answers(folder, record, calls, context)
+        return
+    options = RunnerOptions(context=context, plugins=component.plugins)
+    runner = backend.open(folder, record, model, options)
     try:
         state = runner.new_state()
         for golden in calls:
-            outputs = runner.run(golden.inputs, state)
-            answers.append(
-                {n: _Answer(outputs[n].shape, goldens.sampled(outputs[n])) for n in golden.outputs}
-            )
+            yield runner.run(golden.inputs, state)
     except ToolkitError:
         raise
     except Exception as refused:  # backends raise many types of their own
         raise BuildError(
-            f"{name} cannot be run on its goldens: {refused}",
+            f"{record.name} cannot be run on its goldens: {refused}",
             hint="the bundle's graph, weights and goldens do not go together; export it again",
         ) from None
     finally:
         runner.close()
-    return answers
+
+
+def _is_large(component: Compiled, folder: Path) -> bool:
+    """Whether a component's weights are too many to be held, and its graph can be cut in pieces:
+    ONNX Runtime runs it on the processor.
+    """
+    record = component.record
+    if not component.searchable or record.graph not in component.files:
+        return False
+    return (folder / record.weights).stat().st_size > memory.WHOLE_BYTES
 
 
 def _error(answers: list[dict[str, _Answer]], expected: Iterable[Mapping[str, Array]]) -> float:

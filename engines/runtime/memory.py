@@ -14,12 +14,16 @@ from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.safetensors_io import STORAGE
 from edgevlm.toolkit.errors import OutOfMemory
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.target import CUDA, Target, card
+from edgevlm.toolkit.target import CUDA, Target, card, this_cpu
 from edgevlm.toolkit.terminal.console import human_bytes
 from edgevlm.toolkit.vlm import components, towers
 from edgevlm.toolkit.vlm.cost import count, image_axes, state_elements, stored_bytes
 from edgevlm.toolkit.vlm.towers import Model
 
+# Weights of a component that a build opens whole, to compare it with the reference; of a larger one
+# it holds this much at a time (engines/build/pieces.py). Kernels keep their own copy besides.
+WHOLE_BYTES = 2_000_000_000
+PIECE_BYTES = 1_000_000_000
 _FUSED = ("causal_mask",)  # the kernels of attention over the cache mask by themselves
 # A container's limit and use: cgroup v2, then v1.
 _CGROUPS = (
@@ -196,7 +200,11 @@ def _has_memory_of_its_own(target: Target) -> bool:
 
 
 def require_component(bundle: Bundle, plan: PrecisionPlan, target: Target) -> None:
-    """The same for a build, which holds one component at a time."""
+    """The same for a build, which holds one component at a time; on the processor, of a large one
+    a piece.
+    """
     size = element_bytes(target, bundle.manifest.dtype)
     largest = max(stored_bytes(bundle.model, plan, size).values())
+    if target.backend == this_cpu().backend:
+        largest = min(largest, WHOLE_BYTES)
     require(Estimate(largest, 0, 0, 0), "building the largest component", target)

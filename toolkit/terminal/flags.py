@@ -85,6 +85,10 @@ NoTune = Annotated[
 KeepSlower = Annotated[
     bool, typer.Option("--keep-slower", help="Low precision where float is faster here, too.")
 ]
+KeepFloat = Annotated[
+    Optional[list[str]],
+    typer.Option(help="Layers that --precision leaves in float: lm/*/mlp/down. Repeatable."),
+]
 AcceptLoss = Annotated[
     Optional[float],
     typer.Option(help="Accept this relative rms error against float, such as 0.5."),
