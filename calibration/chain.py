@@ -113,6 +113,8 @@ class Chain:
         self.model = model
         self._tokenizer = tokenizer
         self.parts = components.components(model)
+        self._lm = next(part for part in self.parts if part.name == model.lm.name)
+        self._before = self.parts[: self.parts.index(self._lm)]
         self._sources = {edge.target: edge.source for edge in components.edges(model)}
 
     def run(self, sample: Sample, by: Passage) -> Found:
@@ -216,7 +218,7 @@ class Chain:
                 "arrangement.rows": seen.order.rows,
                 "arrangement.weights": seen.order.weights,
             }
-        for part in self.parts[:-1]:
+        for part in self._before:
             if part.name not in found:
                 ports = [port.name for port in part.inputs]
                 inputs = {port: values[self._sources[f"{part.name}:{port}"]] for port in ports}
@@ -250,7 +252,7 @@ class Chain:
 
     def _language(self, reads: Sequence[_Read], by: Passage) -> list[Array]:
         """Logits [1, scored, vocabulary] of each."""
-        part, length = self.parts[-1], reads[0].ids.shape[1]
+        part, length = self._lm, reads[0].ids.shape[1]
         width = int(self.model.lm.config.hidden_size)
         rows, features, first = list[Array](), [np.zeros((1, width), np.float32)], 1
         for read in reads:

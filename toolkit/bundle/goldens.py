@@ -30,6 +30,7 @@ AXES = {
     "batch": 1,
     "scored": 1,
     "context": 16,
+    "masks": 1,
 }
 _KINDS = ("in", "out", "float")  # in the names of the arrays of golden.npz
 _KEEP = 1 << 16  # outputs larger than this are stored as that many evenly spaced values
