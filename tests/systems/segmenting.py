@@ -148,7 +148,7 @@ def _with_token(folder: Path) -> int:
     path = folder / "tokenizer.json"
     data = json.loads(path.read_text())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    number = 1 + max(token["id"] for token in data["added_tokens"])
+    number: int = 1 + max(token["id"] for token in data["added_tokens"])
     token = {"id": number, "content": "[SEG]", **flags, "special": True}
     data["added_tokens"].append(token)
     path.write_text(json.dumps(data))

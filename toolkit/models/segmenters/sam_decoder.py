@@ -200,7 +200,11 @@ def names(c: Config) -> Mapping[str, Recipe]:
     decoder, prompts = "sam.mask_decoder", "sam.prompt_encoder"
     gaussian = f"{prompts}.pe_layer.positional_encoding_gaussian_matrix"
     table = {
-        "position": Recipe((gaussian,), lambda matrix: dense_positions(matrix, c.grid)),
+        "position": Recipe(
+            (gaussian,),
+            lambda matrix: dense_positions(matrix, c.grid),
+            lambda ours, stored: (stored,),
+        ),
         "no_mask": _row(f"{prompts}.no_mask_embed.weight"),
         "score_token": keep(f"{decoder}.iou_token.weight"),
         "mask_tokens": keep(f"{decoder}.mask_tokens.weight"),
