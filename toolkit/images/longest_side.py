@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.images.resize import bilinear
 from edgevlm.toolkit.images.tiling import Resample, pillow_filter
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -30,9 +31,18 @@ class LongestSide:
     resample: Resample = "bilinear"
 
     def inner(self, size: Size) -> Size:
-        """Height and width that an image of `size` has in the square; small ones are enlarged."""
+        """Height and width that an image of `size` has in the square; small ones are enlarged.
+
+        Raises InputError for one so narrow that nothing would be left.
+        """
         scale = self.side * 1.0 / max(size)
-        return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+        height, width = int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+        if min(height, width) < 1:
+            raise InputError(
+                f"an image of {size[1]} x {size[0]} pixels has none left in a square of {self.side}",
+                hint="cut it into pieces and give them as several images",
+            )
+        return height, width
 
 
 def preprocess(image: Image, rule: LongestSide) -> Array:
