@@ -115,6 +115,8 @@ class Chain:
         self.model = model
         self._tokenizer = tokenizer
         self.parts = components.components(model)
+        self._lm = next(part for part in self.parts if part.name == model.lm.name)
+        self._before = self.parts[: self.parts.index(self._lm)]
         self._sources = {edge.target: edge.source for edge in components.edges(model)}
 
     def run(self, sample: Sample, by: Passage) -> Found:
@@ -156,7 +158,7 @@ class Chain:
         by ops that nothing wraps.
         """
         asked, found = self._seen(samples, by)
-        reads, part = self._reads(samples, asked, found), self.parts[-1]
+        reads, part = self._reads(samples, asked, found), self._lm
         said, by_ops = [np.zeros(0, np.int64)] * len(reads), by.arithmetic
         weights = Loaded(by.weights.get(part.name, {}), by_ops.load)
         for group in _groups(reads):
@@ -258,7 +260,7 @@ class Chain:
                 "arrangement.rows": seen.order.rows,
                 "arrangement.weights": seen.order.weights,
             }
-        for part in self.parts[:-1]:
+        for part in self._before:
             if part.name not in found:
                 ports = [port.name for port in part.inputs]
                 inputs = {port: values[self._sources[f"{part.name}:{port}"]] for port in ports}
@@ -292,7 +294,7 @@ class Chain:
 
     def _language(self, reads: Sequence[_Read], by: Passage) -> list[Array]:
         """Logits [1, scored, vocabulary] of each."""
-        part, inputs = self.parts[-1], self._inputs(reads)
+        part, inputs = self._lm, self._inputs(reads)
         axes = {"batch": len(reads), "context": reads[0].ids.shape[1]}
         states = no_states(part.inputs, part.outputs, axes)
         return list(by.run(part, {**inputs, **states})["logits"][:, None])

@@ -13,8 +13,8 @@ import onnx.shape_inference
 from onnx import helper
 
 from edgevlm.export.functions import FUNCTIONS
-from edgevlm.export.nodes import DOMAIN, IR_VERSION, OPSET, VERSION
-from edgevlm.export.record import ELEMENT, OnnxOps
+from edgevlm.export.nodes import DOMAIN, ELEMENT, IR_VERSION, OPSET, VERSION
+from edgevlm.export.record import OnnxOps
 from edgevlm.toolkit.bundle import goldens
 from edgevlm.toolkit.bundle import manifest as bundles
 from edgevlm.toolkit.bundle.atomic import require_space, writing
@@ -65,7 +65,7 @@ def write_prompt_form(source: Source, out: Path, *, made_by: str, progress: Prog
     """Write the language model alone, as `write_bundle` does but under the names of PROMPT_FORM:
     for an engine that has it in two precisions. No bundle to keep: the other components lack.
     """
-    lm = components.lm_component(source.model.lm)
+    lm = components.language_model(source.model)
     _write(source, out, (lm,), PROMPT_FORM, made_by=made_by, progress=progress)
 
 

@@ -25,6 +25,7 @@ from edgevlm.toolkit.vlm.config import to_json
 from edgevlm.training import lora, optimizer, setup, stages
 from edgevlm.training.answer_task import AnswerTask
 from edgevlm.training.loop import Progress
+from edgevlm.training.mask_task import MaskTask
 from edgevlm.training.options import TrainOptions
 from edgevlm.training.run import (
     Home,
@@ -112,7 +113,7 @@ def _set_up(request: Request) -> tuple[Run, Source]:
         accelerator,
         progress,
         feeds,
-        AnswerTask(accelerator.device),
+        _task(source, accelerator.device),
         bare,
         model,
         (opt,),
@@ -123,6 +124,12 @@ def _set_up(request: Request) -> tuple[Run, Source]:
     open_home(run.home, accelerator)
     go_on(run)
     return run, source
+
+
+def _task(source: Source, device: Any) -> AnswerTask:
+    """What the model is trained for: text, and masks if it makes any."""
+    segmenter = source.model.segmenter
+    return AnswerTask(device) if segmenter is None else MaskTask(device, segmenter.pixels.side)
 
 
 def _facts(

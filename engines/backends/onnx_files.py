@@ -113,12 +113,13 @@ def without_logits(folder: Path, record: ComponentRecord) -> ComponentRecord:
 
     weights = folder / record.weights
     model = read_graph(folder / record.graph)
-    cut(model, ["score"], ["logits"])
+    scored = {port.name for port in record.outputs if not port.updates}
+    cut(model, ["score"], scored)
     with tempfile.TemporaryDirectory(dir=folder) as whole:
         weights.replace(Path(whole) / record.weights)
         write(Path(whole), folder, record, model, {}, anew=True)
     return replace(
         record,
         inputs=tuple(port for port in record.inputs if port.name != "score"),
-        outputs=tuple(port for port in record.outputs if port.name != "logits"),
+        outputs=tuple(port for port in record.outputs if port.updates),
     )

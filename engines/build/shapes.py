@@ -8,6 +8,7 @@ from edgevlm.engines.backends import Shapes, Size
 from edgevlm.engines.manifest import PREFILL_CHUNK
 from edgevlm.engines.profiling.roofline import question
 from edgevlm.toolkit.bundle.goldens import AXES
+from edgevlm.toolkit.vlm.components import after_answer, one_image_each
 from edgevlm.toolkit.vlm.cost import image_axes
 from edgevlm.toolkit.vlm.towers import Model, TowerConfig
 
@@ -29,12 +30,11 @@ def of(component: str, model: Model, context: int) -> Shapes:
     views = _most_views(model)
     seen: dict[str, Size] = {name: (size, size, size) for name, size in usual.items()}
     seen |= {"tiles": (1, usual["tiles"], views), "rows": (1, usual["rows"], context)}
-    seen |= {"placed": (1, usual["placed"], context)}
-    encoders = {f"encoder.{e.name}": e for e in model.encoders}
-    if component in encoders:
+    seen |= {"placed": (1, usual["placed"], context), "masks": (1, 1, 1)}
+    if component in one_image_each(model):
         seen["tiles"] = (1, 1, 1)  # a session shows an encoder one view at a time
     loose = any(isinstance(e.config.tokens, str) for e in model.encoders)
-    if not loose or component == "arrange":
+    if not loose or component in ("arrange", *after_answer(model)):
         return Shapes(context, (seen,))
     golden = {n: (AXES[n],) * 3 for n in ("height", "width", "tokens", "tiles")}
     return Shapes(context, (seen, {**seen, **golden}))

@@ -81,7 +81,7 @@ def tuned(
     """The fastest choice by measurement. keep_slower: low precision where float is faster too."""
     work = question(model)
     axes = image_axes(model, work.views, work.image_tokens)
-    encoders = {f"encoder.{encoder.name}" for encoder in model.encoders}
+    encoders = components.one_image_each(model)
     lm = towers.language_model(model)
     forms: dict[str, Precision] = {}
     trials, notes = list[Trial](), list[str]()
@@ -131,7 +131,7 @@ def _language_model(
     keep_slower: bool,
 ) -> Choice:
     """One form for all calls, or one for prompts and one for tokens if that is worth it."""
-    lm = components.lm_component(model.lm)
+    lm = components.language_model(model)
     chunks = -(-length // PREFILL_CHUNK)
     lengths = {"prompt": -(-length // chunks), "token": 1}
     calls = {

@@ -139,6 +139,8 @@ def _floors(model: Model, plan: PrecisionPlan, target: Target, dtype: str, peaks
     bounds = roofline(model, plan, peaks, work, {}, element_bytes(target, dtype)).stages
     stages = {bound.stage: bound.floor_ms for bound in bounds}
     token = stages.pop("decode", 0.0)
+    for behind in components.after_answer(model):
+        stages.pop(behind)
     first = round(sum(stages.values()), 3)
     return Floors(first, token, work.prompt_tokens, work.image_tokens, *astuple(peaks))
 
@@ -166,12 +168,13 @@ def _stages(model: Model, work: Work) -> list[tuple[str, int, Count]]:
     step after the prompt, whose token attends to the prompt and to itself.
     """
     axes = image_axes(model, work.views, work.image_tokens)
-    encoders = {f"encoder.{encoder.name}" for encoder in model.encoders}
+    single, behind = components.one_image_each(model), components.after_answer(model)
     lm = towers.language_model(model)
     stages = []
     for component in components.components(model):
-        if component.name in encoders:
-            stages.append((component.name, work.views, count(component, axes | {"tiles": 1})))
+        if component.name in single:
+            calls = 1 if component.name in behind else work.views
+            stages.append((component.name, calls, count(component, axes | {"tiles": 1})))
         elif lm is not None and component.name == lm.name:
             for stage, length, rows in (
                 ("prefill", work.prompt_tokens, work.prompt_tokens),

@@ -108,7 +108,7 @@ def _largest(model: Model, context: int) -> int:
     lengths = {"context": context, "sequence": min(context, PREFILL_CHUNK)}
     axes = image_axes(model, views, context) | lengths
     view = axes | {"tiles": 1}
-    encoders = {f"encoder.{encoder.name}" for encoder in model.encoders}
+    encoders = components.one_image_each(model)
     return max(
         cost.activation_elements
         for component in components.components(model)

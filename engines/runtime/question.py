@@ -31,7 +31,8 @@ class Question:
     list, and None is none. template: as in prompts.render. stop: texts that end the answer,
     or one text. history: earlier turns of the conversation, user and assistant alternating.
     literal: whether prompt and history are text alone: control tokens and `<image>` that someone
-    typed there are read as they are written, and images come before the first turn.
+    typed there are read as they are written, and images come before the first turn. answer: the
+    answer, where it is not to be generated but only its masks are wanted ("[SEG]" forces one).
     """
 
     prompt: str
@@ -42,6 +43,7 @@ class Question:
     stop: Sequence[str] = ()
     history: Sequence[str] = ()
     literal: bool = False
+    answer: str | None = None
 
     def checked(self) -> CheckedQuestion:
         """The same, its sequences as tuples. Raises InputError or ConfigError with the reason."""
@@ -63,6 +65,7 @@ class Question:
             _texts([self.stop] if single_stop else self.stop, "stop"),
             _texts(self.history, "history"),
             _flag(self.literal, "literal"),
+            None if self.answer is None else _text(self.answer, "answer"),
         )
 
 
@@ -78,6 +81,7 @@ class CheckedQuestion:
     stop: tuple[str, ...]
     history: tuple[str, ...]
     literal: bool
+    answer: str | None
 
 
 def _text(value: object, name: str) -> str:

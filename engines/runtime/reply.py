@@ -19,6 +19,7 @@ from edgevlm.engines.runtime.processors import (
 )
 from edgevlm.engines.runtime.question import Question
 from edgevlm.engines.runtime.sampling import sampler
+from edgevlm.engines.runtime.segmentation import Mask, MasksOfReply
 from edgevlm.engines.runtime.stopping import StoppingText
 from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.images import decode
@@ -29,7 +30,7 @@ from edgevlm.toolkit.text.prompts import PromptSequence
 if TYPE_CHECKING:
     from edgevlm.engines.runtime.session import Session
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "given"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished reply. timings_ms: stages by name; notes: on images and prompt."""
+    """A finished reply. timings_ms: stages by name; notes: on images and prompt. segments: the
+    masks, image after image; None of a model that makes none.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -58,6 +61,17 @@ class Answer:
     output_token_throughput_per_user: float
     peak_rss_mb: float
     notes: tuple[str, ...] = ()
+    segments: tuple[Mask, ...] | None = None
+
+    @property
+    def masks(self) -> list[Array]:
+        """For each mask, bool [height, width] of its image: where the object is."""
+        return [mask.pixels for mask in self.segments or ()]
+
+    @property
+    def logits(self) -> list[Array]:
+        """For each mask, float32 [height, width]: above 0 where the object is."""
+        return [mask.logits for mask in self.segments or ()]
 
 
 class Reply:
@@ -71,6 +85,12 @@ class Reply:
     def __init__(self, session: Session, question: Question) -> None:
         self._session = session
         self._question = question.checked()
+        self._masks = MasksOfReply(session) if session.segmentation else None
+        if self._masks is None and self._question.answer is not None:
+            raise InputError(
+                f"the answer is given, and {session.model.name} makes no masks of it",
+                hint="leave it out (--force-seg): the model answers in text alone",
+            )
         self._clock = Clock()
         self._sample = sampler(self._question.sampling)
         self._ids: list[int] = []
@@ -120,12 +140,17 @@ class Reply:
         try:
             with self._clock.time("prefill"):
                 logits = session.prefill(sequence, features, state)
-            token, last = self._next(logits, last=limit == 1)
+            given = self._question.answer
+            token, last = (
+                self._next(logits, last=limit == 1) if given is None else self._given(given)
+            )
             while not (last or self._closed):
                 yield token
                 position = sequence.length + len(self._ids) - 1
                 logits = session.decode(token.id, position, state)
                 token, last = self._next(logits, last=len(self._ids) + 1 == limit)
+            if last and self._masks is not None:
+                self._masks.collect(sequence, self._ids, given is not None, state)
         finally:
             session.states.give(state)
         if last:
@@ -146,6 +171,12 @@ class Reply:
             prompts.eos,
             session.model.lm.config.vocab_size,
         )
+
+    def _given(self, text: str) -> tuple[Token, bool]:
+        """The answer that the question brings, as one token that is the last."""
+        self._finish = "given"
+        self._times_ms.append(self._clock.now_ms())
+        return Token(self._ids[-1] if self._ids else -1, text, self._times_ms[-1]), True
 
     def _next(self, logits: Array, *, last: bool) -> tuple[Token, bool]:
         """The next token, and whether it is the last: by `last`, an end token or a stop string."""
@@ -190,6 +221,12 @@ class Reply:
         prompts.check_text_length(rules, tokenizer, rendered, session.engine.context)
         with clock.time("tokenize"):
             prompt = prompts.tokenize(rules, tokenizer, rendered)
+            if question.answer is not None:
+                whole = prompts.tokenize(rules, tokenizer, rendered.followed_by(question.answer))
+                self._ids = list(whole.behind(prompt))
+                prompt = whole
+        if self._masks is not None:
+            self._masks.images = images
         reused = rules.reuse_last and 0 < len(images) == prompt.images - 1
         prompts.check_slots(prompt, len(images) + reused)
         features = session.encode(images, clock, tiles=rendered.tiles)
@@ -197,6 +234,7 @@ class Reply:
         sequence = prompts.assemble(prompt, indices)
         if rules.cut is not None and sequence.length > rules.cut:
             self._notes += (f"the prompt's {sequence.length} tokens were cut to {rules.cut}",)
+            self._ids = self._ids[: rules.cut - sequence.length]  # of an answer that was given
             sequence = sequence.first(rules.cut)
         self._check_length(sequence)
         return sequence, features.rows
@@ -220,24 +258,29 @@ class Reply:
                 "this reply has no answer: it was not read to its last token",
                 hint="iterate over the reply first, or call session.answer(question)",
             )
+        segments = None if self._masks is None else self._masks.made(self._clock)
+        notes = () if self._masks is None else self._masks.notes
         stages = self._clock.totals_ms()
+        behind = sum(ms for stage, ms in stages.items() if stage.startswith("segmenter."))
         first, last = self._times_ms[0], self._times_ms[-1]
         gaps = len(self._times_ms) - 1
         latency = (last - first) / gaps if gaps else 0.0
         stages |= {
             "time_to_first_token": first,
             "inter_token_latency": latency,
-            "total": last,
+            "total": last + behind,
         }
+        given = self._question.answer
         return Answer(
-            self._text.text,
+            self._text.text if given is None else given,
             tuple(self._ids),
-            self._sequence.length,
+            self._sequence.length - (0 if given is None else len(self._ids)),
             self._sequence.image_tokens,
             self._finish,
             {name: round(ms, 3) for name, ms in stages.items()},
             round(1000 * len(self._ids) / last, 3),
             round(1000 / latency, 3) if latency else 0.0,
             round(peak_rss_mb(), 1),
-            self._notes,
+            (*self._notes, *notes),
+            segments,
         )

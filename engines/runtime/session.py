@@ -7,7 +7,7 @@ token per decode step. `Reply` streams it; `Answer` has its text and the time of
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -30,15 +30,17 @@ from edgevlm.engines.runtime.question import Question as Question
 from edgevlm.engines.runtime.reply import Answer as Answer
 from edgevlm.engines.runtime.reply import Reply as Reply
 from edgevlm.engines.runtime.reply import Token as Token
+from edgevlm.engines.runtime.segmentation import Mask, Segmentation
 from edgevlm.engines.runtime.vision import Features, Vision, side_by_side
 from edgevlm.toolkit.bundle.manifest import TOKENIZER
-from edgevlm.toolkit.errors import InputError
+from edgevlm.toolkit.errors import BundleError, InputError
 from edgevlm.toolkit.images.decode import LoadedImage
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import threads_here
 from edgevlm.toolkit.text.prompts import PromptSequence
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm import towers
+from edgevlm.toolkit.vlm.config import ModelConfig
 
 REPLIES = 8  # the most that one session has open at once by default
 _MOST_THREADS = 4  # per processor
@@ -72,6 +74,7 @@ class Session:
             folder / TOKENIZER, rules.sentencepiece, self.model.lm.config.vocab_size
         )
         self.vision = Vision(self.model, engine, runners, together=together)
+        self.segmentation = _segmentation(self.model, self.tokenizer, runners)
         self.threads = threads or threads_here()
         self._runners = runners
         self._lm = runners[self.model.lm.name]
@@ -229,6 +232,29 @@ class Session:
                 outputs = self._lm.run(inputs, state)
             yield np.asarray(outputs["logits"][0])
 
+    def state_at(self, token: int, position: int, state: State) -> Array:
+        """The language model's state [hidden_size] at a token that `state` holds at `position`."""
+        no_rows, score = self._columns.get(1) or self._column(1)
+        inputs: dict[str, Array] = {
+            "ids": np.asarray([[token]], np.int64),
+            "rows": no_rows,
+            "features": self._no_features,
+            "start": np.asarray([position], np.int64),
+            "score": score,
+        }
+        with self._turns:
+            self._check_open()
+            return np.array(self._lm.run(inputs, state)["hidden"][0, 0])
+
+    def masks(
+        self, states: Sequence[Array], images: Sequence[LoadedImage], clock: Clock
+    ) -> tuple[Mask, ...]:
+        """See Segmentation.masks."""
+        assert self.segmentation is not None
+        with self._turns:
+            self._check_open()
+            return self.segmentation.masks(states, images, clock)
+
     def _column(self, slots: int) -> tuple[Array, Array]:
         """For each slot: no feature row, and the only position to score."""
         column = np.full((slots, 1), -1, np.int64), np.zeros((slots, 1), np.int64)
@@ -264,6 +290,20 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise InputError("the session is closed", hint=f"open {self.folder} again")
+
+
+def _segmentation(
+    model: ModelConfig, tokenizer: Tokenizer, runners: Mapping[str, Runner]
+) -> Segmentation | None:
+    """What makes masks. Raises BundleError if the tokenizer lacks the token that stands for one."""
+    if model.segmenter is None:
+        return None
+    token = tokenizer.id_of(model.segmenter.token)
+    if token is None:
+        raise BundleError(
+            f"{TOKENIZER} does not know {model.segmenter.token}", hint="export the model again"
+        )
+    return Segmentation(model.segmenter, token, runners)
 
 
 def _require_state(engine: Engine, held: int) -> None:

@@ -22,7 +22,7 @@ from edgevlm.toolkit.images import views
 from edgevlm.toolkit.images.decode import LoadedImage
 from edgevlm.toolkit.images.views import PreparedImage
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.vlm.components import Edge
+from edgevlm.toolkit.vlm.components import Edge, after_answer
 from edgevlm.toolkit.vlm.config import ModelConfig
 
 CORES_PER_ENCODER = 4  # with fewer, encoders that run side by side slow each other down
@@ -56,7 +56,8 @@ class Vision:
         self._model = model
         self._runners = runners
         self._sources = {edge.target: edge.source for edge in engine.edges}
-        before_lm = [r for r in engine.components if r.name != model.lm.name]
+        later = {model.lm.name, *after_answer(model)}
+        before_lm = [r for r in engine.components if r.name not in later]
         self._encoders = [r for r in before_lm if _sees_pixels(r, engine.edges)]
         self._after = [r for r in before_lm if r not in self._encoders]
         self._output = self._sources[f"{model.lm.name}:features"]

@@ -33,6 +33,7 @@ AXES = {
     "batch": 1,
     "scored": 1,
     "context": 16,
+    "masks": 1,
 }
 _KINDS = ("in", "out", "float")  # in the names of the arrays of golden.npz
 _MOST_BYTES = 1 << 30

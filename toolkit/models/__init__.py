@@ -1,7 +1,8 @@
 """Architectures, one file each, found by file name: encoders/clip.py is the encoder "clip".
 
 Every file offers `Config` (with `read`), `forward`, `shapes`, `names`, `unused` and `tiny`; an
-encoder that can be a model by itself also `POOLINGS` and `embed`, with its own shapes and names.
+encoder that can be a model by itself also `POOLINGS` and `embed`, with its own shapes and names; a
+language model's forward pass is in two parts, `hidden` and `logits`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.recipes import Recipe
 from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
 
-Role = Literal["encoders", "mergers", "lms"]
+Role = Literal["encoders", "mergers", "lms", "segmenters"]
 
 
 class Architecture(Protocol):
@@ -67,7 +68,7 @@ class MergerFile(Architecture, Protocol):
 class LMFile(Architecture, Protocol):
     """A language model: its Config has the fields of lms/llama.py."""
 
-    def forward(
+    def hidden(
         self,
         op: Ops[T],
         c: Any,
@@ -75,6 +76,14 @@ class LMFile(Architecture, Protocol):
         inputs: Mapping[str, T],
         past: Sequence[tuple[T, T]],
     ) -> tuple[T, list[tuple[T, T]]]: ...
+
+    def logits(self, op: Ops[T], c: Any, w: Weights[T], x: T) -> T: ...
+
+
+class SegmenterFile(Architecture, Protocol):
+    """What makes masks of an answer: its Config has `hidden_size`, `tokens`, `width`, `side`."""
+
+    def forward(self, op: Ops[T], c: Any, w: Weights[T], hidden: T, features: T) -> T: ...
 
 
 def kinds(role: Role) -> list[str]:
@@ -117,3 +126,8 @@ def merger(kind: str) -> MergerFile:
 def lm(kind: str) -> LMFile:
     """The language-model file called `kind`."""
     return cast(LMFile, _find("lms", kind))
+
+
+def segmenter(kind: str) -> SegmenterFile:
+    """The segmenter file called `kind`."""
+    return cast(SegmenterFile, _find("segmenters", kind))

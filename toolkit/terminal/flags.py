@@ -58,6 +58,26 @@ NoRepeatNgram = Annotated[
 AllowBanned = Annotated[
     bool, typer.Option("--allow-banned", help="Allow the tokens that the model's settings ban.")
 ]
+Literal = Annotated[
+    bool, typer.Option("--literal", help="PROMPT is text alone: no control tokens, no <image>.")
+]
+Input = Annotated[
+    Optional[Path], typer.Option("--input", help="A file of requests, one JSON object per line.")
+]
+Output = Annotated[
+    Optional[Path],
+    typer.Option(help="With --input: a new file; gets each answer as it comes, one a line."),
+]
+Masks = Annotated[
+    Optional[Path],
+    typer.Option(help="Write the answer's masks: OUT.png, OUT-1.png, ... (MLCD-Seg)."),
+]
+Overlay = Annotated[
+    Optional[Path], typer.Option(help="Write the image with its masks tinted (MLCD-Seg).")
+]
+ForceSeg = Annotated[
+    bool, typer.Option("--force-seg", help="Answer [SEG], so that there is a mask (MLCD-Seg).")
+]
 For = Annotated[
     Optional[str], typer.Option("--for", help="Check against this target; no device needed.")
 ]

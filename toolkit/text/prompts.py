@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -57,6 +57,10 @@ class Prompt:
         """Number of image slots."""
         return len(self.runs) - 1
 
+    def behind(self, start: Prompt) -> tuple[int, ...]:
+        """The ids behind those of a prompt that this one begins with."""
+        return self.runs[-1][len(start.runs[-1]) :]
+
 
 @dataclass(frozen=True)
 class PromptSequence:
@@ -100,6 +104,10 @@ class Rendered:
         """The prompt as one text, without marks."""
         text = "".join(self.stretches)
         return text if self.mark is None else text.replace(self.mark, "")
+
+    def followed_by(self, text: str) -> Rendered:
+        """The same with a text behind it, such as an answer."""
+        return replace(self, stretches=(*self.stretches[:-1], self.stretches[-1] + text))
 
 
 def render(

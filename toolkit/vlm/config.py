@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgevlm.toolkit import models
+from edgevlm.toolkit.images.longest_side import LongestSide
 from edgevlm.toolkit.images.preprocess import ImageRules
 from edgevlm.toolkit.strict import from_plain, to_plain
 from edgevlm.toolkit.text.prompts import PromptRules
@@ -22,8 +24,27 @@ class ComponentConfig:
 
 
 @dataclass(frozen=True)
+class Segmenter:
+    """What makes masks after an answer, one for each of its tokens `token`.
+
+    decoder: takes the language model's state at the token, and what `encoder` makes of `pixels`,
+    which are the image's own for this. one_size: whether all masks have the size of the largest
+    image (the quirk one-mask-size).
+    """
+
+    token: str
+    encoder: ComponentConfig
+    decoder: ComponentConfig
+    pixels: LongestSide
+    one_size: bool = False
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A vision-language model: encoders, one merger, one language model, and its rules."""
+    """A vision-language model: encoders, one merger, one language model, and its rules.
+
+    segmenter: None for a model whose answers are text alone.
+    """
 
     name: str
     system: str
@@ -33,11 +54,14 @@ class ModelConfig:
     images: ImageRules
     prompts: PromptRules
     generation: GenerationRules = field(default_factory=GenerationRules)
+    segmenter: Segmenter | None = None
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
     """The configuration as JSON objects."""
     plain: dict[str, Any] = to_plain(config)
+    if config.segmenter is None:  # so a model without one is described as it always was
+        del plain["segmenter"]
     return plain
 
 
@@ -58,4 +82,17 @@ def from_json(data: dict[str, Any], where: str) -> ModelConfig:
         outline.images,
         outline.prompts,
         outline.generation,
+        _segmenter(outline.segmenter, typed),
+    )
+
+
+def _segmenter(
+    outline: Segmenter | None, typed: Callable[[ComponentConfig, Any], ComponentConfig]
+) -> Segmenter | None:
+    if outline is None:
+        return None
+    return replace(
+        outline,
+        encoder=typed(outline.encoder, models.encoder(outline.encoder.kind).Config),
+        decoder=typed(outline.decoder, models.segmenter(outline.decoder.kind).Config),
     )

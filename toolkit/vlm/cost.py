@@ -126,6 +126,7 @@ def image_axes(model: Model, views: int, placed: int) -> dict[str, int]:
     `placed` tokens of it in the prompt.
     """
     axes = {"tiles": views, "placed": placed, "rows": 1, "batch": 1, "scored": 1}
+    axes["masks"] = 1
     for encoder in model.encoders:
         height, width = model.images.encoders[encoder.name].size
         axes |= {"height": height, "width": width}

@@ -36,6 +36,10 @@ class TowerConfig:
         return (self.encoder,)
 
     @property
+    def segmenter(self) -> None:
+        """It makes no masks."""
+
+    @property
     def pixels(self) -> tuple[int, int]:
         """Height and width of the images that it takes."""
         return self.images.encoders[self.encoder.name].size
