@@ -76,6 +76,7 @@ def open_source(
     Raises ConfigError, CheckpointError or BundleError.
     """
     from edgevlm.toolkit import systems
+    from edgevlm.toolkit.bundle import trained
     from edgevlm.toolkit.checkpoints import hub
 
     text = str(source)
@@ -83,7 +84,8 @@ def open_source(
     name = text.removeprefix("preset:")
     if name != text:
         return systems.preset(name, seed, options)
-    return systems.load(hub.locate(text, revision=revision, offline=offline), options)
+    folder = hub.locate(text, revision=revision, offline=offline)
+    return systems.load(trained.verified(folder), options)
 
 
 def export_bundle(

@@ -165,7 +165,7 @@ def calibrate(**given: Any) -> None:
     from edgevlm import api
 
     console = opened_console(given.pop("as_json"), given.pop("quiet"))
-    report = given.pop("report")
+    report = calibration.checked_report(given.pop("report"))
     found = api.calibrate(progress=console.step, **given)
     data, lines, following = calibration.summary(found, given["bundle"], given["out"])
     calibration.write_report(report, data)
@@ -205,15 +205,21 @@ def inspect(
 
 @app.command()
 def doctor(
+    path: Annotated[
+        Optional[Path],
+        typer.Argument(help="An engine, bundle or trained checkpoint: is it as it was written?"),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show what this machine can do, what is missing, and how to install it."""
+    """Show what this machine can do, or whether PATH is damaged."""
     from edgevlm import __version__
+    from edgevlm.engines.build.summary import examined
     from edgevlm.toolkit.terminal.doctor import report
 
-    opened_console(as_json, quiet).result(*report(__version__))
+    console = opened_console(as_json, quiet)
+    console.result(*(report(__version__) if path is None else examined(path)))
 
 
 for _verb in (run.run, profile.profile, verify.verify):  # those that need an engine alone

@@ -226,6 +226,13 @@ def faults(folder: Path, engine: Engine, *, verify: bool = False) -> list[str]:
     return [fault for fault in found.values() if fault]
 
 
+def examine(folder: Path, engine: Engine) -> None:
+    """Raise BundleError naming every file of an engine that is not what the build wrote."""
+    found = faults(folder, engine, verify=True)
+    if found:
+        raise BundleError("; ".join(found), hint=_again(folder, engine))
+
+
 def _damaged(path: Path, wrong: list[int], pieces: int) -> str:
     text = f"{path} is damaged: it is not what was built (CRC-32 differs"
     if pieces == 1:

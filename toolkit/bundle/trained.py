@@ -16,10 +16,12 @@ from tempfile import mkdtemp
 from typing import Any
 
 from edgevlm.toolkit.bundle import sealed
-from edgevlm.toolkit.bundle.atomic import require_space, writing
+from edgevlm.toolkit.bundle.atomic import require_space, sha256_of, writing
 from edgevlm.toolkit.bundle.manifest import (
     DTYPES,
+    MANIFEST,
     TOKENIZER,
+    Bundle,
     FileRecord,
     check_names,
     record_file,
@@ -210,6 +212,32 @@ def read_description(folder: Path) -> Description:
     if TOKENIZER not in description.files:
         raise CheckpointError(f"{file}: files lacks {TOKENIZER}", hint=_DAMAGED)
     return description
+
+
+def verify(folder: Path) -> Description:
+    """What a checkpoint says of itself. Raises CheckpointError if a file is not what was written;
+    reads everything.
+    """
+    description = read_description(folder)
+    _check_sizes(folder, description)
+    for name, record in description.files.items():
+        if sha256_of(folder / name) != record.sha256:
+            raise CheckpointError(
+                f"{folder / name} was changed after it was written (its checksum differs)",
+                hint=_DAMAGED,
+            )
+    return description
+
+
+def verified(folder: Path) -> Path:
+    """The folder itself. Raises BundleError or CheckpointError if it is a bundle or checkpoint of
+    ours and damaged: it is about to be read as a whole anyway.
+    """
+    if (folder / MANIFEST).exists():
+        Bundle.open(folder).verify()
+    elif is_trained(folder):
+        verify(folder)
+    return folder
 
 
 def load(folder: Path, options: Options) -> Source:

@@ -67,16 +67,15 @@ class TensorRT:
         Raises BuildError with the builder's reason, OutOfMemory or UnsupportedError.
         """
         try:
-            import onnx
+            from edgevlm.engines.backends.tensorrt import builder
+            from edgevlm.engines.lowering import lower, read
         except ImportError:
             raise MissingExtra("onnx", "export", purpose="building an engine") from None
-        from edgevlm.engines.backends.tensorrt import builder
-        from edgevlm.engines.lowering import lower
 
         start = time.perf_counter()
         # RTX caps nothing for cards that are not here, and ignores what was timed before
         card = device.facts() if self._flavour.needs_device else None
-        model = onnx.load(str(source / record.graph), load_external_data=False)
+        model = read.graph(source / record.graph, source / record.weights)
         lowered = lower.lower_component(record.name, model, target)
         fixed = builder.fixed_sizes(shapes)
         builder.fix(model, fixed)
