@@ -84,7 +84,7 @@ class Unfinished:
         old = self.folder / _KEY
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
-        if old.exists() and old.read_text() == key:
+        if old.exists() and old.read_bytes() == key.encode():
             progress("going on where an earlier run of this calibration ended")
             return
         for file in self.folder.iterdir():

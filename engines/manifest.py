@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ def faults(folder: Path, engine: Engine, *, verify: bool = False) -> list[str]:
     whole = [name for name, fault in found.items() if fault is None]
     actual = checksums.of_files(folder, whole, threads_here())
     for name in whole:
-        pieces = zip(actual[name], engine.checksums[name], strict=True)
+        pieces = zip_longest(actual[name], engine.checksums[name])
         wrong = [number for number, (here, built) in enumerate(pieces) if here != built]
         if wrong:
             found[name] = _damaged(folder / name, wrong, len(actual[name]))

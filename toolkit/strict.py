@@ -49,6 +49,16 @@ def read_json(path: Path, *, ours: bool = False) -> dict[str, Any]:
     return data
 
 
+def read_text(path: Path) -> str:
+    """The text of a file. Raises ConfigError for one that is not UTF-8, or cannot be read."""
+    try:
+        return _text(path)
+    except OSError as refused:
+        raise ConfigError(f"{path} cannot be read: {refused.strerror}") from None
+    except ValueError as broken:
+        raise ConfigError(f"{path} is no text in UTF-8: {broken}") from None
+
+
 def _text(path: Path) -> str:
     """A file's text. Raises ValueError for one that cannot be a description, such as a device."""
     found = path.stat()

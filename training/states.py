@@ -13,7 +13,6 @@ from typing import Any
 from edgevlm.toolkit.bundle import checksums, sealed
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.strict import from_plain, read_json
-from edgevlm.toolkit.target import threads_here
 from edgevlm.training.loop import Progress
 
 FOLDER, FACTS = "states", "run.json"
@@ -40,7 +39,7 @@ def save(accelerator: Any, out: Path, progress: Progress, facts: Mapping[str, An
         state = {
             "run": dict(facts),
             "progress": progress.state_dict(),
-            "checksums": checksums.of_files(partial, _files(partial), threads_here()),
+            "checksums": checksums.of_files(partial, _files(partial)),
         }
         sealed.write(partial / FACTS, state)
         partial.rename(final)
@@ -68,9 +67,7 @@ def _read(state: Path) -> tuple[Mapping[str, Any], Progress]:
     known = data.get("checksums")
     if known is not None:
         names = [name for name in _files(state) if name != FACTS]
-        actual = {
-            n: [*pieces] for n, pieces in checksums.of_files(state, names, threads_here()).items()
-        }
+        actual = {n: [*pieces] for n, pieces in checksums.of_files(state, names).items()}
         wrong = sorted(n for n in {*known, *actual} if known.get(n) != actual.get(n))
         if wrong:
             raise ConfigError(f"{state / wrong[0]} is missing or damaged (CRC-32 differs)")

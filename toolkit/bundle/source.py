@@ -7,6 +7,7 @@ from pathlib import Path
 from edgevlm.toolkit.bundle.manifest import GOLDENS, TOKENIZER, Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, with_context
 from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.strict import read_text
 from edgevlm.toolkit.vlm.components import components
 
 
@@ -24,6 +25,6 @@ def load(folder: Path, options: Options) -> Source:
     lm = with_context(bundle.model.lm, options.max_context)
     model = type(bundle.model)(**{**vars(bundle.model), "lm": lm})
     weights = {component.name: bundle.tensors(component.name) for component in components(model)}
-    text = (folder / TOKENIZER).read_text(encoding="utf-8")
+    text = read_text(folder / TOKENIZER)
     origin = {**bundle.manifest.source, "rerecorded_from": bundle.sha256}
     return Source(model, weights, text, origin, bundle.manifest.plan, folder / GOLDENS)

@@ -50,7 +50,7 @@ class PrecisionPlan:
     samples_sha256: str = ""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for more rules than any model has layers: each is compared with each."""
+        """Raise ConfigError for more rules than any model has layers."""
         if len(self.rules) > MOST_RULES:
             raise ConfigError(f"a plan has {len(self.rules)} rules, expected at most {MOST_RULES}")
 
