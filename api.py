@@ -80,6 +80,7 @@ def open_source(
     Raises ConfigError, CheckpointError or BundleError.
     """
     from edgevlm.toolkit import systems
+    from edgevlm.toolkit.bundle import trained
     from edgevlm.toolkit.checkpoints import hub
 
     text = str(source)
@@ -88,7 +89,7 @@ def open_source(
     if name != text:
         return systems.any_preset(name, seed, options)
     folder = hub.locate_model(text, revision=revision, offline=options.offline)
-    return systems.load_any(folder, options)
+    return systems.load_any(trained.verified(folder), options)
 
 
 def export_bundle(

@@ -176,7 +176,7 @@ def calibrate(**given: Any) -> None:
     from edgevlm import api, requantize
 
     console = opened_console(given.pop("as_json"), given.pop("quiet"))
-    report, measure = given.pop("report"), given.pop("measure")
+    report, measure = calibration.checked_report(given.pop("report")), given.pop("measure")
     found = api.calibrate(progress=console.step, **given)
     where = given["bundle"], given["out"]
     times = requantize.latency(*where, console.step) if measure else ()
@@ -218,15 +218,21 @@ def inspect(
 
 @app.command()
 def doctor(
+    path: Annotated[
+        Optional[Path],
+        typer.Argument(help="An engine, bundle or trained checkpoint: is it as it was written?"),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show what this machine can do, what is missing, and how to install it."""
+    """Show what this machine can do, or whether PATH is damaged."""
     from edgevlm import __version__
+    from edgevlm.engines.build.summary import examined
     from edgevlm.toolkit.terminal.doctor import report
 
-    opened_console(as_json, quiet).result(*report(__version__))
+    console = opened_console(as_json, quiet)
+    console.result(*(report(__version__) if path is None else examined(path)))
 
 
 for _verb in (

@@ -93,7 +93,7 @@ def of_bundle(
             f"--to {settings.to} is calibrated with text alone", hint="give --text FILE, no images"
         )
     bundle = Bundle.open(path)
-    bundle.check_sizes()
+    bundle.verify()
     chosen = windows_of(bundle, given.text, settings)
     refuse_source(out, path)
     refuse_existing(out, force=force)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -179,6 +180,33 @@ def _worst(layers: Sequence[Any]) -> list[str]:
     worst = sorted(layers, key=lambda layer: -layer.error_4_bits)[:_SHOWN]
     rows = [(x.path, f"{x.error_4_bits:.2%}", f"{x.bits}") for x in worst if x.error_4_bits]
     return table(("largest errors", "in 4 bits", "has bits"), rows) if rows else []
+
+
+def checked_report(file: Path | None) -> Path | None:
+    """Where the report goes. Raises OutputError, before the work, if it cannot be written there, or
+    would replace what is no report.
+    """
+    from edgevlm.toolkit.errors import OutputError
+
+    if file is None:
+        return None
+    if file.exists() and not _is_report(file):
+        raise OutputError(
+            f"{file} exists and is no report of ours; it is left alone", hint="name another file"
+        )
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise OutputError(f"{file} cannot be written", hint="name a file in a folder of yours")
+    return file
+
+
+def _is_report(file: Path) -> bool:
+    from edgevlm.toolkit.errors import ConfigError
+    from edgevlm.toolkit.strict import read_json
+
+    try:
+        return read_json(file).get("kind") == "calibration"
+    except ConfigError:
+        return False
 
 
 def write_report(file: Path | None, data: Any) -> None:

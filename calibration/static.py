@@ -103,7 +103,7 @@ def of_bundle(
     arithmetic = Arithmetic(*interpreter) if interpreter else in_numpy()
     bundle = Bundle.open(path)
     samples.check_bundle(bundle)
-    bundle.check_sizes()
+    bundle.verify()
     refuse_source(out, path)
     refuse_existing(out, force=force)
     plan = plan_of(bundle.vlm, settings)

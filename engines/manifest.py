@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -228,13 +229,20 @@ def faults(folder: Path, engine: Engine, *, verify: bool = False) -> list[str]:
     whole = [name for name, fault in found.items() if fault is None]
     actual = checksums.of_files(folder, whole, threads_here())
     for name in whole:
-        pieces = zip(actual[name], engine.checksums[name], strict=True)
+        pieces = zip_longest(actual[name], engine.checksums[name])
         wrong = [number for number, (here, built) in enumerate(pieces) if here != built]
         if wrong:
             found[name] = _damaged(folder / name, wrong, len(actual[name]))
         elif verify and sha256_of(folder / name) != engine.files[name].sha256:
             found[name] = f"{folder / name} was changed since it was built (SHA-256 differs)"
     return [fault for fault in found.values() if fault]
+
+
+def examine(folder: Path, engine: Engine) -> None:
+    """Raise BundleError naming every file of an engine that is not what the build wrote."""
+    found = faults(folder, engine, verify=True)
+    if found:
+        raise BundleError("; ".join(found), hint=_again(folder, engine))
 
 
 def _damaged(path: Path, wrong: list[int], pieces: int) -> str:

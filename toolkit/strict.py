@@ -27,6 +27,7 @@ MOST_LAYERS = 4096
 MOST_JSON_BYTES = 1 << 28  # the largest tokenizer.json that is published has an eighth of it
 MOST_NESTED = 100
 _MOST_INT = 1 << 63
+_MOST_VALUES = 1 << 18  # of a list; the vocabulary's, in lists of tokens
 
 
 def read_json(path: Path, *, ours: bool = False) -> dict[str, Any]:
@@ -46,6 +47,16 @@ def read_json(path: Path, *, ours: bool = False) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     return data
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises ConfigError for one that is not UTF-8, or cannot be read."""
+    try:
+        return _text(path)
+    except OSError as refused:
+        raise ConfigError(f"{path} cannot be read: {refused.strerror}") from None
+    except ValueError as broken:
+        raise ConfigError(f"{path} is no text in UTF-8: {broken}") from None
 
 
 def _text(path: Path) -> str:
@@ -302,6 +313,8 @@ def _as_float(value: int, where: str) -> float:
 
 def _decode_tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
     _expect(isinstance(data, (list, tuple)), where, data, "a list")
+    if len(data) > _MOST_VALUES:
+        raise ConfigError(f"{where} has {len(data)} values, expected at most {_MOST_VALUES}")
     if len(args) == 2 and args[1] is Ellipsis:
         return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     _expect(len(data) == len(args), where, data, f"{len(args)} values")

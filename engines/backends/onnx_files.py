@@ -34,11 +34,13 @@ class Change:
     make: Callable[[Array], Blocks] = row_blocks
 
 
-def read_graph(file: Path) -> onnx.ModelProto:
-    """A graph whose weights stay in their file. Raises MissingExtra."""
+def read_graph(file: Path, weights: Path | None = None) -> onnx.ModelProto:
+    """A graph whose weights stay in their file, which is `weights`. Raises MissingExtra, or
+    BundleError for what is no graph, or reads other files.
+    """
     with needing("onnx", "export", purpose="building an engine"):
-        import onnx
-    return onnx.load(str(file), load_external_data=False)
+        from edgevlm.engines.lowering import read
+    return read.graph(file, weights)
 
 
 def stored(file: SafetensorsFile, model: onnx.ModelProto) -> dict[str, tuple[str, Entry]]:

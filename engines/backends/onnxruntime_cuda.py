@@ -83,7 +83,7 @@ def compile(
     shapes: Shapes,
 ) -> Compiled:
     """Lower one component; weights are linked unless some are stored by channel."""
-    model = onnx_files.read_graph(source / record.graph)
+    model = onnx_files.read_graph(source / record.graph, source / record.weights)
     from edgevlm.engines.lowering import float_ports, lower
     from edgevlm.engines.lowering.onnxruntime_cuda_lint import float_nodes
 

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from edgevlm.engines.backends import sessions
+from edgevlm.engines.lowering import read
 from edgevlm.engines.lowering.graph import op_name
 from edgevlm.toolkit.bundle.goldens import AXES, Golden, relative_difference
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
@@ -86,7 +87,7 @@ def first_divergence(
 
 
 def _load(path: Path) -> onnx.ModelProto:
-    return onnx.load(str(path), load_external_data=False)
+    return read.graph(path)
 
 
 def _beyond(

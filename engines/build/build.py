@@ -19,6 +19,7 @@ from edgevlm.engines.build.kept import existing
 from edgevlm.engines.build.second_form import SecondForm
 from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.lowering.capabilities import Decision
+from edgevlm.engines.lowering.given import of_bundle
 from edgevlm.engines.manifest import Built, Engine, PromptForm, Trial
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.memory import peak_rss_mb
@@ -253,16 +254,16 @@ def lowering(bundle: Bundle, request: Request) -> list[Decision]:
     if request.target.backend == "reference":
         return []
     with needing("onnx", "export", purpose="reading a bundle's graphs"):
-        import onnx
-    from edgevlm.engines.lowering.lower import decide
+        from edgevlm.engines.lowering import read
+        from edgevlm.engines.lowering.lower import decide
 
     requantized = request.requantization.graphs() if request.requantization else {}
     decisions: list[Decision] = []
     for record in bundle.manifest.components:
-        model = requantized.get(record.name) or onnx.load(
-            str(bundle.path / record.graph), load_external_data=False
-        )
-        decisions += decide(record.name, model, request.target, request.plugins)
+        weights = bundle.path / record.weights
+        model = requantized.get(record.name) or read.graph(bundle.path / record.graph, weights)
+        with of_bundle(str(bundle.path / record.graph)):
+            decisions += decide(record.name, model, request.target, request.plugins)
     return decisions
 
 
@@ -373,7 +374,8 @@ def _compile(
     for record in bundle.manifest.components:
         progress(f"{record.name}: lowering for {target}")
         dtype, shape = bundle.manifest.dtype, sizes(record.name)
-        compiled = backend.compile(bundle.path, dtype, record, folder, target, shape)
+        with of_bundle(str(bundle.path / record.graph)):
+            compiled = backend.compile(bundle.path, dtype, record, folder, target, shape)
         for note in compiled.notes:
             progress(f"{record.name}: {note}")
         components.append(compiled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.engines.manifest import Engine, Trial
 from edgevlm.engines.profiling.roofline import Floors, floors, floors_of_devices
 from edgevlm.engines.runtime.memory import estimate
-from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.bundle import trained
+from edgevlm.toolkit.bundle.manifest import MANIFEST, Bundle, FileRecord
 from edgevlm.toolkit.strict import to_plain
 from edgevlm.toolkit.terminal.console import human_bytes, table
 from edgevlm.toolkit.terminal.summary import (
@@ -24,6 +25,8 @@ from edgevlm.toolkit.terminal.summary import (
     generation_data,
     generation_lines,
     plan_lines,
+    unknown,
+    whole,
 )
 from edgevlm.toolkit.vlm import towers
 
@@ -174,6 +177,27 @@ def inspect_engine(path: Path) -> tuple[Any, list[str]]:
     lines += [*generation_lines(engine.parsed_model()), ""]
     lines += table(("relative rms error", "of kernels", "of the precision"), rows)
     return data, [*lines, _errors(engine)]
+
+
+def examined(path: Path) -> tuple[Any, list[str]]:
+    """Every byte of an artifact is read: data, and lines for people, if it is as it was written.
+
+    Raises BundleError or CheckpointError naming what is damaged.
+    """
+    files: Mapping[str, FileRecord]
+    if (path / manifest.DESCRIPTION).exists():
+        engine = manifest.read(path)
+        files = engine.files
+        manifest.examine(path, engine)
+    elif (path / MANIFEST).exists():
+        bundle = Bundle.open(path)
+        files = bundle.manifest.files
+        bundle.verify()
+    elif trained.is_trained(path):
+        files = trained.verify(path).files
+    else:
+        raise unknown(path)
+    return whole(path, files)
 
 
 def _errors(engine: Engine) -> str:

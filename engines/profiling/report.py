@@ -14,18 +14,43 @@ from edgevlm.toolkit.errors import InputError, OutputError
 from edgevlm.toolkit.strict import to_plain
 from edgevlm.toolkit.terminal.console import table
 
+_HEAD = "<!doctype html><meta charset=utf-8><title>edgevlm</title>"
+_TRACE = {"displayTimeUnit": "ms", "made_by": "edgevlm profile"}
+_TRACE_BEGIN = json.dumps(_TRACE)[:-1]  # what a trace is known by
 _COLOURS = ("#3266ad", "#d9822b", "#4a9c5d", "#b1478f", "#c23b3b", "#6b6bc9", "#8c8c3a", "#3aa3a3")
 
 
-def check_files(layers: int, *files: Path | None) -> None:
-    """Raise before anything is measured if the report could not be shown or written."""
+def check_files(layers: int, page: Path | None, events: Path | None) -> None:
+    """Raise before anything is measured if the report could not be shown or written.
+
+    A file that exists is replaced only if it is such a report itself.
+    """
     if layers < 0:
         raise InputError(f"--layers {layers} is negative", hint="0 shows none")
-    for file in files:
+    for file, begin in ((page, _HEAD), (events, _TRACE_BEGIN)):
         if file is None:
             continue
-        if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        if file.is_file() and not _begins(file, begin):
+            raise OutputError(
+                f"{file} exists and is no such report of ours; it is left alone",
+                hint="name another file, or remove it yourself",
+            )
+        if (
+            (file.exists() and not file.is_file())
+            or not file.parent.is_dir()
+            or not os.access(file.parent, os.W_OK)
+        ):
             raise OutputError(f"{file} cannot be written", hint="name a file in a folder of yours")
+
+
+def _begins(file: Path, begin: str) -> bool:
+    """Whether a file is empty or begins as ours do."""
+    try:
+        with file.open("rb") as opened:
+            found = opened.read(len(begin))
+    except OSError:
+        return False
+    return found in (b"", begin.encode())
 
 
 def write_files(profiles: Sequence[Profile], page: Path | None, events: Path | None) -> None:
@@ -122,7 +147,7 @@ def trace(p: Profile) -> str:
         }
         for s in p.spans
     ]
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": p.device})
+    return json.dumps({**_TRACE, "traceEvents": events, "otherData": p.device})
 
 
 def write_html(path: Path, profiles: Sequence[Profile], layers: int = 25) -> None:
@@ -133,7 +158,7 @@ def write_html(path: Path, profiles: Sequence[Profile], layers: int = 25) -> Non
             f"<h2>Comparison</h2><pre>{html.escape(chr(10).join(comparison(profiles)))}</pre>"
             + body
         )
-    head = f"<!doctype html><meta charset=utf-8><title>edgevlm</title><style>{_STYLE}</style>"
+    head = f"{_HEAD}<style>{_STYLE}</style>"
     path.write_text(f"{head}<h1>edgevlm profile</h1>{body}", encoding="utf-8")
 
 

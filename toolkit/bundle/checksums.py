@@ -6,6 +6,7 @@ file on purpose only SHA-256 helps, which takes longer; docs/performance.md has 
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,9 @@ _READ_BYTES = 1 << 20
 Checksums = Mapping[str, tuple[str, ...]]  # by file: 8 hexadecimal digits for each piece
 
 
-def of_files(folder: Path, names: Iterable[str], threads: int) -> dict[str, tuple[str, ...]]:
-    """The checksums of files in a folder, pieces in several threads."""
-    with ThreadPoolExecutor(max(threads, 1)) as pool:
+def of_files(folder: Path, names: Iterable[str], threads: int = 0) -> dict[str, tuple[str, ...]]:
+    """The checksums of files in a folder. threads: for the pieces; 0 for one per processor."""
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         jobs = {
             name: [
                 pool.submit(_piece, folder / name, start)

@@ -27,7 +27,7 @@ _OF_DISKS = {"lost+found"}
 def publish(made: Unfinished) -> None:
     """Give a finished folder its name; what was there is then in its place, or at `made.old`."""
     if made.inside:
-        _move_files(made)
+        move_files(made, entries(made.final))
     elif not made.final.exists() or not any(made.final.iterdir()):
         made.folder.rename(made.final)
     elif not exchanged(made.folder, made.final):
@@ -63,14 +63,14 @@ def _replace(made: Unfinished) -> None:
         raise
 
 
-def _move_files(made: Unfinished) -> None:
-    """Move what was there away and the new files in: the description first, and last.
+def move_files(made: Unfinished, replaced: list[str]) -> None:
+    """Move what is replaced away and the new files in: the description first, and last.
 
     Without its description a folder is nothing, so nobody reads it half.
     """
     new, old = (
         sorted(names, key=lambda name: (name in DESCRIPTIONS, name))
-        for names in ([path.name for path in made.folder.iterdir()], entries(made.final))
+        for names in ([path.name for path in made.folder.iterdir()], replaced)
     )
     made.old.mkdir()
     made.note_moves(new)

@@ -15,6 +15,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
 )
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
+from edgevlm.toolkit.strict import read_text
 from edgevlm.toolkit.vlm import towers
 from edgevlm.toolkit.vlm.components import components
 from edgevlm.toolkit.vlm.towers import TowerConfig
@@ -28,7 +29,7 @@ def load(folder: Path, options: Options) -> Source:
     vlm = towers.vlm(bundle.model, f"bundle {folder}")
     lm = with_context(vlm.lm, options.max_context)
     model = type(vlm)(**{**vars(vlm), "lm": lm})
-    text = (folder / TOKENIZER).read_text(encoding="utf-8")
+    text = read_text(folder / TOKENIZER)
     return Source(model, _weights(bundle), text, *_rest(bundle))
 
 

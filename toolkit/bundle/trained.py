@@ -8,23 +8,24 @@ Other files beside these (training.json, states/, ...) are not looked at.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
-from edgevlm.toolkit.bundle import sealed
-from edgevlm.toolkit.bundle.atomic import require_space, writing
+from edgevlm.toolkit.bundle import sealed, unfinished
+from edgevlm.toolkit.bundle.atomic import require_space, sha256_of, writing
 from edgevlm.toolkit.bundle.manifest import (
     DTYPES,
+    MANIFEST,
     TOKENIZER,
+    Bundle,
     FileRecord,
     check_names,
     record_file,
     size_fault,
 )
+from edgevlm.toolkit.bundle.publish import move_files
 from edgevlm.toolkit.checkpoints import shards
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
@@ -38,7 +39,7 @@ from edgevlm.toolkit.checkpoints.weights import open_checkpoint
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.models.recipes import keep
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.strict import from_plain, read_json
+from edgevlm.toolkit.strict import from_plain, read_json, read_text
 from edgevlm.toolkit.vlm import config as model_config
 from edgevlm.toolkit.vlm.components import Component, components
 from edgevlm.toolkit.vlm.config import ModelConfig
@@ -46,7 +47,6 @@ from edgevlm.toolkit.vlm.config import ModelConfig
 FORMAT = 1
 CHECKPOINT = "checkpoint.json"
 LAYOUT = "edgevlm"  # in the origin of a model that was read from this format
-_PARTIAL = ".checkpoint-"
 _DAMAGED = "the folder was changed or copied in part; save the checkpoint again"
 
 Tensors = Mapping[str, Mapping[str, Array]]
@@ -107,25 +107,26 @@ def write_into(
     """Write a checkpoint beside the other files of an existing folder, in place of an older one.
 
     All files are written under a temporary name first. checkpoint.json goes into place last, so
-    the folder is never read half-written; until it does, an interrupted call costs the older
-    checkpoint at most in the moment in which files are renamed. One writer at a time.
+    the folder is never read half-written; what a kill interrupts before, the next call puts back.
+    One writer at a time.
     """
     require_space(folder, _size(source_model, dtype))
-    for leftover in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial = Path(mkdtemp(prefix=_PARTIAL, dir=folder))
+    unfinished.recover(folder)
+    with unfinished.held(folder, inside=True) as made:
+        made.folder.mkdir()
+        _fill(made.folder, source_model, tokenizer, tensors, dtype, origin, training, made_by)
+        move_files(made, _older(folder))
+
+
+def _older(folder: Path) -> list[str]:
+    """The files of the checkpoint that a folder holds; of a damaged one its description alone."""
+    if not (folder / CHECKPOINT).exists():
+        return []
     try:
-        _fill(partial, source_model, tokenizer, tensors, dtype, origin, training, made_by)
-        older = read_description(folder).files if (folder / CHECKPOINT).exists() else {}
-        (folder / CHECKPOINT).unlink(missing_ok=True)  # never beside files that it does not list
-        newer = [path for path in partial.iterdir() if path.name != CHECKPOINT]
-        for path in newer:
-            path.replace(folder / path.name)
-        for name in set(older) - {path.name for path in newer}:
-            (folder / name).unlink(missing_ok=True)
-        (partial / CHECKPOINT).replace(folder / CHECKPOINT)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        listed = read_description(folder).files
+    except CheckpointError:
+        return [CHECKPOINT]
+    return [CHECKPOINT, *(name for name in listed if (folder / name).exists())]
 
 
 def _fill(
@@ -212,6 +213,32 @@ def read_description(folder: Path) -> Description:
     return description
 
 
+def verify(folder: Path) -> Description:
+    """What a checkpoint says of itself. Raises CheckpointError if a file is not what was written;
+    reads everything.
+    """
+    description = read_description(folder)
+    _check_sizes(folder, description)
+    for name, record in description.files.items():
+        if sha256_of(folder / name) != record.sha256:
+            raise CheckpointError(
+                f"{folder / name} was changed after it was written (its checksum differs)",
+                hint=_DAMAGED,
+            )
+    return description
+
+
+def verified(folder: Path) -> Path:
+    """The folder itself. Raises BundleError or CheckpointError if it is a bundle or checkpoint of
+    ours and damaged: it is about to be read as a whole anyway.
+    """
+    if (folder / MANIFEST).exists():
+        Bundle.open(folder).verify()
+    elif is_trained(folder):
+        verify(folder)
+    return folder
+
+
 def load(folder: Path, options: Options) -> Source:
     """The model of a checkpoint, its weights read when they are used.
 
@@ -239,7 +266,7 @@ def load(folder: Path, options: Options) -> Source:
     }
     check(tensors.values(), ())
     model = replace(model, lm=with_context(model.lm, options.max_context))
-    text = (folder / TOKENIZER).read_text(encoding="utf-8")
+    text = read_text(folder / TOKENIZER)
     weights = {name: group.weights() for name, group in tensors.items()}
     return Source(model, weights, text, _origin(description))
 

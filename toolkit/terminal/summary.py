@@ -236,6 +236,23 @@ def _described(source: AnySource, dtype: str, path: Path) -> tuple[Any, list[str
     return result, [heading, *lines[:-1]]
 
 
+def whole(path: Path, files: Mapping[str, FileRecord]) -> tuple[Any, list[str]]:
+    """Files that are all as they were written."""
+    nbytes = sum(record.nbytes for record in files.values())
+    rows = [
+        (name, human_bytes(record.nbytes), record.sha256[:16]) for name, record in files.items()
+    ]
+    data = {
+        "kind": "examination",
+        "path": str(path),
+        "files": {name: record.sha256 for name, record in files.items()},
+        "bytes": nbytes,
+        "problems": [],
+    }
+    lines = [*table(("file", "size", "sha256"), rows), ""]
+    return data, [*lines, f"{path}: {len(files)} files, {human_bytes(nbytes)}, all as written"]
+
+
 def unknown(path: Path) -> BundleError:
     """The error for a path that is nothing we know."""
     what = "is no checkpoint, bundle, engine or profile" if path.exists() else "does not exist"

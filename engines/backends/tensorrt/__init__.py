@@ -69,14 +69,13 @@ class TensorRT:
         Raises BuildError with the builder's reason, OutOfMemory or UnsupportedError.
         """
         with needing("onnx", "export", purpose="building an engine"):
-            import onnx
-        from edgevlm.engines.backends.tensorrt import builder
-        from edgevlm.engines.lowering import lower
+            from edgevlm.engines.backends.tensorrt import builder
+            from edgevlm.engines.lowering import lower, read
 
         start = time.perf_counter()
         # RTX caps nothing for cards that are not here, and ignores what was timed before
         card = device.facts() if self._flavour.needs_device else None
-        model = onnx.load(str(source / record.graph), load_external_data=False)
+        model = read.graph(source / record.graph, source / record.weights)
         lowered = lower.lower_component(record.name, model, target, self._plugins)
         wanted = plugins.of_graph(model, target)
         fixed = builder.fixed_sizes(shapes)
