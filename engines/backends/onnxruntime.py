@@ -28,12 +28,18 @@ from edgevlm.engines.backends import (
 )
 from edgevlm.engines.backends.bindings import Bindings
 from edgevlm.engines.backends.state import Allocation, State, check, zeros
-from edgevlm.toolkit import onnx_runtime
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import Blocks, SafetensorsFile, row_blocks
 from edgevlm.toolkit.errors import BuildError
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.target import Target, machine, saturates_int8, this_cpu, threads_here
+from edgevlm.toolkit.target import (
+    Target,
+    load_onnxruntime,
+    machine,
+    saturates_int8,
+    this_cpu,
+    threads_here,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -136,7 +142,7 @@ def _session_options(options: RunnerOptions, *, stateful: bool = False) -> Any:
     """Options with the session's threads. Only a decoder's threads spin between calls: its next
     call comes at once, while an encoder's would compete with the components after it.
     """
-    onnx_runtime.load()
+    load_onnxruntime()
     settings = sessions.session_options(options.threads or threads_here())
     if not stateful:
         settings.add_session_config_entry("session.force_spinning_stop", "1")

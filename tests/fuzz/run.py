@@ -107,7 +107,9 @@ def _one_process(jobs: Sequence[str], ready: Path, report: Report) -> Iterator[F
         complaints.seek(0)
         last = complaints.read()
     if begun is not None:
-        yield Finding(*begun, f"the process died with {process.returncode}:\n{last[-3000:]}")
+        yield Finding(
+            begun[0], begun[1], f"the process died with {process.returncode}:\n{last[-3000:]}"
+        )
     elif process.returncode:
         raise RuntimeError(f"the worker failed outside of a case: {last[-3000:]}")
 
