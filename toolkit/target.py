@@ -178,12 +178,12 @@ def load_onnxruntime(
     (onnxruntime/Privacy.md). A value that the user has set stays. Raises MissingExtra, naming
     `package` and `extra`.
     """
-    if "onnxruntime" in sys.modules:
-        return sys.modules["onnxruntime"]
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    first = "onnxruntime" not in sys.modules
     with needing(package, extra, purpose=purpose):
-        import onnxruntime
-    onnxruntime.set_default_logger_severity(_ERRORS_ONLY)
+        import onnxruntime  # waits for another thread that is just importing it
+    if first:
+        onnxruntime.set_default_logger_severity(_ERRORS_ONLY)
     return onnxruntime
 
 

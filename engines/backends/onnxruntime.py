@@ -44,6 +44,7 @@ from edgevlm.toolkit.target import (
 if TYPE_CHECKING:
     import onnx
 
+_CHANGED = "if the engine was changed since it was built, build it again"
 _TYPES = {"float": np.float32, "int64": np.int64}
 
 
@@ -163,7 +164,7 @@ def open(
     except Exception as refused:  # ONNX Runtime raises many types of its own
         raise BuildError(
             f"ONNX Runtime cannot load {record.graph}: {refused}",
-            hint="if the engine was changed since it was built, build it again",
+            hint=_CHANGED,
         ) from None
     return OnnxRuntimeRunner(session, record, options)
 
@@ -246,7 +247,12 @@ class OnnxRuntimeRunner:
         )
         for port in self._plain:
             np.copyto(bound.inputs[port.name], inputs[port.name])
-        outputs = bound.run()
+        try:
+            outputs = bound.run()
+        except Exception as failed:  # ONNX Runtime raises many types of its own
+            raise BuildError(
+                f"{self._record.name}: ONNX Runtime failed: {failed}", hint=_CHANGED
+            ) from None
         return {name: outputs[name] for name in self._results}
 
     def _reads_one_token(self, shapes: Sequence[tuple[int, ...]]) -> bool:
