@@ -59,7 +59,7 @@ def run(
     """Ask an engine a question about images; the answer streams."""
     from edgevlm.engines.runtime import batch, request_file
     from edgevlm.engines.runtime.sampling import Sampling
-    from edgevlm.engines.runtime.session import Question, Session
+    from edgevlm.engines.runtime.session import Question, Session, notes_on_threads
 
     console = opened_console(as_json, quiet)
     penalties = (repetition_penalty, no_repeat_ngram, allow_banned)
@@ -70,6 +70,8 @@ def run(
     batch.check_output(output, many=input_file is not None)
     requests = request_file.gather(given, input_file)
     with Session.open(engine, threads=threads) as session:
+        for note in notes_on_threads(threads):
+            console.note(note)
         if input_file is None:
             batch.answer_one(session, given, console)
         else:

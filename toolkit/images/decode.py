@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import numpy as np
 
-from edgevlm.toolkit.errors import InputError
+from edgevlm.toolkit.errors import InputError, silenced
 from edgevlm.toolkit.images import depth
 from edgevlm.toolkit.ops.vocabulary import Array
 
@@ -81,7 +81,7 @@ def load(source: ImageSource, *, upright: bool = True) -> LoadedImage:
             warnings.simplefilter("ignore")  # Pillow warns where we refuse
             if isinstance(source, (Image.Image, np.ndarray)):
                 return _given(source, name, upright)
-            with _file(source, name) as file:
+            with _file(source, name) as file, silenced():
                 return _decoded(file, name, upright)
     except InputError:
         raise

@@ -7,19 +7,16 @@ error; memory that cannot be had ends the process, so what may need it is refuse
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from edgevlm.toolkit.errors import ConfigError, ToolkitError
+from edgevlm.toolkit.errors import ConfigError, ToolkitError, silenced
 
 if TYPE_CHECKING:
     import tokenizers
 
 _MOST_GROWTH = 64  # how many times longer the replacements of a file may make a text
-_STDERR = 2
 
 
 @contextmanager
@@ -29,41 +26,12 @@ def calm(what: str) -> Iterator[None]:
     what: what failed then, as in "the tokenizer cannot be read".
     """
     try:
-        with _SILENCE:
+        with silenced():
             yield
     except (ToolkitError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as broken:  # bare Exceptions, and panics
         raise ConfigError(f"{what}: {broken}") from None
-
-
-class _Silence:
-    """Standard error leads nowhere while any thread is inside."""
-
-    def __init__(self) -> None:
-        self._guard, self._inside = threading.Lock(), 0
-        self._kept: int | None = None
-
-    def __enter__(self) -> None:
-        with self._guard:
-            self._inside += 1
-            if self._inside == 1:
-                with suppress(OSError):  # it is closed
-                    kept, nowhere = os.dup(_STDERR), os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(nowhere, _STDERR)
-                    os.close(nowhere)
-                    self._kept = kept
-
-    def __exit__(self, *exception: object) -> None:
-        with self._guard:
-            self._inside -= 1
-            if not self._inside and self._kept is not None:
-                os.dup2(self._kept, _STDERR)
-                os.close(self._kept)
-                self._kept = None
-
-
-_SILENCE = _Silence()
 
 
 def tame(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
