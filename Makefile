@@ -3,6 +3,7 @@
 # make test    the test suite
 # make test-rtx     NVIDIA's builder on this machine, which needs no card; installs it (docs/tensorrt.md)
 # make test-kernels   fused kernels for every card, without one; installs Triton (docs/extending.md)
+# make fuzz N=60000   mutated images, requests, checkpoints, bundles and engines; S=1 chooses others
 # make gpu     kernels and engines on this machine's graphics card, six minutes; needs torch for CUDA
 # make check   formatting, lint, types, imports and sizes
 # make bench   the benchmarks
@@ -24,7 +25,7 @@ HEADERS := v10.3.0 v11.1
 CODE := __init__.py api.py cli.py toolkit export engines training calibration tests examples benchmarks
 
 .NOTPARALLEL:
-.PHONY: demo demo-exact test test-rtx test-kernels gpu check types bench wheel clean distclean
+.PHONY: demo demo-exact test test-rtx test-kernels fuzz gpu check types bench wheel clean distclean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo
@@ -40,6 +41,12 @@ test-rtx: $(VENV)/.rtx
 
 test-kernels: $(VENV)/.kernels
 	$(BIN)/python -m pytest tests/kernels tests/engines/plugins
+
+N ?= 60000
+S ?= 0
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz $(N) $(S)
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu

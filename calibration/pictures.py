@@ -21,9 +21,7 @@ FEWEST = 4
 _MOST_BROKEN = 0.01
 _NAMED = 10  # broken images in one message; each is named as progress
 _HELD_OUT = 8
-_SUFFIXES = frozenset(
-    ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .qoi .tga .pcx .sgi".split()
-)
+_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 
 Progress = Callable[[str], None]
 

@@ -18,8 +18,10 @@ ToolkitError                 message + hint (the next step)
 
 from __future__ import annotations
 
+import os
 import re
-from contextlib import contextmanager
+import threading
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 _MOST_QUOTED = 200
 _MOST = 600  # letters of a message; a list of a thousand tensors says no more than its ends
 _TAIL = 120
-_MOST_SEARCHED = 4000
+_MOST_SEARCHED = 100_000
+_STDERR = 2
 # A quoted value that is too long: its first letters, and the last few.
 _LONG_QUOTE = re.compile(
     r"""(?<![^\s=(\[{,:])(['"])((?:(?!\1)[^\\]|\\.){200})(?:(?!\1)[^\\]|\\.)+\1"""
@@ -103,6 +106,37 @@ class MissingExtra(ToolkitError):
         )
 
 
+class DataError(ToolkitError):
+    """A data set for training cannot be read, or too many of its samples are broken."""
+
+
+class CalibrationError(ToolkitError):
+    """The calibration samples or ranges cannot give a precision plan."""
+
+
+class BuildError(ToolkitError):
+    """A backend could not compile or load a component."""
+
+
+class TargetMismatch(ToolkitError):
+    """An engine is opened on a machine, backend or version other than it was built for."""
+
+
+class OutOfMemory(ToolkitError):
+    """The work needs more memory than is free."""
+
+
+class OutputError(ToolkitError):
+    """An artifact could not be written."""
+
+
+class AccuracyError(ToolkitError):
+    """The output of a built component differs from the reference by more than is allowed."""
+
+
+# -- what other packages raise and print ---------------------------------------------------------
+
+
 @contextmanager
 def needing(package: str, extra: str, *, purpose: str) -> Iterator[None]:
     """Import an optional package inside. Raises MissingExtra, and KeyboardInterrupt where a package
@@ -131,29 +165,37 @@ def interrupted(error: BaseException) -> bool:
     return False
 
 
-class DataError(ToolkitError):
-    """A data set for training cannot be read, or too many of its samples are broken."""
+class _Silence:
+    """Standard error leads nowhere while any thread is inside."""
+
+    def __init__(self) -> None:
+        self._guard, self._inside = threading.Lock(), 0
+        self._kept: int | None = None
+
+    def __enter__(self) -> None:
+        with self._guard:
+            self._inside += 1
+            if self._inside == 1:
+                with suppress(OSError):  # it is closed
+                    kept, nowhere = os.dup(_STDERR), os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(nowhere, _STDERR)
+                    os.close(nowhere)
+                    self._kept = kept
+
+    def __exit__(self, *exception: object) -> None:
+        with self._guard:
+            self._inside -= 1
+            if not self._inside and self._kept is not None:
+                os.dup2(self._kept, _STDERR)
+                os.close(self._kept)
+                self._kept = None
 
 
-class CalibrationError(ToolkitError):
-    """The calibration samples or ranges cannot give a precision plan."""
+_SILENCE = _Silence()
 
 
-class BuildError(ToolkitError):
-    """A backend could not compile or load a component."""
-
-
-class TargetMismatch(ToolkitError):
-    """An engine is opened on a machine, backend or version other than it was built for."""
-
-
-class OutOfMemory(ToolkitError):
-    """The work needs more memory than is free."""
-
-
-class OutputError(ToolkitError):
-    """An artifact could not be written."""
-
-
-class AccuracyError(ToolkitError):
-    """The output of a built component differs from the reference by more than is allowed."""
+def silenced() -> AbstractContextManager[None]:
+    """What compiled libraries print on standard error meanwhile is lost: the text of a Rust panic,
+    complaints of libtiff. The error that they raise says what a user can use.
+    """
+    return _SILENCE

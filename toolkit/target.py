@@ -7,17 +7,20 @@ import math
 import os
 import platform
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from edgevlm.toolkit import card as card
-from edgevlm.toolkit.errors import ConfigError, TargetMismatch
+from edgevlm.toolkit.errors import ConfigError, TargetMismatch, needing
 
 Version = tuple[int, ...]
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "reference")
 CUDA = "onnxruntime-cuda"
+_ERRORS_ONLY = 3  # of the levels of ONNX Runtime's log
 CUDA_PACKAGE = "onnxruntime-gpu"
 # Cards that have machine code in the wheels of onnxruntime-gpu 1.31.1, which hold no PTX, by the
 # processor beside the card. So Orin (87), Thor (110), B200 (100) have none.
@@ -163,6 +166,25 @@ def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
         return {}
     pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def load_onnxruntime(
+    package: str = "onnxruntime", extra: str = "cpu", purpose: str = "running on this processor"
+) -> Any:
+    """The module onnxruntime; nothing else imports it. It reports to nobody, and prints nothing.
+
+    Its official builds send events to Microsoft unless ORT_DISABLE_TELEMETRY is set before they
+    start; they begin with a store in the user's cache folder and a look-up of the receiving host
+    (onnxruntime/Privacy.md). A value that the user has set stays. Raises MissingExtra, naming
+    `package` and `extra`.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    first = "onnxruntime" not in sys.modules
+    with needing(package, extra, purpose=purpose):
+        import onnxruntime  # waits for another thread that is just importing it
+    if first:
+        onnxruntime.set_default_logger_severity(_ERRORS_ONLY)
+    return onnxruntime
 
 
 def this_cpu() -> Target:

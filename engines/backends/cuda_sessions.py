@@ -17,8 +17,8 @@ from typing import Any
 
 from edgevlm.engines.backends import sessions
 from edgevlm.engines.backends.device_array import Device
-from edgevlm.toolkit import onnx_runtime
 from edgevlm.toolkit.errors import BuildError, OutOfMemory, UnsupportedError
+from edgevlm.toolkit.target import load_onnxruntime
 
 _RECORD = "session.record_ep_graph_assignment_info"
 _GRAPH_ID = "gpu_graph_id"
@@ -105,7 +105,7 @@ def _preload() -> None:
     """Load CUDA's libraries that came as Python packages; it prints what it does not find, which
     the session's own error says better.
     """
-    onnxruntime = onnx_runtime.load("onnxruntime-gpu", "gpu", "running on a card")
+    onnxruntime = load_onnxruntime("onnxruntime-gpu", "gpu", "running on a card")
     if hasattr(onnxruntime, "preload_dlls"):
         # Components are opened in several threads, and stdout is one for all of them.
         with _LOADING, contextlib.redirect_stdout(io.StringIO()):
@@ -145,7 +145,7 @@ def check_placement(session: Any, provider: Provider, name: str) -> None:
 
 def run_options(graph: int | None) -> Any:
     """onnxruntime.RunOptions of calls that share one CUDA graph; None for calls without one."""
-    options = onnx_runtime.load().RunOptions()
+    options = load_onnxruntime().RunOptions()
     options.add_run_config_entry(_GRAPH_ID, str(_NEVER if graph is None else graph))
     return options
 

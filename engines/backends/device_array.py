@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.toolkit import onnx_runtime
+from edgevlm.toolkit.target import load_onnxruntime
 
 # TensorProto's numbers, which need no onnx, with NumPy types of the same size.
 ELEMENTS: dict[str, tuple[int, type[np.generic]]] = {
@@ -66,7 +66,7 @@ def empty(shape: Sequence[int], dtype: str, device: Device) -> DeviceArray:
     An array without elements gets memory too: a null pointer cannot be told from a missing one.
     """
     held = list(shape) if all(shape) else [1]
-    value = onnx_runtime.load().OrtValue.ortvalue_from_shape_and_type(
+    value = load_onnxruntime().OrtValue.ortvalue_from_shape_and_type(
         held, ELEMENTS[dtype][0], device.kind, device.number
     )
     return DeviceArray(value, tuple(shape), dtype, device)
@@ -78,6 +78,6 @@ def zeros(shape: Sequence[int], dtype: str, device: Device) -> DeviceArray:
     element, same_size = ELEMENTS[dtype]
     blank = np.zeros(tuple(shape), same_size)
     if dtype == "bf16":  # which NumPy does not have
-        blank = onnx_runtime.load().OrtValue.ortvalue_from_numpy_with_onnx_type(blank, element)
+        blank = load_onnxruntime().OrtValue.ortvalue_from_numpy_with_onnx_type(blank, element)
     array.value.update_inplace(blank)
     return array

@@ -28,16 +28,23 @@ from edgevlm.engines.backends import (
 )
 from edgevlm.engines.backends.bindings import Bindings
 from edgevlm.engines.backends.state import Allocation, State, check, zeros
-from edgevlm.toolkit import onnx_runtime
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import Blocks, SafetensorsFile, row_blocks
 from edgevlm.toolkit.errors import BuildError
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.target import Target, machine, saturates_int8, this_cpu, threads_here
+from edgevlm.toolkit.target import (
+    Target,
+    load_onnxruntime,
+    machine,
+    saturates_int8,
+    this_cpu,
+    threads_here,
+)
 
 if TYPE_CHECKING:
     import onnx
 
+_CHANGED = "if the engine was changed since it was built, build it again"
 _TYPES = {"float": np.float32, "int64": np.int64}
 
 
@@ -136,7 +143,7 @@ def _session_options(options: RunnerOptions, *, stateful: bool = False) -> Any:
     """Options with the session's threads. Only a decoder's threads spin between calls: its next
     call comes at once, while an encoder's would compete with the components after it.
     """
-    onnx_runtime.load()
+    load_onnxruntime()
     settings = sessions.session_options(options.threads or threads_here())
     if not stateful:
         settings.add_session_config_entry("session.force_spinning_stop", "1")
@@ -157,7 +164,7 @@ def open(
     except Exception as refused:  # ONNX Runtime raises many types of its own
         raise BuildError(
             f"ONNX Runtime cannot load {record.graph}: {refused}",
-            hint="if the engine was changed since it was built, build it again",
+            hint=_CHANGED,
         ) from None
     return OnnxRuntimeRunner(session, record, options)
 
@@ -240,7 +247,12 @@ class OnnxRuntimeRunner:
         )
         for port in self._plain:
             np.copyto(bound.inputs[port.name], inputs[port.name])
-        outputs = bound.run()
+        try:
+            outputs = bound.run()
+        except Exception as failed:  # ONNX Runtime raises many types of its own
+            raise BuildError(
+                f"{self._record.name}: ONNX Runtime failed: {failed}", hint=_CHANGED
+            ) from None
         return {name: outputs[name] for name in self._results}
 
     def _reads_one_token(self, shapes: Sequence[tuple[int, ...]]) -> bool:

@@ -10,9 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgevlm.toolkit import onnx_runtime
 from edgevlm.toolkit.quantization import static
-from edgevlm.toolkit.target import saturates_int8
+from edgevlm.toolkit.target import load_onnxruntime, saturates_int8
 
 _EXACT_PRODUCTS = "session.x64quantprecision"
 # Merges the Q/DQ of layers with one input; a product is of integers only if it has its own.
@@ -23,7 +22,7 @@ _ERRORS_ONLY = 3
 
 def session_options(threads: int = 0) -> Any:
     """onnxruntime.SessionOptions that are right on this processor; threads: 0 for all."""
-    options = onnx_runtime.load().SessionOptions()
+    options = load_onnxruntime().SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads
     if saturates_int8():
@@ -40,7 +39,7 @@ def open_session(
     load the graph.
     """
     graph = model if isinstance(model, bytes) else Path(model).read_bytes()
-    return onnx_runtime.load().InferenceSession(
+    return load_onnxruntime().InferenceSession(
         model if isinstance(model, bytes) else str(model),
         options or session_options(),
         providers=[provider],
@@ -59,5 +58,5 @@ def read_weights_from(options: Any, folder: Path) -> Any:
 
 def keep_graph(options: Any) -> None:
     """Let ONNX Runtime run the graph as it is, without rewriting it."""
-    levels = onnx_runtime.load().GraphOptimizationLevel
+    levels = load_onnxruntime().GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_DISABLE_ALL

@@ -37,7 +37,6 @@ from edgevlm.toolkit.errors import (
     MissingExtra,
     TargetMismatch,
     UnsupportedError,
-    needing,
 )
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import Target, check_runs_here, threads_here
@@ -253,15 +252,14 @@ def lowering(bundle: Bundle, request: Request) -> list[Decision]:
     """The lowering table of every component that a build would have. Needs no device."""
     if request.target.backend == "reference":
         return []
-    with needing("onnx", "export", purpose="reading a bundle's graphs"):
-        from edgevlm.engines.lowering import read
-        from edgevlm.engines.lowering.lower import decide
+    from edgevlm.engines.backends.onnx_files import read_graph
+    from edgevlm.engines.lowering.lower import decide
 
     requantized = request.requantization.graphs() if request.requantization else {}
     decisions: list[Decision] = []
     for record in bundle.manifest.components:
         weights = bundle.path / record.weights
-        model = requantized.get(record.name) or read.graph(bundle.path / record.graph, weights)
+        model = requantized.get(record.name) or read_graph(bundle.path / record.graph, weights)
         with of_bundle(str(bundle.path / record.graph)):
             decisions += decide(record.name, model, request.target, request.plugins)
     return decisions

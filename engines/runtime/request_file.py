@@ -13,6 +13,8 @@ from edgevlm.engines.runtime.question import Question
 from edgevlm.toolkit.errors import InputError, ToolkitError
 from edgevlm.toolkit.strict import BOOKKEEPING, Reader
 
+_MOST_NESTED = 100  # an `id` is given back, and what writes it goes from level to level
+
 
 @dataclass(frozen=True)
 class Request:
@@ -25,6 +27,12 @@ class Request:
     line: int = 0
     id: Any = None
     refused: ToolkitError | None = None
+
+    def asked(self) -> Question:
+        """The question. Raises why there is none."""
+        if self.question is None:
+            raise self.refused or InputError("there is no question")
+        return self.question
 
 
 def gather(given: Question, file: Path | None) -> list[Request]:
@@ -71,7 +79,19 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where} is not JSON: {broken}") from None
     if not isinstance(data, dict):
         raise InputError(f"{where} is not a JSON object")
+    if _nested(data) > _MOST_NESTED:
+        raise InputError(f"{where} is JSON nested more than {_MOST_NESTED} deep")
     return data
+
+
+def _nested(data: Any) -> int:
+    """How many lists and objects are within one another, as far as _MOST_NESTED and one more."""
+    level, count = [data], 0
+    while level and count <= _MOST_NESTED:
+        count += 1
+        inner = (x for outer in level for x in (outer.values() if type(outer) is dict else outer))
+        level = [x for x in inner if type(x) in (dict, list)]
+    return count
 
 
 def _refused(name: str) -> float:

@@ -313,6 +313,17 @@ def _require_state(engine: Engine, held: int) -> None:
         memory.require(needed, f"the KV cache of reply {held + 1}", engine.parsed_target())
 
 
+def notes_on_threads(threads: int) -> tuple[str, ...]:
+    """A note where --threads asks for more threads than there are processors to run them."""
+    cores = threads_here()
+    if threads <= cores:
+        return ()
+    return (
+        f"--threads {threads} is more than the {cores} processor(s) that this process may use: "
+        "they will wait for one another",
+    )
+
+
 def _threads(threads: int) -> int:
     """The threads that a component runs on; 0 is one per processor."""
     cores = threads_here()

@@ -34,12 +34,15 @@ def profile(
     """Measure an engine: every stage and layer, compared with the machine's limits."""
     from edgevlm.engines.profiling import report
     from edgevlm.engines.profiling.profile import ProfileRequest, profile_all
+    from edgevlm.engines.runtime.session import notes_on_threads
 
     console = opened_console(as_json, quiet, context)
     request = ProfileRequest(
         image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
     )
     report.check_files(layers, html, trace)
+    for note in notes_on_threads(threads):
+        console.note(note)
     profiles = profile_all([engine, *(compare or [])], request, console.step)
     report.write_files(profiles, html, trace)
     console.result(*report.result(profiles, layers))

@@ -21,6 +21,7 @@ from edgevlm.toolkit.terminal.flags import (
     Quiet,
     RepetitionPenalty,
     Threads,
+    Verify,
     opened_console,
 )
 
@@ -51,9 +52,7 @@ def run(
     masks: Masks = None,
     overlay: Overlay = None,
     force_seg: ForceSeg = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Compare all files with their SHA-256 first.")
-    ] = False,
+    verify: Verify = False,
     threads: Threads = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -63,7 +62,7 @@ def run(
     from edgevlm.engines.runtime import batch, request_file
     from edgevlm.engines.runtime.mask_files import Wanted
     from edgevlm.engines.runtime.sampling import Sampling
-    from edgevlm.engines.runtime.session import Question, Session
+    from edgevlm.engines.runtime.session import Question, Session, notes_on_threads
 
     console = opened_console(as_json, quiet)
     penalties = (repetition_penalty, no_repeat_ngram, allow_banned)
@@ -76,11 +75,11 @@ def run(
     batch.check_output(output, many=many)
     requests = request_file.gather(given, input_file)
     with Session.open(engine, threads=threads, verify=verify) as session:
+        for note in notes_on_threads(threads):
+            console.note(note)
         wanted.check_engine(session)
         requests = [wanted.asked(request, session) for request in requests]
         if not many:
-            (request,) = requests
-            assert request.question is not None
-            batch.answer_one(session, request.question, console, wanted)
+            batch.answer_one(session, requests[0].asked(), console, wanted)
         else:
             batch.answer_all(session, requests, console, output)

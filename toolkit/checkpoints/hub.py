@@ -94,6 +94,7 @@ def origin_in_cache(folder: Path) -> tuple[str, str] | None:
 
 
 def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with needing("huggingface_hub", "export", purpose=f"fetching {name}"):
         from huggingface_hub import snapshot_download
         from huggingface_hub.constants import HF_HUB_CACHE

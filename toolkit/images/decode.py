@@ -5,34 +5,37 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import numpy as np
 
-from edgevlm.toolkit.errors import InputError
+from edgevlm.toolkit.errors import InputError, silenced
 from edgevlm.toolkit.images import depth
 from edgevlm.toolkit.ops.vocabulary import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PIXELS = 100_000_000  # a 30000 x 30000 image would take 2.7 GB decoded
-MAX_SIDE = 16_384  # padding to a square of this side already takes 0.8 GB
+MAX_PIXELS = 100_000_000
+MAX_SIDE = 16_384
 MAX_RATIO = 200  # beyond this, resizing the short edge makes an image of hundreds of megapixels
-# Formats of pixels only. Pillow knows more: for PostScript it starts a program (Ghostscript),
-# and of others it reads a part or needs a handler. MPO, of phones, is opened as JPEG.
-FORMATS = (
-    "JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "PCX", "QOI", "SGI",
-    "TGA",
-)  # fmt: skip
+MAX_BYTES = 400_000_000  # of pixels in memory while an image is decoded and made RGB
+# Formats of pixels that people have photographs in; each decoder is code that strangers' files
+# reach. Pillow knows forty: for PostScript it starts a program (Ghostscript), and of others it
+# reads a part or needs a handler. MPO, of phones, is opened as JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ORIENTATION = 0x0112  # the EXIF tag
+_RGB_BYTES = 4  # of a pixel in Pillow, whatever has three or four channels
+_PIECE = 1 << 20
 # Formats whose header states the number of frames. In a GIF or TIFF they could only be counted by
 # going through all: a TIFF of 2 MB may have 16000, and Pillow's time grows with their square.
 _COUNTED = ("PNG", "WEBP", "AVIF")
@@ -43,6 +46,11 @@ _REFUSED_FORMATS = (
     (b"\x89HDF", "HDF5"), (b"GRIB", "GRIB"), (b"BUFR", "BUFR"), (b"<svg", "SVG"),
     (b"<?xml", "XML, such as SVG"), (b"icns", "ICNS"), (b"DDS ", "DDS"), (b"PF\n", "a colour PFM"),
 )  # fmt: skip
+# EXIF orientation -> what makes the stored pixels upright; the names are Pillow's.
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+    7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
 _CONVERTED = {"CMYK": "CMYK", "P": "palette", "PA": "palette", "YCbCr": "YCbCr", "HSV": "HSV"}
 _DIRECT = ("1", "L", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX")
 _KEPT = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # as they are, with own_mode
@@ -73,65 +81,132 @@ def load(source: ImageSource, *, upright: bool = True, own_mode: bool = False) -
     """
     from PIL import Image, UnidentifiedImageError
 
-    name = str(source) if isinstance(source, (str, PathLike)) else "given in memory"
+    name = f"{str(source):.300}" if isinstance(source, (str, PathLike)) else "given in memory"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns where we refuse
             if isinstance(source, (Image.Image, np.ndarray)):
                 return _given(source, name, upright, own_mode)
-            if isinstance(source, (str, PathLike)):
-                _refuse_devices(Path(source), name)
-            file = source if isinstance(source, (str, PathLike)) else BytesIO(source)
-            _refuse_large_icons(source, name)
-            with Image.open(file, formats=_formats()) as opened:
-                _refuse_odd_sizes(opened.size, name)
-                loaded = _to_rgb(opened, name, upright, own_mode=own_mode)
-                _refuse_odd_sizes(loaded.rgb.size, name)  # decoders may find another size inside
-                return loaded
+            with _file(source, name) as file, silenced():
+                return _decoded(file, name, upright, own_mode)
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"image {name:.300} does not exist", hint=_if_address(name)) from None
+        raise InputError(f"image {name} does not exist", hint=_if_address(name)) from None
     except IsADirectoryError:
         raise InputError(f"image {name} is a folder") from None
     except (UnidentifiedImageError, Image.DecompressionBombError) as refused:
         raise _unreadable(source, name, refused) from None
+    except MemoryError:
+        raise
     except Exception as broken:  # a damaged file makes Pillow's decoders raise anything
         stated = getattr(broken, "strerror", None) or str(broken)  # strerror: without the name
         reason = stated or type(broken).__name__
         raise InputError(
-            f"image {name:.300} cannot be decoded: {reason}", hint=_if_address(name)
+            f"image {name} cannot be decoded: {reason}", hint=_if_address(name)
         ) from None
 
 
-def _refuse_devices(path: Path, name: str) -> None:
-    """Raise InputError for pipes, sockets and devices: opening them may wait for ever."""
-    if not name:
-        raise InputError("an image was given by an empty name", hint="give a file")
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise InputError(f"image {name:.300} is a device or a pipe, not a file", hint="give a file")
-
-
-def _refuse_large_icons(source: str | PathLike[str] | bytes | bytearray, name: str) -> None:
-    """Raise InputError if a picture in an icon is large: Pillow decodes it when it opens the file.
-
-    The directory of an icon says 256 pixels at most, whatever the pictures in it are.
+def _file(source: str | PathLike[str] | bytes | bytearray, name: str) -> BinaryIO:
+    """A file of bytes. Raises InputError for pipes, sockets and devices: opening or reading one may
+    wait for ever, or never end.
     """
-    with (
-        BytesIO(source) if isinstance(source, (bytes, bytearray)) else Path(source).open("rb") as f
-    ):
-        kind, count = struct.unpack("<4sH", f.read(6).ljust(6, b"\0"))
-        if kind != b"\0\0\1\0":
-            return
-        entries = [f.read(16).ljust(16, b"\0") for _ in range(count)]
-        offsets = [struct.unpack("<12xI", entry)[0] for entry in entries]
-        for offset in offsets:
-            f.seek(offset)
-            head = f.read(24).ljust(24, b"\0")
-            png = head.startswith(b"\x89PNG")
-            sides = struct.unpack(">16x2I" if png else "<4x2i12x", head)
-            _refuse_large((abs(sides[0]), abs(sides[1]) // (1 if png else 2)), name)
+    if isinstance(source, (bytes, bytearray)):
+        return BytesIO(source)
+    path = Path(source)
+    if not str(source):
+        raise InputError("an image was given by an empty name", hint="give a file")
+    _refuse_devices(path.stat().st_mode, name)  # even opening a device may do something
+    # What the name stands for may be another thing by now: not to wait, and to look again.
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    file = os.fdopen(number, "rb")
+    try:
+        _refuse_devices(os.fstat(number).st_mode, name)
+    except InputError:
+        file.close()
+        raise
+    return file
+
+
+def _refuse_devices(mode: int, name: str) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError
+    if not stat.S_ISREG(mode):
+        raise InputError(f"image {name} is a device or a pipe, not a file", hint="give a file")
+
+
+def _decoded(file: BinaryIO, name: str, upright: bool, own_mode: bool) -> LoadedImage:
+    from PIL import Image
+
+    opened = Image.open(file, formats=_formats())
+    try:
+        _refuse_odd_sizes(opened.size, name)
+        _refuse_memory(opened, name)
+        if opened.format == "PNG":
+            _check_png(file, name)
+        loaded = _to_rgb(opened, _stated(opened), name, upright, own_mode)
+    finally:
+        opened.close()
+    _refuse_odd_sizes(loaded.rgb.size, name)  # decoders may find another size inside
+    return loaded
+
+
+def _refuse_memory(image: Image, name: str) -> None:
+    """Raise InputError if an image would take too much memory until it is RGB."""
+    width, height = image.size
+    planned = width * height * planned_bytes(image)
+    if planned > MAX_BYTES:
+        kind = f"{image.mode} in {image.format}" if image.format else image.mode
+        raise _too_much(name, image.size, f" of {kind}: decoding it", planned)
+
+
+def _too_much(name: str, size: tuple[int, int], what: str, planned: int) -> InputError:
+    return InputError(
+        f"image {name} is {size[0]} x {size[1]} pixels{what} takes {planned / 1e9:.2g} GB, the "
+        f"limit is {MAX_BYTES / 1e9:g} GB",
+        hint="scale it down first; encoders take a few hundred pixels a side",
+    )
+
+
+def planned_bytes(image: Image) -> int:
+    """The most bytes that a pixel takes at once until an image is RGB: in the decoder and in what
+    it gives, or in that and in RGB.
+    """
+    decoded = depth.BYTES.get(image.mode, 1 if image.mode in ("1", "L", "P") else _RGB_BYTES)
+    made = 0 if image.mode == "RGB" else _RGB_BYTES
+    if image.mode in depth.MODES:
+        made += decoded + 2  # the array of its values, and grey of 8 bits twice
+    # WebP and AVIF are decoded as a whole and handed over as bytes; libtiff decodes strips, which
+    # may be all there is. A progressive JPEG keeps two bytes of each sample until its last scan.
+    decoder = {"WEBP": 8, "AVIF": 14, "TIFF": decoded}.get(image.format or "", 0)
+    if "progressive" in image.info or "progression" in image.info:
+        decoder = 2 * len(image.getbands())
+    return decoded + max(decoder, made)
+
+
+def _check_png(file: BinaryIO, name: str) -> None:
+    """Raise InputError if a checksum of the pixels is wrong: Pillow compares those of other chunks
+    only, and shows the damage. (PNG specification, 13.2: such an error is fatal.)
+    """
+    at = file.tell()
+    file.seek(8)  # behind the signature
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"IEND":
+            break
+        if kind not in (b"IDAT", b"PLTE"):
+            file.seek(length + 4, os.SEEK_CUR)
+            continue
+        check, left = zlib.crc32(kind), length
+        while left and (piece := file.read(min(left, _PIECE))):
+            check, left = zlib.crc32(piece, check), left - len(piece)
+        stated = file.read(4)
+        if not left and len(stated) == 4 and struct.unpack(">I", stated)[0] != check:
+            raise InputError(
+                f"image {name} cannot be decoded: its checksum differs, the file is damaged",
+                hint="fetch the file again",
+            )
+    file.seek(at)
 
 
 def _if_address(name: str) -> str:
@@ -158,17 +233,20 @@ def _given(image: Image | Array, name: str, upright: bool, own_mode: bool) -> Lo
                 "uint8 [height, width] or [height, width, 3 or 4]"
             )
         _refuse_odd_sizes((image.shape[1], image.shape[0]), name)
-        whole = Image.fromarray(np.ascontiguousarray(image))
-        return _to_rgb(whole, name, upright, own_mode=own_mode)
-    undecoded = bool(getattr(image, "tile", ()))
+        made = Image.fromarray(np.ascontiguousarray(image))
+        return _to_rgb(made, _stated(made), name, upright, own_mode)
+    undecoded = bool(getattr(image, "tile", ()))  # it would be decoded here
     if undecoded and image.format not in (*_formats(), "MPO"):
         raise InputError(
             f"image {name} is of the format {image.format}, which is not read", hint=_BY_HAND
         )
     _refuse_odd_sizes(image.size, name)
-    # exif_transpose copies too
-    copied = image if upright else image.copy()
-    return _to_rgb(copied, name, upright, depth.declared(image), own_mode=own_mode)
+    _refuse_memory(image, name)
+    stated = _stated(image)
+    image.load()
+    copied = image.copy()
+    copied.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)  # a TIFF's is not copied
+    return _to_rgb(copied, stated, name, upright, own_mode)
 
 
 def _unreadable(source: object, name: str, refused: Exception) -> InputError:
@@ -224,30 +302,43 @@ def _refuse_large(size: tuple[int, int], name: str) -> None:
         )
 
 
-def _to_rgb(
-    file: Image,
-    name: str,
-    upright: bool,
-    stated: depth.Depth | None = None,
-    *,
-    own_mode: bool = False,
-) -> LoadedImage:
-    """stated: the depth that was read before `file` was copied."""
-    from PIL import ImageOps
+@dataclass(frozen=True)
+class _Stated:
+    """What a file states beside its pixels, read before they are decoded."""
 
-    stated = stated or depth.declared(file)
-    notes = _frames(file)
-    if file.getexif().get(_ORIENTATION) in range(2, 9):  # read first: loading a TIFF drops it
+    depth: depth.Depth
+    orientation: int | None
+    notes: tuple[str, ...]
+
+
+def _stated(file: Image) -> _Stated:
+    depths, notes = depth.declared(file), tuple(_frames(file))
+    return _Stated(depths, file.getexif().get(_ORIENTATION), notes)
+
+
+def _to_rgb(file: Image, stated: _Stated, name: str, upright: bool, own_mode: bool) -> LoadedImage:
+    """An image of ours, which is closed."""
+    from PIL import Image
+
+    notes = list(stated.notes)
+    if stated.orientation in _UPRIGHT:
         notes.append(f"EXIF orientation {'applied' if upright else 'ignored'}")
-    shown = ImageOps.exif_transpose(file) if upright else file
     try:
-        if own_mode and shown.mode in _KEPT:
-            depth.check_colours(shown, stated)
-            shown.load()
-            return LoadedImage(shown if shown is not file else shown.copy(), tuple(notes))
-        rgb, note = _deep(shown, stated) if shown.mode in depth.MODES else _bytes(shown, stated)
+        if own_mode and file.mode in _KEPT:
+            depth.check_colours(file, stated.depth)
+            rgb, note = file.copy(), list[str]()
+        else:
+            deep = file.mode in depth.MODES
+            rgb, note = _deep(file, stated.depth) if deep else _bytes(file, stated.depth)
     except InputError as odd:
         raise InputError(f"image {name} cannot be used: {odd.message}", hint=odd.hint) from None
+    turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION))  # Pillow has turned a TIFF by now
+    if turn is not None and upright:
+        planned = 2 * _RGB_BYTES * rgb.width * rgb.height
+        if planned > MAX_BYTES:
+            raise _too_much(name, rgb.size, ", and turning it upright", planned)
+        file.close()  # its pixels need not be there beside two others
+        rgb = rgb.transpose(Image.Transpose[turn])
     return LoadedImage(rgb, (*notes, *note))
 
 
@@ -284,4 +375,7 @@ def _bytes(shown: Image, stated: depth.Depth) -> tuple[Image, list[str]]:
     depth.check_colours(shown, stated)
     if stated.sixteen:
         notes.append("16-bit colours scaled to 8 bits")
-    return shown.convert("RGB"), notes
+    if shown.mode != "RGB":
+        return shown.convert("RGB"), notes
+    shown.load()
+    return shown._new(shown.im), notes  # the same pixels, without the file behind them

@@ -19,7 +19,9 @@ from edgevlm.toolkit.ops.vocabulary import Array
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+BYTES = {"I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2, "I": 4, "F": 4}  # of a pixel in Pillow
+MODES = tuple(BYTES)
+_BLOCK = 1 << 20  # values that are scaled at once, as floats of eight bytes
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _MIN, _MAX, _SMIN, _SMAX = 280, 281, 340, 341
 _SIGNED = 2  # of SampleFormat
@@ -101,7 +103,7 @@ def to_bytes(image: Image, depth: Depth) -> tuple[Array, str]:
     if image.mode == "F":
         grey, note = _floats(values, depth)
     elif depth.signed or depth.bits in (None, 32):
-        grey, note = _unbounded(values.astype(np.int64), depth)
+        grey, note = _unbounded(values, depth)
     else:
         grey, note = _unsigned(values, depth)
     return (255 - grey if depth.inverted else grey), note
@@ -155,6 +157,11 @@ def _floats(values: Array, depth: Depth) -> tuple[Array, str]:
 
 def _scaled(values: Array, limits: tuple[float, float]) -> tuple[Array, str]:
     low, high = limits
-    scaled = np.clip((values - low) * (255 / (high - low)), 0, 255)
-    note = f"grey of the declared range {low:g} to {high:g} scaled to 8 bits"
-    return np.rint(scaled).astype(np.uint8), note
+    grey = np.empty(values.shape, np.uint8)
+    rows = max(1, _BLOCK // values.shape[1])
+    for first in range(0, len(values), rows):
+        block = values[first : first + rows]
+        wide = block.astype(np.int64) if block.dtype.kind in "iu" else block
+        scaled = np.clip((wide - low) * (255 / (high - low)), 0, 255)
+        grey[first : first + rows] = np.rint(scaled).astype(np.uint8)
+    return grey, f"grey of the declared range {low:g} to {high:g} scaled to 8 bits"

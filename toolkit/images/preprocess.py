@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgevlm.toolkit.errors import ConfigError, InputError
-from edgevlm.toolkit.images.decode import MAX_SIDE
+from edgevlm.toolkit.images.decode import MAX_PIXELS, MAX_SIDE
 from edgevlm.toolkit.images.tiling import Resample, Tiling, TokenArrangement, pillow_filter
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import Reader
@@ -22,6 +22,7 @@ from edgevlm.toolkit.strict import Reader
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_BAND = 1 << 20  # pixels of a padded band
 Colour = tuple[float, float, float]  # one number per channel
 
 _RESAMPLE: dict[int, Resample] = {
@@ -242,11 +243,10 @@ def preprocess(image: Image, rule: Preprocess) -> Array:
 
     With `rgb_last` the image may have another mode.
     """
-    if rule.pad is not None:
-        image = _pad_square(image, rule.pad)
-    target = _target_size(image.size, rule)
-    if target is not None:
-        image = image.resize(target, pillow_filter(rule.resample))
+    if rule.pad is not None and image.width != image.height:
+        image = _pad_square(image, rule)
+    else:
+        image = _resized(image, rule)
     if image.mode != "RGB":
         return preprocess_rgb(_own_mode_cropped(image, rule).convert("RGB"), rule)
     return preprocess_rgb(image, rule)
@@ -262,16 +262,41 @@ def preprocess_rgb(image: Image, rule: Preprocess) -> Array:
     return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
 
 
-def _pad_square(image: Image, colour: tuple[int, int, int]) -> Image:
+def _resized(image: Image, rule: Preprocess) -> Image:
+    target = _target_size(image.size, rule)
+    return image if target is None else image.resize(target, pillow_filter(rule.resample))
+
+
+def _pad_square(image: Image, rule: Preprocess) -> Image:
+    """The image in the centre of a square, resized.
+
+    The square of a long image takes more memory than all else, so it is never made: Pillow scales
+    columns first and rows then, and only what the first step leaves is needed at once.
+    """
     from PIL import Image
 
-    width, height = image.size
+    colour, (width, height) = rule.pad, image.size
+    assert colour is not None
     side = max(width, height)
-    if width == height:
-        return image
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+    target = _target_size((side, side), rule)
+    resample, columns = pillow_filter(rule.resample), target[0] if target else side
+    if columns * side > MAX_PIXELS:
+        raise InputError(
+            f"an image of {width} x {height} pixels, padded to a square and not scaled down, would "
+            f"have {columns * side / 1e6:.0f} megapixels; the limit is {MAX_PIXELS // 10**6}",
+            hint="scale it down first",
+        )
+    square = Image.new("RGB", (columns, side), colour)
+    if height < side:
+        square.paste(image.resize((columns, height), resample), (0, (side - height) // 2))
+    else:
+        rows = max(1, _BAND // side)
+        for top in range(0, side, rows):
+            part = image.crop((0, top, width, min(top + rows, side)))
+            band = Image.new("RGB", (side, part.height), colour)
+            band.paste(part, ((side - width) // 2, 0))
+            square.paste(band.resize((columns, part.height), resample), (0, top))
+    return square if target is None else square.resize(target, resample)
 
 
 def _target_size(size: tuple[int, int], rule: Preprocess) -> tuple[int, int] | None:

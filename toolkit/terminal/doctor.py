@@ -9,12 +9,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from edgevlm.toolkit import onnx_runtime
 from edgevlm.toolkit.errors import MissingExtra
 from edgevlm.toolkit.target import (
     CUDA_CARDS,
     card,
     instruction_sets,
+    load_onnxruntime,
     machine,
     processor_name,
     saturates_int8,
@@ -86,7 +86,7 @@ def _providers(packages: dict[str, str | None]) -> list[str]:
     if not packages["onnxruntime-gpu"]:
         return []
     try:
-        return list(onnx_runtime.load().get_available_providers())
+        return list(load_onnxruntime().get_available_providers())
     except MissingExtra:
         return []
 

@@ -17,6 +17,9 @@ Force = Annotated[
     bool, typer.Option("--force", help="Replace a bundle or engine at the output path.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Compare all files with their SHA-256 first.")
+]
 Threads = Annotated[int, typer.Option(help="Processor threads; 0 uses all.")]
 Context = Annotated[
     Optional[int],

@@ -71,7 +71,7 @@ def flush() -> str | None:
         return ""
     except OSError as refused:
         _discard(sys.stdout)
-        return f"standard output cannot be written: {refused.strerror}"
+        return f"standard output: {refused.strerror}"
     return None
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from edgevlm.toolkit.text.added_tokens import AddedToken
 
 BLANK = "\u2581"  # sentencepiece's visible blank
+_MOST_REPLACED = 1024  # bytes; Unicode decomposes a character into 33 at most
 _BLANKS = re.compile(r"\s*")
 
 
@@ -64,6 +65,8 @@ class Charsmap:
         if found is None:
             return None
         text = self._texts[found[1] : self._texts.index(b"\0", found[1])]
+        if len(text) > _MOST_REPLACED:
+            raise ValueError(f"precompiled_charsmap replaces {found[0]} bytes by {len(text)}")
         return found[0], text.decode()
 
 

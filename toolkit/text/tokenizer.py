@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 from edgevlm.toolkit.errors import ConfigError, InputError
 from edgevlm.toolkit.text import sentencepiece_text
+from edgevlm.toolkit.text.panics import calm, tame
 from edgevlm.toolkit.text.sentencepiece_text import SentencePieceRules
 from edgevlm.toolkit.text.token_bound import TokenBound, bound_of
 
 if TYPE_CHECKING:
     import tokenizers
 
+_FAILED = "the tokenizer fails at this text (its tokenizer.json is at fault)"
 _BROKEN = "\ufffd"  # what decoding gives for bytes that are not (yet) a character
 
 
@@ -59,17 +61,15 @@ class Tokenizer:
         """From the text of a tokenizer.json. Raises ConfigError if it cannot be read."""
         import tokenizers
 
-        try:
+        with calm("the tokenizer cannot be read"):
             if rules is None:
-                return cls(tokenizers.Tokenizer.from_str(text), None, rows)
+                return cls(tame(tokenizers.Tokenizer.from_str(text)), None, rows)
             data = json.loads(text)
             form = json.dumps(sentencepiece_text.runtime_form(data, rules))
             steps = sentencepiece_text.steps(data, rules)
-            made = cls(tokenizers.Tokenizer.from_str(form), steps, rows)
+            made = cls(tame(tokenizers.Tokenizer.from_str(form)), steps, rows)
             made._text = text
-            return made
-        except Exception as broken:  # the package raises bare Exception
-            raise ConfigError(f"the tokenizer cannot be read: {broken}") from None
+        return made
 
     @property
     def size(self) -> int:
@@ -88,7 +88,13 @@ class Tokenizer:
         return {number: token.content for number, token in added.items() if token.special}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of `text`; special: whether to add the tokens that surround a text (BOS)."""
+        """Ids of `text`; special: whether to add the tokens that surround a text (BOS). Raises
+        ConfigError if the tokenizer fails at it.
+        """
+        with calm(_FAILED):
+            return self._ids_of(text, special)
+
+    def _ids_of(self, text: str, special: bool) -> list[int]:
         if self._steps is None:
             return list(self._inner.encode(text, add_special_tokens=special).ids)
         ids = list(self._inner.encode("", add_special_tokens=True).ids) if special else []
@@ -136,7 +142,12 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""
-        text: str = self._inner.decode(list(ids), skip_special_tokens=True)
+        try:
+            text: str = self._inner.decode(list(ids), skip_special_tokens=True)
+        except BaseException as broken:  # a panic of Rust is no Exception
+            if isinstance(broken, (KeyboardInterrupt, SystemExit, MemoryError)):
+                raise
+            raise ConfigError(f"the tokenizer fails at an answer: {broken}") from None
         return text
 
 

@@ -13,12 +13,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from edgevlm.engines.backends import Compiled, Peaks, Runner, RunnerOptions, Shapes
+from edgevlm.engines.backends import (
+    Compiled,
+    Peaks,
+    Runner,
+    RunnerOptions,
+    Shapes,
+    onnx_files,
+)
 from edgevlm.engines.backends.tensorrt import device, plugins
 from edgevlm.engines.backends.tensorrt.card import Cards
 from edgevlm.engines.backends.tensorrt.flavours import FLAVOURS, Flavour
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
-from edgevlm.toolkit.errors import UnsupportedError, needing
+from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.target import Target
 
 RTX_CARDS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120")
@@ -68,14 +75,13 @@ class TensorRT:
 
         Raises BuildError with the builder's reason, OutOfMemory or UnsupportedError.
         """
-        with needing("onnx", "export", purpose="building an engine"):
-            from edgevlm.engines.backends.tensorrt import builder
-            from edgevlm.engines.lowering import lower, read
+        from edgevlm.engines.backends.tensorrt import builder
+        from edgevlm.engines.lowering import lower
 
         start = time.perf_counter()
         # RTX caps nothing for cards that are not here, and ignores what was timed before
         card = device.facts() if self._flavour.needs_device else None
-        model = read.graph(source / record.graph, source / record.weights)
+        model = onnx_files.read_graph(source / record.graph, source / record.weights)
         lowered = lower.lower_component(record.name, model, target, self._plugins)
         wanted = plugins.of_graph(model, target)
         fixed = builder.fixed_sizes(shapes)

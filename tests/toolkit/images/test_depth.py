@@ -156,7 +156,6 @@ READ: dict[str, tuple[bytes, str]] = {
         tiff(colours(U16, 3), 16, photometric=2, samples=3),
         "16-bit colours scaled",
     ),
-    "JPEG 2000 of 16 bits": (stored(Image.fromarray(U16), "JPEG2000"), "16-bit grey scaled"),
     "YCbCr TIFF": (
         stored(
             Image.fromarray(colours(scaled(255, "u1"), 3)).convert("YCbCr"), "TIFF"

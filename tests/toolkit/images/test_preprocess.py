@@ -15,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.errors import ConfigError, InputError
 from edgevlm.toolkit.images.preprocess import Preprocess, preprocess, read_preprocess
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import Reader
@@ -138,6 +138,28 @@ def test_padding_is_that_of_llava(width: int, height: int) -> None:
     image, rule = noise(width, height), rule_of(processor).padded()
     assert rule.pad == (122, 116, 104)
     same(preprocess(image, rule), theirs(processor, expand2square(image, (122, 116, 104))))
+
+
+def test_the_square_of_padding_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled band by band, to the same bits, by every filter."""
+    monkeypatch.setattr("edgevlm.toolkit.images.preprocess._BAND", 1000)
+    for width, height in ((301, 4), (4, 301), (90, 61), (61, 90), (56, 7), (700, 350), (350, 700)):
+        image, side = noise(width, height), max(width, height)
+        square = Image.new("RGB", (side, side), (122, 116, 104))
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        for resample in ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"):
+            for size in ({"exact": (56, 48)}, {"short_edge": 56}):
+                plain = Preprocess(resample, 1 / 255, CLIP_MEAN, CLIP_STD, None, **size)
+                padded = preprocess(image, plain.padded())
+                np.testing.assert_array_equal(padded, preprocess(square, plain))
+
+
+def test_padding_that_is_not_scaled_down_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = Preprocess("bicubic", 1 / 255, CLIP_MEAN, CLIP_STD, (9, 9, 9), crop=(5, 5))
+    assert preprocess(noise(20, 30), rule).shape == (3, 5, 5)
+    monkeypatch.setattr("edgevlm.toolkit.images.preprocess.MAX_PIXELS", 899)
+    with pytest.raises(InputError, match="20 x 30 pixels, padded to a square"):
+        preprocess(noise(20, 30), rule)
 
 
 def test_padding_of_siglip_is_grey() -> None:

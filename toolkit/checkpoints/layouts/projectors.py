@@ -7,8 +7,10 @@ import re
 
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.mergers import mlp, pooler
-from edgevlm.toolkit.strict import Reader
+from edgevlm.toolkit.strict import MOST_LAYERS, Reader
 from edgevlm.toolkit.vlm.config import ComponentConfig
+
+_NAMES = r"linear|mlp([0-9]{1,4})x(?:_res([0-9]{1,4})x)?_gelu"
 
 
 def linears(r: Reader, encoder: ComponentConfig, outputs: int) -> ComponentConfig:
@@ -52,8 +54,8 @@ def depth(r: Reader, name: str) -> tuple[int, int]:
     """The number of linears and of residual blocks of a projector type."""
     if name == "identity":
         return 0, 0
-    match = re.fullmatch(r"linear|mlp(\d+)x(?:_res(\d+)x)?_gelu", name)
-    if match is None or match[1] == "0":
+    match = re.fullmatch(_NAMES, name)
+    if match is None or match[1] == "0" or max(int(n or 0) for n in match.groups()) > MOST_LAYERS:
         raise ConfigError(
             f"{r.where}: mm_projector_type = {name!r} is not implemented",
             hint="implemented: linear, identity, mlp{N}x_gelu, mlp{N}x_res{R}x_gelu, pooler",
