@@ -13,6 +13,7 @@ import typer
 
 from edgevlm.calibration import command as calibration
 from edgevlm.engines.verbs import profile, run, verify
+from edgevlm.engines.verbs import selftest as trying
 from edgevlm.toolkit.terminal.flags import (
     AcceptLoss,
     Base,
@@ -191,6 +192,24 @@ def train(**given: Any) -> None:
     result = api.train(towers=towers, progress=console.step, quiet=quiet or as_json, **flags)
     if result.process == 0:
         console.result(*command.summary(result))
+
+
+@app.command()
+@trying.verb
+def selftest(**given: Any) -> None:
+    from edgevlm import api
+
+    def record(*parts: Any) -> Any:
+        from edgevlm.export import available
+
+        available.check()
+        from edgevlm.export import probe
+
+        return probe.written(*parts)
+
+    console = opened_console(given.pop("as_json"), given.pop("quiet"))
+    given |= {"made_by": api.made_by(), "record": record, "progress": console.step}
+    console.result(*trying.tried(**given))
 
 
 @app.command()
