@@ -182,18 +182,21 @@ def build_request(
     keep_slower: bool = False,
     accept_loss: float | None = None,
     plugins: str = "none",
+    strip_weights: bool = False,
     bisect: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Request:
     """The request of `edgevlm build`; `precision` adds the recorder of the requantized model."""
     from edgevlm import requantize
+    from edgevlm.engines.backends import BuildOptions
     from edgevlm.engines.build.build import Request
     from edgevlm.engines.build.plugins import chosen
     from edgevlm.toolkit.target import parse
 
     parsed = parse(target)
     taken = chosen(plugins, Path(bundle), parsed, progress or _silent)
+    options = BuildOptions(taken, strip_weights)
     requantization, tuning = requantize.chosen(
         Path(bundle),
         precision,
@@ -203,7 +206,7 @@ def build_request(
         tune=tune,
         keep_slower=keep_slower,
     )
-    chosen_here = requantization, accept_loss, tuning, taken
+    chosen_here = requantization, accept_loss, tuning, options
     return Request(parsed, max_context, force, made_by(), max_image_tiles, bisect, *chosen_here)
 
 
@@ -219,6 +222,7 @@ def build_engine(
     keep_slower: bool = False,
     accept_loss: float | None = None,
     plugins: str = "none",
+    strip_weights: bool = False,
     bisect: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -243,6 +247,7 @@ def build_engine(
         keep_slower=keep_slower,
         accept_loss=accept_loss,
         plugins=plugins,
+        strip_weights=strip_weights,
         bisect=bisect,
         force=force,
         progress=progress,

@@ -33,6 +33,7 @@ from edgevlm.toolkit.terminal.flags import (
     Quiet,
     Quirk,
     RandomWeights,
+    StripWeights,
     System,
     Tower,
     opened_console,
@@ -126,6 +127,7 @@ def build(
     keep_slower: KeepSlower = False,
     accept_loss: AcceptLoss = None,
     plugins: Plugins = "none",
+    strip_weights: StripWeights = False,
     bisect: Bisect = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show how each op is lowered, and why.")
@@ -152,6 +154,7 @@ def build(
         keep_slower=keep_slower,
         accept_loss=accept_loss,
         plugins=plugins,
+        strip_weights=strip_weights,
         bisect=bisect,
         force=force,
         progress=console.step,

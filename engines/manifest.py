@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.engines import backends
-from edgevlm.engines.backends import PlanReport, Plugin
+from edgevlm.engines.backends import BuildOptions, PlanReport, Plugin
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle.manifest import ComponentRecord, FileRecord, check_parts
 from edgevlm.toolkit.errors import AccuracyError, BundleError, ConfigError
@@ -75,7 +75,7 @@ class Engine:
     single tokens. trials: what was timed to choose. plans: of TensorRT, by component. verified:
     whether the engine was compared with the reference; one for a card that the machine that built
     it lacks was not, until `edgevlm verify` runs on a machine that has it. plugins: of TensorRT,
-    that compute calls of it.
+    that compute calls of it. stripped: whether its plans get their weights when they are opened.
     """
 
     format: int
@@ -100,6 +100,12 @@ class Engine:
     plans: Mapping[str, PlanReport] = field(default_factory=dict)
     verified: bool = True
     plugins: tuple[Plugin, ...] = ()
+    stripped: bool = False
+
+    @property
+    def options(self) -> BuildOptions:
+        """What TensorRT's build was asked for."""
+        return BuildOptions(tuple(sorted({p.op for p in self.plugins})), self.stripped)
 
     def parsed_target(self) -> Target:
         """The target as a value."""
@@ -118,8 +124,9 @@ class Engine:
         if self.precision is not None:
             words += ["--precision", self.precision]
         words += self.tuning_options
-        if self.plugins:
-            words += ["--plugins", ",".join(sorted({plugin.op for plugin in self.plugins}))]
+        if self.options.plugins:
+            words += ["--plugins", ",".join(self.options.plugins)]
+        words += ["--strip-weights"] * self.stripped
         if self.build.accepted_loss is not None:
             words += ["--accept-loss", f"{self.build.accepted_loss:g}"]
         return shlex.join([*words, "--force"])

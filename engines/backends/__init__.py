@@ -11,6 +11,7 @@ from typing import Protocol, cast
 from edgevlm.engines.backends.state import State
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
+from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import Target
 
@@ -28,6 +29,17 @@ class Plugin:
     namespace: str
     version: str
     library: bool
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What builds of TensorRT alone can be asked for.
+
+    plugins: ops that plugins of ours compute. strip: plans without weights, which lie beside them.
+    """
+
+    plugins: tuple[str, ...] = ()
+    strip: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,13 +212,18 @@ class Backend(Protocol):
 _FILES = {"onnxruntime-cuda": "onnxruntime_cuda", "tensorrt-rtx": "tensorrt"}
 
 
-def backend(target: Target, plugins: tuple[str, ...] = ()) -> Backend:
+def backend(target: Target, options: BuildOptions | None = None) -> Backend:
     """The backend of a target: a file of this folder, or of TensorRT's two products one.
 
-    plugins: the ops that it builds plugins for; TensorRT alone has any.
+    options: of its builds. Raises UnsupportedError for --strip-weights elsewhere.
     """
     file = _FILES.get(target.backend, target.backend)
     module = import_module(f"edgevlm.engines.backends.{file}")
-    if not hasattr(module, "of"):
-        return cast(Backend, module)
-    return cast(Backend, module.of(target, plugins))
+    if hasattr(module, "of"):
+        return cast(Backend, module.of(target, options or BuildOptions()))
+    if options and options.strip:
+        raise UnsupportedError(
+            f"--strip-weights is for plans of TensorRT, and {target} has none",
+            hint="leave it out: an engine's weights lie in a file of their own there",
+        )
+    return cast(Backend, module)

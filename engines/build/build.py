@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevlm.engines import backends, manifest
-from edgevlm.engines.backends import Backend, Compiled, PlanReport, Plugin, Shapes
+from edgevlm.engines.backends import Backend, BuildOptions, Compiled, PlanReport, Plugin, Shapes
 from edgevlm.engines.build import check, second_form, shapes
 from edgevlm.engines.build.second_form import SecondForm
 from edgevlm.engines.lowering import capabilities
@@ -74,8 +74,7 @@ class Request:
     is cut into, None for all that the model knows. bisect: on divergence, look for the first op.
     requantization: the model in another precision than the bundle's. accept_loss: the relative rms
     error against the float model that is accepted, None for the precision's own limit. tuning: how
-    the number formats of the precision, or of the bundle, were chosen. plugins: ops that TensorRT
-    computes by plugins of ours.
+    the number formats of the precision, or of the bundle, were chosen. options: of TensorRT.
     """
 
     target: Target
@@ -87,7 +86,7 @@ class Request:
     requantization: Requantization | None = None
     accept_loss: float | None = None
     tuning: Tuning = Tuning()
-    plugins: tuple[str, ...] = ()
+    options: BuildOptions = BuildOptions()
 
     def plan(self, bundle: Bundle) -> PrecisionPlan:
         """The plan of the engine."""
@@ -109,7 +108,7 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     bundle = Bundle.open(path)
     context, model = settled(bundle, request)
     allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
-    backend, elsewhere = _backend_for(request.target, path, out, request.plugins)
+    backend, elsewhere = _backend_for(request.target, path, out, request.options)
     recover(out)
     current = existing(bundle, out, request, context, model)
     if current is not None and not request.force:
@@ -170,6 +169,7 @@ def _described(
         parts.plans,
         parts.verified,
         parts.plugins,
+        request.options.strip,
     )
 
 
@@ -252,8 +252,9 @@ def existing(
     allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
     accurate = all(loss <= allowed for loss in engine.build.precision_losses.values())
     tuned = engine.tuning_options == request.tuning.options
-    tuned = tuned and {plugin.op for plugin in engine.plugins} == {*request.plugins}
-    return engine if actual == requested and accurate and tuned else None
+    options = replace(request.options, plugins=tuple(sorted(request.options.plugins)))
+    same = tuned and engine.options == options
+    return engine if actual == requested and accurate and same else None
 
 
 def lowering(bundle: Bundle, request: Request) -> list[Decision]:
@@ -272,7 +273,7 @@ def lowering(bundle: Bundle, request: Request) -> list[Decision]:
         model = requantized.get(record.name) or onnx.load(
             str(bundle.path / record.graph), load_external_data=False
         )
-        decisions += decide(record.name, model, request.target, request.plugins)
+        decisions += decide(record.name, model, request.target, request.options.plugins)
     return decisions
 
 
@@ -316,10 +317,10 @@ def _model(bundle: Bundle, tiles: int | None) -> Mapping[str, Any]:
 
 
 def _backend_for(
-    target: Target, path: Path, out: Path, plugins: tuple[str, ...] = ()
+    target: Target, path: Path, out: Path, options: BuildOptions | None = None
 ) -> tuple[Backend, bool]:
     """The backend, and whether its engines cannot run on this machine, though it builds them."""
-    backend = backends.backend(target, plugins)
+    backend = backends.backend(target, options)
     here = backend.here()
     if backend.check_builds(target) and not target.holds(here.arch):
         return backend, True

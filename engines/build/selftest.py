@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from edgevlm.engines import backends, manifest
-from edgevlm.engines.backends import Compiled, Runner, RunnerOptions, Shapes
+from edgevlm.engines.backends import BuildOptions, Compiled, Runner, RunnerOptions, Shapes
 from edgevlm.engines.build import check, plugins, verify
 from edgevlm.engines.plugins import selftest as kernels
 from edgevlm.engines.plugins.alone import Alone, alone
@@ -103,12 +103,13 @@ def _row(
         source = Path(name, "source")
         source.mkdir()
         written = record(source, asked.component, _DTYPE, asked.weights)
-        for kind, ops in (("plugin", (site.op,)), ("body", ())):
+        forms = {"plugin": BuildOptions((site.op,)), "body": BuildOptions()}
+        for kind, options in forms.items():
             progress(f"{site.name}: {kind}")
             folder = Path(name, kind)
             folder.mkdir()
             try:
-                row[kind] = _tried(asked, source, written, folder, here, ops)
+                row[kind] = _tried(asked, source, written, folder, here, options)
             except ToolkitError as refused:
                 row[kind] = {"error": refused.message, "hint": refused.hint, "right": False}
     both = [row[kind].get("ms") for kind in ("plugin", "body")]
@@ -122,10 +123,10 @@ def _tried(
     record: ComponentRecord,
     folder: Path,
     here: Target,
-    ops: tuple[str, ...],
+    how: BuildOptions,
 ) -> dict[str, Any]:
     """Build one form of a call, compare it and time it."""
-    backend = backends.backend(here, ops)
+    backend = backends.backend(here, how)
     started = time.perf_counter()
     made = backend.compile(source, _DTYPE, record, folder, here, Shapes(1, ({},)))
     build_s = time.perf_counter() - started
@@ -218,7 +219,10 @@ def _timed(
     options = RunnerOptions(engine.context, plugins=engine.plugins)
     runner = backend.open(folder, record, engine.model, options)
     row: dict[str, Any] = {"name": record.name, "open_ms": 1000 * (time.perf_counter() - started)}
-    row["bytes"] = engine.files[record.weights].nbytes
+    row["refit_ms"] = getattr(runner, "refit_ms", 0.0)
+    row["bytes"] = {
+        n: engine.files[n].nbytes for n in dict.fromkeys((record.graph, record.weights))
+    }
     try:
         state = runner.new_state()
         row["calls"] = [

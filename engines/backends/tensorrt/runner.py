@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from edgevlm.engines.backends import LayerTime, RunnerOptions
 from edgevlm.engines.backends.bindings import Bindings
 from edgevlm.engines.backends.state import Allocation, State, check
-from edgevlm.engines.backends.tensorrt import jit, kernels, plan
+from edgevlm.engines.backends.tensorrt import jit, kernels, plan, refit
 from edgevlm.engines.backends.tensorrt.arrays import DeviceArray, Shape, size
 from edgevlm.engines.backends.tensorrt.call import Call, Lane
 from edgevlm.engines.backends.tensorrt.card import Arena, Card, Cards, aligned
@@ -61,7 +61,7 @@ def open_runner(
         card = stack.enter_context(cards.lent())
         file = folder / record.graph
         compiled = jit.file_of(file, f"{trt.__version__} {target}")
-        made = plan.read(trt, file, compiled)
+        made = plan.read(trt, file, compiled, refit.graph_of(folder, record))
         if made.config is not None:
             stack.callback(jit.keep, made.config, compiled)
         stream = card.stream()
@@ -283,6 +283,11 @@ class TensorRTRunner:
         if self._made is None:
             raise InputError(f"{self._record.name} is closed")
         return self._made
+
+    @property
+    def refit_ms(self) -> float:
+        """What putting weights into a plan without them took; 0 for any other."""
+        return self._plan.refit_ms
 
     def _card(self) -> Card:
         self._lane.card.use()
