@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from edgevlm.engines.backends.state import State
 from edgevlm.engines.lowering.capabilities import Decision
@@ -144,7 +144,8 @@ class Compiled:
 
     precision: the number format it computes in, which sets the tolerance of the goldens.
     lowering: a decision per kind of op; empty for a backend that lowers nothing. plan: of TensorRT.
-    searchable: whether --bisect can run its graph, op by op, as the backend would. plugins: used.
+    searchable: whether --bisect can run its graph, op by op, as the backend would; provider: who
+    does so, of ONNX Runtime. plugins: used.
     """
 
     record: ComponentRecord
@@ -154,6 +155,7 @@ class Compiled:
     lowering: tuple[Decision, ...] = ()
     plan: PlanReport | None = None
     searchable: bool = True
+    provider: Any = "CPUExecutionProvider"
     plugins: tuple[Plugin, ...] = ()
 
 

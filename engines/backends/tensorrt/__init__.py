@@ -104,12 +104,17 @@ class TensorRT:
             f"{report.fused_attentions} have kernels of their own",
             *(f"{p.op} is computed by the plugin {p.namespace}::{p.name}" for p in wanted),
         ]
-        files, made = (plan, listing), replace(record, graph=plan, weights=plan)
-        if self._options.strip:
-            files, made = (*files, record.graph, record.weights), replace(record, graph=plan)
+        kept = (record.graph, record.weights) if self._options.strip else ()
+        made = replace(record, graph=plan, weights=record.weights if kept else plan)
         precision = _precision(dtype, [decision.op for decision in lowered.decisions])
         return Compiled(
-            made, files, precision, tuple(notes), lowered.decisions, report, plugins=wanted
+            made,
+            (plan, listing, *kept),
+            precision,
+            tuple(notes),
+            lowered.decisions,
+            report,
+            plugins=wanted,
         )
 
     def _built(
@@ -144,6 +149,23 @@ class TensorRT:
             )
             result = builder.build(record.name, job, Path(name))
             return builder.Built(result, (Path(name) / "build.log").read_text(), len(job.profiles))
+
+    def marked(
+        self,
+        source: Path,
+        record: ComponentRecord,
+        model: onnx.ModelProto,
+        folder: Path,
+        target: Target,
+        shapes: Shapes,
+    ) -> ComponentRecord:
+        """Build a lowered graph as it is, with the outputs that it has; the record to open it with.
+
+        Raises as compile does.
+        """
+        self._built(source, record, model, folder, target, shapes)
+        plan = f"{record.name}.plan"
+        return replace(record, graph=plan, weights=record.weights if self._options.strip else plan)
 
     def without_logits(self, folder: Path, record: ComponentRecord) -> ComponentRecord:
         """Not needed: one plan serves prompts and tokens, by two profiles."""
