@@ -193,12 +193,14 @@ def build_request(
     keep_float: Sequence[str] = (),
     accept_loss: float | None = None,
     plugins: str = "none",
+    strip_weights: bool = False,
     bisect: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Request:
     """The request of `edgevlm build`; `precision` adds the recorder of the requantized model."""
     from edgevlm import requantize
+    from edgevlm.engines.backends import BuildOptions
     from edgevlm.engines.build.build import Request
     from edgevlm.engines.build.plugins import chosen
     from edgevlm.toolkit.target import parse
@@ -206,10 +208,11 @@ def build_request(
     parsed = parse(target)
     taken = chosen(plugins, Path(bundle), parsed, progress or _silent)
     how = requantize.How(tune, keep_slower, tuple(keep_float))
+    options = BuildOptions(taken, strip_weights)
     requantization, tuning = requantize.chosen(
         Path(bundle), precision, parsed, progress or _silent, made_by(), how
     )
-    chosen_here = requantization, accept_loss, tuning, taken
+    chosen_here = requantization, accept_loss, tuning, options
     return Request(parsed, max_context, force, made_by(), max_image_tiles, bisect, *chosen_here)
 
 
@@ -226,6 +229,7 @@ def build_engine(
     keep_float: Sequence[str] = (),
     accept_loss: float | None = None,
     plugins: str = "none",
+    strip_weights: bool = False,
     bisect: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -252,6 +256,7 @@ def build_engine(
         keep_float=keep_float,
         accept_loss=accept_loss,
         plugins=plugins,
+        strip_weights=strip_weights,
         bisect=bisect,
         force=force,
         progress=progress,

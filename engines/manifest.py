@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.engines import backends
-from edgevlm.engines.backends import PlanReport, Plugin
+from edgevlm.engines.backends import BuildOptions, PlanReport, Plugin
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle import checksums, sealed
 from edgevlm.toolkit.bundle.atomic import sha256_of
@@ -87,6 +87,7 @@ class Engine:
     whether the engine was compared with the reference; one for a card that the machine that built
     it lacks was not, until `edgevlm verify` runs on a machine that has it. checksums: of the files,
     compared whenever the engine is opened. plugins: of TensorRT, that compute calls of it.
+    stripped: whether its plans get their weights when they are opened.
     """
 
     format: int
@@ -112,6 +113,12 @@ class Engine:
     verified: bool = True
     checksums: Checksums = field(default_factory=dict)
     plugins: tuple[Plugin, ...] = ()
+    stripped: bool = False
+
+    @property
+    def options(self) -> BuildOptions:
+        """What TensorRT's build was asked for."""
+        return BuildOptions(tuple(sorted({p.op for p in self.plugins})), self.stripped)
 
     def parsed_target(self) -> Target:
         """The target as a value."""
@@ -135,8 +142,9 @@ class Engine:
         if self.precision is not None:
             words += ["--precision", self.precision]
         words += self.tuning_options
-        if self.plugins:
-            words += ["--plugins", ",".join(sorted({plugin.op for plugin in self.plugins}))]
+        if self.options.plugins:
+            words += ["--plugins", ",".join(self.options.plugins)]
+        words += ["--strip-weights"] * self.stripped
         if self.build.accepted_loss is not None:
             words += ["--accept-loss", f"{self.build.accepted_loss:g}"]
         return shlex.join([*words, "--force"])

@@ -165,7 +165,7 @@ DECLARING = {
     "edgevlm.calibration",
     "edgevlm.engines.verbs",
     "edgevlm.training",
-    "edgevlm.toolkit.terminal.flags",
+    "edgevlm.toolkit.terminal",
 }
 
 

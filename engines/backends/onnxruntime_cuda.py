@@ -100,7 +100,7 @@ def compile(
         "int8_rows" if changes else dtype,  # the reference rounds inputs, which stay here
         (_IN_FP32,) if dtype == "fp32" and updates else (),
         lowered.decisions,
-        searchable=False,
+        provider=(PROVIDER.name, dict(PROVIDER.options)),
     )
 
 

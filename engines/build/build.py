@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevlm.engines import backends, manifest
-from edgevlm.engines.backends import Backend, Compiled, PlanReport, Plugin, Shapes
+from edgevlm.engines.backends import Backend, BuildOptions, Compiled, PlanReport, Plugin, Shapes
 from edgevlm.engines.build import check, second_form, shapes
 from edgevlm.engines.build.kept import existing
 from edgevlm.engines.build.second_form import SecondForm
@@ -82,8 +82,7 @@ class Request:
     is cut into, None for all that the model knows. bisect: on divergence, look for the first op.
     requantization: the model in another precision than the bundle's. accept_loss: the relative rms
     error against the float model that is accepted, None for the precision's own limit. tuning: how
-    the number formats of the precision, or of the bundle, were chosen. plugins: ops that TensorRT
-    computes by plugins of ours.
+    the number formats of the precision, or of the bundle, were chosen. options: of TensorRT.
     """
 
     target: Target
@@ -95,7 +94,7 @@ class Request:
     requantization: Requantization | None = None
     accept_loss: float | None = None
     tuning: Tuning = Tuning()
-    plugins: tuple[str, ...] = ()
+    options: BuildOptions = BuildOptions()
 
     def plan(self, bundle: Bundle) -> PrecisionPlan:
         """The plan of the engine."""
@@ -117,7 +116,7 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     bundle = Bundle.open(path)
     context, model = settled(bundle, request)
     allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
-    backend, elsewhere = _backend_for(request.target, path, out, request.plugins)
+    backend, elsewhere = _backend_for(request.target, path, out, request.options)
     recover(out)
     current = existing(bundle, out, request, context, model)
     if current is not None:
@@ -182,6 +181,7 @@ def _described(
         parts.verified,
         checksums.of_files(folder, parts.files, threads_here()),
         parts.plugins,
+        request.options.strip,
     )
 
 
@@ -261,7 +261,7 @@ def lowering(bundle: Bundle, request: Request) -> list[Decision]:
         weights = bundle.path / record.weights
         model = requantized.get(record.name) or read_graph(bundle.path / record.graph, weights)
         with of_bundle(str(bundle.path / record.graph)):
-            decisions += decide(record.name, model, request.target, request.plugins)
+            decisions += decide(record.name, model, request.target, request.options.plugins)
     return decisions
 
 
@@ -310,10 +310,10 @@ def _model(bundle: Bundle, tiles: int | None) -> Mapping[str, Any]:
 
 
 def _backend_for(
-    target: Target, path: Path, out: Path, plugins: tuple[str, ...] = ()
+    target: Target, path: Path, out: Path, options: BuildOptions | None = None
 ) -> tuple[Backend, bool]:
     """The backend, and whether its engines cannot run on this machine, though it builds them."""
-    backend = backends.backend(target, plugins)
+    backend = backends.backend(target, options)
     here = backend.here()
     if backend.check_builds(target) and not target.holds(here.arch):
         return backend, True

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from edgevlm.engines.backends import Backend, Compiled, RunnerOptions
 from edgevlm.engines.runtime import memory
@@ -107,7 +108,7 @@ def check(
         )
 
     def search(component: Compiled, calls: list[Golden], limit: float) -> str:
-        return _first_op(bundle, component, folder, calls, limit)
+        return _first_op(bundle, component, backend, folder, calls, limit)
 
     return compare(
         all_calls,
@@ -265,14 +266,29 @@ def _lossy(name: str, loss: float, allowed: float) -> AccuracyError:
 
 
 def _first_op(
-    bundle: Bundle, component: Compiled, folder: Path, calls: list[Golden], limit: float
+    bundle: Bundle,
+    component: Compiled,
+    backend: Backend,
+    folder: Path,
+    calls: list[Golden],
+    limit: float,
 ) -> str:
     """Where the compiled graph first diverges, as the last words of an error message."""
     if component.record.graph not in component.files or not component.searchable:
         return "; this backend has no graph to search"
-    from edgevlm.engines.build.bisect import first_divergence
+    from edgevlm.engines.build import bisect, bisect_plans
 
-    divergence = first_divergence(bundle, component.record, folder, calls, limit)
+    if component.plan is not None:
+        record = bundle.manifest.component(component.record.name)
+        marking = cast(bisect_plans.Marking, backend)
+        divergence = bisect_plans.first_divergence(
+            bundle, record, marking, calls, limit, component.plugins
+        )
+        if divergence is None:
+            return "; no tensor differs once it is an output, so what the builder fuses does"
+    else:
+        where = bundle, component.record, folder, calls, limit
+        divergence = bisect.first_divergence(*where, component.provider)
     if divergence is None:
         return "; no tensor that both graphs name differs, so the portable graph itself does"
     return f"; first at {divergence.tensor}, made by {divergence.op}: {divergence.difference:.3g}"

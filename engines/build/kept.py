@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,8 @@ def existing(
     allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
     accurate = all(loss <= allowed for loss in engine.build.precision_losses.values())
     tuned = engine.tuning_options == request.tuning.options
-    tuned = tuned and {plugin.op for plugin in engine.plugins} == {*request.plugins}
+    options = replace(request.options, plugins=tuple(sorted(request.options.plugins)))
+    tuned = tuned and engine.options == options
     if not (actual == requested and accurate and tuned) or request.force:
         return None
     damage = manifest.faults(out, engine)

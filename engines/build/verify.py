@@ -40,7 +40,7 @@ def verify(folder: Path, progress: Callable[[str], None]) -> Engine:
     backend = backends.backend(engine.parsed_target())
     allowed = check.allowed_loss(engine.plan, engine.build.accepted_loss)
     errors = check.compare(
-        _goldens(folder, engine),
+        goldens_of(folder, engine),
         engine.model,
         engine.context,
         compiled,
@@ -55,8 +55,8 @@ def verify(folder: Path, progress: Callable[[str], None]) -> Engine:
     return verified
 
 
-def _goldens(folder: Path, engine: Engine) -> list[Golden]:
-    """The goldens of the engine, or of its bundle."""
+def goldens_of(folder: Path, engine: Engine) -> list[Golden]:
+    """The goldens of the engine, or of its bundle. Raises BundleError where neither is here."""
     for file in (folder / GOLDENS, Path(engine.bundle) / GOLDENS):
         if file.exists():
             return goldens.load(file)

@@ -123,6 +123,12 @@ Plugins = Annotated[
         "selftest measured to win here."
     ),
 ]
+StripWeights = Annotated[
+    bool,
+    typer.Option(
+        "--strip-weights", help="TensorRT: plans without weights, which lie beside them, once."
+    ),
+]
 Bisect = Annotated[
     bool,
     typer.Option("--bisect", help="If the engine differs from the reference, name the first op."),

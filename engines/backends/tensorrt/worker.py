@@ -60,6 +60,7 @@ def _build(trt: Any, job: dict[str, Any], logger: Any, folder: Path) -> dict[str
         "layers": network.num_layers,
         "plugins": sum(_layer_kind(network, i) in _PLUGINS for i in range(network.num_layers)),
         "plan_bytes": 0,
+        "stripped": job["strip"],
         "release": trt.__version__,
     }
     if not parsed:
@@ -128,6 +129,9 @@ def _config(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
             config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
     if job["timing_cache"]:
         _set_timings(config, Path(job["timing_cache"]))
+    if job["strip"]:  # the weights that come back are the same, so that the builder may use them
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
     return config
 
 

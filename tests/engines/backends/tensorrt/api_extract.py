@@ -33,7 +33,7 @@ CLASSES = (
     *("DataType", "TensorIOMode", "ExecutionContextAllocationStrategy", "ProfilingVerbosity"),
     *("MemoryPoolType", "LayerType", "ILogger.Severity", "NetworkDefinitionCreationFlag"),
     *("ComputeCapability", "EngineInvalidityDiagnostics", "EngineValidity", "ErrorCode"),
-    *("IPluginRegistry", "KernelLaunchParams"),
+    *("IPluginRegistry", "KernelLaunchParams", "BuilderFlag", "Refitter", "OnnxParserRefitter"),
 )
 FUNCTIONS = ("get_plugin_registry",)
 WHOLE = (  # of which all members are kept

@@ -18,7 +18,7 @@ import pytest
 
 from edgevlm import api
 from edgevlm.engines import backends, manifest
-from edgevlm.engines.backends import Compiled, Plugin
+from edgevlm.engines.backends import BuildOptions, Compiled, Plugin
 from edgevlm.engines.backends.tensorrt import plugins
 from edgevlm.engines.build import check, shapes
 from edgevlm.engines.build import plugins as choice
@@ -129,7 +129,7 @@ def test_a_component_takes_the_plugin(
     assert made.plugins == (Plugin(OP, OP, "edgevlm", "1", library=False),)
     assert f"{OP} is computed by the plugin edgevlm::{OP}" in made.notes
     opened, plain = Bundle.open(bundle), backends.backend(machine.target)
-    for backend in (plain, backends.backend(machine.target, (OP,))):
+    for backend in (plain, backends.backend(machine.target, BuildOptions((OP,)))):
         errors = check.check(opened, [made], backend, tmp_path, 0.0, silent)
         assert errors.kernels["merger"] < 1e-5
 
@@ -138,7 +138,7 @@ def merger(bundle: Path, machine: Machine, folder: Path) -> Compiled:
     """The component that calls the plugin, compiled alone."""
     opened = Bundle.open(bundle)
     record = opened.manifest.component("merger")
-    backend = backends.backend(machine.target, (OP,))
+    backend = backends.backend(machine.target, BuildOptions((OP,)))
     sizes = shapes.of("merger", opened.model, opened.vlm.lm.config.context)
     return backend.compile(bundle, "fp32", record, folder, machine.target, sizes)
 

@@ -12,6 +12,7 @@ captured. A library of plugins is a file with a model, whose functions are what 
 from __future__ import annotations
 
 import enum
+import hashlib
 import json
 import os
 import tempfile
@@ -37,7 +38,8 @@ KINDS: dict[int, tuple[str, Any]] = {
     7: ("INT64", np.int64),
     6: ("INT32", np.int32),
 }
-ARENA = {"encoder": 5000, "merger": 3000, "lm": 9000, "arrange": 1000, "fp16": 10, "int8": 10}
+ARENA = {"encoder": 5000, "merger": 3000, "lm": 9000, "arrange": 1000, "fused": 500}
+ARENA |= {"fp16": 10, "int8": 10}
 
 
 class Made:
@@ -166,6 +168,7 @@ class INetworkDefinition(Thing):
         self._graph: Any = None
         self._named = ""
         self._taken: dict[str, tuple[str, str, str]] = {}  # plugins, by the calls' names
+        self._stored: frozenset[str] = frozenset()  # names of the weights in a file
 
     @property
     def num_layers(self) -> int:
@@ -190,7 +193,7 @@ class OnnxParser(Thing):
 
     def parse(self, model: bytes, path: str | None = None) -> bool:
         assert path is not None
-        self._network._graph = _with_weights(Path(path))
+        self._network._graph, self._network._stored = _with_weights(Path(path))
         self._network._named = Path(path).stem
         bodies = {function.name for function in self._network._graph.functions}
         for node in self._network._graph.graph.node:
@@ -218,20 +221,21 @@ class OnnxParser(Thing):
             self._errors.append(make_thing(ParserError, self._made, text, node.name))
 
 
-def _with_weights(path: Path) -> Any:
-    """A graph with its weights in it; onnx itself refuses a link to them."""
+def _with_weights(path: Path) -> tuple[Any, frozenset[str]]:
+    """A graph with its weights in it, and their names; onnx itself refuses a link to them."""
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
+    model, stored = onnx.load(str(path), load_external_data=False), set()
     for tensor in model.graph.initializer:
         if tensor.data_location == tensor.EXTERNAL:
+            stored.add(tensor.name)
             span = {item.key: item.value for item in tensor.external_data}
             with (path.parent / span["location"]).open("rb") as file:
                 file.seek(int(span["offset"]))
                 tensor.raw_data = file.read(int(span["length"]))
             del tensor.external_data[:]
             tensor.data_location = tensor.DEFAULT
-    return model
+    return model, frozenset(stored)
 
 
 class IOptimizationProfile(Thing):
@@ -256,6 +260,10 @@ class IBuilderConfig(Thing):
         self._cards: dict[int, Any] = {}
         self._cache: ITimingCache | None = None
         self._limit = 0
+        self._flags: set[str] = set()
+
+    def set_flag(self, flag: Any) -> None:
+        self._flags.add(flag.name)
 
     def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None:
         self._limit = pool_size
@@ -298,7 +306,8 @@ class Builder(Thing):
     def build_serialized_network(
         self, network: INetworkDefinition, config: IBuilderConfig
     ) -> IHostMemory:
-        made, graph = self._made, network._graph.SerializeToString()
+        made, stripped = self._made, _stripped(network) if "STRIP_PLAN" in config._flags else {}
+        graph = network._graph.SerializeToString()
         cards = [card.name.replace("SM", "sm_") for card in config._cards.values()]
         nodes = network._graph.graph.node
         header = {
@@ -311,7 +320,9 @@ class Builder(Thing):
             "name": network._named,
             "limit": config._limit,
             "plugins": _libraries(made, network),
+            "stripped": stripped,
         }
+        assert bool(stripped) == ("REFIT_IDENTICAL" in config._flags)
         severity = made.enums["ILogger.Severity"]
         for line in (
             f"Total Weights Memory: {len(graph)} bytes",
@@ -323,6 +334,16 @@ class Builder(Thing):
             config._cache._data = known + f" {network._named}".encode()
         text = json.dumps(header).encode()
         return IHostMemory(MAGIC + len(text).to_bytes(4, "little") + text + graph)
+
+
+def _stripped(network: INetworkDefinition) -> dict[str, str]:
+    """Take the weights out of a network; what they were, by name."""
+    found = {}
+    for tensor in network._graph.graph.initializer:
+        if tensor.name in network._stored:
+            found[tensor.name] = hashlib.sha256(tensor.raw_data).hexdigest()
+            tensor.raw_data = b""
+    return found
 
 
 def _libraries(made: Made, network: INetworkDefinition) -> list[list[str]]:
@@ -383,7 +404,8 @@ class ICudaEngine(Thing):
         import onnx
 
         self._header, self._log = header, logger
-        self._graph = onnx.ModelProto.FromString(graph).graph
+        self._whole = onnx.ModelProto.FromString(graph)
+        self._graph, self._missing = self._whole.graph, set(header["stripped"])
         self._inputs = {v.name: v for v in self._graph.input}
         self._outputs = {v.name: v for v in self._graph.output}
         self._model, self._session = graph, None
@@ -442,6 +464,7 @@ class ICudaEngine(Thing):
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         import onnxruntime
 
+        assert not self._missing, f"an engine runs without {sorted(self._missing)[:3]}"
         if self._session is None:
             options = sessions.session_options(1)
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -460,6 +483,52 @@ class ICudaEngine(Thing):
 
     def _numpy(self, name: str) -> Any:
         return KINDS[self._value(name).elem_type][1]
+
+
+class Refitter(Thing):
+    def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
+        self._engine, self._log = engine, logger
+        self._values: dict[str, bytes] = {}
+
+    def get_all_weights(self) -> list[str]:
+        return list(self._engine._header["stripped"])
+
+    def get_missing_weights(self) -> list[str]:
+        return [name for name in self.get_all_weights() if name not in self._values]
+
+    def refit_cuda_engine(self) -> bool:
+        """As REFIT_IDENTICAL has it: the very weights of the build."""
+        engine, severity = self._engine, self._made.enums["ILogger.Severity"]
+        for name, known in engine._header["stripped"].items():
+            if hashlib.sha256(self._values[name]).hexdigest() != known:
+                self._log.log(severity.ERROR, f"{name} is not what it was at build time")
+                return False
+        for tensor in engine._graph.initializer:
+            tensor.raw_data = self._values.get(tensor.name, tensor.raw_data)
+        engine._model, engine._missing = engine._whole.SerializeToString(), set()
+        return True
+
+
+class OnnxParserRefitter(Thing):
+    def __init__(self, refitter: Refitter, logger: ILogger) -> None:
+        self._refitter = refitter
+        self._errors: list[ParserError] = []
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
+
+    def get_error(self, index: int) -> ParserError:
+        return self._errors[index]
+
+    def refit_from_file(self, model: str) -> bool:
+        try:
+            graph, _ = _with_weights(Path(model))
+        except OSError as odd:
+            self._errors.append(make_thing(ParserError, self._made, str(odd), ""))
+            return False
+        self._refitter._values = {t.name: t.raw_data for t in graph.graph.initializer}
+        return True
 
 
 class IRuntimeCache(Thing):
@@ -609,9 +678,9 @@ CLASSES = (
     *(ILogger, IProfiler, ILayer, INetworkDefinition, OnnxParser, IOptimizationProfile),
     *(ITimingCache, IBuilderConfig, Builder, Runtime, ICudaEngine, IExecutionContext),
     *(IRuntimeConfig, IRuntimeCache, IAttention, IAttentionInputLayer),
-    *(IPluginRegistry, ParserError),
+    *(IPluginRegistry, ParserError, Refitter, OnnxParserRefitter),
 )
-PUBLIC = (ILogger, IProfiler, OnnxParser, Builder, Runtime)
+PUBLIC = (ILogger, IProfiler, OnnxParser, Builder, Runtime, Refitter, OnnxParserRefitter)
 
 
 def make_thing(kind: type[T], made: Made, *args: Any) -> T:
