@@ -77,6 +77,11 @@ def of_engine(engine: Engine) -> Estimate:
     return _with_weights(engine.parsed_model(), weights, engine.context, size)
 
 
+def of_model(model: ModelConfig, weights: int, context: int, size: int) -> Estimate:
+    """The same for a model of `weights` bytes; size: bytes of a float that it computes with."""
+    return _with_weights(model, weights, context, size)
+
+
 def _with_weights(model: ModelConfig, weights: int, context: int, size: int) -> Estimate:
     axes = {"batch": 1, "context": context}
     cache = sum(state_elements(component, axes) for component in components.components(model))
