@@ -200,6 +200,43 @@ def selftest(**given: Any) -> None:
 
 
 @app.command()
+def plan(
+    source: Annotated[str, typer.Argument(help="Checkpoint, model id, bundle, or preset:NAME.")],
+    target: Annotated[str, typer.Option(help="Devices with commas between; cpu: this one; all.")],
+    precision: Annotated[
+        Optional[str], typer.Option(help="fp32, fp16, bf16, int8, int4, ...; several with commas.")
+    ] = None,
+    max_context: flags.Context = None,
+    image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the image.")] = "640x480",
+    prompt_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the answer.")] = 64,
+    system: flags.System = None,
+    vision_tower: flags.Tower = None,
+    base: flags.Base = None,
+    ignore_key: flags.IgnoreKey = None,
+    revision: Annotated[Optional[str], typer.Option(help="Revision of a model id.")] = None,
+    offline: flags.Offline = False,
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
+) -> None:
+    """Predict memory and speed on devices that are not at hand."""
+    from edgevlm import api, sizing
+
+    console = flags.opened_console(as_json, quiet)
+    reading = api.read_options(
+        system=system,
+        vision_tower=vision_tower,
+        base=base,
+        ignore_keys=ignore_key or (),
+        offline=offline,
+    )
+    asked = sizing.Question(max_context, prompt_tokens, max_tokens, image_size)
+    found = sizing.plan(source, target, precision, asked, reading, revision)
+    console.result(*sizing.report(source, found))
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint, bundle, engine or saved profile.")],
     as_json: flags.Json = False,

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 SHARED = ROOT.parent / "shared"
 PACKAGES = ("toolkit", "export", "engines", "training", "calibration")
-LOOSE = ("__init__.py", "api.py", "cli.py", "requantize.py", "py.typed")
+LOOSE = ("__init__.py", "api.py", "cli.py", "requantize.py", "sizing.py", "py.typed")
 PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from edgevlm.engines.backends.onnxruntime import OnnxRuntimeRunner
-from edgevlm.engines.profiling import report
+from edgevlm.engines.profiling import report, tables
+from edgevlm.engines.profiling.page import HEAD
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.toolkit.bundle import checksums, goldens, trained
 from edgevlm.toolkit.bundle.goldens import relative_difference, relative_rms
@@ -266,18 +267,27 @@ def test_a_graph_that_reads_another_file_is_refused(bundle: Path, tmp_path: Path
 
 
 def test_a_report_replaces_only_a_report(tmp_path: Path) -> None:
-    page, events = tmp_path / "page.html", tmp_path / "trace.json"
-    page.write_text("<!doctype html><title>thesis</title>")
-    events.write_text('{"thesis": 1}')
-    for one in ((page, None), (None, events)):
+    theirs = {
+        "html": "<!doctype html><title>thesis</title>",
+        "trace": '{"thesis": 1}',
+        "csv": "thesis,1\n",
+        "markdown": "# Thesis\n",
+    }
+    files = {name: tmp_path / name for name in theirs}
+    for name, text in theirs.items():
+        files[name].write_text(text)
         with pytest.raises(OutputError, match="is no such report of ours"):
-            report.check_files(0, *one)
-    page.write_text(report._HEAD + "more")
-    events.write_text(report._TRACE_BEGIN + ', "traceEvents": []}')
-    report.check_files(0, page, events)
-    for file in (page, events):
-        file.write_text("")
-    report.check_files(0, page, events)
+            report.check_files(0, report.Files(**{name: files[name]}))
+    ours = {
+        "html": HEAD + "more",
+        "trace": tables.TRACE_BEGINS + ', "traceEvents": []}',
+        "csv": tables.CSV_BEGINS + ",mean\n",
+        "markdown": tables.MARKDOWN_BEGINS + "\n",
+    }
+    for texts in (ours, dict.fromkeys(ours, "")):
+        for name, text in texts.items():
+            files[name].write_text(text)
+        report.check_files(0, report.Files(**files))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="writers are forked")

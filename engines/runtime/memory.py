@@ -84,6 +84,11 @@ def of_engine(engine: Engine, images: int = 1) -> Estimate:
     return _with_weights(engine.parsed_model(), weights, engine.context, size, images)
 
 
+def of_model(model: Model, weights: int, context: int, size: int) -> Estimate:
+    """The same for a model of `weights` bytes; size: bytes of a float that it computes with."""
+    return _with_weights(model, weights, context, size)
+
+
 def _with_weights(model: Model, weights: int, context: int, size: int, images: int = 1) -> Estimate:
     axes = {"batch": 1, "context": context}
     cache = sum(state_elements(component, axes) for component in components.components(model))

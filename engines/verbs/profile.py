@@ -26,6 +26,8 @@ def profile(
     layers: Annotated[int, typer.Option(help="Show the N slowest layers.")] = 0,
     html: Annotated[Optional[Path], typer.Option(help="Write a self-contained report.")] = None,
     trace: Annotated[Optional[Path], typer.Option(help="Write a Chrome/Perfetto trace.")] = None,
+    csv: Annotated[Optional[Path], typer.Option(help="Write all metrics, one a line.")] = None,
+    markdown: Annotated[Optional[Path], typer.Option(help="Write tables for a comment.")] = None,
     threads: Threads = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -40,9 +42,10 @@ def profile(
     request = ProfileRequest(
         image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
     )
-    report.check_files(layers, html, trace)
+    files = report.Files(html, trace, csv, markdown)
+    report.check_files(layers, files)
     for note in notes_on_threads(threads):
         console.note(note)
     profiles = profile_all([engine, *(compare or [])], request, console.step)
-    report.write_files(profiles, html, trace)
+    report.write_files(profiles, files)
     console.result(*report.result(profiles, layers))
