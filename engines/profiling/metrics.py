@@ -42,7 +42,7 @@ def distribution(values: Sequence[float], unit: str) -> Distribution:
     p50, p90, p95, p99 = np.percentile(values, [50, 90, 95, 99])
     numbers = (np.mean(values), np.std(values), min(values), p50, p90, p95, p99, max(values))
     rounded = [round(float(x), 4) for x in numbers]
-    return Distribution(unit, *rounded, len(values))
+    return Distribution(unit, *rounded, count=len(values))
 
 
 def of_requests(
