@@ -12,6 +12,7 @@ import numpy as np
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends import Peaks
 from edgevlm.engines.backends.state import State
+from edgevlm.engines.manifest import Engine
 from edgevlm.engines.profiling.roofline import Roofline, Work, roofline
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock, Span
@@ -142,8 +143,8 @@ def _run(session: Session, state: State, request: ProfileRequest, number: int) -
     """One question with a fixed number of answer tokens: the end-of-answer id does not count."""
     clock = Clock()
     with clock.time("image_decode"):
-        image = _image(request, number)
-    features = session.encode([image], clock)
+        loaded = image(request, number)
+    features = session.encode([loaded], clock)
     ids = _token_ids(session, request.prompt_tokens)
     sequence = prompts.assemble(Prompt((ids[:1], ids[1:])), features.indices)
     if sequence.length + request.max_tokens > session.engine.context:
@@ -163,7 +164,8 @@ def _run(session: Session, state: State, request: ProfileRequest, number: int) -
     return _Run(clock.spans, steps, first, sequence.length, sequence.image_tokens)
 
 
-def _image(request: ProfileRequest, number: int) -> LoadedImage:
+def image(request: ProfileRequest, number: int) -> LoadedImage:
+    """The image of a run."""
     if request.image is not None:
         return decode.load(request.image)
     from PIL import Image
@@ -209,7 +211,7 @@ def _summarise(
         for stage, ms in totals.items():
             samples.setdefault(stage, []).append(ms)
     samples["decode"] = [ms for run in runs for ms in run.decode_ms]
-    stages = {stage: _spread(values) for stage, values in samples.items()}
+    stages = {stage: spread(values) for stage, values in samples.items()}
     medians = {stage: spread.p50_ms for stage, spread in stages.items()}
     engine = session.engine
     size = memory.element_bytes(engine.parsed_target(), engine.dtype)
@@ -234,26 +236,27 @@ def _summarise(
         image_tokens=runs[0].image_tokens,
         generated_tokens=generated,
         roofline=roofline(session.model, engine.plan, peaks, work, medians, size, prompts),
-        device=_device(session),
+        device=device(session.engine, session.threads),
         samples={stage: [round(ms, 3) for ms in values] for stage, values in samples.items()},
         layers=layers,
         spans=tuple(runs[-1].spans),
     )
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
+    """Percentiles and mean."""
     p50, p90, p99 = (round(float(p), 3) for p in np.percentile(values, [50, 90, 99]))
     return Spread(p50, p90, p99, round(float(np.mean(values)), 3))
 
 
-def _device(session: Session) -> dict[str, str]:
-    engine = session.engine
+def device(engine: Engine, threads: int) -> dict[str, str]:
+    """What a profile was measured on."""
     target, graphics = engine.parsed_target(), card.name()
     return {
         "target": engine.target,
         "processor": processor_name(),
         **({"card": graphics or "?"} if target.arch.startswith("sm_") else {}),
-        "threads": str(session.threads),
+        "threads": str(threads),
         "system": f"{platform.system()} {platform.release()}",
         "backend": ".".join(map(str, backends.backend(target).here().version)),
         "precision": engine.precision or engine.dtype,

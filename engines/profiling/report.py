@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from edgevlm.engines.profiling.profile import Profile
+from edgevlm.engines.runtime.clock import Span
 from edgevlm.toolkit.errors import InputError, OutputError
 from edgevlm.toolkit.strict import to_plain
 from edgevlm.toolkit.terminal.console import table
@@ -37,6 +38,34 @@ def write_files(profiles: Sequence[Profile], page: Path | None, events: Path | N
             events.write_text(trace(profiles[0]), encoding="utf-8")
     except OSError as refused:
         raise OutputError(f"{refused.filename} cannot be written: {refused.strerror}") from None
+
+
+class Traced(Protocol):
+    """A profile of either kind."""
+
+    @property
+    def spans(self) -> Sequence[Span]: ...
+
+    @property
+    def device(self) -> Mapping[str, str]: ...
+
+
+def refuse_page(page: Path | None) -> None:
+    """Raise InputError for a page of a tower by itself: it would have a single bar."""
+    if page is not None:
+        raise InputError(
+            f"--html {page} is for engines with a language model",
+            hint="a tower by itself: --layers N, --trace FILE, --json",
+        )
+
+
+def write_trace(p: Traced, events: Path | None) -> None:
+    """Write the trace, if it has a path. Raises OutputError if it cannot be written."""
+    if events is not None:
+        try:
+            events.write_text(trace(p), encoding="utf-8")
+        except OSError as refused:
+            raise OutputError(f"{events} cannot be written: {refused.strerror}") from None
 
 
 def result(profiles: Sequence[Profile], layers: int) -> tuple[Any, list[str]]:
@@ -109,7 +138,7 @@ def comparison(profiles: Sequence[Profile]) -> list[str]:
     return table(("engine", "first token ms", "ratio", "ms a token", "ratio", "peak MB"), rows)
 
 
-def trace(p: Profile) -> str:
+def trace(p: Traced) -> str:
     """Trace events that Chrome and Perfetto open; the last run's stages and the layers."""
     events = [
         {
@@ -122,7 +151,7 @@ def trace(p: Profile) -> str:
         }
         for s in p.spans
     ]
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": p.device})
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": dict(p.device)})
 
 
 def write_html(path: Path, profiles: Sequence[Profile], layers: int = 25) -> None:

@@ -32,7 +32,7 @@ def profile(
     debug: Debug = False,
 ) -> None:
     """Measure an engine: every stage and layer, compared with the machine's limits."""
-    from edgevlm.engines.profiling import report
+    from edgevlm.engines.profiling import report, tower
     from edgevlm.engines.profiling.profile import ProfileRequest, profile_all
 
     console = opened_console(as_json, quiet, context)
@@ -40,6 +40,12 @@ def profile(
         image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
     )
     report.check_files(layers, html, trace)
+    if tower.is_tower(engine):
+        report.refuse_page(html)
+        measured = tower.profile_all([engine, *(compare or [])], request, console.step)
+        report.write_trace(measured[0], trace)
+        console.result(*tower.result(measured, layers))
+        return
     profiles = profile_all([engine, *(compare or [])], request, console.step)
     report.write_files(profiles, html, trace)
     console.result(*report.result(profiles, layers))
