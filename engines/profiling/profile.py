@@ -14,6 +14,7 @@ import numpy as np
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends import Peaks
 from edgevlm.engines.backends.state import State
+from edgevlm.engines.manifest import Engine
 from edgevlm.engines.profiling import asked, metrics
 from edgevlm.engines.profiling.asked import ProfileRequest as ProfileRequest
 from edgevlm.engines.profiling.context import processor_context
@@ -206,8 +207,8 @@ def _summarise(
         for stage, ms in totals.items():
             samples.setdefault(stage, []).append(ms)
     samples["decode"] = [ms for run in runs for ms in run.decode_ms]
-    stages = {stage: _spread(values) for stage, values in samples.items()}
-    medians = {stage: spread.p50_ms for stage, spread in stages.items()}
+    stages = {stage: spread(values) for stage, values in samples.items()}
+    medians = {stage: one.p50_ms for stage, one in stages.items()}
     engine = session.engine
     size = memory.element_bytes(engine.parsed_target(), engine.dtype)
     prompts = engine.prompt_form.plan if engine.prompt_form else None
@@ -231,7 +232,7 @@ def _summarise(
         image_tokens=runs[0].image_tokens,
         generated_tokens=generated,
         roofline=roofline(session.model, engine.plan, peaks, work, medians, size, prompts),
-        device=_device(session),
+        device=device(session.engine, session.threads),
         samples={stage: [round(ms, 3) for ms in values] for stage, values in samples.items()},
         layers=layers,
         spans=tuple(runs[-1].spans),
@@ -244,19 +245,20 @@ def _request(run: _Run) -> metrics.Request:
     return metrics.Request(run.first_ms, run.decode_ms, run.prompt_tokens)
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
+    """Percentiles and mean."""
     p50, p90, p99 = (round(float(p), 3) for p in np.percentile(values, [50, 90, 99]))
     return Spread(p50, p90, p99, round(float(np.mean(values)), 3))
 
 
-def _device(session: Session) -> dict[str, str]:
-    engine = session.engine
+def device(engine: Engine, threads: int) -> dict[str, str]:
+    """What a profile was measured on."""
     target, graphics = engine.parsed_target(), card.name()
     return {
         "target": engine.target,
         "processor": processor_name(),
         **({"card": graphics or "?"} if target.arch.startswith("sm_") else {}),
-        "threads": str(session.threads),
+        "threads": str(threads),
         "system": f"{platform.system()} {platform.release()}",
         "backend": ".".join(map(str, backends.backend(target).here().version)),
         "precision": engine.precision or engine.dtype,

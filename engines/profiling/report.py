@@ -79,6 +79,25 @@ def write_files(profiles: Sequence[Profile], files: Files) -> None:
         raise OutputError(f"{refused.filename} cannot be written: {refused.strerror}") from None
 
 
+def refuse_pages(files: Files) -> None:
+    """Raise InputError for what is not made of a tower by itself: it would have a single bar."""
+    for name in ("html", "csv", "markdown"):
+        if file := getattr(files, name):
+            raise InputError(
+                f"--{name} {file} is for engines with a language model",
+                hint="a tower by itself: --layers N, --trace FILE, --json",
+            )
+
+
+def write_trace(p: tables.Traced, file: Path | None) -> None:
+    """Write the trace, if it has a path. Raises OutputError if it cannot be written."""
+    if file is not None:
+        try:
+            file.write_text(tables.trace(p), encoding="utf-8")
+        except OSError as refused:
+            raise OutputError(f"{file} cannot be written: {refused.strerror}") from None
+
+
 def result(profiles: Sequence[Profile], layers: int) -> tuple[Any, list[str]]:
     """Data and lines of `edgevlm profile`; `compared` holds engines beyond the first."""
     data = to_plain(profiles[0])

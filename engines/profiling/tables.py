@@ -6,9 +6,10 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from edgevlm.engines.profiling.profile import Profile
+from edgevlm.engines.runtime.clock import Span
 from edgevlm.toolkit.terminal.console import human_bytes
 
 COMPARED = (
@@ -126,7 +127,26 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def trace(p: Profile) -> str:
+class Traced(Protocol):
+    """A profile of either kind. memory: (ms, MB), memory_marks: (ms, what began)."""
+
+    @property
+    def engine(self) -> str: ...
+
+    @property
+    def spans(self) -> Sequence[Span]: ...
+
+    @property
+    def device(self) -> dict[str, str]: ...
+
+    @property
+    def memory(self) -> Sequence[tuple[float, float]]: ...
+
+    @property
+    def memory_marks(self) -> Sequence[tuple[float, str]]: ...
+
+
+def trace(p: Traced) -> str:
     """Trace events that Chrome and Perfetto open: the last run's stages, and memory over time."""
     events: list[dict[str, Any]] = [
         {

@@ -29,9 +29,11 @@ from edgevlm.toolkit.vlm.config import ComponentConfig
 from edgevlm.toolkit.vlm.presets import clip_pixels, unicom_pixels
 from edgevlm.toolkit.vlm.tower_presets import PRESETS
 from edgevlm.toolkit.vlm.towers import TowerConfig
-from tests.conftest import golden_case
+from edgevlm.training.torch_files import TorchFile
+from edgevlm.training.towers.tower import KINDS
+from tests.conftest import ROOT, golden_case
 from tests.systems.test_huggingface import scatter
-from tests.towers.alone import embedded, engine_of, near
+from tests.towers.alone import embedded, engine_of, near, state_dict
 
 hf: Any = transformers
 BASE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 7}
@@ -237,12 +239,52 @@ def tiny(kind: str) -> TowerConfig:
     )
 
 
+def original(kind: str, work: Path) -> None:
+    """Read a tower's own weight file."""
+    golden = golden_case("unireplknet5")
+    files = {"unicom": work / "ViT.pt", "unireplknet": golden / "weights.safetensors"}
+    if kind == "unicom":
+        torch.save(state_dict(48, 1, 7, 2, 20, seed=1), files[kind])
+    source = systems.load_any(files[kind], Options(torch_reader=TorchFile, heads=HEADS.get(kind)))
+    assert source.model.system == kind
+
+
+def published(kind: str, work: Path) -> None:
+    """Read a tower's folder of transformers."""
+    saved(next(name for name in CASES if name.startswith(kind)), work / "published")
+    assert systems.load_any(work / "published", Options()).model.system == kind
+
+
+HEADS = {"unicom": 4}
+
+
+def tried(action: Callable[[], None]) -> bool:
+    """Whether there is such a layout."""
+    try:
+        action()
+    except (KeyError, StopIteration):
+        return False
+    return True
+
+
+def row_of(kind: str) -> tuple[str, ...]:
+    """A line of the page's table of towers."""
+    text = (ROOT / "docs/systems.md").read_text()
+    table = text[text.index("| tower | loads original") :].split("\n\n")[0]
+    rows = [tuple(c.strip() for c in line.strip("|").split("|")) for line in table.splitlines()]
+    return next(row for row in rows if row[0] == kind)
+
+
 @pytest.mark.parametrize("kind", models.towers())
 def test_every_tower_lowers_everywhere_and_builds_in_int8(kind: str, tmp_path: Path) -> None:
     from edgevlm.export.write import write_bundle
 
     source = random_tower(tiny(kind), 0, kind)
     recorded = graphs(source)
+    loads = (tried(lambda: original(kind, tmp_path)), tried(lambda: published(kind, tmp_path)))
+    trains = kind in KINDS
+    cells = (*loads, True, True, trains, True, True)  # what follows fails where one is not true
+    assert row_of(kind) == (kind, *("yes" if cell else "-" for cell in cells))
     for target in ("jetson-agx-orin", "tensorrt-rtx@1.7/sm_89", "onnxruntime-cuda@1.31.1/sm_89"):
         assert lint(recorded, parse(target))
     write_bundle(source, tmp_path / "bundle", made_by="tests", progress=lambda line: None)
@@ -289,6 +331,8 @@ def test_presets_have_the_published_sizes(name: str) -> None:
         folded = 2 * model.encoder.config.hidden_size + model.channels
         assert params == published[name] - folded
     assert model.channels == part.outputs[0].shape[-1]
+    for page in ("docs/towers.md", "docs/systems.md"):
+        assert f"`{name}`" in (ROOT / page).read_text()
     with pytest.raises(ConfigError, match="takes no options of models"):
         systems.any_preset(name, 0, Options(max_context=7))
 
