@@ -89,6 +89,7 @@ def test_drift_is_zero_for_the_same_engine_and_not_for_other_weights(
     weights = np.frombuffer(data, np.float32, offset=len(data) % 4 + len(data) // 8 * 4)
     weights *= np.float32(1.5)  # the second half of the file
     file.write_bytes(data)
+    reseal(other / "engine.json")
     request, followed = ProfileRequest(max_tokens=5, prompt_tokens=6), Followed()
     found = []
     for folder in (engine, engine, other):
