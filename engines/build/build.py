@@ -240,7 +240,7 @@ def lowering(bundle: Bundle, request: Request) -> list[Decision]:
     if request.target.backend == "reference":
         return []
     try:
-        from edgevlm.engines.lowering import read
+        from edgevlm.engines.backends.onnx_files import read_graph
         from edgevlm.engines.lowering.lower import decide
     except ImportError:
         raise MissingExtra("onnx", "export", purpose="reading a bundle's graphs") from None
@@ -249,7 +249,7 @@ def lowering(bundle: Bundle, request: Request) -> list[Decision]:
     decisions: list[Decision] = []
     for record in bundle.manifest.components:
         weights = bundle.path / record.weights
-        model = requantized.get(record.name) or read.graph(bundle.path / record.graph, weights)
+        model = requantized.get(record.name) or read_graph(bundle.path / record.graph, weights)
         with of_bundle(str(bundle.path / record.graph)):
             decisions += decide(record.name, model, request.target)
     return decisions

@@ -13,7 +13,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from edgevlm.engines.backends import Compiled, Peaks, Runner, RunnerOptions, Shapes
+from edgevlm.engines.backends import (
+    Compiled,
+    Peaks,
+    Runner,
+    RunnerOptions,
+    Shapes,
+    onnx_files,
+)
 from edgevlm.engines.backends.tensorrt import device
 from edgevlm.engines.backends.tensorrt.card import Cards
 from edgevlm.engines.backends.tensorrt.flavours import FLAVOURS, Flavour
@@ -68,14 +75,14 @@ class TensorRT:
         """
         try:
             from edgevlm.engines.backends.tensorrt import builder
-            from edgevlm.engines.lowering import lower, read
+            from edgevlm.engines.lowering import lower
         except ImportError:
             raise MissingExtra("onnx", "export", purpose="building an engine") from None
 
         start = time.perf_counter()
         # RTX caps nothing for cards that are not here, and ignores what was timed before
         card = device.facts() if self._flavour.needs_device else None
-        model = read.graph(source / record.graph, source / record.weights)
+        model = onnx_files.read_graph(source / record.graph, source / record.weights)
         lowered = lower.lower_component(record.name, model, target)
         fixed = builder.fixed_sizes(shapes)
         builder.fix(model, fixed)
