@@ -27,6 +27,7 @@ _ODD: tuple[Any, ...] = (
     [0] * 1000, [[0, 1]] * 50,
 )  # fmt: skip
 _DEPTHS = (50, 150, 330, 490, 950, 990, 5000, 100_000)
+_DEEPEST, _LARGEST = 60, 1e100
 _DEEP = "@deep-{}-{}@"  # stands for JSON that json.dumps could not write
 
 
@@ -85,6 +86,7 @@ def odd_value(rng: Random) -> Any:
 def changed_json(rng: Random, data: Any) -> str:
     """The text of `data` with one to four changes: values, keys, kinds, depth, duplicates."""
     data = json.loads(json.dumps(data))
+    # A seed may be nested as deep as JSON can be read; what is within is not changed.
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         places = [path for path in _paths(data) if path]
         if places:
@@ -99,7 +101,7 @@ def changed_json(rng: Random, data: Any) -> str:
 def _paths(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield path
     items = data.items() if isinstance(data, dict) else enumerate(data)
-    if isinstance(data, (dict, list)):
+    if isinstance(data, (dict, list)) and len(path) < _DEEPEST:
         for key, value in items:
             if isinstance(value, (dict, list)):
                 yield from _paths(value, (*path, key))
@@ -120,7 +122,7 @@ def _edit(rng: Random, data: Any, path: tuple[Any, ...], places: list[tuple[Any,
     except (KeyError, IndexError, TypeError):  # an earlier change removed it
         return
     kind = rng.randrange(10)
-    if kind < 3 and isinstance(old, (int, float)) and not isinstance(old, bool):
+    if kind < 3 and type(old) in (int, float) and abs(old) < _LARGEST:
         near = (old + 1, old - 1, old * 2, -old, old * 1000, str(old), [old], old * 10**12)
         parent[key] = rng.choice(near)
     elif kind < 6:

@@ -119,7 +119,7 @@ def _watched() -> Iterator[None]:
 
 
 def _where(trace: Any) -> str:
-    last = traceback.extract_tb(trace)[-1]
+    last = [frame for frame in traceback.extract_tb(trace) if frame.name != _stop.__name__][-1]
     return f"{last.filename}:{last.lineno} {last.name}"
 
 
