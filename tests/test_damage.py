@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgevlm.calibration.command import checked_report
+from edgevlm.calibration.unfinished import Unfinished
 from edgevlm.engines.backends.onnxruntime import OnnxRuntimeRunner
 from edgevlm.engines.profiling import report, tables
 from edgevlm.engines.profiling.page import HEAD
@@ -22,7 +24,7 @@ from edgevlm.toolkit.bundle import checksums, goldens, trained
 from edgevlm.toolkit.bundle.goldens import relative_difference, relative_rms
 from edgevlm.toolkit.bundle.manifest import GOLDENS
 from edgevlm.toolkit.checkpoints import inside
-from edgevlm.toolkit.errors import AccuracyError, OutputError
+from edgevlm.toolkit.errors import AccuracyError, CheckpointError, OutputError
 from tests.conftest import ROOT
 from tests.refusals import GOLDEN, IMAGE, LM, edgevlm, edit, refuses
 from tests.sealing import reseal
@@ -299,3 +301,95 @@ def test_no_kill_loses_an_artifact() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "HARM" not in done.stdout
     assert "renamed: steps" in done.stdout
+
+
+# -- what calibration and training keep ----------------------------------------------------------
+
+
+def kept_sums(folder: Path) -> Unfinished:
+    """A calibration at work in `folder`, with the same settings each time."""
+    kept = Unfinished(folder, "tests")
+    kept.begin(lambda message: None, "settings")
+    return kept
+
+
+def test_damaged_sums_are_found_again(tmp_path: Path) -> None:
+    kept = kept_sums(tmp_path / "kept")
+    kept.put("ranges", {"x": np.arange(5.0)})
+    kept.close(remove=False)
+    said: list[str] = []
+    again = Unfinished(tmp_path / "kept", "tests")
+    again.begin(said.append, "settings")
+    assert again.get("ranges")["x"].tolist() == [0, 1, 2, 3, 4]
+    again.close(remove=False)
+    flip(tmp_path / "kept/ranges.safetensors")
+    again = Unfinished(tmp_path / "kept", "tests")
+    again.begin(said.append, "settings")
+    assert not again.has("ranges")
+    assert "ranges.safetensors is damaged (its CRC-32 differs); it is computed again" in said[-1]
+    again.close(remove=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "lock", "key"])
+def test_a_folder_of_somebody_else_is_no_place_for_sums(name: str, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / name).write_text("years of work")
+    with pytest.raises(OutputError, match="holds what we did not write"):
+        kept_sums(tmp_path / "kept")
+    assert (tmp_path / "kept" / name).read_text() == "years of work"
+
+
+def test_a_calibrations_report_replaces_only_a_report(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    assert checked_report(None) is None
+    assert checked_report(file) == file
+    for text, ours in (('{"kind": "calibration"}', True), ('{"kind": "x"}', False), ("x", False)):
+        file.write_text(text)
+        if ours:
+            assert checked_report(file) == file
+            continue
+        with pytest.raises(OutputError, match="is no report of ours"):
+            checked_report(file)
+    with pytest.raises(OutputError, match="cannot be written"):
+        checked_report(tmp_path / "nowhere/report.json")
+
+
+class Accelerator:
+    """Of one process, whose state is some bytes."""
+
+    is_main_process = True
+
+    def wait_for_everyone(self) -> None:
+        """There is nobody else."""
+
+    def save_state(self, folder: str) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(bytes(range(256)) * 9)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "run.json"])
+def test_a_damaged_state_of_training_is_not_resumed(name: str, tmp_path: Path) -> None:
+    from edgevlm.training import states
+    from edgevlm.training.loop import Progress
+
+    accelerator: Any = Accelerator()
+    states.save(accelerator, tmp_path, Progress(3, 24, 100), {"stage": "s"})
+    path = tmp_path / "states/step-000003" / name
+    assert states._read(path.parent) == ({"stage": "s"}, Progress(3, 24, 100))
+    path.write_bytes(path.read_bytes().replace(b"24", b"25").replace(b"\x05", b"\x06"))
+    with pytest.raises(CheckpointError, match=f"{name}.*(damaged|was changed)") as refused:
+        states.resume(accelerator, tmp_path, Progress(), {"stage": "s"})
+    assert "remove that folder; 0 earlier state(s) are left" in refused.value.hint
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    from edgevlm.training.run import Home
+
+    parts: Any = (tmp_path, False, None, {}, "tests", print, True)
+    first, second = Home(*parts), Home(*parts)
+    first.hold()
+    with pytest.raises(OutputError, match="another run is at work"):
+        second.hold()
+    first.let_go()
+    second.hold()
+    second.let_go()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgevlm.engines.backends.common import place
+from edgevlm.engines.lowering.given import of_bundle
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     Blocks,
@@ -39,8 +40,24 @@ def read_graph(file: Path, weights: Path | None = None) -> onnx.ModelProto:
     BundleError for what is no graph, or reads other files.
     """
     with needing("onnx", "export", purpose="building an engine"):
-        from edgevlm.engines.lowering import read
-    return read.graph(file, weights)
+        import onnx
+    with of_bundle(str(file)):
+        model = onnx.load(str(file), load_external_data=False)
+        if weights is not None:
+            _check_weights(model, weights)
+        return model
+
+
+def _check_weights(model: onnx.ModelProto, weights: Path) -> None:
+    """Raise ValueError for a tensor that is not one of this file."""
+    spans = {(e.offset, e.nbytes) for e in SafetensorsFile(weights).entries.values()}
+    for tensor in _external(model):
+        where = {item.key: item.value for item in tensor.external_data}
+        location = where.get("location", "")
+        if location != weights.name:
+            raise ValueError(f"{tensor.name:.80} is in {location!r:.80}, outside {weights.name}")
+        if (int(where.get("offset", 0)), int(where.get("length", -1))) not in spans:
+            raise ValueError(f"{tensor.name:.80} is not where {weights.name} has a tensor")
 
 
 def stored(file: SafetensorsFile, model: onnx.ModelProto) -> dict[str, tuple[str, Entry]]:

@@ -41,7 +41,7 @@ class Bundles:
     """The tiny LLaVA-1.5's bundle, with files that are changed."""
 
     name = "bundles"
-    share = 3
+    share = 1
 
     def __init__(self, place: Place) -> None:
         self._place = place

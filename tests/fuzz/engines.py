@@ -36,7 +36,7 @@ class Engines:
     """The tiny LLaVA-1.5's engine, with files that are changed."""
 
     name = "engines"
-    share = 3
+    share = 1
 
     def __init__(self, place: Place) -> None:
         self._folder = Folder(place.ready / "engine-cpu", manifest.DESCRIPTION)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from tempfile import mkdtemp
 from typing import Literal
 
 import numpy as np
@@ -44,10 +45,11 @@ class KeptFolders:
 
     def __init__(self, place: Place) -> None:
         self._work = place.work
+        bases = Path(mkdtemp(prefix="bases-", dir=place.work))
         self._bases: dict[Kind, Path] = {
-            "checkpoint": _checkpoint(place.work / "bases/checkpoint"),
-            "sums": _sums(place.work / "bases/sums"),
-            "state": _state(place.work / "bases/state"),
+            "checkpoint": _checkpoint(bases / "checkpoint"),
+            "sums": _sums(bases / "sums"),
+            "state": _state(bases / "state"),
         }
         self._checkpoint = Folder(self._bases["checkpoint"], trained.CHECKPOINT)
 

@@ -1,7 +1,8 @@
 """Writers that are killed: at every step of theirs, and at random moments.
 
-python -m tests.fuzz.kills [N [SEED]]: every step, then N kills at random (100). Nothing may be lost
-or left, and where the system can exchange two names nothing may be missing for a moment.
+python -m tests.fuzz.kills [N [SEED]] [verbs]: every step, then N kills at random (100), or as many
+of the verbs `export` and `build`. Nothing may be lost or left, and where the system can exchange
+two names nothing may be missing for a moment.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from edgevlm.calibration.unfinished import Unfinished
 from edgevlm.toolkit.bundle import atomic, publish, sealed, unfinished
 from edgevlm.toolkit.bundle.atomic import sha256_of, writing
-from edgevlm.toolkit.errors import OutputError
+from edgevlm.toolkit.errors import ToolkitError
 from edgevlm.toolkit.strict import read_json
 
 MODES = ("exchanged", "renamed", "moved")  # how a folder is replaced; moved: as on a mounted disk
@@ -203,20 +204,84 @@ def _keep(folder: Path, times: int) -> None:
     kept.close(remove=False)
 
 
+# -- the command line ----------------------------------------------------------------------------
+
+
+def of_verbs(count: int, home: Path, generator: random.Random) -> Counter[str]:
+    """`export --force` and `build --force` over what is there, killed at random moments, and the
+    next try without a kill. What became of them. Raises Broken.
+    """
+    from edgevlm.engines import manifest
+    from edgevlm.toolkit.bundle.manifest import Bundle
+    from tests.pipeline import engine_of
+    from tests.refusals import GOLDEN, LM
+
+    engine_of(GOLDEN / LM, home)
+    bundle, engine = home / "bundle", home / "engine-cpu"
+    words = {
+        "export": ("export", GOLDEN / LM, bundle, "--dtype", "bf16", "--force", "-q"),
+        "build": ("build", bundle, engine, "--max-context", 64, "--force", "-q"),
+    }
+    seconds = {verb: _ran(words[verb], None) for verb in ("build", "export")}
+    found: Counter[str] = Counter()
+    for number in range(count):
+        verb = ("export", "build")[number % 2]
+        _ran(words[verb], generator.uniform(0, seconds[verb]))
+        Bundle.open(bundle).verify()
+        manifest.check_files(engine, manifest.read(engine), verify=True)
+        left = [path for path in home.iterdir() if path not in (bundle, engine)]
+        found[f"{verb}: killed, {'something' if left else 'nothing'} left to clear"] += 1
+    for verb in words:
+        _ran(words[verb], None)
+    left = [path for path in home.iterdir() if path not in (bundle, engine)]
+    if left:
+        raise Broken(f"left are {left}")
+    return found
+
+
+def _ran(words: tuple[object, ...], until: float | None) -> float:
+    """Run the command line in a process, and kill it after so many seconds; how long it ran."""
+    from edgevlm import cli
+
+    begun, child = time.perf_counter(), os.fork()
+    if not child:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):
+            os.dup2(nothing, number)
+        sys.argv = ["edgevlm", *map(str, words)]
+        try:
+            cli.main()
+        except SystemExit as ended:
+            os._exit(int(ended.code or 0))
+        os._exit(9)
+    if until is not None:
+        time.sleep(until)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if until is None and status:
+        raise Broken(f"{words[0]} ended with {status}")
+    return time.perf_counter() - begun
+
+
 def main(words: list[str]) -> int:
     """Every step, then N kills at random."""
+    verbs = "verbs" in words
+    words = [word for word in words if word != "verbs"]
     count, seed = int(words[0] if words else 100), int(words[1] if words[1:] else 0)
     generator, outcomes = random.Random(seed), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="edgevlm-kills-") as folder:
         home = Path(folder)
         try:
+            if verbs:
+                outcomes += of_verbs(count, home, generator)
+                count = 0
             for mode in MODES:
                 outcomes[f"{mode}: steps"] = every_step(mode, home)
             outcomes["calibration: steps"] = of_calibration(home)
             for number in range(count):
                 mode = MODES[number % len(MODES)]
                 outcomes[f"{mode}: at random, {at_random(mode, home, generator)}"] += 1
-        except (Broken, OutputError) as harm:
+        except (Broken, ToolkitError) as harm:
             print(f"HARM: {type(harm).__name__}: {harm}")
             return 1
     for name, number in sorted(outcomes.items()):

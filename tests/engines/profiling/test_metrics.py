@@ -15,6 +15,7 @@ from edgevlm.engines.profiling.asked import ProfileRequest
 from edgevlm.engines.profiling.context import processor_context
 from edgevlm.engines.profiling.drift import Followed
 from edgevlm.engines.profiling.residence import MemoryRecorder
+from tests.sealing import reseal
 
 MB = 2**20
 
