@@ -16,7 +16,7 @@ import numpy as np
 
 from edgevlm.calibration.pictures import Sample
 from edgevlm.toolkit.errors import CalibrationError, InputError
-from edgevlm.toolkit.images import decode, views
+from edgevlm.toolkit.images import decode, longest_side, views
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Step, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
@@ -24,7 +24,7 @@ from edgevlm.toolkit.text import prompts
 from edgevlm.toolkit.text.prompts import Prompt, PromptSequence
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.components import Component, no_states
+from edgevlm.toolkit.vlm.components import MASK_ENCODER, Component, no_states
 from edgevlm.toolkit.vlm.config import ModelConfig
 
 SCORED = 16  # positions of a prompt whose logits are compared
@@ -140,6 +140,7 @@ class Chain:
             for sample, prompt in zip(samples, asked, strict=True)
         ]
         found = self._vision(seen, by)
+        self._for_masks(samples, found, by)
         if not language:
             return found
         reads = [
@@ -188,6 +189,18 @@ class Chain:
             self._merged({name: each[i] for name, each in encoded.items()}, one, by) if one else {}
             for i, one in enumerate(seen)
         ]
+
+    def _for_masks(self, samples: Sequence[Sample], found: Sequence[Found], by: Passage) -> None:
+        """Add what the encoder of masks gives for each image. Their decoder stays in float: it has
+        a hundredth of the work, and masks are where its logits change sign.
+        """
+        segmenter = self.model.segmenter
+        for sample, own in zip(samples, found, strict=True):
+            if segmenter is not None and sample.image is not None and own:
+                rgb = decode.load(sample.image, upright=self.model.images.upright).rgb
+                pixels = longest_side.preprocess(rgb, segmenter.pixels)
+                part = next(p for p in self.parts if p.name == MASK_ENCODER)
+                own[MASK_ENCODER] = by.run(part, {"pixels": pixels[None]})
 
     def _encoded(
         self, part: Component, seen: Sequence[views.PreparedImage | None], by: Passage

@@ -30,7 +30,6 @@ from edgevlm.training.mask_task import MaskTask, mask_loss
 from edgevlm.training.setup import mask_rules
 from edgevlm.training.vlm import VLM, Batch
 from tests.conftest import golden_case
-from tests.systems import segmenting
 from tests.systems.test_mlcd_golden import Golden
 from tests.training.test_original_training import SLOT, split
 
@@ -207,10 +206,10 @@ def test_masks_that_do_not_fit_are_broken(stated: Any, reason: str, tmp_path: Pa
     assert reason in caught.value.reason
 
 
-def test_a_conversation_brings_its_masks_and_the_cut_takes_them(tmp_path: Path) -> None:
-    folder = tmp_path / "mlcd-seg"
-    segmenting.checkpoint(folder, segmenting.sam())
-    source = systems.load(folder, Options())
+def test_a_conversation_brings_its_masks_and_the_cut_takes_them(
+    with_masks: Path, tmp_path: Path
+) -> None:
+    source = systems.load(with_masks / "mlcd-seg", Options())
     rules, tokenizer = rules_of(source), Tokenizer.from_text(source.tokenizer)
     file = picture(tmp_path, "a", 8, 6)
     turns = ((USER, "<image>\nWhere?"), (ASSISTANT, "It is [SEG], or [SEG]."))
@@ -247,9 +246,10 @@ def seg_data(folder: Path, size: int = 6) -> Path:
     return folder / "seg.json"
 
 
-def test_a_run_lowers_the_loss_and_is_written_back_in_the_published_layout(tmp_path: Path) -> None:
-    folder = tmp_path / "mlcd-seg"
-    segmenting.checkpoint(folder, segmenting.sam())
+def test_a_run_lowers_the_loss_and_is_written_back_in_the_published_layout(
+    with_masks: Path, tmp_path: Path
+) -> None:
+    folder = with_masks / "mlcd-seg"
     data, out = seg_data(tmp_path / "data"), tmp_path / "trained"
     result = api.train(
         "mlcd-seg", str(folder), out, data=[str(data)], eval_data=[str(data)], batch=7,
