@@ -17,7 +17,7 @@ import numpy as np
 from edgevlm.calibration import greedy
 from edgevlm.calibration.pictures import Sample
 from edgevlm.toolkit.errors import CalibrationError, InputError
-from edgevlm.toolkit.images import decode, views
+from edgevlm.toolkit.images import decode, longest_side, views
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Step, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
@@ -25,7 +25,7 @@ from edgevlm.toolkit.text import prompts
 from edgevlm.toolkit.text.prompts import Prompt, PromptSequence
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.components import Component, no_states
+from edgevlm.toolkit.vlm.components import MASK_ENCODER, Component, no_states
 from edgevlm.toolkit.vlm.config import ModelConfig
 
 ANSWER = "answer"  # the port of logits at an answer's tokens
@@ -139,6 +139,7 @@ class Chain:
         it reads behind each sample, for logits from which each of them is chosen: ANSWER.
         """
         asked, found = self._seen(samples, by)
+        self._for_masks(samples, found, by)
         if not language:
             return found
         reads = self._reads(samples, asked, found)
@@ -230,6 +231,18 @@ class Chain:
             self._merged({name: each[i] for name, each in encoded.items()}, one, by) if one else {}
             for i, one in enumerate(seen)
         ]
+
+    def _for_masks(self, samples: Sequence[Sample], found: Sequence[Found], by: Passage) -> None:
+        """Add what the encoder of masks gives for each image. Their decoder stays in float: it has
+        a hundredth of the work, and masks are where its logits change sign.
+        """
+        segmenter = self.model.segmenter
+        for sample, own in zip(samples, found, strict=True):
+            if segmenter is not None and sample.image is not None and own:
+                rgb = decode.load(sample.image, upright=self.model.images.upright).rgb
+                pixels = longest_side.preprocess(rgb, segmenter.pixels)
+                part = next(p for p in self.parts if p.name == MASK_ENCODER)
+                own[MASK_ENCODER] = by.run(part, {"pixels": pixels[None]})
 
     def _encoded(
         self, part: Component, seen: Sequence[views.PreparedImage | None], by: Passage

@@ -125,3 +125,15 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ready")
     engine_of(HERE / "goldens/e2e_llava15/llava-v1.5-tiny", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def with_masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `mlcd-seg` (a random checkpoint of MLCD-Seg), `bundle` and `engine-cpu`."""
+    from tests.pipeline import engine_of
+    from tests.systems import segmenting
+
+    folder = tmp_path_factory.mktemp("with-masks")
+    segmenting.checkpoint(folder / "mlcd-seg", segmenting.sam())
+    engine_of(folder / "mlcd-seg", folder)
+    return folder

@@ -155,11 +155,13 @@ def test_no_mask_without_a_token(built: Opened) -> None:
 class Small:
     """A session of the small checkpoint, with what it was made of."""
 
-    def __init__(self, work: Path, **options: Any) -> None:
-        self.model = segmenting.sam(**options)
-        self.folder = work / "mlcd-seg-checkpoint"
-        self.projection = segmenting.checkpoint(self.folder, self.model)
-        self.session = Session.open(engine_of(self.folder, work))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = segmenting.sam()  # the same again
+        width = self.model.config.vision_config.output_channels
+        self.session = Session.open(folder / "engine-cpu")
+        hidden_size = self.session.model.lm.config.hidden_size
+        self.projection = segmenting.projection(hidden_size, width)
         self.images = [segmenting.MLCD / "image0.png", segmenting.MLCD / "image1.png"]
 
     def expected(self, image: Path, state: Array) -> Array:
@@ -176,8 +178,8 @@ class Small:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
-    made = Small(tmp_path_factory.mktemp("small"))
+def small(with_masks: Path) -> Iterator[Small]:
+    made = Small(with_masks)
     yield made
     made.session.close()
 
@@ -246,7 +248,7 @@ def test_a_full_context_leaves_the_last_mask_out(small: Small, tmp_path: Path) -
     if seg.token not in free.token_ids:
         pytest.skip("this random model does not say [SEG]")
     needed = free.prompt_tokens + free.token_ids.index(seg.token)
-    bundle = small.folder.parent / "bundle"
+    bundle = small.folder / "bundle"
     request = Request(this_cpu(), needed, False, "tests")
     build(bundle, tmp_path / "engine", request, silent)
     with Session.open(tmp_path / "engine") as short:

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from edgevlm import api
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle import trained
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.images import decode, rle, views
 from edgevlm.toolkit.images.longest_side import LongestSide
 from edgevlm.toolkit.text.tokenizer import Tokenizer
-from edgevlm.training import optimizer, stages
+from edgevlm.training import optimizer, stages, with_sam
 from edgevlm.training.data import masks
 from edgevlm.training.data.broken import BrokenSample
 from edgevlm.training.data.collate import collate
@@ -207,10 +209,10 @@ def test_masks_that_do_not_fit_are_broken(stated: Any, reason: str, tmp_path: Pa
     assert reason in caught.value.reason
 
 
-def test_a_conversation_brings_its_masks_and_the_cut_takes_them(tmp_path: Path) -> None:
-    folder = tmp_path / "mlcd-seg"
-    segmenting.checkpoint(folder, segmenting.sam())
-    source = systems.load(folder, Options())
+def test_a_conversation_brings_its_masks_and_the_cut_takes_them(
+    with_masks: Path, tmp_path: Path
+) -> None:
+    source = systems.load(with_masks / "mlcd-seg", Options())
     rules, tokenizer = rules_of(source), Tokenizer.from_text(source.tokenizer)
     file = picture(tmp_path, "a", 8, 6)
     turns = ((USER, "<image>\nWhere?"), (ASSISTANT, "It is [SEG], or [SEG]."))
@@ -247,9 +249,10 @@ def seg_data(folder: Path, size: int = 6) -> Path:
     return folder / "seg.json"
 
 
-def test_a_run_lowers_the_loss_and_is_written_back_in_the_published_layout(tmp_path: Path) -> None:
-    folder = tmp_path / "mlcd-seg"
-    segmenting.checkpoint(folder, segmenting.sam())
+def test_a_run_lowers_the_loss_and_is_written_back_in_the_published_layout(
+    with_masks: Path, tmp_path: Path
+) -> None:
+    folder = with_masks / "mlcd-seg"
     data, out = seg_data(tmp_path / "data"), tmp_path / "trained"
     result = api.train(
         "mlcd-seg", str(folder), out, data=[str(data)], eval_data=[str(data)], batch=7,
@@ -269,3 +272,54 @@ def test_a_run_lowers_the_loss_and_is_written_back_in_the_published_layout(tmp_p
         weight = before.weights[component][key]
         for source in (ours, theirs):
             assert np.array_equal(source.weights[component][key], weight) is same
+
+
+@pytest.mark.parametrize("end", ["safetensors", "pth"])
+def test_training_begins_with_mlcd_and_the_file_of_sam(end: str, tmp_path: Path) -> None:
+    tensors = segmenting.original_names(segmenting.sam())
+    file = tmp_path / f"sam.{end}"
+    save: Any = save_file if end == "safetensors" else torch.save
+    save(tensors, file)
+    plain = clip_mlcd(tmp_path)
+    source = with_sam.begun(plain, str(file), 3)
+    old, new = plain.model.lm.config.vocab_size, source.model.lm.config.vocab_size
+    assert (source.model.system, new) == ("mlcd_seg", old + 1)
+    assert Tokenizer.from_text(source.tokenizer).id_of("[SEG]") == old
+    made = VLM(source.model).load(source.weights)
+    for key, axis in (("embed.weight", 0), ("head.weight", 1)):
+        whole = made.get_parameter(f"lm.{key}").detach().numpy()
+        assert np.array_equal(np.take(whole, range(old), axis), plain.weights["lm"][key])
+        assert 0 < np.abs(np.take(whole, old, axis)).max() < 0.2
+    weight = made.get_parameter("segmenter.encoder.layers.0.mlp.up.weight").detach()
+    assert torch.equal(weight, tensors["image_encoder.blocks.0.mlp.lin1.weight"].T)
+    again = with_sam.begun(plain, str(file), 3)
+    key = "projection.0.weight"
+    drawn = [s.weights["segmenter.decoder"][key] for s in (source, again)]
+    assert np.array_equal(*drawn)
+    assert np.abs(drawn[0]).max() <= 1 / math.sqrt(source.model.lm.config.hidden_size)
+
+
+def clip_mlcd(work: Path) -> Source:
+    """MLCD with a CLIP-class tower: the golden MLCD-Seg without SAM."""
+    whole = systems.load(golden_case(CASE), Options())
+    model = replace(whole.model, system="mlcd", segmenter=None)
+    rows = replace(model.lm.config, vocab_size=model.lm.config.vocab_size - 1)
+    weights = dict(whole.weights)
+    lm = dict(weights["lm"])
+    lm["embed.weight"], lm["head.weight"] = lm["embed.weight"][:-1], lm["head.weight"][:, :-1]
+    data = json.loads(whole.tokenizer)
+    data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] != "[SEG]"]
+    model = replace(model, lm=replace(model.lm, config=rows))
+    return replace(whole, model=model, weights={**weights, "lm": lm}, tokenizer=json.dumps(data))
+
+
+def test_a_file_that_is_not_sams_is_refused(tmp_path: Path) -> None:
+    tensors = segmenting.original_names(segmenting.sam())
+    plain = clip_mlcd(tmp_path)
+    save_file({**tensors, "adapter.weight": torch.zeros(2)}, tmp_path / "more.safetensors")
+    with pytest.raises(CheckpointError, match="adapter.weight"):
+        with_sam.begun(plain, str(tmp_path / "more.safetensors"), 0)
+    with pytest.raises(ConfigError, match="has SAM already"):
+        with_sam.begun(systems.load(golden_case(CASE), Options()), "any", 0)
+    with pytest.raises(ConfigError, match="expected mlcd with a CLIP-class tower"):
+        with_sam.begun(systems.load(segmenting.MLCD, Options()), "any", 0)

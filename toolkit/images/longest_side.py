@@ -39,7 +39,7 @@ class LongestSide:
         height, width = int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
         if min(height, width) < 1:
             raise InputError(
-                f"an image of {size[1]} x {size[0]} pixels has none left in {self.side}^2",
+                f"an image of {size[1]} x {size[0]} pixels has none left in one of {self.side}",
                 hint="cut it into pieces and give them as several images",
             )
         return height, width

@@ -16,7 +16,6 @@ from edgevlm.toolkit.errors import ConfigError, InputError
 from edgevlm.toolkit.images import rle
 from edgevlm.toolkit.ops.vocabulary import Array
 from tests.conftest import golden_case
-from tests.pipeline import engine_of
 from tests.systems import segmenting
 from tests.systems.test_mlcd_golden import Golden
 
@@ -64,10 +63,8 @@ def test_scores_by_hand() -> None:
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    folder = tmp_path_factory.mktemp("seg") / "mlcd-seg"
-    segmenting.checkpoint(folder, segmenting.sam())
-    with Session.open(engine_of(folder, folder.parent)) as opened:
+def session(with_masks: Path) -> Iterator[Session]:
+    with Session.open(with_masks / "engine-cpu") as opened:
         yield opened
 
 

@@ -28,6 +28,7 @@ from edgevlm.toolkit.vlm.config import ComponentConfig, Segmenter
 
 TOKEN = "[SEG]"
 _MODEL, _ENCODER = "model.", "model.sam.image_encoder."
+_GAUSSIAN = "model.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ def read(checkpoint: Checkpoint, hidden_size: int) -> Masks:
         },
         tuple(_MODEL + glob for glob in spare),
     )
+
+
+def width_of(checkpoint: Checkpoint) -> int:
+    """Channels of the prompts of a checkpoint's SAM. Raises CheckpointError if it has none."""
+    return 2 * _Sizes(checkpoint).of(_GAUSSIAN, 2)[1]
 
 
 def with_token(text: str) -> str:
@@ -148,9 +154,8 @@ def _encoder(tensors: _Sizes) -> sam.Config:
 
 
 def _decoder(tensors: _Sizes) -> sam_decoder.Config:
-    decoder, prompts = f"{_MODEL}sam.mask_decoder", f"{_MODEL}sam.prompt_encoder"
+    decoder = f"{_MODEL}sam.mask_decoder"
     layers = f"{decoder}.transformer.layers"
-    gaussian = f"{prompts}.pe_layer.positional_encoding_gaussian_matrix"
     projection = tensors.of(f"{_MODEL}text2sam_projection.0.weight", 2)
     grid = tensors.of(f"{_ENCODER}pos_embed", 4)[1]
     hyper = f"{decoder}.output_hypernetworks_mlps.0.layers"
@@ -158,7 +163,7 @@ def _decoder(tensors: _Sizes) -> sam_decoder.Config:
     return sam_decoder.Config(
         hidden_size=projection[1],
         projection_size=projection[0],
-        width=2 * tensors.of(gaussian, 2)[1],
+        width=2 * tensors.of(_GAUSSIAN, 2)[1],
         grid=grid,
         num_layers=tensors.layers(f"{layers}."),
         intermediate_size=tensors.of(f"{layers}.0.mlp.lin1.weight", 2)[0],
