@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from edgevlm.calibration import command as calibration
-from edgevlm.engines.verbs import profile, run, verify
+from edgevlm.engines.verbs import chat, profile, run, serve, verify
 from edgevlm.toolkit.terminal.flags import (
     AcceptLoss,
     Base,
@@ -216,7 +216,13 @@ def doctor(
     opened_console(as_json, quiet).result(*report(__version__))
 
 
-for _verb in (run.run, profile.profile, verify.verify):  # those that need an engine alone
+for _verb in (
+    run.run,
+    chat.chat,
+    serve.serve,
+    profile.profile,
+    verify.verify,
+):  # those that need an engine alone
     app.command()(_verb)
 
 

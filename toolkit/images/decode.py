@@ -98,6 +98,24 @@ def load(source: ImageSource, *, upright: bool = True) -> LoadedImage:
         ) from None
 
 
+def size_of(file: bytes) -> tuple[int, int]:
+    """Width and height as a file states them: nothing is decoded. Raises InputError."""
+    from PIL import Image
+
+    name = "given in memory"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _refuse_large_icons(file, name)
+            with Image.open(BytesIO(file), formats=_formats()) as opened:
+                width, height = opened.size
+                return int(width), int(height)
+    except InputError:
+        raise
+    except Exception as refused:  # as in `load`
+        raise _unreadable(file, name, refused) from None
+
+
 def _refuse_devices(path: Path, name: str) -> None:
     """Raise InputError for pipes, sockets and devices: opening them may wait for ever."""
     if not name:

@@ -56,10 +56,10 @@ class Console:
         """The verb's result: `data` as JSON, or `lines` for people; following: the next command."""
         self.close()
         if self.as_json:
-            print(json.dumps(to_plain(data), ensure_ascii=False))
+            print(json.dumps(to_plain(data), ensure_ascii=False), flush=True)
             return
         for line in lines:
-            print(line)
+            print(line, flush=True)
         if following and not self.quiet:
             print(f"next: {following}")
 
