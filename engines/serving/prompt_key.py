@@ -19,7 +19,7 @@ def prompt_key(sequence: PromptSequence, images: Sequence[EncodedImage]) -> Arra
     """
     ids, rows = sequence.ids[0], sequence.rows[0]
     if not images:
-        return np.asarray(ids, np.int64).copy()
+        return np.array(ids, np.int64)
     ends = np.cumsum([image.rows.shape[0] for image in images])
     owner = np.searchsorted(ends, rows, side="right").clip(max=len(images) - 1)
     first = ends - [image.rows.shape[0] for image in images]
