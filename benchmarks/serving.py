@@ -168,7 +168,7 @@ def load(server: Server, bodies: Sequence[bytes], clients: int, each: int) -> Ru
 
 def second_question(server: Server, options: Namespace) -> tuple[list[float], list[float]]:
     """Times to the first token in ms: of questions about new images, and of second ones."""
-    first, second = [], []
+    first, second = list[float](), list[float]()
     for seed in range(100, 100 + options.images):
         url = picture(seed)
         for subject, times in (("colour", first), ("shape", second)):

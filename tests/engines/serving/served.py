@@ -106,7 +106,7 @@ def data_url(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def user(text: str, *images: Path) -> dict[str, Any]:
-    """A user's message."""
+def user(text: str, *images: Path) -> Any:
+    """A user's message, for any client."""
     parts = [{"type": "image_url", "image_url": {"url": data_url(path)}} for path in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}

@@ -51,7 +51,7 @@ def test_answers_do_not_depend_on_what_else_is_answered(
 ) -> None:
     with scheduling(session, Limits(slots=slots, queue=50)) as scheduler:
         for order in (slice(None), slice(None, None, -1)):
-            found = all_tokens(scheduler, QUESTIONS[order] * 4)
+            found = all_tokens(scheduler, list(QUESTIONS[order]) * 4)
             assert found == alone[order] * 4
         assert scheduler.counts.answered == 48
         assert scheduler.active == scheduler.waiting == 0
@@ -75,7 +75,7 @@ def test_rows_that_agree_in_no_number_are_refused(
 
     def noisy(*given: Any) -> Any:
         logits = real(*given)
-        return logits + generator.standard_normal(logits.shape).astype(np.float32)
+        return logits + np.asarray(generator.standard_normal(logits.shape), np.float32)
 
     monkeypatch.setattr(session, "decode_batch", noisy)
     with pytest.raises(UnsupportedError, match="differently") as refused:
