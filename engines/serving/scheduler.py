@@ -142,11 +142,7 @@ class Scheduler:
                         return
                     self._changed.wait()
             self._drop()
-            job = self._next()
-            if job is not None:
-                self._begin(job)
-            if self._reading is not None:
-                self._guarded(self._read_piece, [self._reading])
+            self._read_prompts()
             if self._answering:
                 self._guarded(self._step, list(self._answering))
 
@@ -156,6 +152,24 @@ class Scheduler:
             if self._reading is None and self._waiting and self._idle():
                 return self._waiting.popleft()
         return None
+
+    def _read_prompts(self) -> None:
+        """Read a piece of a prompt, or several prompts with little that is new; encode once at most."""
+        left, encoded = self._most(), self.images.misses
+        while left > 0 and self.images.misses == encoded:
+            job = self._reading or self._next()
+            if job is None:
+                return
+            if self._reading is None:
+                self._begin(job)
+            if self._reading is not None:
+                before = job.read
+                self._guarded(self._read_piece, [job])
+                left -= max(job.read - before, 1)
+
+    def _most(self) -> int:
+        """Tokens of prompts to read before the next step of the answers."""
+        return PIECE_BESIDE_ANSWERS if self._answering else PREFILL_CHUNK
 
     def _drop(self) -> None:
         """End the jobs whose client has gone, and those that took too long."""
@@ -228,7 +242,7 @@ class Scheduler:
             chunks = -(-length // PREFILL_CHUNK)
             ends = [length * i // chunks for i in range(chunks + 1)]
             return next(end for end in ends if end > job.read) - job.read
-        size = PIECE_BESIDE_ANSWERS if self._answering else PREFILL_CHUNK
+        size = self._most()
         return size - GRID if length - job.read - size == 1 else size
 
     def _join(self, job: Job) -> None:
