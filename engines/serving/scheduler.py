@@ -154,7 +154,7 @@ class Scheduler:
         return None
 
     def _read_prompts(self) -> None:
-        """Read a piece of a prompt, or several prompts with little that is new; encode once at most."""
+        """Read a piece of a prompt, or several prompts with little new; encode one at most."""
         left, encoded = self._most(), self.images.misses
         while left > 0 and self.images.misses == encoded:
             job = self._reading or self._next()
