@@ -14,7 +14,7 @@ try:
     import typer
 
     from edgevlm.calibration import command as calibration
-    from edgevlm.engines.verbs import embed, profile, run, verify
+    from edgevlm.engines.verbs import chat, embed, profile, run, serve, verify
     from edgevlm.engines.verbs import eval as evaluation
     from edgevlm.engines.verbs import selftest as trying
     from edgevlm.toolkit.terminal import flags
@@ -270,6 +270,8 @@ def doctor(
 
 for _verb in (
     run.run,
+    chat.chat,
+    serve.serve,
     profile.profile,
     verify.verify,
     embed.embed,

@@ -21,11 +21,13 @@ from edgevlm.engines.runtime.question import Question
 from edgevlm.engines.runtime.sampling import sampler
 from edgevlm.engines.runtime.segmentation import Mask, MasksOfReply
 from edgevlm.engines.runtime.stopping import StoppingText
-from edgevlm.toolkit.errors import InputError
+from edgevlm.engines.runtime.vision import Features
+from edgevlm.toolkit.errors import InputError, PromptTooLong
 from edgevlm.toolkit.images import decode
+from edgevlm.toolkit.images.decode import LoadedImage
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.text import prompts
-from edgevlm.toolkit.text.prompts import PromptSequence
+from edgevlm.toolkit.text.prompts import Prompt, PromptSequence
 
 if TYPE_CHECKING:
     from edgevlm.engines.runtime.session import Session
@@ -72,6 +74,16 @@ class Answer:
     def logits(self) -> list[Array]:
         """For each mask, float32 [height, width]: above 0 where the object is."""
         return [mask.logits for mask in self.segments or ()]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question before any component runs. reused: whether the last image has two slots."""
+
+    prompt: Prompt
+    images: tuple[LoadedImage, ...]
+    tiles: bool
+    reused: bool
 
 
 class Reply:
@@ -199,6 +211,12 @@ class Reply:
 
     def _read(self) -> tuple[PromptSequence, Tensor]:
         """Everything before the language model: the prompt's sequence and the feature rows."""
+        prepared = self._prepared()
+        features = self._session.encode(prepared.images, self._clock, tiles=prepared.tiles)
+        return self._assembled(prepared, features), features.rows
+
+    def _prepared(self) -> Prepared:
+        """What needs no component: images decoded, the prompt rendered, cut into tokens."""
         session, question, clock = self._session, self._question, self._clock
         with clock.time("image_decode"):
             upright = session.model.images.upright
@@ -213,7 +231,7 @@ class Reply:
         turns = [*question.history, question.prompt]
         tokenizer, template = session.tokenizer, question.template
         literal = tokenizer if question.literal else None
-        rendered = prompts.render(rules, turns, len(images), template, literal)
+        rendered = prompts.render(rules, turns, question.images_by_turn, template, literal)
         if literal is None:
             self._notes += prompts.notes_on(rules, turns, template, tokenizer)
         if rendered.stop is not None:
@@ -229,22 +247,26 @@ class Reply:
             self._masks.images = images
         reused = rules.reuse_last and 0 < len(images) == prompt.images - 1
         prompts.check_slots(prompt, len(images) + reused)
-        features = session.encode(images, clock, tiles=rendered.tiles)
-        indices = [*features.indices, *(features.indices[-1:] * reused)]
-        sequence = prompts.assemble(prompt, indices)
+        return Prepared(prompt, tuple(images), rendered.tiles, reused)
+
+    def _assembled(self, prepared: Prepared, features: Features) -> PromptSequence:
+        """The prompt with the tokens of its images. Raises InputError if it is too long."""
+        rules = self._session.model.prompts
+        indices = [*features.indices, *(features.indices[-1:] * prepared.reused)]
+        sequence = prompts.assemble(prepared.prompt, indices)
         if rules.cut is not None and sequence.length > rules.cut:
             self._notes += (f"the prompt's {sequence.length} tokens were cut to {rules.cut}",)
             self._ids = self._ids[: rules.cut - sequence.length]  # of an answer that was given
             sequence = sequence.first(rules.cut)
         self._check_length(sequence)
-        return sequence, features.rows
+        return sequence
 
     def _check_length(self, sequence: PromptSequence) -> None:
         context = self._session.engine.context
         if sequence.length == 0:
             raise InputError("the prompt is empty")
         if sequence.length > context:
-            raise InputError(
+            raise PromptTooLong(
                 f"the prompt has {sequence.length} tokens ({sequence.image_tokens} of images), "
                 f"the engine's context is {context}",
                 hint="shorten the prompt, or build with a larger --max-context",

@@ -160,12 +160,17 @@ class Session:
         return self._lm.new_state(slots)
 
     def encode(
-        self, images: Sequence[LoadedImage], clock: Clock, *, tiles: bool = True
+        self,
+        images: Sequence[LoadedImage],
+        clock: Clock,
+        *,
+        tiles: bool = True,
+        count: int | None = None,
     ) -> Features:
         """Features of all images; see Vision.encode."""
         with self._turns:
             self._check_open()
-            return self.vision.encode(images, clock, tiles=tiles)
+            return self.vision.encode(images, clock, tiles=tiles, count=count)
 
     def prefill(self, sequence: PromptSequence, features: Tensor, state: State) -> Array:
         """Logits [vocab] after the whole prompt, which the state, one slot, then holds. Raises
@@ -177,18 +182,31 @@ class Session:
         chunks = -(-sequence.length // PREFILL_CHUNK)
         cuts = [sequence.length * i // chunks for i in range(chunks + 1)]
         for begin, end in pairwise(cuts):
-            last = end == sequence.length
-            inputs = {
-                "ids": sequence.ids[:, begin:end],
-                "rows": sequence.rows[:, begin:end],
-                "features": features,
-                "start": np.asarray([begin], np.int64),
-                "score": np.full((1, 1 if last else 0), end - begin - 1, np.int64),
-            }
-            with self._turns:
-                self._check_open()
-                outputs = self._lm.run(inputs, state)
-        return finite(self.model.lm.name, "logits", np.asarray(outputs["logits"][0, 0]))
+            scored = int(end == sequence.length)
+            piece = sequence.between(begin, end)
+            logits = self.read_piece(piece, begin, features, state, scored)
+        return np.asarray(logits[0])
+
+    def read_piece(
+        self, piece: PromptSequence, start: int, features: Tensor, state: State, scored: int
+    ) -> Array:
+        """Read several tokens into a state of one slot, which holds `start` others before them.
+
+        Returns logits [scored, vocab] of the last `scored` ones, valid until the next call. Raises
+        AccuracyError if they are no numbers.
+        """
+        length = piece.length
+        inputs = {
+            "ids": piece.ids,
+            "rows": piece.rows,
+            "features": features,
+            "start": np.asarray([start], np.int64),
+            "score": np.arange(length - scored, length, dtype=np.int64)[None],
+        }
+        with self._turns:
+            self._check_open()
+            logits = np.asarray(self._lm.run(inputs, state)["logits"][0])
+        return finite(self.model.lm.name, "logits", logits)
 
     def decode(self, token: int, position: int, state: State) -> Array:
         """Logits [vocab] after one more token at `position` in a state of one slot.

@@ -66,16 +66,23 @@ class Vision:
         self._pool = ThreadPoolExecutor(len(self._encoders)) if together else None
 
     def encode(
-        self, images: Sequence[LoadedImage], clock: Clock, *, tiles: bool = True
+        self,
+        images: Sequence[LoadedImage],
+        clock: Clock,
+        *,
+        tiles: bool = True,
+        count: int | None = None,
     ) -> Features:
         """Features of all images. tiles=False gives every image one view (chat scripts). Raises
         AccuracyError naming the component that computes no numbers.
+
+        count: the images of the whole question, where these are some of them.
         """
         if not images:
             return self._none
         rows, indices, start = [], [], 0
         for image in images:
-            features, order = self._image(image, len(images), clock, tiles)
+            features, order = self._image(image, count or len(images), clock, tiles)
             rows.append(features)
             indices.append(order + start)
             start += features.shape[0]

@@ -107,6 +107,23 @@ def load(source: ImageSource, *, upright: bool = True, own_mode: bool = False) -
         ) from None
 
 
+def size_of(file: bytes) -> tuple[int, int]:
+    """Width and height as a file states them: nothing is decoded. Raises InputError."""
+    from PIL import Image
+
+    name = "given in memory"
+    try:
+        with warnings.catch_warnings(), silenced():
+            warnings.simplefilter("ignore")
+            with Image.open(BytesIO(file), formats=_formats()) as opened:
+                width, height = opened.size
+                return int(width), int(height)
+    except InputError:
+        raise
+    except Exception as refused:  # as in `load`
+        raise _unreadable(file, name, refused) from None
+
+
 def _file(source: str | PathLike[str] | bytes | bytearray, name: str) -> BinaryIO:
     """A file of bytes. Raises InputError for pipes, sockets and devices: opening or reading one may
     wait for ever, or never end.

@@ -89,7 +89,7 @@ class Console:
             streams.write_ascii(to_json(data))
             return
         for line in lines:
-            print(line if isinstance(line, Drawn) else printable(line, keep="\n\t"))
+            print(line if isinstance(line, Drawn) else printable(line, keep="\n\t"), flush=True)
         if following and not self.quiet:
             print(f"next: {following}")
 
