@@ -18,7 +18,7 @@ from edgevlm.toolkit.checkpoints.safetensors_io import (
     row_blocks,
     write_safetensors,
 )
-from edgevlm.toolkit.errors import BundleError, needing
+from edgevlm.toolkit.errors import MissingExtra
 from edgevlm.toolkit.ops.vocabulary import Array
 
 if TYPE_CHECKING:
@@ -35,17 +35,12 @@ class Change:
 
 
 def read_graph(file: Path) -> onnx.ModelProto:
-    """A graph whose weights stay in their file. Raises MissingExtra or BundleError."""
-    with needing("onnx", "export", purpose="building an engine"):
-        import onnx
+    """A graph whose weights stay in their file. Raises MissingExtra."""
     try:
-        return onnx.load(str(file), load_external_data=False)
-    except OSError:
-        raise
-    except Exception as broken:  # protobuf has errors of its own
-        raise BundleError(
-            f"{file} is not an ONNX graph: {broken}", hint="export the bundle again"
-        ) from None
+        import onnx
+    except ImportError:
+        raise MissingExtra("onnx", "export", purpose="building an engine") from None
+    return onnx.load(str(file), load_external_data=False)
 
 
 def stored(file: SafetensorsFile, model: onnx.ModelProto) -> dict[str, tuple[str, Entry]]:

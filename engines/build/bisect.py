@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 
 from edgevlm.engines.backends import sessions
-from edgevlm.engines.backends.onnx_files import read_graph as _load
 from edgevlm.engines.lowering.graph import op_name
 from edgevlm.toolkit.bundle.goldens import AXES, Golden, relative_difference
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
@@ -84,6 +83,10 @@ def first_divergence(
             updated = portable.values(list(updates), feed)
             states = {updates[name]: value for name, value in updated.items()}
     return None
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    return onnx.load(str(path), load_external_data=False)
 
 
 def _beyond(

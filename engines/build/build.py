@@ -29,12 +29,7 @@ from edgevlm.toolkit.bundle.atomic import (
     writing,
 )
 from edgevlm.toolkit.bundle.manifest import GOLDENS, TOKENIZER, Bundle, FileRecord, record_file
-from edgevlm.toolkit.errors import (
-    ConfigError,
-    MissingExtra,
-    TargetMismatch,
-    UnsupportedError,
-)
+from edgevlm.toolkit.errors import ConfigError, MissingExtra, TargetMismatch, UnsupportedError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import Target, check_runs_here
 from edgevlm.toolkit.vlm import config as model_config
@@ -256,13 +251,18 @@ def lowering(bundle: Bundle, request: Request) -> list[Decision]:
     """The lowering table of every component that a build would have. Needs no device."""
     if request.target.backend == "reference":
         return []
-    from edgevlm.engines.backends.onnx_files import read_graph
+    try:
+        import onnx
+    except ImportError:
+        raise MissingExtra("onnx", "export", purpose="reading a bundle's graphs") from None
     from edgevlm.engines.lowering.lower import decide
 
     requantized = request.requantization.graphs() if request.requantization else {}
     decisions: list[Decision] = []
     for record in bundle.manifest.components:
-        model = requantized.get(record.name) or read_graph(bundle.path / record.graph)
+        model = requantized.get(record.name) or onnx.load(
+            str(bundle.path / record.graph), load_external_data=False
+        )
         decisions += decide(record.name, model, request.target)
     return decisions
 

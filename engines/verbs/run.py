@@ -62,6 +62,8 @@ def run(
     from edgevlm.engines.runtime.session import Question, Session, notes_on_threads
 
     console = opened_console(as_json, quiet)
+    for note in notes_on_threads(threads):
+        console.note(note)
     penalties = (repetition_penalty, no_repeat_ngram, allow_banned)
     sampling = Sampling(temperature, top_k, top_p, seed, *penalties)
     given = Question(
@@ -70,8 +72,6 @@ def run(
     batch.check_output(output, many=input_file is not None)
     requests = request_file.gather(given, input_file)
     with Session.open(engine, threads=threads) as session:
-        for note in notes_on_threads(threads):
-            console.note(note)
         if input_file is None:
             batch.answer_one(session, given, console)
         else:

@@ -13,19 +13,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from edgevlm.engines.backends import (
-    Compiled,
-    Peaks,
-    Runner,
-    RunnerOptions,
-    Shapes,
-    onnx_files,
-)
+from edgevlm.engines.backends import Compiled, Peaks, Runner, RunnerOptions, Shapes
 from edgevlm.engines.backends.tensorrt import device
 from edgevlm.engines.backends.tensorrt.card import Cards
 from edgevlm.engines.backends.tensorrt.flavours import FLAVOURS, Flavour
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
-from edgevlm.toolkit.errors import UnsupportedError
+from edgevlm.toolkit.errors import MissingExtra, UnsupportedError
 from edgevlm.toolkit.target import Target
 
 RTX_CARDS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120")
@@ -73,13 +66,17 @@ class TensorRT:
 
         Raises BuildError with the builder's reason, OutOfMemory or UnsupportedError.
         """
+        try:
+            import onnx
+        except ImportError:
+            raise MissingExtra("onnx", "export", purpose="building an engine") from None
         from edgevlm.engines.backends.tensorrt import builder
         from edgevlm.engines.lowering import lower
 
         start = time.perf_counter()
         # RTX caps nothing for cards that are not here, and ignores what was timed before
         card = device.facts() if self._flavour.needs_device else None
-        model = onnx_files.read_graph(source / record.graph)
+        model = onnx.load(str(source / record.graph), load_external_data=False)
         lowered = lower.lower_component(record.name, model, target)
         fixed = builder.fixed_sizes(shapes)
         builder.fix(model, fixed)
