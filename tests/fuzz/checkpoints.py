@@ -78,9 +78,9 @@ class Checkpoints:
             }
             found[f"pattern {pattern}"] = _tokenizer(tokens, pre_tokenizer=cut)
         settings = self._json[_SETTINGS]
-        for text in _TEMPLATES:
+        for number, text in enumerate(_TEMPLATES):
             changed = json.dumps(settings | {"chat_template": text}).encode()
-            found[f"template {text[:60]}"] = {_SETTINGS: changed}
+            found[f"template {number}"] = {_SETTINGS: changed}
         for name in ("../elsewhere/x.safetensors", "/dev/zero", "/etc/passwd", "..", "", "a\0b"):
             found[f"shard at {name!a}"] = {_INDEX: _index({names[0]: name}), _WEIGHTS: None}
         for key, value in (
@@ -126,13 +126,8 @@ class Checkpoints:
                 tokenizer = Tokenizer.from_text(source.tokenizer, rules.sentencepiece, rows)
                 for turns in _CONVERSATIONS:
                     rendered = prompts.render(rules, turns, 1, "auto")
-                    tokenizer.decode(
-                        [
-                            i
-                            for run in prompts.tokenize(rules, tokenizer, rendered).runs
-                            for i in run
-                        ]
-                    )
+                    for ids in prompts.tokenize(rules, tokenizer, rendered).runs:
+                        tokenizer.decode(ids)
             except ToolkitError as error:
                 return refused(error)
         return "read"
