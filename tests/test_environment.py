@@ -160,14 +160,20 @@ ENCODINGS = [
 @pytest.mark.parametrize("number", range(len(ENCODINGS)))
 def test_json_is_ascii_in_every_encoding(number: int, ready: Path, tmp_path: Path) -> None:
     (tmp_path / "größe 大").symlink_to(ready / "engine-cpu")
-    words = ("inspect", tmp_path / "größe 大", "--json")
-    with start(*words, env=os.environ | ENCODINGS[number], text=False) as running:
-        printed, err = running.communicate(timeout=60)
-    assert running.returncode == 0, err
-    assert printed.isascii()
-    assert printed.endswith(b"}\n")
-    assert printed.count(b"\n") == 1
-    assert json.loads(printed)["kind"] == "engine"
+    command = [
+        sys.executable,
+        str(ROOT / "cli.py"),
+        "inspect",
+        str(tmp_path / "größe 大"),
+        "--json",
+    ]
+    environment = os.environ | ENCODINGS[number]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert done.stdout.endswith(b"}\n")
+    assert done.stdout.count(b"\n") == 1
+    assert json.loads(done.stdout)["kind"] == "engine"
 
 
 def test_json_holds_no_nan() -> None:

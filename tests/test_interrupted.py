@@ -46,7 +46,7 @@ cli.main()
 def start(*words: object, stop: str = "", limit: int = 0, **streams: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-W", "error", "-c", START, json.dumps([stop, limit])]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    return subprocess.Popen([*command, *map(str, words)], cwd=ROOT, **{"text": True} | pipes)
+    return subprocess.Popen([*command, *map(str, words)], cwd=ROOT, text=True, **pipes)
 
 
 def verbs(ready: Path, out: Path) -> dict[str, tuple[object, ...]]:

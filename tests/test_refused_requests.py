@@ -86,6 +86,10 @@ FILES: dict[str, tuple[bytes, str]] = {
     "latin-1": (b'{"prompt": "caf\xe9"}\n', "cannot be read"),
     "deep": (GOOD + b"[" * 100_000 + b"\n", "line 2 is not JSON"),
     "unknown key": (b'{"prompt": "What?", "beams": 4}\n', "line 1 has unknown keys: beams"),
+    "NaN": (b'{"prompt": "What?", "id": NaN}\n', "NaN is no number of JSON"),
+    "infinite": (b'{"prompt": "What?", "id": 1e999}\n', "beyond the range of numbers"),
+    "nested id": (b'{"prompt": "?", "id": ' + b"[" * 500 + b"]" * 500 + b"}\n", "100 deep"),
+    "half a character": (b'{"prompt": "\\ud800"}\n', "half a character"),
     "no prompt": (b'{"image": "a.png"}\n', "line 1 lacks the key 'prompt'"),
     "a number": (b'{"prompt": 3}\n', "prompt = 3, expected str"),
     "images": (b'{"prompt": "What?", "images": [3]}\n', "images = [3]"),
@@ -189,7 +193,7 @@ def test_an_output_that_cannot_be_is_refused(ready: Path, tmp_path: Path) -> Non
 
 
 def test_a_request_file_that_is_none_is_refused(ready: Path, tmp_path: Path) -> None:
-    for file in (tmp_path / "none.jsonl", tmp_path):
+    for file in (tmp_path / "none.jsonl", tmp_path, Path("/dev/zero")):
         assert str(file) in refuses(tmp_path, "run", ready / "engine-cpu", "--input", file)[0]
 
 

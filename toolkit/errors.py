@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ _MOST = 600  # letters of a message; a list of a thousand tensors says no more t
 _TAIL = 120
 _MOST_SEARCHED = 100_000
 _STDERR = 2
+_GUARD = threading.Lock()
+_INSIDE: list[int | None] = []  # of `silenced`: where standard error led, then one None for each
 # A quoted value that is too long: its first letters, and the last few.
 _LONG_QUOTE = re.compile(
     r"""(?<![^\s=(\[{,:])(['"])((?:(?!\1)[^\\]|\\.){200})(?:(?!\1)[^\\]|\\.)+\1"""
@@ -170,37 +172,30 @@ def interrupted(error: BaseException) -> bool:
     return False
 
 
-class _Silence:
-    """Standard error leads nowhere while any thread is inside."""
-
-    def __init__(self) -> None:
-        self._guard, self._inside = threading.Lock(), 0
-        self._kept: int | None = None
-
-    def __enter__(self) -> None:
-        with self._guard:
-            self._inside += 1
-            if self._inside == 1:
-                with suppress(OSError):  # it is closed
-                    kept, nowhere = os.dup(_STDERR), os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(nowhere, _STDERR)
-                    os.close(nowhere)
-                    self._kept = kept
-
-    def __exit__(self, *exception: object) -> None:
-        with self._guard:
-            self._inside -= 1
-            if not self._inside and self._kept is not None:
-                os.dup2(self._kept, _STDERR)
-                os.close(self._kept)
-                self._kept = None
-
-
-_SILENCE = _Silence()
-
-
-def silenced() -> AbstractContextManager[None]:
-    """What compiled libraries print on standard error meanwhile is lost: the text of a Rust panic,
-    complaints of libtiff. The error that they raise says what a user can use.
+@contextmanager
+def silenced() -> Iterator[None]:
+    """What compiled libraries print on standard error inside is lost, as long as any thread is
+    inside: the text of a Rust panic, complaints of libtiff. The error that they raise says what a
+    user can use.
     """
-    return _SILENCE
+    with _GUARD:
+        _INSIDE.append(_lead_away() if not _INSIDE else None)
+    try:
+        yield
+    finally:
+        with _GUARD:
+            kept = _INSIDE.pop()
+            if kept is not None:  # the last one to leave
+                os.dup2(kept, _STDERR)
+                os.close(kept)
+
+
+def _lead_away() -> int | None:
+    """Let standard error lead nowhere; where it led is kept, None if it is closed."""
+    try:
+        kept, nowhere = os.dup(_STDERR), os.open(os.devnull, os.O_WRONLY)
+    except OSError:
+        return None
+    os.dup2(nowhere, _STDERR)
+    os.close(nowhere)
+    return kept

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from edgevlm.engines.backends import sessions
-from edgevlm.engines.backends.onnx_files import read_graph as _load
+from edgevlm.engines.backends.onnx_files import read_graph
 from edgevlm.engines.lowering.graph import op_name
 from edgevlm.toolkit.bundle.goldens import AXES, Golden, relative_difference
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
@@ -79,8 +79,8 @@ def first_divergence(
     both graphs have is within it: then the difference lies in an op that only the lowered graph
     has, or in the portable graph itself.
     """
-    portable = Graph(_load(bundle.path / record.graph), bundle.path, plain=True)
-    lowered = Graph(_load(folder / record.graph), folder, plain=False, provider=provider)
+    portable = Graph(read_graph(bundle.path / record.graph), bundle.path, plain=True)
+    lowered = Graph(read_graph(folder / record.graph), folder, plain=False, provider=provider)
     updates = {port.name: port.updates for port in record.outputs if port.updates}
     states = zero_states(record.inputs, record.outputs, AXES)
     for golden in calls:

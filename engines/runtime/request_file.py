@@ -13,6 +13,7 @@ from edgevlm.engines.runtime.question import Question
 from edgevlm.toolkit.errors import InputError, ToolkitError
 from edgevlm.toolkit.strict import BOOKKEEPING, Reader
 
+_MOST_BYTES = 1 << 27
 _MOST_NESTED = 100  # an `id` is given back, and what writes it goes from level to level
 
 
@@ -48,16 +49,27 @@ def gather(given: Question, file: Path | None) -> list[Request]:
     if given.prompt or given.images:
         raise InputError("--input brings its own prompts and images: drop PROMPT and --image")
     given.checked()  # what is wrong with the command line is wrong with every request
-    try:
-        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as refused:
-        raise InputError(f"{file} cannot be read: {refused.strerror}") from None
+    lines = _read_bytes(file).removeprefix(codecs.BOM_UTF8).split(b"\n")
     requests = [
         _request(line, number, file, given) for number, line in enumerate(lines, 1) if line.strip()
     ]
     if not requests:
         raise InputError(f"{file} holds no request")
     return requests
+
+
+def _read_bytes(file: Path) -> bytes:
+    """A file's content; a pipe's too, but a device may never end."""
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(_MOST_BYTES + 1)
+    except OSError as refused:
+        raise InputError(f"{file} cannot be read: {refused.strerror}") from None
+    if len(data) > _MOST_BYTES:
+        raise InputError(
+            f"{file} has more than {_MOST_BYTES >> 20} MB", hint="split it into several files"
+        )
+    return data
 
 
 def _request(line: bytes, number: int, file: Path, given: Question) -> Request:

@@ -65,6 +65,8 @@ def run(
     from edgevlm.engines.runtime.session import Question, Session, notes_on_threads
 
     console = opened_console(as_json, quiet)
+    for note in notes_on_threads(threads):
+        console.note(note)
     penalties = (repetition_penalty, no_repeat_ngram, allow_banned)
     sampling = Sampling(temperature, top_k, top_p, seed, *penalties)
     given = Question(
@@ -75,8 +77,6 @@ def run(
     batch.check_output(output, many=many)
     requests = request_file.gather(given, input_file)
     with Session.open(engine, threads=threads, verify=verify) as session:
-        for note in notes_on_threads(threads):
-            console.note(note)
         wanted.check_engine(session)
         requests = [wanted.asked(request, session) for request in requests]
         if not many:

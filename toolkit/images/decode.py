@@ -349,7 +349,7 @@ def _to_rgb(file: Image, stated: _Stated, name: str, upright: bool, own_mode: bo
             rgb, note = _deep(file, stated.depth) if deep else _bytes(file, stated.depth)
     except InputError as odd:
         raise InputError(f"image {name} cannot be used: {odd.message}", hint=odd.hint) from None
-    turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION, 1))  # Pillow has turned a TIFF by now
+    turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION, 0))  # Pillow has turned a TIFF by now
     if turn is not None and upright:
         planned = 2 * _RGB_BYTES * rgb.width * rgb.height
         if planned > MAX_BYTES:

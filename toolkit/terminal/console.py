@@ -85,19 +85,22 @@ class Console:
     def result(self, data: Any, lines: Sequence[str], following: str = "") -> None:
         """The verb's result: `data` as JSON, or `lines` for people; following: the next command."""
         self.close()
-        if self.as_json:
-            streams.write_ascii(to_json(data))
-            return
-        for line in lines:
-            print(line if isinstance(line, Drawn) else printable(line, keep="\n\t"), flush=True)
-        if following and not self.quiet:
-            print(f"next: {following}")
+        with streams.written():
+            if self.as_json:
+                streams.write_ascii(to_json(data))
+                return
+            for line in lines:
+                shown = line if isinstance(line, Drawn) else printable(line, keep="\n\t")
+                print(shown, flush=True)
+            if following and not self.quiet:
+                print(f"next: {following}")
 
     def stream(self, text: str) -> None:
         """A piece of an answer, printed at once; of a model's control characters the escapes."""
         if not self.as_json:
             shown = printable(text, keep="\n\t") if sys.stdout.isatty() else text
-            print(shown, end="", flush=True)
+            with streams.written():
+                print(shown, end="", flush=True)
 
 
 def _progress() -> Progress:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 
 from edgevlm.toolkit import errors
-from edgevlm.toolkit.terminal import streams
 
 _INTERRUPTED = "interrupted; nothing half-written was left behind"
 
@@ -63,16 +62,10 @@ def told(error: BaseException, *, debug: bool, came: Callable[[], bool]) -> int:
             raise error
         return fail(error.message, error.hint, 1)
     if isinstance(error, OSError):
-        what = error.filename or _unnamed()
-        return fail(f"{what}: {error.strerror or error}", "", 1)
+        return fail(f"{error.filename or 'a file'}: {error.strerror or error}", "", 1)
     if isinstance(error, (SystemExit, GeneratorExit)):
         raise error
     return _unexpected(error, debug=debug)
-
-
-def _unnamed() -> str:
-    """What an error without a file's name is about: standard output, if that cannot be written."""
-    return "a file" if streams.flush() is None else "standard output"
 
 
 def _unexpected(error: BaseException, *, debug: bool) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 
@@ -48,6 +49,17 @@ class _Unheard(io.TextIOBase):
 
     def fileno(self) -> int:
         return self._inner.fileno()
+
+
+@contextmanager
+def written() -> Iterator[None]:
+    """Write on standard output inside; an error then says that it is the one."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as refused:
+        raise OSError(refused.errno, refused.strerror, "standard output") from None
 
 
 def write_ascii(text: str) -> None:

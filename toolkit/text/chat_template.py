@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import jinja2
 
 Messages = list[dict[str, Any]]
+_FORM = 99  # letters of a date's form
 _TURN = "turn {} of the conversation"
 _PRINTED = re.compile("""['"]text['"]: *['"]turn 0""")  # a list of contents, as Python or as JSON
 
@@ -40,6 +41,8 @@ def render(
     cannot be rendered.
     """
     template = _compiled(source)
+    bounds: Any = template.environment
+    bounds.renew()
     form = _form(template, special_tokens, images, slot)
     return _rendered(template, special_tokens, form(turns, images, slot))
 
@@ -130,7 +133,8 @@ def _compiled(source: str) -> jinja2.Template:
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from edgevlm.toolkit.text.template_bounds import Bounded
 
     class Generation(Extension):
         """`{% generation %}` marks answers for training; here its body is rendered."""
@@ -145,18 +149,26 @@ def _compiled(source: str) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = Bounded(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
+    environment.add_filter("tojson", _to_json)
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = _now
     try:
         with warnings.catch_warnings():  # published templates hold escapes that Python deprecates
             warnings.simplefilter("ignore", DeprecationWarning)
-            return environment.from_string(source)
+            template: jinja2.Template = environment.compiled(source)
     except Exception as odd:
         raise _refused(_said(odd)) from None
+    return template
+
+
+def _now(form: str) -> str:
+    """The time, in a form that states no widths."""
+    if len(form) > _FORM or re.search(r"%[^a-zA-Z%]*\d", form):
+        raise ValueError(f"{form!r:.40} is no form of a date")
+    return datetime.now().strftime(form)
 
 
 def _to_json(

@@ -17,7 +17,7 @@ from edgevlm.engines.runtime import session as sessions
 from edgevlm.engines.runtime.concurrency import Turns
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.toolkit.bundle.manifest import TOKENIZER
-from edgevlm.toolkit.errors import ConfigError, InputError
+from edgevlm.toolkit.errors import BuildError, ConfigError, InputError
 from tests.conftest import HERE
 from tests.pipeline import engine_of
 
@@ -202,3 +202,16 @@ def test_who_gives_up_waiting_blocks_nobody(monkeypatch: pytest.MonkeyPatch) -> 
     with turns:
         assert not turns._waiting
     assert not turns._taken
+
+
+def test_what_onnxruntime_raises_is_an_error_of_ours(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(bound: Any) -> None:
+        raise RuntimeError("Non-zero status code returned while running Loop node")
+
+    with Session.open(engine) as session:
+        monkeypatch.setattr(backend._Bound, "run", fails)
+        with pytest.raises(BuildError, match="encoder.clip: ONNX Runtime failed: Non-zero") as odd:
+            session.answer(QUESTION)
+    assert "build it again" in odd.value.hint
