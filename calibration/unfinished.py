@@ -205,7 +205,8 @@ class Unfinished:
                 hint="wait for it, or write to another place",
             )
         self._descriptor = descriptor
-        os.pwrite(descriptor, _MARK.encode(), 0)
+        if not os.fstat(descriptor).st_size:
+            os.write(descriptor, _MARK.encode())
 
 
 def _checksum(arrays: Mapping[str, Array]) -> int:

@@ -193,11 +193,17 @@ def test_no_error_is_smaller_for_a_value_that_is_no_number() -> None:
         assert relative_rms([(good, good), (actual, expected)]) == np.inf
 
 
+def _saved(path: Path, ids: Any) -> None:
+    """Goldens with one array."""
+    arrays: dict[str, Any] = {"00|lm|in|ids": ids}
+    np.savez(path, **arrays)
+
+
 GOLDENS_OF_OTHERS: dict[str, Callable[[Path], object]] = {
     "no archive": lambda path: path.write_bytes(b"PK" + bytes(99)),
     "other names": lambda path: np.savez(path, a=np.ones(3)),
-    "none of a component": lambda path: np.savez(path, **{"00|lm|in|ids": np.ones((1, 3), int)}),
-    "objects": lambda path: np.savez(path, **{"00|lm|in|ids": np.array([{}], object)}),
+    "none of a component": lambda path: _saved(path, np.ones((1, 3), int)),
+    "objects": lambda path: _saved(path, np.array([{}], object)),
 }
 
 
