@@ -13,6 +13,8 @@ from edgevlm.toolkit import systems
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.errors import ToolkitError
 from edgevlm.toolkit.terminal import summary
+from edgevlm.toolkit.text import prompts
+from edgevlm.toolkit.text.tokenizer import Tokenizer
 from tests.fuzz.frame import Changed, Place, laid_out, refused
 from tests.fuzz.mutations import changed_bytes, changed_json
 from tests.refusals import GOLDEN, LM, TOWER
@@ -26,8 +28,25 @@ _JSON = (
 )  # fmt: skip
 
 
+_SETTINGS = f"{LM}/tokenizer_config.json"
+_CONVERSATIONS = (["Hello"], ["a" * 60 + "x" * 60 + "!", "Hi", "\u202e é 🙂"])
+_TEMPLATES = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'x' * 10**9 }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+    "{{ 'x'|center(10**9) }}",
+    "{{ '{:>999999999}'.format(1) }}",
+    "{% include '/etc/passwd' %}",
+    "{{ raise_exception('\x1b[2J' * 999) }}",
+    "{% for",
+)
+
+
 class Checkpoints:
-    """The tiny LLaVA-1.5 and its tower, with files that are changed."""
+    """The tiny LLaVA-1.5 and its tower, with files that are changed; prompts are made with them."""
 
     name = "checkpoints"
     share = 2
@@ -58,6 +77,10 @@ class Checkpoints:
                 "invert": False,
             }
             found[f"pattern {pattern}"] = _tokenizer(tokens, pre_tokenizer=cut)
+        settings = self._json[_SETTINGS]
+        for number, text in enumerate(_TEMPLATES):
+            changed = json.dumps(settings | {"chat_template": text}).encode()
+            found[f"template {number}"] = {_SETTINGS: changed}
         for name in ("../elsewhere/x.safetensors", "/dev/zero", "/etc/passwd", "..", "", "a\0b"):
             found[f"shard at {name!a}"] = {_INDEX: _index({names[0]: name}), _WEIGHTS: None}
         for key, value in (
@@ -93,12 +116,18 @@ class Checkpoints:
         return Changed(files)
 
     def check(self, case: Changed) -> str:
-        """The checkpoint is refused, or what would be exported is told."""
+        """The checkpoint is refused, or what would be exported is told, and it takes prompts."""
         with laid_out(self._base, case, self._place.work) as folder:
             try:
                 source = systems.load(folder / LM, Options(offline=True))
                 summary.planned_bundle(source, "fp32", self._place.work / "bundle")
                 api.lint(source, "fp32", None)
+                rules, rows = source.model.prompts, source.model.lm.config.vocab_size
+                tokenizer = Tokenizer.from_text(source.tokenizer, rules.sentencepiece, rows)
+                for turns in _CONVERSATIONS:
+                    rendered = prompts.render(rules, turns, 1, "auto")
+                    for ids in prompts.tokenize(rules, tokenizer, rendered).runs:
+                        tokenizer.decode(ids)
             except ToolkitError as error:
                 return refused(error)
         return "read"

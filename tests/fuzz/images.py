@@ -125,7 +125,7 @@ def _written() -> dict[str, bytes]:
         "palette bmp": _stored(rgb.quantize(16), "BMP"),
         "ppm": _stored(rgb, "PPM"),
         "pgm of text": b"P2 # grey\n3 2 999\n0 10 999 500 3 4\n",
-        "pfm": _stored(real, "PPM"),
+        "pfm": b"Pf\n4 2\n-1.0\n" + np.linspace(0, 1, 8).astype("<f4").tobytes(),
         "tiff": _stored(rgb, "TIFF"),
         "lzw tiff": _stored(rgb, "TIFF", compression="tiff_lzw", **turned),
         "deflate tiff": _stored(rgb.convert("RGBA"), "TIFF", compression="tiff_adobe_deflate"),
@@ -135,7 +135,7 @@ def _written() -> dict[str, bytes]:
         "float tiff": _stored(real, "TIFF"),
         "pages tiff": _stored(rgb, "TIFF", **frames),
     }
-    if features.check("avif"):
+    if "avif" in features.modules and features.check("avif"):
         found["avif"] = _stored(rgb, "AVIF")
     return found
 

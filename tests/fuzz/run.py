@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,8 +91,9 @@ def _one_process(jobs: Sequence[str], ready: Path, report: Report) -> Iterator[F
     ):
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write("\n".join(jobs))
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # what it died of stands in its complaints
+            process.stdin.write("\n".join(jobs))
+            process.stdin.close()
         begun: list[str] | None = None
         for line in process.stdout:
             told = json.loads(line)
