@@ -20,7 +20,7 @@ from edgevlm.engines.runtime.processors import (
 from edgevlm.engines.runtime.question import Question
 from edgevlm.engines.runtime.sampling import sampler
 from edgevlm.engines.runtime.stopping import StoppingText
-from edgevlm.toolkit.errors import InputError
+from edgevlm.toolkit.errors import AccuracyError, InputError
 from edgevlm.toolkit.images import decode
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.text import prompts
@@ -116,7 +116,7 @@ class Reply:
         self._sequence = sequence
         self._processors = self._made_processors(sequence)
         limit = min(self._question.max_tokens, session.engine.context - sequence.length + 1)
-        state = session.states.take()
+        state, kept = session.states.take(), True
         try:
             with self._clock.time("prefill"):
                 logits = session.prefill(sequence, features, state)
@@ -126,8 +126,14 @@ class Reply:
                 position = sequence.length + len(self._ids) - 1
                 logits = session.decode(token.id, position, state)
                 token, last = self._next(logits, last=len(self._ids) + 1 == limit)
+        except AccuracyError:
+            kept = False  # what is no number in its cache would enter the next reply
+            raise
         finally:
-            session.states.give(state)
+            if kept:
+                session.states.give(state)
+            else:
+                session.states.drop()
         if last:
             self._done = True
             yield token
