@@ -1,10 +1,10 @@
 """What a calibration has found so far, kept beside its output until that is written.
 
-`.NAME.calibrating` beside the bundle NAME holds a safetensors file per thing found, each written
-whole, and `key`, a hash of all that the result depends on: bundle, samples, settings, versions of
-what computes. The same command goes on with it; for any other it is thrown away. A writer holds a
-lock there (toolkit/bundle/unfinished.py), in a file that says that the folder is ours. Each file
-has a checksum: what was damaged is found again.
+`.NAME.calibrating` beside the bundle NAME (on a mounted disk, `.calibrating` in it) holds a
+safetensors file per thing found, each written whole, and `key`, a hash of all that the result
+depends on: bundle, samples, settings, versions of what computes. The same command goes on with it;
+for any other it is thrown away. A writer holds a lock there (toolkit/bundle/unfinished.py), in a
+file that says that the folder is ours. Each file has a checksum: what was damaged is found again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgevlm.toolkit.bundle.atomic import output_error
+from edgevlm.toolkit.bundle.publish import CALIBRATING, must_be_kept
 from edgevlm.toolkit.bundle.unfinished import try_lock
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     STORAGE,
@@ -205,7 +206,8 @@ class Unfinished:
                 hint="wait for it, or write to another place",
             )
         self._descriptor = descriptor
-        os.pwrite(descriptor, _MARK.encode(), 0)
+        if not os.fstat(descriptor).st_size:
+            os.write(descriptor, _MARK.encode())
 
 
 def _checksum(arrays: Mapping[str, Array]) -> int:
@@ -231,7 +233,8 @@ def beside(out: Path, made_by: str) -> Iterator[Unfinished]:
     """
     final = out.resolve()
     parents = [parent for parent in final.parents if not parent.exists()]
-    kept = Unfinished(final.with_name(f".{final.name}.calibrating"), made_by)
+    folder = final.with_name(f".{final.name}{CALIBRATING}")
+    kept = Unfinished(final / CALIBRATING if must_be_kept(final) else folder, made_by)
     remove = False
     try:
         yield kept

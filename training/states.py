@@ -17,6 +17,8 @@ from edgevlm.training.loop import Progress
 
 FOLDER, FACTS = "states", "run.json"
 KEPT = 2
+_FACTS: Any = Mapping[str, Any]
+_CHECKSUMS: Any = checksums.Checksums
 
 
 def save(accelerator: Any, out: Path, progress: Progress, facts: Mapping[str, Any]) -> Path:
@@ -63,16 +65,18 @@ def _files(folder: Path) -> list[str]:
 def _read(state: Path) -> tuple[Mapping[str, Any], Progress]:
     """The facts of a state, and where it stands. Raises ConfigError for one that was damaged."""
     stated = read_json(state / FACTS, ours=True)
-    data = sealed.opened(stated, str(state / FACTS), required=False)  # older ones have no seal
-    known = data.get("checksums")
-    if known is not None:
+    older = stated.keys() == {"run", "progress"}  # without checksums and seal
+    data = sealed.opened(stated, str(state / FACTS), required=not older)
+    if not older:
+        where = f"{state / FACTS}: checksums"
+        known: checksums.Checksums = from_plain(_CHECKSUMS, data.get("checksums"), where)
         names = [name for name in _files(state) if name != FACTS]
-        actual = {n: [*pieces] for n, pieces in checksums.of_files(state, names).items()}
+        actual = checksums.of_files(state, names)
         wrong = sorted(n for n in {*known, *actual} if known.get(n) != actual.get(n))
         if wrong:
             raise ConfigError(f"{state / wrong[0]} is missing or damaged (CRC-32 differs)")
     progress = from_plain(Progress, data.get("progress"), f"{state / FACTS}: progress")
-    return data.get("run", {}), progress
+    return from_plain(_FACTS, data.get("run"), f"{state / FACTS}: run"), progress
 
 
 def resume(accelerator: Any, out: Path, progress: Progress, facts: Mapping[str, Any]) -> None:

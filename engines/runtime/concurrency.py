@@ -83,6 +83,11 @@ class StatePool:
         """Return a state. Takes no lock: a garbage collection may call it anywhere."""
         self._free.append(state)
 
+    def drop(self) -> None:
+        """Count a state that was taken and does not come back: another one may be made for it."""
+        with self._guard:
+            self._made -= 1
+
     def clear(self) -> None:
         """Release the states that nobody holds."""
         self._free.clear()

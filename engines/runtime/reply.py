@@ -22,7 +22,7 @@ from edgevlm.engines.runtime.sampling import sampler
 from edgevlm.engines.runtime.segmentation import Mask, MasksOfReply
 from edgevlm.engines.runtime.stopping import StoppingText
 from edgevlm.engines.runtime.vision import Features
-from edgevlm.toolkit.errors import InputError, PromptTooLong
+from edgevlm.toolkit.errors import AccuracyError, InputError, PromptTooLong
 from edgevlm.toolkit.images import decode
 from edgevlm.toolkit.images.decode import LoadedImage
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -148,7 +148,7 @@ class Reply:
         self._sequence = sequence
         self._processors = self._made_processors(sequence)
         limit = min(self._question.max_tokens, session.engine.context - sequence.length + 1)
-        state = session.states.take()
+        state, kept = session.states.take(), True
         try:
             with self._clock.time("prefill"):
                 logits = session.prefill(sequence, features, state)
@@ -163,8 +163,14 @@ class Reply:
                 token, last = self._next(logits, last=len(self._ids) + 1 == limit)
             if last and self._masks is not None:
                 self._masks.collect(sequence, self._ids, given is not None, state)
+        except AccuracyError:
+            kept = False  # what is no number in its cache would enter the next reply
+            raise
         finally:
-            session.states.give(state)
+            if kept:
+                session.states.give(state)
+            else:
+                session.states.drop()
         if last:
             self._done = True
             yield token

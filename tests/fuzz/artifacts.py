@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +19,8 @@ from edgevlm.toolkit.bundle import sealed
 from tests.fuzz.frame import Changed
 from tests.fuzz.mutations import changed_bytes, changed_json
 
+# Values of a description by the way to them, under the name of a seed.
+Odd = Mapping[str, Mapping[tuple[Any, ...], Any]]
 _DESCRIBED = 0.5  # of the cases change the description
 _RESEALED = 0.6  # of the cases have right checksums
 
@@ -41,7 +43,7 @@ class Folder:
         self._contents = {path.name: path.read_bytes() for path in base.iterdir()}
         self._others = sorted(self.stated["files"])
 
-    def seeds(self, odd: Mapping[str, Mapping[Sequence[Any], Any]]) -> dict[str, Artifact]:
+    def seeds(self, odd: Odd) -> dict[str, Artifact]:
         """The folder as it is, and with values of its description replaced, by the way to them."""
         found = {"whole": Artifact({}, deep=True)}
         for name, changes in odd.items():

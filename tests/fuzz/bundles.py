@@ -15,13 +15,13 @@ from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.errors import ToolkitError
 from edgevlm.toolkit.target import this_cpu
 from edgevlm.toolkit.terminal import summary
-from tests.fuzz.artifacts import Artifact, Folder
+from tests.fuzz.artifacts import Artifact, Folder, Odd
 from tests.fuzz.frame import Place, Violation, laid_out, refused
 from tests.pipeline import silent
 
 _LM = ("model", "lm", "config")
 _RULES = [{"paths": "*" * 20 + "a", "precision": "int8"}] * 50_000
-_ODD = {
+_ODD: Odd = {
     "file outside": {("files", "../x"): {"nbytes": 1, "sha256": ""}},
     "weights above": {("components", 0, "weights"): ".."},
     "graph outside": {("components", 0, "graph"): "../elsewhere/x.onnx"},
@@ -41,7 +41,7 @@ class Bundles:
     """The tiny LLaVA-1.5's bundle, with files that are changed."""
 
     name = "bundles"
-    share = 1
+    share = 2
 
     def __init__(self, place: Place) -> None:
         self._place = place

@@ -10,11 +10,11 @@ from edgevlm.engines import manifest
 from edgevlm.engines.build import summary
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.toolkit.errors import ToolkitError
-from tests.fuzz.artifacts import Artifact, Folder
+from tests.fuzz.artifacts import Artifact, Folder, Odd
 from tests.fuzz.frame import Place, Violation, laid_out, refused
 
 _LM = ("model", "lm", "config")
-_ODD = {
+_ODD: Odd = {
     "graph outside": {("components", 0, "graph"): "../elsewhere/x.onnx"},
     "absolute graph": {("components", 2, "graph"): "/etc/passwd"},
     "weights above": {("components", 1, "weights"): "../merger.safetensors"},
@@ -36,7 +36,7 @@ class Engines:
     """The tiny LLaVA-1.5's engine, with files that are changed."""
 
     name = "engines"
-    share = 1
+    share = 2
 
     def __init__(self, place: Place) -> None:
         self._folder = Folder(place.ready / "engine-cpu", manifest.DESCRIPTION)

@@ -19,9 +19,10 @@ from edgevlm.toolkit.bundle.unfinished import DESCRIPTIONS, Unfinished, is_entry
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
 _NUMBERS = {"x86_64": 316, "aarch64": 276}  # of the call, for a C library without it
-_NOT_HERE = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP}
+_NOT_HERE = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP, errno.EXDEV}
 _MOUNTS = Path("/proc/self/mountinfo")
-_OF_DISKS = {"lost+found"}
+CALIBRATING = ".calibrating"  # in a folder that is kept, what calibration has found for it so far
+_OF_DISKS = {"lost+found", CALIBRATING}
 
 
 def publish(made: Unfinished) -> None:

@@ -44,7 +44,7 @@ from edgevlm.toolkit.vlm import config as model_config
 from edgevlm.toolkit.vlm.components import Component, components
 from edgevlm.toolkit.vlm.config import ModelConfig
 
-FORMAT = 1
+FORMAT, WITHOUT_SEAL = 2, 1
 CHECKPOINT = "checkpoint.json"
 LAYOUT = "edgevlm"  # in the origin of a model that was read from this format
 _DAMAGED = "the folder was changed or copied in part; save the checkpoint again"
@@ -197,14 +197,14 @@ def read_description(folder: Path) -> Description:
     file = folder / CHECKPOINT
     try:
         data = read_json(file, ours=True)
-        if data.get("format") != FORMAT:
+        if data.get("format") not in (FORMAT, WITHOUT_SEAL):
             raise CheckpointError(
                 f"{file} has format {data.get('format')!r:.80}, this version reads {FORMAT}",
                 hint="save the checkpoint again with this version",
             )
         stated = {key: value for key, value in data.items() if key != sealed.SEAL}
         description = from_plain(Description, stated, str(file))
-        sealed.opened(data, str(file), required=False)  # older ones have none
+        sealed.opened(data, str(file), required=description.format == FORMAT)
         check_names(str(file), description.files)
     except ConfigError as odd:
         raise CheckpointError(odd.message, hint=_DAMAGED) from None

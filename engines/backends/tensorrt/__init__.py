@@ -27,7 +27,7 @@ from edgevlm.engines.backends.tensorrt import device, plugins, refit
 from edgevlm.engines.backends.tensorrt.card import Cards
 from edgevlm.engines.backends.tensorrt.flavours import FLAVOURS, Flavour
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
-from edgevlm.toolkit.errors import MissingExtra, UnsupportedError
+from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.target import Target
 
 if TYPE_CHECKING:
