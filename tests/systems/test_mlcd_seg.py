@@ -15,6 +15,7 @@ from edgevlm.engines.runtime.clock import Clock
 from edgevlm.engines.runtime.session import Answer, Question, Session
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.checkpoints.layouts.source import Options
+from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.images import decode, longest_side, preprocess, tiling
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.text import prompts
@@ -272,3 +273,36 @@ def test_a_tower_without_its_folder_is_read_from_its_tensors(tmp_path: Path) -> 
     tower = folder / json.loads((folder / "config.json").read_text())["mm_vision_tower"]
     source = systems.load(copy, Options(vision_tower=tower))
     assert source.origin["tower_weights"] == "checkpoint"
+
+
+def test_a_folder_with_code_of_its_own_is_read_by_its_tensors(
+    with_masks: Path, tmp_path: Path
+) -> None:
+    """Unverified: as the folder on the hub may be, without sam_path and with another class."""
+    copy = tmp_path / "MLCD-Seg"
+    copy.mkdir()
+    for path in (with_masks / "mlcd-seg").iterdir():
+        if path.name != "config.json":
+            (copy / path.name).symlink_to(path)
+    config = json.loads((with_masks / "mlcd-seg/config.json").read_text())
+    del config["sam_path"]
+    config |= {"model_type": "qwen2", "architectures": ["MLCDSegModel"]}
+    config |= {"auto_map": {"AutoModel": "mlcd_seg.MLCDSegModel"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    source = systems.load(copy, Options())
+    plain = systems.load(with_masks / "mlcd-seg", Options())
+    assert source.model.system == plain.model.system == "mlcd_seg"
+    assert source.model.segmenter == plain.model.segmenter
+
+
+def test_a_tokenizer_without_the_token_is_refused(with_masks: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "mlcd-seg"
+    copy.mkdir()
+    for path in (with_masks / "mlcd-seg").iterdir():
+        if path.name not in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+            (copy / path.name).symlink_to(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / name).symlink_to(segmenting.MLCD / name)
+    with pytest.raises(ConfigError, match=r"does not know \[SEG\]") as caught:
+        systems.load(copy, Options())
+    assert "tokenizer files that training wrote" in caught.value.hint
