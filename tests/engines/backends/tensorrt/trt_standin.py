@@ -36,7 +36,15 @@ KINDS: dict[int, tuple[str, Any]] = {
     7: ("INT64", np.int64),
     6: ("INT32", np.int32),
 }
-ARENA = {"encoder": 5000, "merger": 3000, "lm": 9000, "arrange": 1000, "fp16": 10, "int8": 10}
+ARENA = {
+    "encoder": 5000,
+    "segmenter": 5000,
+    "merger": 3000,
+    "lm": 9000,
+    "arrange": 1000,
+    "fp16": 10,
+    "int8": 10,
+}
 
 
 class Made:
