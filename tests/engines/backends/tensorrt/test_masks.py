@@ -1,4 +1,4 @@
-"""Masks of an answer on engines of every generation, beside the processor's."""
+"""Masks of an answer on an engine of the oldest release, beside the processor's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.engines.backends.tensorrt.conftest import Install
 from tests.systems import segmenting
 
 
-@pytest.mark.parametrize("release", ["10.3.0", "rtx-1.7.1.116"])
+@pytest.mark.parametrize("release", ["10.3.0"])
 def test_masks_are_those_of_the_processor(
     release: str, with_masks: Path, install: Install, tmp_path: Path
 ) -> None:
