@@ -144,8 +144,9 @@ def _sample(item: Any, where: str, folder: Path) -> SegSample:
     turns = item.get("conversations")
     if not isinstance(turns, list) or len(turns) < 2:
         raise InputError(f"{where} has no conversations")
-    texts = [turn.get("value") if isinstance(turn, Mapping) else None for turn in turns]
-    if len(texts) % 2 or not all(isinstance(text, str) for text in texts):
+    said = [turn.get("value") if isinstance(turn, Mapping) else None for turn in turns]
+    texts = [text for text in said if isinstance(text, str)]
+    if len(texts) % 2 or len(texts) < len(said):
         raise InputError(f"{where}: conversations are not questions with an answer each")
     masks = item.get("segmentation") or []
     if not isinstance(masks, list):
@@ -155,7 +156,8 @@ def _sample(item: Any, where: str, folder: Path) -> SegSample:
         truths = tuple(rle.decode(mask) for mask in flat)
     except (InputError, AttributeError) as odd:
         raise InputError(f"{where}: {odd}") from None
-    facts = item.get("metadata") if isinstance(item.get("metadata"), Mapping) else {}
+    stated = item.get("metadata")
+    facts = stated if isinstance(stated, Mapping) else {}
     group = "/".join(str(facts[key]) for key in ("dataset", "split") if facts.get(key))
     files = tuple(folder / name for name in names)
     pairs = tuple(zip(texts[::2], texts[1::2], strict=True))

@@ -172,6 +172,9 @@ def _run(session: Session, state: State, request: ProfileRequest, number: int) -
         token = int(session.decode(token, sequence.length + step, state).argmax())
         steps.append(clock.now_ms() - begin)
         clock.spans.append(Span("decode", begin, steps[-1]))
+    if session.segmentation is not None:  # one mask, as if the answer had its token
+        hidden = session.state_at(session.segmentation.token, sequence.length, state)
+        session.masks([hidden], [image], clock)
     return _Run(clock.spans, steps, first, sequence.length, sequence.image_tokens)
 
 

@@ -11,15 +11,18 @@ import pytest
 from edgevlm import api
 from edgevlm.calibration.chain import Chain, Passage, in_numpy
 from edgevlm.calibration.pictures import Sample
+from edgevlm.calibration.samples import Settings
 from edgevlm.calibration.static import StaticCalibration
+from edgevlm.calibration.static_plan import layers_of, plan_of
 from edgevlm.engines.runtime.clock import Clock
 from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle.goldens import relative_difference
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options
-from edgevlm.toolkit.images import decode
+from edgevlm.toolkit.images import decode, longest_side
 from edgevlm.toolkit.text import prompts
+from edgevlm.toolkit.vlm.components import MASK_DECODER, MASK_ENCODER
 from tests.calibration.test_static import draw
 from tests.conftest import HERE
 from tests.pipeline import engine_of
@@ -81,3 +84,26 @@ def test_a_sample_is_what_a_session_shows(name: str, tmp_path: Path) -> None:
     assert {cost.name for cost in result.components} == expected
     made = api.build_engine(tmp_path / "q", tmp_path / "e", accept_loss=0.5)
     assert max(made.build.kernel_differences.values()) < 1e-3
+
+
+def test_the_encoder_of_masks_sees_its_own_pixels_and_their_decoder_stays_in_float(
+    with_masks: Path, tmp_path: Path
+) -> None:
+    image = draw(tmp_path / "images", 5) / "04.png"
+    bundle = Bundle.open(with_masks / "bundle")
+    weights = systems.load(with_masks / "bundle", Options()).weights
+    chain = Chain(bundle.model, bundle.tokenizer())
+    found = chain.run(Sample(image, "Where?"), Passage(weights, in_numpy()))
+    segmenter = bundle.model.segmenter
+    assert segmenter is not None
+    with Session.open(with_masks / "engine-cpu") as session:
+        rgb = decode.load(image).rgb
+        pixels = longest_side.preprocess(rgb, segmenter.pixels)[None]
+        features = session._runners[MASK_ENCODER].run({"pixels": pixels})
+    for port, array in features.items():
+        assert relative_difference(found[MASK_ENCODER][port], array) < 1e-4
+    assert MASK_DECODER not in found
+    layers, plan = layers_of(bundle.model), plan_of(bundle.model, Settings("int8-static"))
+    kinds = {path.split("/")[0]: plan.at(path) for path in layers.flops if "head" not in path}
+    assert kinds[MASK_ENCODER] == kinds["encoder.mlcd"] == "int8"
+    assert kinds[MASK_DECODER] == "float"

@@ -294,9 +294,9 @@ def test_training_begins_with_mlcd_and_the_file_of_sam(end: str, tmp_path: Path)
     assert torch.equal(weight, tensors["image_encoder.blocks.0.mlp.lin1.weight"].T)
     again = with_sam.begun(plain, str(file), 3)
     key = "projection.0.weight"
-    drawn = [s.weights["segmenter.decoder"][key] for s in (source, again)]
-    assert np.array_equal(*drawn)
-    assert np.abs(drawn[0]).max() <= 1 / math.sqrt(source.model.lm.config.hidden_size)
+    drawn, twice = (s.weights["segmenter.decoder"][key] for s in (source, again))
+    assert np.array_equal(drawn, twice)
+    assert np.abs(drawn).max() <= 1 / math.sqrt(source.model.lm.config.hidden_size)
 
 
 def clip_mlcd(work: Path) -> Source:

@@ -225,7 +225,8 @@ class Recorder:
 
     def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
         self.calls.append((inputs["ids"][0].tolist(), int(inputs["start"][0])))
-        return {"logits": inputs["ids"][:, -1:, None].astype(np.float32)}
+        last = inputs["ids"][:, -1:, None].astype(np.float32)
+        return {"logits": last, "hidden": -last}
 
     def layers(self) -> list[LayerTime]:
         return [LayerTime("node", "Op", float(len(self.calls)), 1)]
@@ -242,12 +243,15 @@ def test_only_what_is_scored_is_read_alone(
 ) -> None:
     prompts, tokens = Recorder(), Recorder()
     ids = np.arange(10, 15)[None]
-    found = TwoForms(prompts, tokens).run(
+    outputs = TwoForms(prompts, tokens).run(
         {
             "ids": ids, "rows": np.full((1, 5), -1), "features": np.zeros((1, 4), np.float32),
             "start": np.asarray([7]), "score": np.asarray([score], np.int64).reshape(1, -1),
         }
-    )["logits"]  # fmt: skip
+    )  # fmt: skip
+    found = outputs["logits"]
+    if score:
+        assert np.array_equal(outputs["hidden"], -found)
     assert [call[0] for call in prompts.calls] == (
         [ids[0, :read_at_once].tolist()] if read_at_once else []
     )

@@ -103,3 +103,13 @@ def test_replies_in_turns_have_the_masks_that_they_have_alone(with_masks: Path) 
             assert len(reply.answer.logits) == 2
             for found, wanted in zip(reply.answer.logits, expected.logits, strict=True):
                 assert np.array_equal(found, wanted)
+
+
+def test_a_profile_times_one_mask_beside_its_floor(with_masks: Path) -> None:
+    words = ("profile", with_masks / "engine-cpu", "--image", FILES[0], "--runs", 1, "--json")
+    data = json.loads(edgevlm(*words, "--warmup", 0, "--max-tokens", 2).out)
+    stages = {bound["stage"]: bound for bound in data["roofline"]["stages"]}
+    for stage in ("segmenter.encoder", "segmenter.decoder"):
+        assert data["stages"][stage]["p50_ms"] > 0
+        assert stages[stage]["floor_ms"] > 0
+    assert stages["segmenter.encoder"]["gflops"] > stages["segmenter.decoder"]["gflops"] > 0

@@ -42,9 +42,9 @@ def test_masks_come_back(mask: Array) -> None:
     stored = rle.encode(mask)
     assert stored["size"] == list(mask.shape)
     assert np.array_equal(rle.decode(stored), mask)
-    text = {"size": stored["size"], "counts": coco_text(stored["counts"])}
-    assert np.array_equal(rle.decode(text), mask)
-    assert np.array_equal(rle.decode({**text, "counts": text["counts"].encode()}), mask)
+    text = coco_text(stored["counts"])
+    for counts in (text, text.encode()):
+        assert np.array_equal(rle.decode({"size": stored["size"], "counts": counts}), mask)
 
 
 def test_runs_go_down_the_columns_and_begin_with_zeros() -> None:
