@@ -27,6 +27,7 @@ from edgevlm.toolkit.vlm.config import ComponentConfig
 from edgevlm.toolkit.vlm.presets import clip_pixels
 from edgevlm.toolkit.vlm.towers import TowerConfig
 from tests.conftest import ROOT
+from tests.engines.runtime.test_runtime_is_light import OTHERS_WORK, edgevlm
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,18 @@ def test_a_table_has_the_same_rows(engine: Path, photos: Path, tmp_path: Path) -
     assert table["file"].to_pylist() == arrays["files"].tolist()
     assert np.array_equal(np.asarray(table["embedding"].to_pylist(), np.float32),
                           arrays["embeddings"])  # fmt: skip
+
+
+def test_embedding_needs_neither_torch_nor_onnx(engine: Path, photos: Path, tmp_path: Path) -> None:
+    words = ["embed", str(engine), str(photos), "-o", str(tmp_path / "f.npz"), "--json"]
+    without = (*OTHERS_WORK, "pyarrow", "sklearn", "skimage")
+    done = edgevlm(*words, without=without)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] == 8
+    words[4] = str(tmp_path / "f.parquet")
+    refused = edgevlm(*words, without=without)
+    assert refused.returncode == 1
+    assert "pip install 'edgevlm[parquet]'" in refused.stderr
 
 
 def test_a_killed_run_goes_on(engine: Path, photos: Path, tmp_path: Path) -> None:
