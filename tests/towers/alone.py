@@ -74,8 +74,9 @@ def embedding(state: Mapping[str, Tensor], heads: int, pixels: Array) -> Array:
         }
         y = F.layer_norm(x, (width,), b["norm1.weight"], b["norm1.bias"], 1e-5)
         joined = y @ b["attn.qkv.weight"].T
-        q, k, v = joined.reshape(*joined.shape[:2], 3, heads, width // heads).unbind(2)
-        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        split = joined.reshape(*joined.shape[:2], 3, heads, width // heads).transpose(1, 3)
+        q, k, v = split.unbind(2)
+        y = F.scaled_dot_product_attention(q, k, v)
         x = x + F.linear(y.transpose(1, 2).flatten(2), b["attn.proj.weight"], b["attn.proj.bias"])
         y = F.layer_norm(x, (width,), b["norm2.weight"], b["norm2.bias"], 1e-5)
         y = F.relu6(F.linear(y, b["mlp.fc1.weight"], b["mlp.fc1.bias"]))
