@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from edgevlm.api import build_engine as build_engine
     from edgevlm.api import export_bundle as export_bundle
     from edgevlm.api import train as train
+    from edgevlm.engines.runtime.embedding import Embedder as Embedder
     from edgevlm.engines.runtime.sampling import Sampling as Sampling
     from edgevlm.engines.runtime.session import Answer as Answer
     from edgevlm.engines.runtime.session import Question as Question
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Answer": "engines.runtime.session",
     "Bundle": "toolkit.bundle.manifest",
+    "Embedder": "engines.runtime.embedding",
     "Question": "engines.runtime.session",
     "Sampling": "engines.runtime.sampling",
     "Session": "engines.runtime.session",
@@ -36,6 +38,7 @@ _HOME = {
 __all__ = [  # noqa: F822 (the names come from __getattr__)
     "Answer",
     "Bundle",
+    "Embedder",
     "Question",
     "Sampling",
     "Session",

@@ -122,7 +122,10 @@ def agreement(work: Path) -> float:
     """The lowest cosine between embeddings of the two programs."""
     import numpy as np
 
-    found = [np.load(work / f"{name}.npz")["embeddings"] for name in ("ours", "theirs")]
+    found = []
+    for name in ("ours", "theirs"):
+        with np.load(work / f"{name}.npz") as stored:
+            found.append(stored["embeddings"])
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in found)
     return float((a * b).sum(1).min())
 
@@ -163,7 +166,7 @@ def main() -> None:
     command_line = parser(__doc__)
     command_line.add_argument("--images", type=int, default=1000)
     command_line.add_argument("--rounds", type=int, default=1)
-    command_line.add_argument("--batch", type=int, default=8)
+    command_line.add_argument("--batch", type=int, default=1, help="1 is best for both here")
     command_line.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     command_line.add_argument("--make", type=Path, help="write the random checkpoint there")
     command_line.add_argument("--side", nargs=4, help="one program: NAME FOLDER PHOTOS OUT")

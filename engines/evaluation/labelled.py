@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgevlm.engines.runtime import image_list
-from edgevlm.engines.runtime.embedding import BATCH, Embedder
+from edgevlm.engines.runtime.embedding import Embedder
 from edgevlm.toolkit.errors import ConfigError, DataError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.terminal.console import table
@@ -101,7 +101,7 @@ def embedded(request: Any, sets: Mapping[str, LabelledImages]) -> Found:
     request: its `engine`, `threads`, and `limit`, the most images of a set.
     """
     found, failed = dict[str, LabelledEmbeddings](), list[str]()
-    with Embedder.open(request.engine, threads=request.threads, batch=BATCH) as tower:
+    with Embedder.open(request.engine, threads=request.threads) as tower:
         for name, images in sets.items():
             files, labels = images.files[: request.limit], images.labels[: request.limit]
             request.progress(f"embedding {len(files)} images{f' of {name}' if name else ''}")

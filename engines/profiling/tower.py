@@ -15,7 +15,7 @@ from edgevlm.engines.profiling.profile import LayerShare, Progress, Spread, devi
 from edgevlm.engines.profiling.roofline import Roofline, Work, roofline
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock, Span
-from edgevlm.engines.runtime.embedding import BATCH, Embedder, tower_of
+from edgevlm.engines.runtime.embedding import Embedder, tower_of
 from edgevlm.toolkit.images.preprocess import preprocess
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import to_plain
@@ -119,11 +119,11 @@ def _pixels(tower: Embedder, rgb: Any) -> Array:
 
 def _rate(tower: Embedder, request: ProfileRequest) -> float:
     """Images a second of the engine alone, in batches of the usual size."""
-    pixels = np.repeat(_pixels(tower, image(request, 0).rgb), BATCH, 0)
+    pixels = np.repeat(_pixels(tower, image(request, 0).rgb), tower.batch, 0)
     tower.run(pixels)
     clock = Clock()
     tower.run(pixels)
-    return 1000 * BATCH / clock.now_ms()
+    return 1000 * tower.batch / clock.now_ms()
 
 
 def _layers(folder: Path, request: ProfileRequest) -> tuple[LayerShare, ...]:

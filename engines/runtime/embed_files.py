@@ -47,7 +47,7 @@ def embed_files(
     out: Path,
     *,
     normalize: bool,
-    batch: int,
+    batch: int | None,
     threads: int,
     done: Callable[[int], None],
 ) -> EmbedResult:
@@ -62,7 +62,7 @@ def embed_files(
             resumed, started = kept.read, time.perf_counter()
             done(resumed)
             found = embedder.embed(files[resumed:])
-            while group := list(islice(found, batch)):
+            while group := list(islice(found, embedder.batch)):
                 good = [e.vector for e in group if e.vector is not None]
                 rows = np.stack(good) if good else np.zeros((0, channels), np.float32)
                 rows = normalised(rows) if normalize else rows
@@ -79,7 +79,7 @@ def embed_files(
             channels,
             normalize,
             resumed,
-            batch,
+            embedder.batch,
             round(seconds, 3),
             round((len(files) - resumed) / max(seconds, 1e-9), 3),
             round(embedder.load_ms, 1),

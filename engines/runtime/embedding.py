@@ -27,7 +27,6 @@ from edgevlm.toolkit.target import threads_here
 from edgevlm.toolkit.vlm.components import EMBEDDING
 from edgevlm.toolkit.vlm.towers import TowerConfig
 
-BATCH = 8
 MOST = 256  # images at a time
 _DECODERS = 4  # threads that decode; more wait for one another's memory
 
@@ -54,9 +53,14 @@ class Embedder:
 
     @classmethod
     def open(
-        cls, folder: str | Path, *, threads: int = 0, batch: int = BATCH, profile: bool = False
+        cls,
+        folder: str | Path,
+        *,
+        threads: int = 0,
+        batch: int | None = None,
+        profile: bool = False,
     ) -> Embedder:
-        """Load an engine. batch: the most images that it sees at a time.
+        """Load an engine. batch: the most images that it sees at a time; None for what suits it.
 
         Raises BundleError, TargetMismatch, MissingExtra, OutOfMemory, BuildError, InputError, or
         UnsupportedError for an engine with a language model.
@@ -64,6 +68,7 @@ class Embedder:
         folder, started = Path(folder), time.perf_counter()
         engine = manifest.read(folder)
         model = tower_of(engine, folder)
+        batch = memory.images_at_a_time(engine) if batch is None else batch
         if not 1 <= batch <= MOST:
             raise InputError(f"--batch {batch} is not from 1 to {MOST}")
         if threads < 0:

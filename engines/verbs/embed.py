@@ -25,7 +25,10 @@ def embed(
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Divide each embedding by its length.")
     ] = False,
-    batch: Annotated[int, typer.Option(help="Images that the engine sees at a time.")] = 8,
+    batch: Annotated[
+        Optional[int],
+        typer.Option(help="Images that the engine sees at a time; default: what suits it."),
+    ] = None,
     threads: Threads = 0,
     force: Force = False,
     as_json: Json = False,

@@ -73,17 +73,22 @@ def embedding(state: Mapping[str, Tensor], heads: int, pixels: Array) -> Array:
             k.removeprefix(f"blocks.{i}."): v for k, v in s.items() if k.startswith(f"blocks.{i}.")
         }
         y = F.layer_norm(x, (width,), b["norm1.weight"], b["norm1.bias"], 1e-5)
-        q, k, v = (y @ b["attn.qkv.weight"].T).unflatten(-1, (3, heads, width // heads)).unbind(2)
-        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        joined = y @ b["attn.qkv.weight"].T
+        split = joined.reshape(*joined.shape[:2], 3, heads, width // heads).transpose(1, 3)
+        q, k, v = split.unbind(2)
+        y = F.scaled_dot_product_attention(q, k, v)
         x = x + F.linear(y.transpose(1, 2).flatten(2), b["attn.proj.weight"], b["attn.proj.bias"])
         y = F.layer_norm(x, (width,), b["norm2.weight"], b["norm2.bias"], 1e-5)
         y = F.relu6(F.linear(y, b["mlp.fc1.weight"], b["mlp.fc1.bias"]))
         x, i = x + F.linear(y, b["mlp.fc2.weight"], b["mlp.fc2.bias"]), i + 1
     x = F.layer_norm(x, (width,), s["norm.weight"], s["norm.bias"], 1e-5).flatten(1)
     for linear, norm in ((0, 1), (2, 3)):
-        leaves = ("running_mean", "running_var", "weight", "bias")
-        statistics = [s[f"feature.{norm}.{leaf}"] for leaf in leaves]
-        x = F.batch_norm(F.linear(x, s[f"feature.{linear}.weight"]), *statistics, eps=2e-5)
+        mean, variance, gain, bias = (
+            s[f"feature.{norm}.{leaf}"]
+            for leaf in ("running_mean", "running_var", "weight", "bias")
+        )
+        x = F.linear(x, s[f"feature.{linear}.weight"])
+        x = F.batch_norm(x, mean, variance, gain, bias, eps=2e-5)
     found: Array = x.numpy()
     return found
 

@@ -192,6 +192,22 @@ def test_heads_and_foreign_files_are_refused(tmp_path: Path) -> None:
         api.export_bundle(file, tmp_path / "bundle")
 
 
+def test_what_training_saved_is_exported(tmp_path: Path, generator: np.random.Generator) -> None:
+    from edgevlm.training.towers.files import save_tower
+    from edgevlm.training.towers.tower import Tower
+
+    tower = Tower("unicom", unicom.tiny(), seed=3)
+    with torch.no_grad():
+        for name, statistic in tower.feature.named_buffers():
+            if "running" in name:
+                statistic.uniform_(0.5, 2)
+    save_tower(tower, tmp_path / "saved")
+    engine = engine_of(tmp_path / "saved", tmp_path)
+    pixels = generator.standard_normal((2, 3, 21, 21)).astype(np.float32)
+    with Embedder.open(engine) as opened, torch.no_grad():
+        near(opened.run(pixels), tower.eval()(torch.from_numpy(pixels)).numpy())
+
+
 def test_a_training_reads_the_same_sizes(tmp_path: Path) -> None:
     torch.save(state_dict(128, 1, 7, 2, 20, seed=1), tmp_path / "ViT.pt")
     stored = TorchFile(tmp_path / "ViT.pt")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,21 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from edgevlm import api, cli
-from edgevlm.engines.runtime import embed_files, feature_file, image_list
+from edgevlm.engines import manifest
+from edgevlm.engines.runtime import embed_files, feature_file, image_list, memory
 from edgevlm.engines.runtime.embedding import Embedder
 from edgevlm.export.write import write_bundle
 from edgevlm.toolkit.checkpoints.layouts.source import random_tower
 from edgevlm.toolkit.errors import ConfigError, InputError, OutputError, UnsupportedError
 from edgevlm.toolkit.images.preprocess import ImageRules
 from edgevlm.toolkit.models.encoders import clip
+from edgevlm.toolkit.vlm import towers
 from edgevlm.toolkit.vlm.config import ComponentConfig
 from edgevlm.toolkit.vlm.presets import clip_pixels
+from edgevlm.toolkit.vlm.tower_presets import PRESETS
 from edgevlm.toolkit.vlm.towers import TowerConfig
 from tests.conftest import ROOT
+from tests.engines.runtime.test_runtime_is_light import OTHERS_WORK, edgevlm
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,12 @@ def photos(tmp_path: Path, generator: np.random.Generator) -> Path:
     return folder
 
 
+def arrays_of(file: Path) -> dict[str, Any]:
+    """The arrays of a .npz, which is closed."""
+    with np.load(file) as stored:
+        return dict(stored)
+
+
 def called(*words: str | Path) -> Any:
     """The JSON of a call that succeeds."""
     done = CliRunner().invoke(cli.app, [*map(str, words), "--json"], catch_exceptions=False)
@@ -71,7 +82,7 @@ def test_a_folder_becomes_one_file(engine: Path, photos: Path, tmp_path: Path) -
     bad = str(photos / "a/5.jpg")
     assert list(result["bad"]) == [bad]
     assert "is not an image" in result["bad"][bad]
-    found = np.load(out)
+    found = arrays_of(out)
     names = [str(photos / f"{'b' if n % 2 else 'a'}/{n}.png") for n in (0, 2, 4, 6, 1, 3, 5, 7)]
     assert found["files"].tolist() == names
     assert found["embeddings"].dtype == np.float32
@@ -84,7 +95,7 @@ def test_a_folder_becomes_one_file(engine: Path, photos: Path, tmp_path: Path) -
     listed = tmp_path / "list.txt"
     listed.write_text("\n".join(names[5:2:-1]) + "\n\n")
     result = called("embed", engine, "--input", listed, "-o", out, "--normalize", "--force")
-    again = np.load(out)
+    again = arrays_of(out)
     assert again["files"].tolist() == names[5:2:-1]
     lengths = np.linalg.norm(alone[5:2:-1], axis=1, keepdims=True)
     np.testing.assert_allclose(again["embeddings"], alone[5:2:-1] / lengths, atol=1e-6)
@@ -95,10 +106,22 @@ def test_a_table_has_the_same_rows(engine: Path, photos: Path, tmp_path: Path) -
     pq = pytest.importorskip("pyarrow.parquet")
     called("embed", engine, photos, "-o", tmp_path / "f.parquet")
     called("embed", engine, photos, "-o", tmp_path / "f.npz")
-    table, arrays = pq.read_table(tmp_path / "f.parquet"), np.load(tmp_path / "f.npz")
+    table, arrays = pq.read_table(tmp_path / "f.parquet"), arrays_of(tmp_path / "f.npz")
     assert table["file"].to_pylist() == arrays["files"].tolist()
     assert np.array_equal(np.asarray(table["embedding"].to_pylist(), np.float32),
                           arrays["embeddings"])  # fmt: skip
+
+
+def test_embedding_needs_neither_torch_nor_onnx(engine: Path, photos: Path, tmp_path: Path) -> None:
+    words = ["embed", str(engine), str(photos), "-o", str(tmp_path / "f.npz"), "--json"]
+    without = (*OTHERS_WORK, "pyarrow", "sklearn", "skimage")
+    done = edgevlm(*words, without=without)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] == 8
+    words[4] = str(tmp_path / "f.parquet")
+    refused = edgevlm(*words, without=without)
+    assert refused.returncode == 1
+    assert "pip install 'edgevlm[parquet]'" in refused.stderr
 
 
 def test_a_killed_run_goes_on(engine: Path, photos: Path, tmp_path: Path) -> None:
@@ -127,7 +150,7 @@ def test_a_killed_run_goes_on(engine: Path, photos: Path, tmp_path: Path) -> Non
     assert result["resumed"] == 4
     assert list(result["bad"]) == [str(photos / "a/5.jpg")]
     for name in ("embeddings", "files"):
-        assert np.array_equal(np.load(out)[name], np.load(whole)[name])
+        assert np.array_equal(arrays_of(out)[name], arrays_of(whole)[name])
     assert not kept.exists()
 
 
@@ -171,6 +194,22 @@ def test_what_cannot_be_is_refused(engine: Path, ready: Path, photos: Path, tmp_
             engine, bad, tmp_path / "f.npz", normalize=False, batch=2, threads=1,
             done=lambda count: None,
         )  # fmt: skip
+
+
+def test_the_batch_follows_from_the_tower_s_tensors(engine: Path) -> None:
+    described = manifest.read(engine)
+    assert memory.images_at_a_time(described) == 16
+
+    def of(name: str, target: str = described.target) -> int:
+        model = towers.to_json(PRESETS[name])
+        return memory.images_at_a_time(replace(described, model=model, target=target))
+
+    sizes = [of(name) for name in ("clip-l14-336", "clip-l14", "clip-b16", "clip-b32")]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 1
+    assert sizes[3] == 16
+    assert of("clip-l14-336", "tensorrt-rtx@1.7/sm_89") == 8
+    assert of("unicom-l14-336") == 1
 
 
 def test_memory_does_not_grow_with_the_number_of_images(engine: Path, photos: Path) -> None:
