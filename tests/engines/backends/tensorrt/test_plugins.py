@@ -39,6 +39,7 @@ from tests.conftest import HERE
 from tests.engines.backends.tensorrt.conftest import Install
 from tests.engines.backends.tensorrt.machine import Machine, installed
 from tests.pipeline import silent
+from tests.test_pipeline import Shell, shell  # noqa: F401
 
 GOLDEN = HERE / "goldens/e2e_mmfuser"
 CASE = json.loads((GOLDEN / "case.json").read_text())
@@ -191,6 +192,16 @@ def test_a_body_in_place_of_a_plugin_is_not_an_engine(
         merger(bundle, machine, tmp_path)
 
 
+def test_an_op_that_a_precision_makes_of_others_has_no_plugin(
+    bundle: Path, install: Install, tmp_path: Path
+) -> None:
+    machine = install(NEW)
+    compiled = [merger(bundle, machine, tmp_path)]
+    choice.check_used([OP], compiled)
+    with pytest.raises(ConfigError, match="--plugins LayerMerge has no effect: in this precision"):
+        choice.check_used([OP, "LayerMerge"], compiled)
+
+
 def test_what_plugins_need_is_told_before_anything_is_built(
     bundle: Path, install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +231,22 @@ def test_what_is_refused_by_name(
         api.build_request(bundle, target=target, plugins=asked)
 
 
+def test_the_command_line_hands_the_options_on(
+    bundle: Path,
+    shell: Shell,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    words = ("build", bundle, tmp_path / "e")
+    shell(*words, "--target", "rtx-4090", "--plugins", OP, code=1)
+    assert "error: TensorRT-RTX takes no plugins" in shell.errors
+    shell(*words, "--strip-weights", code=1)
+    assert "error: --strip-weights is for plans of TensorRT" in shell.errors
+    table = shell(*words, "--target", "jetson-agx-orin", "--plugins", OP, "--explain")
+    assert f"edgevlm.{OP}" in table
+    assert "as asked, a plugin's kernel in place of the body" in table
+    assert not (tmp_path / "e").exists()
+
+
 def test_auto_takes_what_won_on_this_card(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +264,19 @@ def test_auto_takes_what_won_on_this_card(
         "times-10.16-sm-87-Orin-nvgpu.json"
     ]
     assert auto() == (OP,)  # the bundle merges no levels
+    functions, merging = {OP: 1, "LayerMerge": 1}, list[tuple[str, ...]]()
+    monkeypatch.setattr(
+        choice.Bundle,
+        "open",
+        lambda path: SimpleNamespace(manifest=SimpleNamespace(functions=functions)),
+    )
+    for precision in (None, "int8"):
+        merging.append(choice.chosen("auto", bundle, target, told.append, precision))
+    assert merging == [(OP, "LayerMerge"), (OP,)]
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(card, "name", lambda: "Orin (nvgpu)")
+    assert auto() == (OP,)
     assert told[-1] == f"--plugins auto: {OP} took 0.900 ms, its body 1.000"
     choice.keep(target, {OP: (0.96, 1.0)})  # which is no gain to speak of
     assert auto() == ()
