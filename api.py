@@ -206,7 +206,7 @@ def build_request(
     from edgevlm.toolkit.target import parse
 
     parsed = parse(target)
-    taken = chosen(plugins, Path(bundle), parsed, progress or _silent)
+    taken = chosen(plugins, Path(bundle), parsed, progress or _silent, precision)
     how = requantize.How(tune, keep_slower, tuple(keep_float))
     options = BuildOptions(taken, strip_weights)
     requantization, tuning = requantize.chosen(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends import Backend, BuildOptions, Compiled, PlanReport, Plugin, Shapes
-from edgevlm.engines.build import check, second_form, shapes
+from edgevlm.engines.build import check, plugins, second_form, shapes
 from edgevlm.engines.build.kept import existing
 from edgevlm.engines.build.second_form import SecondForm
 from edgevlm.engines.lowering import capabilities
@@ -216,6 +216,7 @@ def _parts(
     elsewhere: they cannot run here; the goldens go with them, to be compared where they can.
     """
     compiled, files = _compile(source, backend, folder, request.target, sizes, progress)
+    plugins.check_used(request.options.plugins, compiled)
     if elsewhere:
         (folder / GOLDENS).write_bytes((source.path / GOLDENS).read_bytes())
         files[GOLDENS] = record_file(folder / GOLDENS)

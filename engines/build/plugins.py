@@ -10,23 +10,30 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from edgevlm.engines.backends import Compiled
 from edgevlm.engines.plugins.catalogue import FOLDERS
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.errors import ConfigError, UnsupportedError
 from edgevlm.toolkit.target import Target, card
 
+_WEIGHTS = ("LayerMerge",)  # ops with weights of their own
 _GAIN = 0.95  # of the body's time, that a plugin may take at most to be worth it
 
 
 def chosen(
-    asked: str, bundle: Path, target: Target, progress: Callable[[str], None]
+    asked: str,
+    bundle: Path,
+    target: Target,
+    progress: Callable[[str], None],
+    precision: str | None = None,
 ) -> tuple[str, ...]:
     """The ops of a bundle that plugins compute: "none", "auto", or names with commas between.
 
+    precision: in which it is recorded again; ops with weights are made of products in codes then.
     Raises ConfigError for a name without a plugin, or without a call in the bundle, and
     UnsupportedError where the target takes no plugins.
     """
@@ -34,7 +41,8 @@ def chosen(
         return ()
     functions = Bundle.open(bundle).manifest.functions
     if asked == "auto":
-        return _winning(functions, target, progress)
+        left = {op: n for op, n in functions.items() if precision is None or op not in _WEIGHTS}
+        return _winning(left, target, progress)
     names = named(asked)
     refuse_target(target, names)
     absent = [name for name in names if name not in functions]
@@ -57,6 +65,17 @@ def named(asked: str) -> tuple[str, ...]:
             hint=f"there are {', '.join(FOLDERS)}",
         )
     return names
+
+
+def check_used(asked: Iterable[str], compiled: Iterable[Compiled]) -> None:
+    """Raise ConfigError unless every op that a plugin was asked for has one in some component."""
+    used = {plugin.op for component in compiled for plugin in component.plugins}
+    idle = [op for op in asked if op not in used]
+    if idle:
+        raise ConfigError(
+            f"--plugins {','.join(idle)} has no effect: in this precision no component calls it",
+            hint="leave it out: its products are in fewer bits, which the builder joins",
+        )
 
 
 def refuse_target(target: Target, names: tuple[str, ...]) -> None:

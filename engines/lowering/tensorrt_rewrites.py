@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto
 
 from edgevlm.engines.lowering.graph import Body, Rewriter, attribute
+from edgevlm.engines.lowering.inline import inlined
 
 _SIGNED: dict[int, int] = {
     TensorProto.UINT8: TensorProto.INT8,
@@ -52,6 +53,27 @@ def attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     mixed = b("Attention", split, "mixed")
     b.nodes[-1].attribute.extend(kept)
     return b.joined(mixed, node.output)
+
+
+def relative_attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """The body, whose keys have more channels than its values, which the parser refuses.
+
+    The channels that keys have more go into the values too, and out of the result again.
+    """
+    function = r.function(node)
+    assert function is not None
+    *nodes, attends = inlined(node, function, r)
+    heads, head_dim = (int(attribute(node, name)) for name in ("num_heads", "head_dim"))
+    b = Body(node.name, r)
+    q, k, v = attends.input
+    b.nodes += nodes
+    apart = b("Reshape", [v, b.ints(0, 0, heads, head_dim)], "v_heads", allowzero=0)
+    wide = b("Concat", [apart, f"{node.name}/k_places"], "v_extended", axis=3)
+    q, k = (b.heads(x, heads, name) for x, name in ((q, "q"), (k, "k")))
+    mixed = b("Attention", [q, k, b("Transpose", [wide], "v_bhsd", perm=[0, 2, 1, 3])], "mixed")
+    b.nodes[-1].attribute.append(onnx.helper.make_attribute("is_causal", 0))
+    own = b("Slice", [mixed, b.ints(0), b.ints(head_dim), b.ints(3)], "own")
+    return b.joined(own, node.output)
 
 
 def ms_deform_attn(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:

@@ -92,8 +92,14 @@ ROWS: dict[str, Row] = {
         _BODY,
         _swap(older.rotary_attention, "MatMul", "before 10.14: two products and a Softmax"),
     ),
-    "edgevlm.RelativeAttention": Row(
-        "decompose", "biases become channels of q and k, so that Attention stays plain"
+    "edgevlm.RelativeAttention": _since(
+        _ATTENTION_SINCE,
+        _swap(
+            rewrites.relative_attention,
+            "Attention",
+            "biases as channels of q and k; v is made as wide, as the parser wants it",
+        ),
+        _BODY,
     ),
     "edgevlm.BlockedLinear": _BLOCKED,
     "edgevlm.BlockedEmbed": _swap(

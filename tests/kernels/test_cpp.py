@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgevlm.engines.backends.tensorrt import plugins
 from edgevlm.engines.backends.tensorrt.flavours import RTX
 from edgevlm.engines.lowering.lower import lower_component
 from edgevlm.toolkit.ops import decompositions
@@ -187,6 +188,37 @@ def test_nvidias_registry_loads_the_library(library: Path) -> None:
     assert done.stdout, done.stderr[-1000:]
     names = ("LayerMerge", "MSDeformAttn", "RotateHeads")
     assert json.loads(done.stdout) == [[name, "1", "edgevlm"] for name in names]
+
+
+LOADED = """
+import sys
+import tensorrt_rtx_bindings as trt
+from edgevlm.engines.backends import Plugin
+from edgevlm.engines.backends.tensorrt import plugins
+from edgevlm.toolkit.errors import TargetMismatch
+from edgevlm.toolkit.target import Target
+here = Target("tensorrt", (10, 3, 0), "sm_87")
+known = [Plugin(n, n, "edgevlm", "1", True) for n in ("MSDeformAttn", "LayerMerge", "RotateHeads")]
+plugins.load(trt, here, known)
+plugins.load(trt, here, known)
+try:
+    plugins.load(trt, here, [Plugin("X", "X", "edgevlm", "1", True)])
+except TargetMismatch as other:
+    print("OTHER", other.message)
+"""
+
+
+@needs_rtx
+def test_an_engine_finds_its_plugins_in_nvidias_registry(library: Path, tmp_path: Path) -> None:
+    """As `run` loads them, from the folder that the command in `build`'s error fills."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        file = plugins.library_file(Target("tensorrt", (10, 3), "sm_87"))
+        file.parent.mkdir(parents=True)
+        shutil.copy(library, file)
+        command = [sys.executable, "-c", LOADED]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.startswith("OTHER the engine needs the plugin edgevlm::X"), done.stderr
 
 
 @needs_rtx

@@ -7,7 +7,6 @@ its engine computes. What NVIDIA's own code makes of our plugins: tests/kernels.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +38,7 @@ from tests.conftest import HERE
 from tests.engines.backends.tensorrt.conftest import Install
 from tests.engines.backends.tensorrt.machine import Machine, installed
 from tests.pipeline import silent
+from tests.test_pipeline import Shell, shell  # noqa: F401
 
 GOLDEN = HERE / "goldens/e2e_mmfuser"
 CASE = json.loads((GOLDEN / "case.json").read_text())
@@ -76,50 +76,37 @@ def request(bundle: Path, machine: Machine, asked: str, *, force: bool = False) 
     return api.build_request(bundle, target=target, plugins=asked, force=force)
 
 
-Engine = Callable[[str], Path]
-
-
 @pytest.fixture(scope="module")
-def with_plugin(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """An engine with the plugin for a release, built once on its machine."""
+def with_plugin(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine for a release before 10.13, whose plugin is in a library."""
     folder = tmp_path_factory.mktemp("engines")
-
-    def made(release: str) -> Path:
-        engine = folder / release
-        if not engine.exists():
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-                patch.setattr(plugins, "find_spec", lambda name: SimpleNamespace(name=name))
-                machine = installed(release, patch, folder / f"packages-{release}")
-                library(machine, bundle, OP)
-                made, _ = build(bundle, engine, request(bundle, machine, OP), silent)
-                assert made.verified
-        return engine
-
-    return made
-
-
-@pytest.mark.parametrize("release", [OLD, NEW])
-def test_an_engine_with_a_plugin_answers_token_for_token(
-    release: str, bundle: Path, with_plugin: Engine, install: Install
-) -> None:
-    folder, machine = with_plugin(release), install(release)
-    if release == OLD:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        machine = installed(OLD, patch, folder / "packages")
         library(machine, bundle, OP)
-    engine = manifest.read(folder)
-    assert engine.plugins == (Plugin(OP, OP, "edgevlm", "1", library=release == OLD),)
-    assert f"--plugins {OP}" in engine.rebuild_command(folder)
-    with Session.open(folder) as session:
+        made, _ = build(bundle, folder / "engine", request(bundle, machine, OP), silent)
+        assert made.verified
+    return folder / "engine"
+
+
+def test_an_engine_with_a_plugin_answers_token_for_token(
+    bundle: Path, with_plugin: Path, install: Install
+) -> None:
+    machine, engine = install(OLD), manifest.read(with_plugin)
+    library(machine, bundle, OP)
+    assert engine.plugins == (Plugin(OP, OP, "edgevlm", "1", library=True),)
+    assert f"--plugins {OP}" in engine.rebuild_command(with_plugin)
+    with Session.open(with_plugin) as session:
         question = Question(CASE["prompt"], [GOLDEN / "image.png"], 24, template="none")
         expected = np.load(GOLDEN / "outputs.npz")["greedy_ids"].tolist()
         assert list(session.answer(question).token_ids) == expected
     opened, same = Bundle.open(bundle), (engine.context, engine.model)
     for asked, kept in ((OP, True), ("none", False)):
-        found = existing(opened, folder, request(bundle, machine, asked), *same)
+        found = existing(opened, with_plugin, request(bundle, machine, asked), *same)
         assert (found == engine) == kept
 
 
-@pytest.mark.parametrize("release", ["10.13.3.9", "10.16.1.11"])
+@pytest.mark.parametrize("release", ["10.13.3.9", "10.16.1.11", NEW])
 def test_a_component_takes_the_plugin(
     release: str, bundle: Path, install: Install, tmp_path: Path
 ) -> None:
@@ -169,9 +156,9 @@ def test_a_library_that_is_missing_is_told_with_the_command_that_makes_it(
 
 
 def test_an_engine_without_its_library_is_refused(
-    bundle: Path, with_plugin: Engine, install: Install
+    bundle: Path, with_plugin: Path, install: Install
 ) -> None:
-    folder, machine = with_plugin(OLD), install(OLD)
+    folder, machine = with_plugin, install(OLD)
     with pytest.raises(BuildError, match="is not here") as gone:
         Session.open(folder)
     assert plugins.make_command(machine.target) in gone.value.hint
@@ -189,6 +176,16 @@ def test_a_body_in_place_of_a_plugin_is_not_an_engine(
     monkeypatch.setattr(plugins, "to_register", lambda *_: {})
     with pytest.raises(BuildError, match=r"took 0 plugins for \d calls \(MSDeformAttn\)"):
         merger(bundle, machine, tmp_path)
+
+
+def test_an_op_that_a_precision_makes_of_others_has_no_plugin(
+    bundle: Path, install: Install, tmp_path: Path
+) -> None:
+    machine = install(NEW)
+    compiled = [merger(bundle, machine, tmp_path)]
+    choice.check_used([OP], compiled)
+    with pytest.raises(ConfigError, match="--plugins LayerMerge has no effect: in this precision"):
+        choice.check_used([OP, "LayerMerge"], compiled)
 
 
 def test_what_plugins_need_is_told_before_anything_is_built(
@@ -220,6 +217,22 @@ def test_what_is_refused_by_name(
         api.build_request(bundle, target=target, plugins=asked)
 
 
+def test_the_command_line_hands_the_options_on(
+    bundle: Path,
+    shell: Shell,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    words = ("build", bundle, tmp_path / "e")
+    shell(*words, "--target", "rtx-4090", "--plugins", OP, code=1)
+    assert "error: TensorRT-RTX takes no plugins" in shell.errors
+    shell(*words, "--strip-weights", code=1)
+    assert "error: --strip-weights is for plans of TensorRT" in shell.errors
+    table = shell(*words, "--target", "jetson-agx-orin", "--plugins", OP, "--explain")
+    assert f"edgevlm.{OP}" in table
+    assert "as asked, a plugin's kernel in place of the body" in table
+    assert not (tmp_path / "e").exists()
+
+
 def test_auto_takes_what_won_on_this_card(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +250,19 @@ def test_auto_takes_what_won_on_this_card(
         "times-10.16-sm-87-Orin-nvgpu.json"
     ]
     assert auto() == (OP,)  # the bundle merges no levels
+    functions, merging = {OP: 1, "LayerMerge": 1}, list[tuple[str, ...]]()
+    monkeypatch.setattr(
+        Bundle,
+        "open",
+        lambda path: SimpleNamespace(manifest=SimpleNamespace(functions=functions)),
+    )
+    for precision in (None, "int8"):
+        merging.append(choice.chosen("auto", bundle, target, told.append, precision))
+    assert merging == [(OP, "LayerMerge"), (OP,)]
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(card, "name", lambda: "Orin (nvgpu)")
+    assert auto() == (OP,)
     assert told[-1] == f"--plugins auto: {OP} took 0.900 ms, its body 1.000"
     choice.keep(target, {OP: (0.96, 1.0)})  # which is no gain to speak of
     assert auto() == ()
