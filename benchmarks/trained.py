@@ -199,11 +199,11 @@ def details(measured: Figures) -> list[str]:
     asked = [(name, n, texts.right(measured["answers"][name])) for name, n in same.items()]
     lines = table((f"{len(texts.QUESTIONS)} questions", "as in float", "right"), asked)
     lines += ["", *texts.changed(measured["answers"])]
-    rows = [
+    exactness = [
         (name, f"{f['kl']:.5f}", f"{f['tokens']:.1%}", f["same"])
         for name, f in measured["exactness"]["forms"].items()
     ]
-    lines += ["", *table(("rounded in NumPy", "KL", "tokens as in float", "answers"), rows)]
+    lines += ["", *table(("rounded in NumPy", "KL", "tokens as in float", "answers"), exactness)]
     leads = sorted(measured["exactness"]["leads"])
     lines.append("least leads of a token: " + ", ".join(f"{lead:.3f}" for lead in leads))
     for name in TITLES:
