@@ -54,17 +54,13 @@ def chosen(
     language model in 4 bits may get a second form for prompts. Raises ConfigError, MissingExtra or
     BundleError.
     """
+    from edgevlm.calibration import weight_only
     from edgevlm.engines.build.build import Requantization, Tuning
-    from edgevlm.toolkit.errors import ConfigError
 
     if precision is None:
-        if how.keep_float:
-            raise ConfigError(
-                f"--keep-float {how.keep_float[0]} has no effect: no weight is rounded",
-                hint="leave it out, or add --precision",
-            )
+        weight_only.refuse_keeping(how.keep_float)
         return None, _prompts_alone(bundle, target, progress, made_by, how)
-    from edgevlm.calibration import unsampled, weight_only
+    from edgevlm.calibration import unsampled
     from edgevlm.engines.lowering import capabilities
     from edgevlm.export import available
     from edgevlm.toolkit import systems

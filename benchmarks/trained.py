@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import trained_answers as exact
 from benchmarks import trained_models as models
 from benchmarks import trained_outliers as outliers
 from benchmarks import trained_remedies as remedies
@@ -109,6 +110,13 @@ def on_questions(work: Path, text: Text) -> Figures:
     }
 
 
+def on_exactness(work: Path, text: Text) -> Figures:
+    """How exact a model must be for the same answers."""
+    plain = models.engine(work, "float", "", text.calibrating)
+    found, leads = exact.measured(models.bundle(work, ""), plain.folder)
+    return {"forms": {name: asdict(one) for name, one in found.items()}, "leads": leads}
+
+
 def on_pictures(work: Path, text: Text, pictures: Sequence[Any]) -> Figures:
     """The tower's features of pictures, beside those in float."""
     plain, *others = (
@@ -191,6 +199,13 @@ def details(measured: Figures) -> list[str]:
     asked = [(name, n, texts.right(measured["answers"][name])) for name, n in same.items()]
     lines = table((f"{len(texts.QUESTIONS)} questions", "as in float", "right"), asked)
     lines += ["", *texts.changed(measured["answers"])]
+    exactness = [
+        (name, f"{f['kl']:.5f}", f"{f['tokens']:.1%}", f["same"])
+        for name, f in measured["exactness"]["forms"].items()
+    ]
+    lines += ["", *table(("rounded in NumPy", "KL", "tokens as in float", "answers"), exactness)]
+    leads = sorted(measured["exactness"]["leads"])
+    lines.append("least leads of a token: " + ", ".join(f"{lead:.3f}" for lead in leads))
     for name in TITLES:
         columns = (TITLES[name], "pictures", "cosine", "least", "rms")
         rows = [
@@ -253,6 +268,7 @@ def run(options: Namespace, work: Path) -> int:
     parts: dict[str, Callable[[], Figures]] = {
         "text": lambda: on_text(work, text, ""),
         "answers": lambda: on_questions(work, text),
+        "exactness": lambda: on_exactness(work, text),
         "outliers": lambda: on_outliers(work, text),
         "remedies": lambda: on_remedies(work, text),
         "text with noise": lambda: on_text(work, text, NOISE),

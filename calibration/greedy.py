@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.calibration.many import Many, ManyOps, hidden
+from edgevlm.calibration.many import Many, ManyOps, Rows, hidden
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
 from edgevlm.toolkit.vlm.components import Component, zero_states
@@ -62,7 +62,8 @@ def compare(
         "rows": np.full_like(prompts, -1),
         "features": np.zeros((1, width), np.float32),
     }
-    answers = answered(lm, NumpyOps(), plain, inputs)
+    numpy_ops: Any = NumpyOps()
+    answers = answered(lm, Rows(numpy_ops, lm.name), plain, inputs)
     both = np.concatenate([prompts, answers], 1)
     states = hidden(lm, ManyOps(), rounded, both[:, :-1])
     last = Many(x[:, prompts.shape[1] - 1 :] for x in states)

@@ -13,6 +13,7 @@ import numpy as np
 
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, R, Step, Weights
+from edgevlm.toolkit.ops.wrappers import Wrapper
 from edgevlm.toolkit.vlm.components import Component, no_states
 
 
@@ -73,6 +74,18 @@ class ManyOps:
             for i in range(len(q))
         )
         return Many(outputs), *past
+
+
+class Rows(Wrapper[Array]):
+    """All rows of an input in one product; NumPy reads the weight for each sample of a batch."""
+
+    def linear(self, x: Array, w: Weights[Array]) -> Array:
+        y = self.inner.linear(x.reshape(-1, x.shape[-1]), w)
+        return y.reshape(*x.shape[:-1], -1)
+
+    def unembed(self, x: Array, w: Weights[Array]) -> Array:
+        y = self.inner.unembed(x.reshape(-1, x.shape[-1]), w)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 def _at(value: Any, i: int) -> Any:

@@ -16,10 +16,11 @@ import numpy as np
 
 from edgevlm.calibration import smooth
 from edgevlm.calibration.chain import Passage, in_numpy
+from edgevlm.calibration.many import Rows
 from edgevlm.toolkit.bundle.goldens import AXES
 from edgevlm.toolkit.checkpoints.layouts.source import Source, TowerSource
-from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
-from edgevlm.toolkit.ops.wrappers import Observe, Wrapper
+from edgevlm.toolkit.ops.vocabulary import Array, Ops
+from edgevlm.toolkit.ops.wrappers import Observe
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm.components import Component, Port, components, no_states
 from edgevlm.toolkit.vlm.cost import image_axes
@@ -45,14 +46,6 @@ Mix 200 g of flour with two eggs, a pinch of salt and 1/4 litre of milk; let it 
 Der Zug nach Norden hat heute zwanzig Minuten Verspaetung. Il fait froid, mais le soleil brille.
 La respuesta correcta es la segunda: x = 7, porque 3x + 4 = 25.
 """
-
-
-class _Rows(Wrapper[Array]):
-    """All rows of an input in one product, which NumPy would compute for each window."""
-
-    def linear(self, x: Array, w: Weights[Array]) -> Array:
-        y = self.inner.linear(x.reshape(-1, x.shape[-1]), w)
-        return y.reshape(*x.shape[:-1], -1)
 
 
 S = TypeVar("S", bound=Source | TowerSource)
@@ -99,7 +92,7 @@ def _largest(
             largest[path] = np.maximum(largest.get(path, found), found)
 
     def wrap(ops: Ops[Array], p: Component) -> Any:
-        rows: Any = _Rows(ops, p.name)
+        rows: Any = Rows(ops, p.name)
         return Observe(rows, p.name, see)
 
     by = Passage({part.name: weights}, in_numpy(), wrap)

@@ -69,6 +69,15 @@ def keeping(plan: PrecisionPlan, model: Model, globs: Sequence[str]) -> Precisio
     return replace(plan, rules=(*plan.rules, *(Rule(glob, "float") for glob in globs)))
 
 
+def refuse_keeping(globs: Sequence[str]) -> None:
+    """Raise ConfigError for layers that are to stay in float where no weight is rounded."""
+    if globs:
+        raise ConfigError(
+            f"--keep-float {globs[0]} has no effect: no weight is rounded",
+            hint="leave it out, or add --precision",
+        )
+
+
 def plan(kind: str, option: str = "--precision") -> PrecisionPlan:
     """int8: every linear and the embedding table. int4: the language model's layers in 4 bits.
 

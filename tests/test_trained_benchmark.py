@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import trained, trained_outliers, trained_remedies, trained_text, trained_tower
+from benchmarks import (
+    trained,
+    trained_answers,
+    trained_outliers,
+    trained_remedies,
+    trained_text,
+    trained_tower,
+)
 from edgevlm.calibration.many import Many
 from edgevlm.toolkit.ops.vocabulary import Weights
 
@@ -54,6 +61,26 @@ def test_a_remedy_rounds_and_nothing_else(
     (found,) = ops.linear(Many([x]), w)
     error = np.linalg.norm(found - x @ weight) / np.linalg.norm(x @ weight)
     assert 1e-4 < error < 0.02
+
+
+@pytest.mark.parametrize("block", [None, 32])
+def test_each_bit_halves_the_error_of_rounding(block: int | None) -> None:
+    x = np.random.default_rng(0).standard_normal((1, 20, 64)).astype(np.float32)
+    errors = [np.linalg.norm(trained_answers._rounded(x, b, block) - x) for b in (8, 9, 12)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
+    assert errors[0] / errors[2] == pytest.approx(2**4, rel=0.1)
+    alone = trained_answers._rounded(x[:, 3:4], 8, block)
+    np.testing.assert_array_equal(alone, trained_answers._rounded(x, 8, block)[:, 3:4])
+
+
+def test_linears_that_stay_in_float_are_not_rounded() -> None:
+    x = np.random.default_rng(0).standard_normal((1, 20, 64)).astype(np.float32)
+    weight = np.random.default_rng(1).standard_normal((64, 8)).astype(np.float32)
+    w = Weights({"layers.0.mlp.up.weight": weight}) / "layers.0" / "mlp" / "up"
+    for floats, exact in ((("up",), True), (("down",), False)):
+        ops = trained_answers._Rounding(trained_answers.Bits(8, 8, floats=floats))
+        (found,) = ops.linear(Many([x]), w)
+        assert np.allclose(found, x @ weight, rtol=1e-5, atol=1e-5) == exact
 
 
 def test_changed_answers_are_named() -> None:
