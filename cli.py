@@ -32,8 +32,10 @@ from edgevlm.toolkit.terminal.flags import (
     Quiet,
     Quirk,
     RandomWeights,
+    Source,
     System,
     Tower,
+    complete_target,
     opened_console,
 )
 from edgevlm.training import command
@@ -53,7 +55,7 @@ app = typer.Typer(
 @app.command()
 def export(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(help="Checkpoint folder, model id, or preset:NAME.")],
+    source: Source,
     out: Annotated[Path, typer.Argument(help="The bundle to write.")],
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     max_context: Context = None,
@@ -115,7 +117,12 @@ def build(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A bundle made by `export`.")],
     out: Annotated[Path, typer.Argument(help="The engine to write.")],
-    target: Annotated[str, typer.Option(help="cpu, reference, a device or BACKEND/ARCH.")] = "cpu",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="cpu, reference, a device or BACKEND/ARCH.", autocompletion=complete_target
+        ),
+    ] = "cpu",
     max_context: Context = None,
     max_image_tiles: Annotated[
         Optional[int], typer.Option(help="Most tiles of an image; default: the model's.")
@@ -193,8 +200,13 @@ def train(**given: Any) -> None:
 
 @app.command()
 def plan(
-    source: Annotated[str, typer.Argument(help="Checkpoint, model id, bundle, or preset:NAME.")],
-    target: Annotated[str, typer.Option(help="Devices with commas between; cpu: this one; all.")],
+    source: Source,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Devices with commas between; cpu: this one; all.", autocompletion=complete_target
+        ),
+    ],
     precision: Annotated[
         Optional[str], typer.Option(help="fp32, fp16, bf16, int8, int4, ...; several with commas.")
     ] = None,
@@ -214,6 +226,8 @@ def plan(
 ) -> None:
     """Predict memory and speed on devices that are not at hand."""
     from edgevlm import api, sizing
+    from edgevlm.engines.sizing.predict import report
+    from edgevlm.engines.sizing.question import Question
 
     console = opened_console(as_json, quiet)
     reading = api.read_options(
@@ -223,9 +237,9 @@ def plan(
         ignore_keys=ignore_key or (),
         offline=offline,
     )
-    asked = sizing.Question(max_context, prompt_tokens, max_tokens, image_size)
+    asked = Question(max_context, prompt_tokens, max_tokens, image_size)
     found = sizing.plan(source, target, precision, asked, reading, revision)
-    console.result(*sizing.report(source, found))
+    console.result(*report(source, found))
 
 
 @app.command()

@@ -121,7 +121,7 @@ def roofline(profiles: Sequence[Profile]) -> str:
         parts.append(f"<circle cx='{cx:.1f}' cy='{cy:.1f}' r='5' fill='{colour(number)}'>{title}")
         parts.append(f"</circle>{_label(cx + 8, cy + 4, name)}")
     parts.append(_label(510, 362, "operations a byte of weights and KV cache", "middle"))
-    parts.append(_label(0, 12, "10^9 operations a second"))
+    parts.append(_label(80, 12, "10^9 operations a second"))
     return svg(_WIDTH, 368, parts)
 
 
