@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edgevlm.engines.profiling.roofline import question
 from edgevlm.engines.sizing.predict import Asked
 from edgevlm.toolkit.errors import ConfigError, InputError
 from edgevlm.toolkit.vlm.config import ModelConfig
 
-CONTEXT = 4096  # positions that are planned for unless the model has fewer
+CONTEXT = 4096  # positions that are planned for unless the question needs more
+_STEP = 1024
 
 
 @dataclass(frozen=True)
 class Question:
-    """As given; max_context: None for CONTEXT, or for what the model has if that is less."""
+    """As given; max_context: None for CONTEXT, or what the question needs, or the model has."""
 
     max_context: int | None = None
     prompt_tokens: int = 32
@@ -23,8 +25,11 @@ class Question:
 
 def settled(model: ModelConfig, asked: Question) -> Asked:
     """The question as numbers. Raises ConfigError or InputError for what cannot be."""
-    longest = int(model.lm.config.context)
-    context = min(CONTEXT, longest) if asked.max_context is None else asked.max_context
+    longest, size = int(model.lm.config.context), _size(asked.image_size)
+    context = asked.max_context
+    if context is None:
+        needed = question(model, size, asked.prompt_tokens).prompt_tokens + asked.max_tokens
+        context = min(longest, max(CONTEXT, -(-needed // _STEP) * _STEP))
     if not 1 <= context <= longest:
         raise ConfigError(
             f"--max-context {context} does not fit: the model has {longest} positions",
@@ -33,7 +38,7 @@ def settled(model: ModelConfig, asked: Question) -> Asked:
     for name in ("prompt_tokens", "max_tokens"):
         if (value := getattr(asked, name)) < 1:
             raise InputError(f"--{name.replace('_', '-')} {value} is less than 1")
-    return Asked(context, asked.prompt_tokens, asked.max_tokens, _size(asked.image_size))
+    return Asked(context, asked.prompt_tokens, asked.max_tokens, size)
 
 
 def _size(text: str) -> tuple[int, int]:
