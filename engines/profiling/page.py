@@ -147,6 +147,6 @@ def _html_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str
 
 def _html_cell(value: object) -> str:
     """Figures to the right, words to the left."""
-    if isinstance(value, str) and not value.endswith("%"):
+    if isinstance(value, str) and any(map(str.isalpha, value)) and "e-" not in value:
         return f"<td class=word>{html.escape(value)}</td>"
     return f"<td>{html.escape(plain(value))}</td>"
