@@ -7,6 +7,7 @@
 # make gpu     kernels and engines on this machine's graphics card, six minutes; needs torch for CUDA
 # make check   formatting, lint, types, imports and sizes
 # make bench   the benchmarks
+# make docs    the documentation as a site in site/; refuses broken links and anchors
 # make wheel   dist/edgevlm-*.whl
 # make clean   removes what these made;  make distclean  removes the environment too
 #
@@ -25,7 +26,7 @@ HEADERS := v10.3.0 v11.1
 CODE := __init__.py api.py cli.py requantize.py sizing.py toolkit export engines training calibration tests examples benchmarks
 
 .NOTPARALLEL:
-.PHONY: demo demo-exact test test-rtx test-kernels fuzz gpu check types bench wheel clean distclean
+.PHONY: demo demo-exact test test-rtx test-kernels fuzz gpu check types bench docs wheel clean distclean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo
@@ -65,12 +66,15 @@ types: $(VENV)/.dev
 bench: $(VENV)/.dev
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 wheel: $(VENV)/.dev
 	rm -rf build
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf build dist demo-out demo-exact-out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist site demo-out demo-exact-out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
@@ -100,6 +104,10 @@ $(VENV)/.demo-exact: $(VENV)/.python pyproject.toml constraints.txt
 	@$(INSTALL) setuptools
 	@$(INSTALL) --no-build-isolation --editable '.[cpu,export]'
 	@$(INSTALL) --no-deps scikit-image
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.python pyproject.toml constraints.txt
+	@$(INSTALL) 'mkdocs>=1.6'
 	@touch $@
 
 $(VENV)/.rtx: $(VENV)/.dev

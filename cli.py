@@ -36,7 +36,7 @@ app = typer.Typer(
 @app.command()
 def export(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(help="Checkpoint folder, model id, or preset:NAME.")],
+    source: flags.Source,
     out: Annotated[Path, typer.Argument(help="The bundle to write.")],
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     max_context: flags.Context = None,
@@ -97,7 +97,12 @@ def build(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A bundle made by `export`.")],
     out: Annotated[Path, typer.Argument(help="The engine to write.")],
-    target: Annotated[str, typer.Option(help="cpu, reference, a device or BACKEND/ARCH.")] = "cpu",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="cpu, reference, a device or BACKEND/ARCH.", autocompletion=flags.complete_target
+        ),
+    ] = "cpu",
     max_context: flags.Context = None,
     max_image_tiles: Annotated[
         Optional[int], typer.Option(help="Most tiles of an image; default: the model's.")
@@ -201,8 +206,14 @@ def selftest(**given: Any) -> None:
 
 @app.command()
 def plan(
-    source: Annotated[str, typer.Argument(help="Checkpoint, model id, bundle, or preset:NAME.")],
-    target: Annotated[str, typer.Option(help="Devices with commas between; cpu: this one; all.")],
+    source: flags.Source,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Devices with commas between; cpu: this one; all.",
+            autocompletion=flags.complete_target,
+        ),
+    ],
     precision: Annotated[
         Optional[str], typer.Option(help="fp32, fp16, bf16, int8, int4, ...; several with commas.")
     ] = None,
@@ -222,6 +233,8 @@ def plan(
 ) -> None:
     """Predict memory and speed on devices that are not at hand."""
     from edgevlm import api, sizing
+    from edgevlm.engines.sizing.predict import report
+    from edgevlm.engines.sizing.question import Question
 
     console = flags.opened_console(as_json, quiet)
     reading = api.read_options(
@@ -231,9 +244,9 @@ def plan(
         ignore_keys=ignore_key or (),
         offline=offline,
     )
-    asked = sizing.Question(max_context, prompt_tokens, max_tokens, image_size)
+    asked = Question(max_context, prompt_tokens, max_tokens, image_size)
     found = sizing.plan(source, target, precision, asked, reading, revision)
-    console.result(*sizing.report(source, found))
+    console.result(*report(source, found))
 
 
 @app.command()

@@ -66,9 +66,9 @@ This page is written by `python -m benchmarks.sizing --page`; a test compares it
   cards** the peaks are their vendor's and the shares are assumed: half of the arithmetic, three
   quarters of the memory rate. No card was at hand; take those times as what good kernels reach,
   not as a measurement.
-- One image of 640 x 480 pixels and 32 tokens of text in, 64 tokens out, a context of 4,096.
-  `int8` and `int4` are the formats of [build](cli.md#build): on cards weights alone, so that
-  prompts take as long as in fp16.
+- One image of 640 x 480 pixels and 32 tokens of text in, 64 tokens out, a context of 4,096 or
+  what the question needs. `int8` and `int4` are the formats of [build](cli.md#build): on cards
+  weights alone, so that prompts take as long as in fp16.
 """
 
 
@@ -119,7 +119,12 @@ def _cells(p: Prediction) -> tuple[str, str, str]:
     if not p.fits:
         return f"{held}: too much", "", ""
     rate = p.output_token_throughput_per_user
-    return held, f"{p.time_to_first_token_ms:.3g} ms", f"{rate:.3g}"
+    return held, f"{_digits(p.time_to_first_token_ms)} ms", _digits(rate)
+
+
+def _digits(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def _limits(found: Sequence[Prediction]) -> str:
@@ -153,7 +158,10 @@ def checked() -> str:
     where = (
         f"`python -m benchmarks.sizing`: one thread of an {device['processor']}, processor time, "
         f"random weights, ONNX Runtime {versions['onnxruntime']}, {data['date']}, peaks measured "
-        f"before and after each engine (the machine's load was {device['load_average']:g})."
+        f"before and after each engine (the machine's load was {device['load_average']:g}). The "
+        "shares of peaks were fitted to the rows of llava; those of comm and convllava, whose "
+        "decoders have one layer here, were predicted with them. All 0.5B presets have the decoder "
+        "of 24 layers. Wall time on several threads was not compared."
     )
     return f"## Checked\n\n{where}\n\n{markdown(columns, rows)}"
 

@@ -164,7 +164,7 @@ def _in_8_bits(table: Array) -> Array:
 def _asked(bundle: Path) -> list[list[int]]:
     """The questions as tokens, by the language model's own chat template."""
     opened = Bundle.open(bundle)
-    rules, tokenizer = opened.model.prompts, opened.tokenizer()
+    rules, tokenizer = opened.vlm.prompts, opened.tokenizer()
     rendered = (prompts.render(rules, [question], 0, "auto") for question in QUESTIONS)
     return [list(prompts.tokenize(rules, tokenizer, one).runs[0]) for one in rendered]
 

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from edgevlm import cli
+from edgevlm.engines.evaluation.tasks import TASKS
 from tests.conftest import HERE, ROOT
 
 CHECKPOINT = HERE / "goldens/e2e_llava15/llava-v1.5-tiny"
@@ -54,3 +57,31 @@ def test_an_error_stands_on_a_line_of_its_own(tmp_path: Path) -> None:
     assert code == 1
     assert shown.rindex(SHOW) > shown.rindex(HIDE)
     assert [s for s in shown.splitlines() if "error:" in s][-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "typed", "found"),
+    [
+        (
+            ["build", "b", "e", "--target"],
+            "jetson-",
+            "jetson-orin-nano jetson-agx-orin jetson-thor",
+        ),
+        (["plan", "x", "--target"], "h100,l", "h100,l4"),
+        (["export", "x", "y", "--for"], "b2", "b200"),
+        (["plan"], "preset:mmfuser", "preset:mmfuser-7b preset:mmfuser-0.5b"),
+        (["eval", "engine"], "p", "perplexity pope probe"),
+        ([], "cal", "calibrate"),
+    ],
+)
+def test_the_shell_completes(words: list[str], typed: str, found: str) -> None:
+    line = ["edgevlm", *words, typed]
+    environment = {
+        "_EDGEVLM_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(line),
+        "COMP_CWORD": str(len(line) - 1),
+    }
+    done = CliRunner().invoke(cli.app, [], prog_name="edgevlm", env=environment)
+    given = done.stdout.split()
+    expected = [name for name in found.split() if name != "probe" or "probe" in TASKS]
+    assert sorted(given) == sorted(expected)

@@ -26,7 +26,7 @@ def waterfall(p: Profile) -> str:
     bars = []
     for span in p.spans:
         row = names.index(span.stage)
-        x, width = 170 + 780 * span.start_ms / end, max(780 * span.ms / end, 0.5)
+        x, width = 170 + 760 * span.start_ms / end, max(760 * span.ms / end, 0.5)
         bars.append(
             f"<rect x='{x:.1f}' y='{row * 24 + 4}' width='{width:.1f}' height='17' "
             f"fill='{colour(row)}'><title>{html.escape(span.stage)} "
@@ -35,8 +35,8 @@ def waterfall(p: Profile) -> str:
     labels = [_label(0, row * 24 + 17, name) for row, name in enumerate(names)]
     bottom = len(names) * 24 + 4
     ticks = [
-        f"<line x1='{170 + 780 * i / 5:.0f}' x2='{170 + 780 * i / 5:.0f}' y1='0' y2='{bottom}' "
-        f"class='grid'/>" + _label(170 + 780 * i / 5, bottom + 14, _ms(end * i / 5), "middle")
+        f"<line x1='{170 + 760 * i / 5:.0f}' x2='{170 + 760 * i / 5:.0f}' y1='0' y2='{bottom}' "
+        f"class='grid'/>" + _label(170 + 760 * i / 5, bottom + 14, _ms(end * i / 5), "middle")
         for i in range(6)
     ]
     return svg(_WIDTH, bottom + 20, [*ticks, *bars, *labels])
@@ -99,7 +99,7 @@ def roofline(profiles: Sequence[Profile]) -> str:
         return ""
     best = max(roof.peak_gflop_s, roof.peak_int8_gop_s)
     low_x, high_x = _decades([d[0] for d in dots] + [best / roof.peak_gb_s])
-    low_y, high_y = _decades([d[1] for d in dots] + [best])
+    low_y, high_y = _decades([d[1] for d in dots] + [best, roof.peak_gflop_s])
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (math.log10(x) - low_x) / (high_x - low_x)
@@ -121,7 +121,7 @@ def roofline(profiles: Sequence[Profile]) -> str:
         parts.append(f"<circle cx='{cx:.1f}' cy='{cy:.1f}' r='5' fill='{colour(number)}'>{title}")
         parts.append(f"</circle>{_label(cx + 8, cy + 4, name)}")
     parts.append(_label(510, 362, "operations a byte of weights and KV cache", "middle"))
-    parts.append(_label(0, 12, "10^9 operations a second"))
+    parts.append(_label(80, 12, "10^9 operations a second"))
     return svg(_WIDTH, 368, parts)
 
 

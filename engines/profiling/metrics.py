@@ -41,8 +41,8 @@ def distribution(values: Sequence[float], unit: str) -> Distribution:
     """Of at least one value; std is that of these values, 0 for a single one."""
     p50, p90, p95, p99 = np.percentile(values, [50, 90, 95, 99])
     numbers = (np.mean(values), np.std(values), min(values), p50, p90, p95, p99, max(values))
-    rounded = [round(float(x), 4) for x in numbers]
-    return Distribution(unit, *rounded, count=len(values))
+    mean, std, least, p50, p90, p95, p99, most = (round(float(x), 4) for x in numbers)
+    return Distribution(unit, mean, std, least, p50, p90, p95, p99, most, len(values))
 
 
 def of_requests(

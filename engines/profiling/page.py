@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgevlm.engines.profiling import drawings
 from edgevlm.engines.profiling.profile import Profile
-from edgevlm.engines.profiling.tables import COMPARED, compared, totals
+from edgevlm.engines.profiling.tables import COMPARED, compared, plain, totals
 
 HEAD = "<!doctype html><meta charset=utf-8><title>edgevlm</title>"
 _STYLE = (
@@ -21,6 +21,7 @@ _STYLE = (
     ".grid{stroke:#e4e4e4}.roof{stroke:#222;stroke-width:1.5}.area{fill:#3266ad;opacity:.35}"
     "pre{background:#f6f6f6;padding:1em;overflow:auto}"
     "h2{margin-top:2em;border-top:2px solid #222;padding-top:.6em;overflow-wrap:anywhere}"
+    "pre{white-space:pre-wrap}td.word{text-align:left}"
     ".muted{color:#777}details{margin:1em 0}.wide{overflow-x:auto}"
 )
 
@@ -141,11 +142,12 @@ def _short(name: str, most: int = 28) -> str:
 
 def _html_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    cells = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_text(v))}</td>" for v in row) + "</tr>" for row in rows
-    )
+    cells = "".join("<tr>" + "".join(_html_cell(value) for value in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>"
 
 
-def _text(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _html_cell(value: object) -> str:
+    """Figures to the right, words to the left."""
+    if isinstance(value, str) and any(map(str.isalpha, value)) and "e-" not in value:
+        return f"<td class=word>{html.escape(value)}</td>"
+    return f"<td>{html.escape(plain(value))}</td>"

@@ -96,14 +96,14 @@ def as_markdown(profiles: Sequence[Profile]) -> str:
     stages = [
         (
             name,
-            f"{s.p50_ms:.4g}",
-            f"{s.p90_ms:.4g}",
-            f"{s.p99_ms:.4g}",
+            plain(s.p50_ms),
+            plain(s.p90_ms),
+            plain(s.p99_ms),
             "" if name == "decode" else f"{s.p50_ms / first.time_to_first_token_ms:.0%}",
         )
         for name, s in first.stages.items()
     ]
-    rows = [tuple(_cell(value) for value in row) for row in compared(profiles)]
+    rows = [tuple(plain(value) for value in row) for row in compared(profiles)]
     parts = [
         _markdown(COMPARED, rows),
         f"Stages of {_escaped(first.engine)}: {first.prompt_tokens} prompt tokens, "
@@ -123,8 +123,11 @@ def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def plain(value: object) -> str:
+    """A figure of four digits, without an exponent where it is large; other values as text."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 9999.5 else f"{value:,.0f}"
 
 
 class Traced(Protocol):

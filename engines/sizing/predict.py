@@ -244,6 +244,13 @@ def _notes(given: Format, machine: Machine) -> tuple[str, ...]:
 # -- for people ----------------------------------------------------------------------------------
 
 
+def report(source: str, found: Sequence[Prediction]) -> tuple[dict[str, object], list[str]]:
+    """Data and lines of `edgevlm plan`."""
+    from edgevlm.toolkit.strict import to_plain
+
+    return {"kind": "plan", "source": source, "plans": to_plain(list(found))}, lines(found)
+
+
 def lines(found: Sequence[Prediction]) -> list[str]:
     """A table of predictions, and what it rests on."""
     from edgevlm.toolkit.terminal.console import human_bytes, table

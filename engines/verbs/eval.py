@@ -9,6 +9,17 @@ import typer
 
 from edgevlm.toolkit.terminal.flags import Debug, Json, Quiet, Threads, opened_console
 
+
+def _complete(incomplete: str) -> list[str]:
+    from edgevlm.engines.evaluation.tasks import TASKS
+
+    return [name for name in ("list", *TASKS) if name.startswith(incomplete)]
+
+
+_Task = Annotated[
+    str,
+    typer.Argument(help="What to measure; `list` shows all tasks.", autocompletion=_complete),
+]
 _Data = Annotated[Optional[Path], typer.Option(help="The samples: one JSON object a line.")]
 _Images = Annotated[
     Optional[Path], typer.Option(help="Where image paths begin; default: beside the data.")
@@ -38,7 +49,7 @@ _Out = Annotated[Optional[Path], typer.Option(help="Write what --json prints, to
 def evaluate(
     context: typer.Context,
     engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
-    task: Annotated[str, typer.Argument(help="What to measure; `list` shows all tasks.")],
+    task: _Task,
     data: _Data = None,
     images: _Images = None,
     text: _Text = None,

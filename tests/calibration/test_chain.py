@@ -92,9 +92,9 @@ def test_the_encoder_of_masks_sees_its_own_pixels_and_their_decoder_stays_in_flo
     image = draw(tmp_path / "images", 5) / "04.png"
     bundle = Bundle.open(with_masks / "bundle")
     weights = systems.load(with_masks / "bundle", Options()).weights
-    chain = Chain(bundle.model, bundle.tokenizer())
+    chain = Chain(bundle.vlm, bundle.tokenizer())
     found = chain.run(Sample(image, "Where?"), Passage(weights, in_numpy()))
-    segmenter = bundle.model.segmenter
+    segmenter = bundle.vlm.segmenter
     assert segmenter is not None
     with Session.open(with_masks / "engine-cpu") as session:
         rgb = decode.load(image).rgb
@@ -103,7 +103,7 @@ def test_the_encoder_of_masks_sees_its_own_pixels_and_their_decoder_stays_in_flo
     for port, array in features.items():
         assert relative_difference(found[MASK_ENCODER][port], array) < 1e-4
     assert MASK_DECODER not in found
-    layers, plan = layers_of(bundle.model), plan_of(bundle.model, Settings("int8-static"))
+    layers, plan = layers_of(bundle.vlm), plan_of(bundle.vlm, Settings("int8-static"))
     kinds = {path.split("/")[0]: plan.at(path) for path in layers.flops if "head" not in path}
     assert kinds[MASK_ENCODER] == kinds["encoder.mlcd"] == "int8"
     assert kinds[MASK_DECODER] == "float"

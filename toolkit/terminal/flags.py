@@ -10,6 +10,24 @@ import typer
 if TYPE_CHECKING:
     from edgevlm.toolkit.terminal.console import Console
 
+
+def complete_target(incomplete: str) -> list[str]:
+    """Targets that begin so, after the last comma, for the shell."""
+    from edgevlm.toolkit.target import DEVICES
+
+    before, comma, last = incomplete.rpartition(",")
+    names = ("cpu", "cuda", "reference", *DEVICES)
+    return [f"{before}{comma}{name}" for name in names if name.startswith(last)]
+
+
+def complete_source(incomplete: str) -> list[str]:
+    """Presets that begin so, for the shell, which completes folders itself."""
+    from edgevlm.toolkit import systems
+
+    names = [f"preset:{name}" for name in systems.presets()]
+    return [name for name in names if name.startswith(incomplete)]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -82,7 +100,18 @@ ForceSeg = Annotated[
     bool, typer.Option("--force-seg", help="Answer [SEG], so that there is a mask (MLCD-Seg).")
 ]
 For = Annotated[
-    Optional[str], typer.Option("--for", help="Check against this target; no device needed.")
+    Optional[str],
+    typer.Option(
+        "--for",
+        help="Check against this target; no device needed.",
+        autocompletion=complete_target,
+    ),
+]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="Checkpoint folder, model id, bundle, or preset:NAME.", autocompletion=complete_source
+    ),
 ]
 Heads = Annotated[
     Optional[int],

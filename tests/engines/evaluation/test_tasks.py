@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from edgevlm import Question, Session
 from edgevlm.engines.evaluation import agreement, other, perplexity
 from edgevlm.engines.evaluation.tasks import TASKS, Request
 from edgevlm.toolkit.text.prompts import PromptSequence
+from tests.conftest import ROOT
 from tests.refusals import IMAGE, check_contract, edgevlm
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
@@ -229,3 +231,22 @@ def test_the_list_names_every_task_and_all_options_exist(engine: Path) -> None:
     assert [row["task"] for row in found["tasks"]] == list(TASKS)
     known = set(Request.__dataclass_fields__)
     assert {option for task in TASKS.values() for option in (*task.needs, *task.takes)} <= known
+
+
+def test_the_snippet_of_the_page_runs(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs/evaluation.md").read_text()
+    code = re.search(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert code is not None
+    (tmp_path / "engine").symlink_to(engine)
+    lines(tmp_path / "vqa.jsonl", {"image": str(IMAGE), "question": "?", "answer": "x"})
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(compile(code[1], "docs/evaluation.md", "exec"), found)
+    assert found["result"]["samples"] == 1
+
+
+def test_the_page_names_every_task_and_the_keys_of_its_samples() -> None:
+    page = (ROOT / "docs/evaluation.md").read_text()
+    assert [name for name in TASKS if f"| `{name}` |" not in page] == []
