@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from edgevlm.calibration import command as calibration
-from edgevlm.engines.verbs import chat, profile, run, serve, verify
+from edgevlm.engines.verbs import chat, deploy, profile, run, serve, verify
 from edgevlm.toolkit.terminal.flags import (
     AcceptLoss,
     Base,
@@ -216,13 +216,15 @@ def doctor(
     opened_console(as_json, quiet).result(*report(__version__))
 
 
+# Those that need an engine alone.
 for _verb in (
     run.run,
     chat.chat,
     serve.serve,
+    deploy.deploy,
     profile.profile,
     verify.verify,
-):  # those that need an engine alone
+):
     app.command()(_verb)
 
 
