@@ -55,7 +55,7 @@ def _ray(engine: Path, d: Deployment) -> str:
     text = json.dumps
     return f"""\
 # edgevlm on Ray Serve. One machine: serve run serve.yaml; a cluster: serve deploy serve.yaml.
-# Every machine needs edgevlm[cpu,serve], Ray, and the engine at the same path.
+# Every machine needs edgevlm[cpu,ray], and the engine at the same path.
 proxy_location: EveryNode
 http_options:
   host: {text(d.host)}
