@@ -14,7 +14,7 @@ try:
     import typer
 
     from edgevlm.calibration import command as calibration
-    from edgevlm.engines.verbs import chat, embed, profile, run, serve, verify
+    from edgevlm.engines.verbs import chat, deploy, embed, profile, run, serve, verify
     from edgevlm.engines.verbs import eval as evaluation
     from edgevlm.engines.verbs import selftest as trying
     from edgevlm.toolkit.terminal import flags
@@ -281,14 +281,16 @@ def doctor(
     console.result(*(report(__version__) if path is None else examined(path)))
 
 
+# Those that need an engine alone.
 for _verb in (
     run.run,
     chat.chat,
     serve.serve,
+    deploy.deploy,
     profile.profile,
     verify.verify,
     embed.embed,
-):  # those that need an engine alone
+):
     app.command()(_verb)
 app.command("eval")(evaluation.evaluate)
 

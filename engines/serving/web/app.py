@@ -255,6 +255,10 @@ _BODY = {
     "required": True,
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}},
 }
+_ANSWERS = {
+    "description": "a chat.completion, or with `stream` its chunks",
+    "content": {"application/json": {}, "text/event-stream": {}},
+}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": "an error in OpenAI's words"}
     for status in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
@@ -265,7 +269,7 @@ def _add_chat(app: FastAPI, server: Server) -> None:
     @app.post(
         "/v1/chat/completions",
         openapi_extra={"requestBody": _BODY},
-        responses=_ERRORS,
+        responses=_ERRORS | {200: _ANSWERS},
         response_class=JSONResponse,
     )
     async def chat(request: Request) -> Response:

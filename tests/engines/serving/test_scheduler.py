@@ -50,11 +50,21 @@ def test_answers_do_not_depend_on_what_else_is_answered(
     slots: int, session: Session, alone: list[tuple[int, ...]]
 ) -> None:
     with scheduling(session, Limits(slots=slots, queue=50)) as scheduler:
-        for order in (slice(None), slice(None, None, -1)):
-            found = all_tokens(scheduler, list(QUESTIONS[order]) * 4)
-            assert found == alone[order] * 4
+        for step in (1, -1):
+            found = all_tokens(scheduler, QUESTIONS[::step] * 4)
+            assert found == alone[::step] * 4
         assert scheduler.counts.answered == 48
         assert scheduler.active == scheduler.waiting == 0
+
+
+def test_slots_that_cannot_be_moved_are_decoded_where_they_are(
+    session: Session, alone: list[tuple[int, ...]]
+) -> None:
+    """As those of a graphics card."""
+    with scheduling(session) as scheduler:
+        scheduler.slots.movable = False
+        assert all_tokens(scheduler, QUESTIONS * 3) == alone * 3
+        assert scheduler.counts.reused_tokens > 0  # of the slot itself
 
 
 def test_rounded_rows_are_filled_up_so_that_answers_stay_the_same(rounded: Path) -> None:
