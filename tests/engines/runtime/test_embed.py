@@ -244,8 +244,11 @@ def test_a_profile_has_the_tower_s_stages(engine: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_states_the_time_of_an_image(engine: Path) -> None:
-    found = called("build", engine.parent / "bundle", engine.parent / "no", "--dry-run")
+    """Of every card of the target, from its vendor's figures: nothing is measured."""
+    there = "--target", "onnxruntime-cuda@1.31.1/sm_89"
+    found = called("build", engine.parent / "bundle", engine.parent / "no", "--dry-run", *there)
     assert found["memory"]["cache_bytes"] == 0
-    (time_here,) = found["time"].values()
-    assert time_here["time_to_first_token_ms"] > 0
-    assert time_here["prompt_tokens"] == 0
+    assert found["time"]
+    for card in found["time"].values():
+        assert card["peak_gflop_s"] > 0
+        assert card["prompt_tokens"] == card["inter_token_latency_ms"] == 0

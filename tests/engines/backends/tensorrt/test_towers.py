@@ -15,8 +15,7 @@ from tests.engines.backends.tensorrt.conftest import Install
 from tests.towers.test_alone import tiny
 
 
-@pytest.mark.parametrize("kind", ["unicom", "mlcd"])
-@pytest.mark.parametrize("release", ["10.3.0", "11.4.0.106", "rtx-1.7.1.116"])
+@pytest.mark.parametrize(("release", "kind"), [("10.3.0", "unicom"), ("rtx-1.7.1.116", "mlcd")])
 def test_a_tower_embeds_in_batches(
     release: str, kind: str, install: Install, tmp_path: Path, generator: np.random.Generator
 ) -> None:
