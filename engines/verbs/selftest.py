@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -55,8 +56,8 @@ def tried(
 ) -> tuple[dict[str, Any], list[str]]:
     """Try what was asked for and write the report; its data and lines.
 
-    record: of build.selftest. Raises ConfigError where nothing was asked for, AccuracyError after
-    the report is written where something is not right.
+    record: of build.selftest. Raises ConfigError where nothing was asked for, OutputError where the
+    report cannot be written, AccuracyError after it is, where something is not right.
     """
     from edgevlm.engines.build import selftest
     from edgevlm.engines.build.plugins import named
@@ -68,12 +69,12 @@ def tried(
             "selftest has nothing to try", hint="give an engine, or --plugins all, or both"
         )
     found: dict[str, Any] = {}
+    file = _checked(report or Path(f"edgevlm-selftest-{datetime.now():%Y%m%d-%H%M%S}.json"))
     if plugins is not None:
         names = tuple(FOLDERS) if plugins == "all" else named(plugins)
         found |= selftest.of_plugins(names, record, progress, small=small)
     if engine is not None:
         found |= selftest.of_engine(engine, progress)
-    file = report or Path(f"edgevlm-selftest-{datetime.now():%Y%m%d-%H%M%S}.json")
     data = selftest.report(made_by, found)
     file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     wrong = _wrong(data)
@@ -82,6 +83,26 @@ def tried(
             f"not right here: {'; '.join(wrong)}", hint=f"please report it with {file}"
         )
     return data, [*_lines(data), f"report: {file}"]
+
+
+def _checked(file: Path) -> Path:
+    """Where the report goes. Raises OutputError, before the work, if it cannot be written there, or
+    would replace what is no report of this verb.
+    """
+    from edgevlm.toolkit.errors import ConfigError, OutputError
+    from edgevlm.toolkit.strict import read_json
+
+    try:
+        ours = not file.exists() or read_json(file).get("kind") == "selftest"
+    except ConfigError:
+        ours = False
+    if not ours:
+        raise OutputError(
+            f"{file} exists and is no report of ours; it is left alone", hint="name another file"
+        )
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise OutputError(f"{file} cannot be written", hint="name a file in a folder of yours")
+    return file
 
 
 def _wrong(data: dict[str, Any]) -> list[str]:

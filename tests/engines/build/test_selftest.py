@@ -145,6 +145,14 @@ def test_without_a_card_it_says_what_is_missing(
         selftest.of_plugins(OPS, probe.written, lambda _: None)
     shell("selftest", code=1)
     assert "selftest has nothing to try" in shell.errors
+    other = tmp_path / "other.json"
+    for text in ("{}", "no report"):
+        other.write_text(text)
+        shell("selftest", "--plugins", "all", "--report", other, code=1)
+        assert "is no report of ours" in shell.errors
+        assert other.read_text() == text
+    shell("selftest", "--plugins", "all", "--report", tmp_path / "nowhere/r.json", code=1)
+    assert "cannot be written" in shell.errors
     shell("selftest", "--plugins", "SwiGLU", code=1)
     assert "there is no such plugin" in shell.errors
 
