@@ -22,7 +22,7 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c c
 BENCHMARKS := start_up export lm_decode precision train_step
 BINDINGS := 10.13.3.9 11.4.0.106
 HEADERS := v10.3.0 v11.1
-CODE := __init__.py api.py cli.py toolkit export engines training calibration tests examples benchmarks
+CODE := __init__.py api.py cli.py requantize.py sizing.py toolkit export engines training calibration tests examples benchmarks
 
 .NOTPARALLEL:
 .PHONY: demo demo-exact test test-rtx test-kernels fuzz gpu check types bench wheel clean distclean

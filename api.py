@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgevlm.engines.lowering.capabilities import Decision
     from edgevlm.engines.manifest import Engine
     from edgevlm.toolkit.bundle.manifest import Bundle
-    from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+    from edgevlm.toolkit.checkpoints.layouts.source import AnySource, Options, Source
     from edgevlm.toolkit.quantization.plan import PrecisionPlan
     from edgevlm.training.run import Result
 
@@ -41,11 +41,13 @@ def read_options(
     max_context: int | None = None,
     offline: bool = False,
     base: str | Path | None = None,
+    heads: int | None = None,
+    pooling: str | None = None,
 ) -> Options:
     """How a checkpoint is to be read; torch files too, where torch is installed.
 
     vision_tower: a folder, a weight file or a model id. base: a folder or a model id. offline:
-    download neither.
+    download neither. heads, pooling: of a vision tower by itself.
     """
     from edgevlm.toolkit.checkpoints.layouts.source import Options
     from edgevlm.training import torch_files
@@ -59,6 +61,8 @@ def read_options(
         tuple(quirks),
         offline,
         None if base is None else Path(base),
+        heads=heads,
+        pooling=pooling,
     )
 
 
@@ -69,21 +73,23 @@ def open_source(
     random_weights: bool = False,
     seed: int = 0,
     revision: str | None = None,
-    offline: bool = False,
-) -> Source:
-    """A checkpoint folder, a model id, a bundle, or preset:NAME with random weights.
+) -> AnySource:
+    """A checkpoint folder, a tower's folder or weight file, a model id, a bundle, or preset:NAME
+    with random weights. A model id is downloaded unless `options.offline`.
 
     Raises ConfigError, CheckpointError or BundleError.
     """
     from edgevlm.toolkit import systems
+    from edgevlm.toolkit.bundle import trained
     from edgevlm.toolkit.checkpoints import hub
 
     text = str(source)
     systems.check_weights(text, random_weights)
     name = text.removeprefix("preset:")
     if name != text:
-        return systems.preset(name, seed, options)
-    return systems.load(hub.locate(text, revision=revision, offline=offline), options)
+        return systems.any_preset(name, seed, options)
+    folder = hub.locate_model(text, revision=revision, offline=options.offline)
+    return systems.load_any(trained.verified(folder), options)
 
 
 def export_bundle(
@@ -102,13 +108,16 @@ def export_bundle(
     revision: str | None = None,
     offline: bool = False,
     target: str | None = None,
+    heads: int | None = None,
+    pooling: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Write `source` as the bundle `out`, as `edgevlm export` does, and open it.
 
-    source: a checkpoint folder, a model id or preset:NAME. target: refuse what that target cannot
-    run. Raises ToolkitError; nothing half-written stays.
+    source: a checkpoint folder, a tower's weight file, a model id or preset:NAME. target: refuse
+    what that target cannot run. heads, pooling: of a vision tower by itself. Raises ToolkitError;
+    nothing half-written stays.
     """
     from edgevlm.export import available
     from edgevlm.toolkit.bundle.manifest import Bundle
@@ -122,6 +131,8 @@ def export_bundle(
         quirks=quirks,
         max_context=max_context,
         offline=offline,
+        heads=heads,
+        pooling=pooling,
     )
     model = open_source(
         source,
@@ -129,7 +140,6 @@ def export_bundle(
         random_weights=random_weights,
         seed=seed,
         revision=revision,
-        offline=offline,
     )
     lint(model, dtype, target)
     write_source(model, source, out, dtype=dtype, force=force, progress=progress)
@@ -137,7 +147,7 @@ def export_bundle(
 
 
 def write_source(
-    model: Source,
+    model: AnySource,
     source: str | Path,
     out: str | Path,
     *,
@@ -160,7 +170,7 @@ def write_source(
     )
 
 
-def lint(model: Source, dtype: str, target: str | None) -> list[Decision]:
+def lint(model: AnySource, dtype: str, target: str | None) -> list[Decision]:
     """How a target would lower an opened source. Raises UnsupportedError for what it lacks."""
     if target is None:
         return []
@@ -180,37 +190,30 @@ def build_request(
     precision: str | None = None,
     tune: bool = True,
     keep_slower: bool = False,
+    keep_float: Sequence[str] = (),
     accept_loss: float | None = None,
+    plugins: str = "none",
+    strip_weights: bool = False,
     bisect: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Request:
     """The request of `edgevlm build`; `precision` adds the recorder of the requantized model."""
     from edgevlm import requantize
+    from edgevlm.engines.backends import BuildOptions
     from edgevlm.engines.build.build import Request
+    from edgevlm.engines.build.plugins import chosen
     from edgevlm.toolkit.target import parse
 
     parsed = parse(target)
+    taken = chosen(plugins, Path(bundle), parsed, progress or _silent)
+    how = requantize.How(tune, keep_slower, tuple(keep_float))
+    options = BuildOptions(taken, strip_weights)
     requantization, tuning = requantize.chosen(
-        Path(bundle),
-        precision,
-        parsed,
-        progress or _silent,
-        made_by=made_by(),
-        tune=tune,
-        keep_slower=keep_slower,
+        Path(bundle), precision, parsed, progress or _silent, made_by(), how
     )
-    return Request(
-        parsed,
-        max_context,
-        force,
-        made_by(),
-        max_image_tiles,
-        bisect,
-        requantization,
-        accept_loss,
-        tuning,
-    )
+    chosen_here = requantization, accept_loss, tuning, options
+    return Request(parsed, max_context, force, made_by(), max_image_tiles, bisect, *chosen_here)
 
 
 def build_engine(
@@ -223,7 +226,10 @@ def build_engine(
     precision: str | None = None,
     tune: bool = True,
     keep_slower: bool = False,
+    keep_float: Sequence[str] = (),
     accept_loss: float | None = None,
+    plugins: str = "none",
+    strip_weights: bool = False,
     bisect: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -231,10 +237,11 @@ def build_engine(
     """Build a bundle into the engine `out`, as `edgevlm build` does; what engine.json holds.
 
     tune: time number formats on this machine, see docs/cli.md. keep_slower: low precision where
-    float is faster, too. accept_loss: the relative rms error against the float model that rounded
-    weights may have, in place of the limit of `precision`; beyond it the build raises
-    AccuracyError. An engine of the same bundle and options that exists at `out` is kept. Raises
-    ToolkitError; nothing half-written stays.
+    float is faster, too. keep_float: globs over paths of layers that `precision` leaves in float.
+    accept_loss: the relative rms error against the float model that rounded weights may have, in
+    place of the limit of `precision`; beyond it the build raises AccuracyError. plugins:
+    "NAME,...", "none" or "auto". An engine of the same bundle and options that exists at `out` is
+    kept. Raises ToolkitError; nothing half-written stays.
     """
     from edgevlm.engines.build.build import build
 
@@ -246,7 +253,10 @@ def build_engine(
         precision=precision,
         tune=tune,
         keep_slower=keep_slower,
+        keep_float=keep_float,
         accept_loss=accept_loss,
+        plugins=plugins,
+        strip_weights=strip_weights,
         bisect=bisect,
         force=force,
         progress=progress,
@@ -358,9 +368,10 @@ def _begun(model: str, options: Options, *, random_weights: bool, seed: int) -> 
     """The model that a run begins with; its origin remembers the folder."""
     from dataclasses import replace
 
-    source = open_source(
-        model, options, random_weights=random_weights, seed=seed, offline=options.offline
-    )
+    from edgevlm.toolkit.checkpoints.layouts.source import with_language_model
+
+    opened = open_source(model, options, random_weights=random_weights, seed=seed)
+    source = with_language_model(opened, model)
     if random_weights:
         return source
     return replace(source, origin={"folder": model, **source.origin})
@@ -376,22 +387,12 @@ def inspect(path: Path) -> tuple[Any, list[str]]:
     """What a path is: data, and lines for people. Raises BundleError if it is nothing we know."""
     from edgevlm.engines import manifest
     from edgevlm.engines.build import summary as engine_summary
-    from edgevlm.toolkit.bundle import trained
-    from edgevlm.toolkit.bundle.manifest import MANIFEST
     from edgevlm.toolkit.terminal import summary
     from edgevlm.training import torch_files
 
     if (path / manifest.DESCRIPTION).exists():
         return engine_summary.inspect_engine(path)
-    if (path / MANIFEST).exists():
-        return summary.inspect_bundle(path)
-    if path.suffix == ".json" and path.is_file():
-        return summary.inspect_profile(path)
-    if trained.is_trained(path):
-        return summary.inspect_trained(path)
-    if (path / "config.json").exists():
-        return summary.inspect_checkpoint(path, torch_files.reader())
-    raise summary.unknown(path)
+    return summary.inspect(path, torch_files.reader())
 
 
 def _silent(message: str) -> None:

@@ -14,29 +14,10 @@ try:
     import typer
 
     from edgevlm.calibration import command as calibration
-    from edgevlm.engines.verbs import profile, run, verify
-    from edgevlm.toolkit.terminal.flags import (
-        AcceptLoss,
-        Base,
-        Bisect,
-        Context,
-        Debug,
-        DryRun,
-        For,
-        Force,
-        IgnoreKey,
-        Json,
-        KeepSlower,
-        LowPrecision,
-        NoTune,
-        Offline,
-        Quiet,
-        Quirk,
-        RandomWeights,
-        System,
-        Tower,
-        opened_console,
-    )
+    from edgevlm.engines.verbs import chat, embed, profile, run, serve, verify
+    from edgevlm.engines.verbs import eval as evaluation
+    from edgevlm.engines.verbs import selftest as trying
+    from edgevlm.toolkit.terminal import flags
     from edgevlm.training import command
 except KeyboardInterrupt:  # these take a tenth of a second
     print("error: interrupted; nothing half-written was left behind", file=sys.stderr)
@@ -58,22 +39,24 @@ def export(
     source: Annotated[str, typer.Argument(help="Checkpoint folder, model id, or preset:NAME.")],
     out: Annotated[Path, typer.Argument(help="The bundle to write.")],
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
-    max_context: Context = None,
-    system: System = None,
-    vision_tower: Tower = None,
-    base: Base = None,
-    ignore_key: IgnoreKey = None,
-    quirk: Quirk = None,
-    random_weights: RandomWeights = False,
+    max_context: flags.Context = None,
+    system: flags.System = None,
+    vision_tower: flags.Tower = None,
+    base: flags.Base = None,
+    ignore_key: flags.IgnoreKey = None,
+    quirk: flags.Quirk = None,
+    random_weights: flags.RandomWeights = False,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     revision: Annotated[Optional[str], typer.Option(help="Revision of a model id.")] = None,
-    offline: Offline = False,
-    for_target: For = None,
-    dry_run: DryRun = False,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    offline: flags.Offline = False,
+    for_target: flags.For = None,
+    heads: flags.Heads = None,
+    pooling: flags.Pooling = None,
+    dry_run: flags.DryRun = False,
+    force: flags.Force = False,
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Write a model as a bundle: ONNX per component, safetensors, goldens."""
     from edgevlm import api
@@ -83,7 +66,7 @@ def export(
     from edgevlm.toolkit.target import parse
     from edgevlm.toolkit.terminal import summary
 
-    console = opened_console(as_json, quiet, context)
+    console = flags.opened_console(as_json, quiet, context)
     available.check_dtype(dtype)
     if for_target is not None:
         parse(for_target)
@@ -95,14 +78,11 @@ def export(
         quirks=quirk or (),
         max_context=max_context,
         offline=offline,
+        heads=heads,
+        pooling=pooling,
     )
     model = api.open_source(
-        source,
-        options,
-        random_weights=random_weights,
-        seed=seed,
-        revision=revision,
-        offline=offline,
+        source, options, random_weights=random_weights, seed=seed, revision=revision
     )
     decisions = api.lint(model, dtype, for_target)
     if dry_run:
@@ -118,30 +98,33 @@ def build(
     bundle: Annotated[Path, typer.Argument(help="A bundle made by `export`.")],
     out: Annotated[Path, typer.Argument(help="The engine to write.")],
     target: Annotated[str, typer.Option(help="cpu, reference, a device or BACKEND/ARCH.")] = "cpu",
-    max_context: Context = None,
+    max_context: flags.Context = None,
     max_image_tiles: Annotated[
         Optional[int], typer.Option(help="Most tiles of an image; default: the model's.")
     ] = None,
-    precision: LowPrecision = None,
-    no_tune: NoTune = False,
-    keep_slower: KeepSlower = False,
-    accept_loss: AcceptLoss = None,
-    bisect: Bisect = False,
+    precision: flags.LowPrecision = None,
+    no_tune: flags.NoTune = False,
+    keep_slower: flags.KeepSlower = False,
+    keep_float: flags.KeepFloat = None,
+    accept_loss: flags.AcceptLoss = None,
+    plugins: flags.Plugins = "none",
+    strip_weights: flags.StripWeights = False,
+    bisect: flags.Bisect = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show how each op is lowered, and why.")
     ] = False,
-    dry_run: DryRun = False,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    dry_run: flags.DryRun = False,
+    force: flags.Force = False,
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Compile a bundle for one target and check it against its goldens."""
     from edgevlm import api
     from edgevlm.engines.build import build as builder
     from edgevlm.engines.build import summary
 
-    console = opened_console(as_json, quiet, context)
+    console = flags.opened_console(as_json, quiet, context)
     request = api.build_request(
         bundle,
         target=target,
@@ -150,7 +133,10 @@ def build(
         precision=precision,
         tune=not no_tune,
         keep_slower=keep_slower,
+        keep_float=keep_float or (),
         accept_loss=accept_loss,
+        plugins=plugins,
+        strip_weights=strip_weights,
         bisect=bisect,
         force=force,
         progress=console.step,
@@ -165,12 +151,14 @@ def build(
 @app.command()
 @calibration.verb
 def calibrate(**given: Any) -> None:
-    from edgevlm import api
+    from edgevlm import api, requantize
 
-    console = opened_console(given.pop("as_json"), given.pop("quiet"))
-    report = given.pop("report")
+    console = flags.opened_console(given.pop("as_json"), given.pop("quiet"))
+    report, measure = calibration.checked_report(given.pop("report")), given.pop("measure")
     found = api.calibrate(progress=console.step, **given)
-    data, lines, following = calibration.summary(found, given["bundle"], given["out"])
+    where = given["bundle"], given["out"]
+    times = requantize.latency(*where, console.step) if measure else ()
+    data, lines, following = calibration.summary(found, *where, times)
     calibration.write_report(report, data)
     console.result(data, lines, following)
 
@@ -181,46 +169,115 @@ def train(**given: Any) -> None:
     from edgevlm import api
 
     as_json, quiet = given.pop("as_json"), given.pop("quiet")
-    console = opened_console(as_json, quiet)
+    console = flags.opened_console(as_json, quiet)
     if given["stage"] == "list":
         console.result(*command.listing())
         return
     command.require(given)
     towers = given.pop("tower") or ()
-    flags = {name: value for name, value in given.items() if value is not None}
-    result = api.train(towers=towers, progress=console.step, quiet=quiet or as_json, **flags)
+    asked = {name: value for name, value in given.items() if value is not None}
+    result = api.train(towers=towers, progress=console.step, quiet=quiet or as_json, **asked)
     if result.process == 0:
         console.result(*command.summary(result))
 
 
 @app.command()
+@trying.verb
+def selftest(**given: Any) -> None:
+    from edgevlm import api
+
+    def record(*parts: Any) -> Any:
+        from edgevlm.export import available
+
+        available.check()
+        from edgevlm.export import probe
+
+        return probe.written(*parts)
+
+    console = flags.opened_console(given.pop("as_json"), given.pop("quiet"))
+    given |= {"made_by": api.made_by(), "record": record, "progress": console.step}
+    console.result(*trying.tried(**given))
+
+
+@app.command()
+def plan(
+    source: Annotated[str, typer.Argument(help="Checkpoint, model id, bundle, or preset:NAME.")],
+    target: Annotated[str, typer.Option(help="Devices with commas between; cpu: this one; all.")],
+    precision: Annotated[
+        Optional[str], typer.Option(help="fp32, fp16, bf16, int8, int4, ...; several with commas.")
+    ] = None,
+    max_context: flags.Context = None,
+    image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the image.")] = "640x480",
+    prompt_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the answer.")] = 64,
+    system: flags.System = None,
+    vision_tower: flags.Tower = None,
+    base: flags.Base = None,
+    ignore_key: flags.IgnoreKey = None,
+    revision: Annotated[Optional[str], typer.Option(help="Revision of a model id.")] = None,
+    offline: flags.Offline = False,
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
+) -> None:
+    """Predict memory and speed on devices that are not at hand."""
+    from edgevlm import api, sizing
+
+    console = flags.opened_console(as_json, quiet)
+    reading = api.read_options(
+        system=system,
+        vision_tower=vision_tower,
+        base=base,
+        ignore_keys=ignore_key or (),
+        offline=offline,
+    )
+    asked = sizing.Question(max_context, prompt_tokens, max_tokens, image_size)
+    found = sizing.plan(source, target, precision, asked, reading, revision)
+    console.result(*sizing.report(source, found))
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint, bundle, engine or saved profile.")],
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Describe a checkpoint, bundle, engine or profile: components, sizes, ports, origin."""
     from edgevlm import api
 
-    opened_console(as_json, quiet).result(*api.inspect(path))
+    flags.opened_console(as_json, quiet).result(*api.inspect(path))
 
 
 @app.command()
 def doctor(
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    path: Annotated[
+        Optional[Path],
+        typer.Argument(help="An engine, bundle or trained checkpoint: is it as it was written?"),
+    ] = None,
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
 ) -> None:
-    """Show what this machine can do, what is missing, and how to install it."""
+    """Show what this machine can do, or whether PATH is damaged."""
     from edgevlm import __version__
+    from edgevlm.engines.build.summary import examined
     from edgevlm.toolkit.terminal.doctor import report
 
-    opened_console(as_json, quiet).result(*report(__version__))
+    console = flags.opened_console(as_json, quiet)
+    console.result(*(report(__version__) if path is None else examined(path)))
 
 
-for _verb in (run.run, profile.profile, verify.verify):  # those that need an engine alone
+for _verb in (
+    run.run,
+    chat.chat,
+    serve.serve,
+    profile.profile,
+    verify.verify,
+    embed.embed,
+):  # those that need an engine alone
     app.command()(_verb)
+app.command("eval")(evaluation.evaluate)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,24 +1,43 @@
 """What `build --precision` connects: the bundle's model recorded again in fewer bits, each part in
-the number format that runs fastest on this machine.
+the number format that runs fastest on this machine; and what that makes of the time of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edgevlm.engines.build.build import Requantization, Tuning
+    from edgevlm.engines.build.latency import Latency
     from edgevlm.engines.build.second_form import SecondForm
     from edgevlm.engines.build.tune import Choice
-    from edgevlm.toolkit.checkpoints.layouts.source import Source
+    from edgevlm.toolkit.checkpoints.layouts.source import AnySource, Source
     from edgevlm.toolkit.quantization.plan import PrecisionPlan
     from edgevlm.toolkit.target import Target
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class How:
+    """tune: measure on this machine, else take the table's formats. keep_slower: low precision
+    where float is faster, too. keep_float: globs over paths of layers that stay in float.
+    """
+
+    tune: bool = True
+    keep_slower: bool = False
+    keep_float: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """As given on the command line."""
+        globs = (word for glob in self.keep_float for word in ("--keep-float", glob))
+        switches = {"--no-tune": not self.tune, "--keep-slower": self.keep_slower}
+        return (*(name for name, given in switches.items() if given), *globs)
 
 
 def chosen(
@@ -26,23 +45,25 @@ def chosen(
     precision: str | None,
     target: Target,
     progress: Progress,
-    *,
     made_by: str,
-    tune: bool,
-    keep_slower: bool,
+    how: How,
 ) -> tuple[Requantization | None, Tuning]:
     """What a build records again, and how it chose number formats.
 
     precision: int8 and int4 are tuned, other names are fixed; with None a bundle that has its
-    language model in 4 bits may get a second form for prompts. tune: measure on this machine, else
-    take the table's formats. keep_slower: low precision where float is faster, too. Raises
-    ConfigError, MissingExtra or BundleError.
+    language model in 4 bits may get a second form for prompts. Raises ConfigError, MissingExtra or
+    BundleError.
     """
     from edgevlm.engines.build.build import Requantization, Tuning
+    from edgevlm.toolkit.errors import ConfigError
 
-    options = ("--no-tune",) * (not tune) + ("--keep-slower",) * keep_slower
     if precision is None:
-        return None, _prompts_alone(bundle, target, progress, made_by, options)
+        if how.keep_float:
+            raise ConfigError(
+                f"--keep-float {how.keep_float[0]} has no effect: no weight is rounded",
+                hint="leave it out, or add --precision",
+            )
+        return None, _prompts_alone(bundle, target, progress, made_by, how)
     from edgevlm.calibration import unsampled, weight_only
     from edgevlm.engines.lowering import capabilities
     from edgevlm.export import available
@@ -53,12 +74,13 @@ def chosen(
     available.check()
     from edgevlm.export import write
 
-    plan, tuning = weight_only.plan(precision), Tuning(options)
-    source = systems.load(bundle, Options())
+    source = systems.load_any(bundle, Options())
+    plan, tuning = weight_only.plan_for(precision, source.model), Tuning(how.options)
     if precision in weight_only.KINDS and not source.plan.precisions:
-        found = _measured(source, precision, target, progress, options)
-        plan = weight_only.chosen(source.model.lm.name, found.forms)
-        tuning = _tuning(source, found, options, made_by, progress)
+        found = _measured(source, precision, target, progress, how)
+        plan = weight_only.chosen(source.model, found.forms)
+        tuning = _tuning(source, found, how, made_by, progress)
+    plan = weight_only.keeping(plan, source.model, how.keep_float)
     source = replace(source, plan=plan)
     dtype = capabilities.of(target).computes_in(Bundle.open(bundle).manifest.dtype)
 
@@ -70,22 +92,30 @@ def chosen(
     return Requantization(precision, plan, writing, partial(write.graphs, source, dtype)), tuning
 
 
-def _measured(
-    source: Source, kind: str, target: Target, progress: Progress, options: tuple[str, ...]
-) -> Choice:
+def latency(before: Path, after: Path, progress: Progress) -> tuple[Latency, ...]:
+    """What the components of a bundle take on this machine, and those of what was calibrated of it.
+
+    Raises MissingExtra, OutputError or OutOfMemory.
+    """
+    from edgevlm.engines.build import latency as timing
+
+    return timing.measured(before, after, progress)
+
+
+def _measured(source: AnySource, kind: str, target: Target, progress: Progress, how: How) -> Choice:
     """The fastest formats, or the table's where they are not to be measured or cannot be here."""
     from edgevlm.engines.build import tune
     from edgevlm.engines.build.timings import Timings
     from edgevlm.export import probe
 
-    if "--no-tune" in options or not _runs_here(target):
+    if not how.tune or not _runs_here(target):
         return tune.untuned(source.model, kind, target)
-    timings, keep_slower = Timings(target, probe.linears), "--keep-slower" in options
-    return tune.tuned(source.model, kind, timings, progress, keep_slower=keep_slower)
+    timings = Timings(target, probe.linears)
+    return tune.tuned(source.model, kind, timings, progress, keep_slower=how.keep_slower)
 
 
 def _prompts_alone(
-    bundle: Path, target: Target, progress: Progress, made_by: str, options: tuple[str, ...]
+    bundle: Path, target: Target, progress: Progress, made_by: str, how: How
 ) -> Tuning:
     """A second form of a bundle's language model, if its layers are in 4 bits."""
     from edgevlm.engines.build import tune
@@ -96,28 +126,29 @@ def _prompts_alone(
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import Options
 
-    tuned = "--no-tune" not in options and _runs_here(target)
+    tuned = how.tune and _runs_here(target)
     if not tuned or "int4_weights" not in Bundle.open(bundle).manifest.plan.precisions:
-        return Tuning(options)
+        return Tuning(how.options)
     available.check()
     from edgevlm.export import probe
 
     source = systems.load(bundle, Options())
     found = tune.tuned_prompts(source.model, Timings(target, probe.linears), progress)
-    return _tuning(source, found, options, made_by, progress)
+    return _tuning(source, found, how, made_by, progress)
 
 
-def _tuning(
-    source: Source, found: Choice, options: tuple[str, ...], made_by: str, progress: Progress
-) -> Tuning:
+def _tuning(source: AnySource, found: Choice, how: How, made_by: str, progress: Progress) -> Tuning:
     from edgevlm.calibration import weight_only
     from edgevlm.engines.build.build import Tuning
+    from edgevlm.toolkit.checkpoints.layouts.source import Source
+    from edgevlm.toolkit.quantization.plan import Rule
 
     prompts = None
-    if found.prompts is not None:
+    if found.prompts is not None and isinstance(source, Source):
         plan = weight_only.of_lm(source.model.lm.name, found.prompts)
+        plan = replace(plan, rules=(*plan.rules, *(Rule(x, "float") for x in how.keep_float)))
         prompts = _second_form(replace(source, plan=plan), plan, made_by, progress)
-    return Tuning(options, found.trials, found.notes, prompts)
+    return Tuning(how.options, found.trials, found.notes, prompts)
 
 
 def _second_form(

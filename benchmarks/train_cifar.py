@@ -181,7 +181,7 @@ def compare(system: str, work: Path, asked: Sequence[Question]) -> dict[str, Any
     from edgevlm import api
 
     checkpoint, bundle = work / f"{system}-trained", work / f"{system}-bundle"
-    model = api.export_bundle(checkpoint, bundle, force=True).model
+    model = api.export_bundle(checkpoint, bundle, force=True).vlm
     ids, texts = by_torch(checkpoint, asked)
     found = {"torch": accuracy(asked, texts)}
     changed = 0

@@ -79,14 +79,14 @@ class Made:
     @property
     def loss(self) -> float:
         """The loss of the language model that the build measured on random tokens; 0 in float."""
-        lm = self.engine.parsed_model().lm.name
+        lm = self.engine.parsed_vlm().lm.name
         losses = self.engine.build.precision_losses
         return max((x for name, x in losses.items() if name.startswith(lm)), default=0.0)
 
     @property
     def format(self) -> str:
         """How the language model's linears are computed."""
-        lm = lm_component(self.engine.parsed_model().lm)
+        lm = lm_component(self.engine.parsed_vlm().lm)
         keys = [k.removesuffix(".weight") for k, shape in lm.shapes.items() if len(shape) == 2]
         paths = [f"{lm.name}/{_path(k)}" for k in keys if k.startswith("layers.")]
         second = self.engine.prompt_form
@@ -97,7 +97,7 @@ class Made:
     @property
     def lm_mb(self) -> float:
         """The language model's weights, both forms."""
-        lm = self.engine.parsed_model().lm.name
+        lm = self.engine.parsed_vlm().lm.name
         records = [r for r in self.engine.components if r.name == lm]
         second = self.engine.prompt_form
         files = {r.weights for r in (*records, *([second.record] if second else []))}

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from edgevlm.calibration import greedy
+from edgevlm.calibration.chain import ANSWER
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
@@ -124,7 +126,9 @@ class Whole:
     model's beside the rounded one's, errors of earlier components included.
 
     kl, same: sums over `scored` positions of logits; losses: sums of the negative log-likelihood
-    of the tokens that follow `read` of them, which are of texts, in float and rounded.
+    of the tokens that follow `read` of them, which are of texts, in float and rounded. answers: of
+    the float model that both read; same_answers: those that the rounded one gives; same_tokens:
+    those before it would say something else, in all.
     """
 
     layers: dict[str, LayerError] = field(default_factory=dict)
@@ -134,6 +138,9 @@ class Whole:
     scored: int = 0
     losses: tuple[float, float] = (0.0, 0.0)
     read: int = 0
+    answers: int = 0
+    same_answers: int = 0
+    same_tokens: int = 0
 
     def add(
         self,
@@ -145,6 +152,9 @@ class Whole:
         for name, outputs in plain.items():
             for port, a in outputs.items():
                 b = rounded[name][port]
+                if port == ANSWER:
+                    self._answer(a[0].argmax(-1), b[0].argmax(-1))
+                    continue
                 if port == _CENTERED:
                     self._logits(a[0], b[0], following)
                     a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
@@ -161,7 +171,8 @@ class Whole:
         for path, error in self.layers.items():
             found["layer " + path] = np.array([*error.compared.sums, float(error.rows)])
             found["shift " + path] = error.shift
-        sums = (self.kl, *self.losses, *map(float, (self.same, self.scored, self.read)))
+        said = (self.answers, self.same_answers, self.same_tokens)
+        sums = (self.kl, *self.losses, *map(float, (self.same, self.scored, self.read, *said)))
         return {**found, "logits": np.array(sums)}
 
     def fill(self, arrays: Mapping[str, Array]) -> None:
@@ -175,7 +186,14 @@ class Whole:
                 shift = np.array(arrays["shift " + name])
                 self.layers[name] = LayerError(Compared(*sums), shift, int(rows))
         self.kl, before, after, *counts = (float(x) for x in arrays["logits"])
-        self.losses, (self.same, self.scored, self.read) = (before, after), map(int, counts)
+        self.losses, (self.same, self.scored, self.read, *said) = (before, after), map(int, counts)
+        self.answers, self.same_answers, self.same_tokens = said
+
+    def _answer(self, plain: Array, rounded: Array) -> None:
+        until = greedy.same_until(plain, rounded)
+        self.answers += 1
+        self.same_answers += until == len(plain)
+        self.same_tokens += until
 
     def _logits(self, a: Array, b: Array, following: Array | None) -> None:
         for row in range(len(a)):  # one at a time: vocabularies are large

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgevlm.calibration import rounding, smooth, static, unsampled, weight_only
+from edgevlm.calibration import greedy, rounding, smooth, static, unsampled, weight_only
+from edgevlm.calibration.greedy import Agreement
 from edgevlm.calibration.kept_codes import Made
 from edgevlm.calibration.many import Many, ManyOps, hidden
 from edgevlm.calibration.pictures import Given
@@ -54,8 +55,8 @@ class Layer:
 class Calibration:
     """What came out: the plan, the codes of the language model, and what they cost.
 
-    weights: the language model's, in the form of which the codes are. dtype: of what the bundle has
-    in float.
+    answers: of prompts from held-out text. weights: the language model's, in the form of which the
+    codes are. dtype: of what the bundle has in float.
     """
 
     plan: PrecisionPlan
@@ -63,6 +64,7 @@ class Calibration:
     layers: tuple[Layer, ...]
     share_4_bits: float
     quality: Quality
+    answers: Agreement
     within_budget: bool
     weights: Mapping[str, Array]
     dtype: str = "fp32"
@@ -91,7 +93,7 @@ def of_bundle(
             f"--to {settings.to} is calibrated with text alone", hint="give --text FILE, no images"
         )
     bundle = Bundle.open(path)
-    bundle.check_sizes()
+    bundle.verify()
     chosen = windows_of(bundle, given.text, settings)
     refuse_source(out, path)
     refuse_existing(out, force=force)
@@ -148,7 +150,21 @@ def calibrate(
     share = 1 - sum(_size(lm, k) for k in in_8) / sum(_size(lm, k) for k in linears)
     within = fit.quality.growth <= budget_of(settings)
     scaled = _scaled(lm, weights, found, linears)
-    return Calibration(plan, codes, layers, share, fit.quality, within, scaled)
+    said = _answers(lm, weights, Coded(scaled, codes), windows[1], progress)
+    return Calibration(plan, codes, layers, share, fit.quality, said, within, scaled)
+
+
+def _answers(
+    lm: Component,
+    plain: Mapping[str, Array],
+    rounded: Mapping[str, Array],
+    held: Array,
+    progress: Progress,
+) -> Agreement:
+    """Whether answers to prompts from held-out text are the float model's."""
+    found = greedy.compare(lm, plain, rounded, greedy.prompts_of(held))
+    progress(found.text)
+    return found
 
 
 def _in_8_bits(
@@ -167,7 +183,8 @@ def _in_8_bits(
     plan = weight_only.plan("int8", "--to")
     layers = tuple(Layer(_path(key, lm), 8, 0.0) for key in linears)
     within = found.growth <= budget_of(settings)
-    return Calibration(plan, codes, layers, 0.0, found, within, weights)
+    said = _answers(lm, weights, Coded(weights, codes), held, progress)
+    return Calibration(plan, codes, layers, 0.0, found, said, within, weights)
 
 
 @dataclass(frozen=True)

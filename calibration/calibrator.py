@@ -69,6 +69,7 @@ class Calibrator:
         self._settings = settings
         self._progress = progress
         self._kept = kept or Unfinished()
+        self._said: dict[int, Array] = {}  # the float model's answers, by the sample's id
 
     def run(self, source: Source, plan: PrecisionPlan, chosen: Chosen) -> Measured:
         """Ranges, changed weights, and what that costs on samples that it was not made from."""
@@ -224,12 +225,20 @@ class Calibrator:
         rounded = Passage(final, self._arithmetic, wrap)
 
         def run(some: Sequence[Sample]) -> None:
-            both = (self._chain.run_all(some, by) for by in (plain, rounded))
+            answers = self._answers(weights, some)
+            both = (self._chain.run_all(some, by, answers=answers) for by in (plain, rounded))
             for sample, a, b in zip(some, *both, strict=True):
                 whole.add(a, b, chains.following(sample))
 
         self._each(what, held, whole, run)
         return whole
+
+    def _answers(self, weights: Store, some: Sequence[Sample]) -> list[Array]:
+        """The float model's, which every plan is compared with."""
+        if id(some[0]) not in self._said:
+            said = self._chain.answered(some, Passage(weights, self._arithmetic))
+            self._said |= {id(sample): own for sample, own in zip(some, said, strict=True)}
+        return [self._said[id(sample)] for sample in some]
 
     def _within_budget(
         self,

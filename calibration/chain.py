@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from edgevlm.calibration import greedy
 from edgevlm.calibration.pictures import Sample
 from edgevlm.toolkit.errors import CalibrationError, InputError
-from edgevlm.toolkit.images import decode, views
+from edgevlm.toolkit.images import decode, longest_side, views
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Step, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
@@ -24,9 +25,10 @@ from edgevlm.toolkit.text import prompts
 from edgevlm.toolkit.text.prompts import Prompt, PromptSequence
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.components import Component, no_states
+from edgevlm.toolkit.vlm.components import MASK_ENCODER, Component, no_states
 from edgevlm.toolkit.vlm.config import ModelConfig
 
+ANSWER = "answer"  # the port of logits at an answer's tokens
 SCORED = 16  # positions of a prompt whose logits are compared
 SCORED_IN_TEXT = 64
 _PIXELS = 4 * 336 * 336  # of views that go through an encoder together; one may be larger
@@ -113,6 +115,8 @@ class Chain:
         self.model = model
         self._tokenizer = tokenizer
         self.parts = components.components(model)
+        self._lm = next(part for part in self.parts if part.name == model.lm.name)
+        self._before = self.parts[: self.parts.index(self._lm)]
         self._sources = {edge.target: edge.source for edge in components.edges(model)}
 
     def run(self, sample: Sample, by: Passage) -> Found:
@@ -125,30 +129,71 @@ class Chain:
         by: Passage,
         *,
         language: bool = True,
+        answers: Sequence[Array] | None = None,
     ) -> list[Found]:
         """What every component that a sample reaches gives, for each sample.
 
         language: whether the language model is run. Its outputs are logits at up to SCORED
         positions of the text in a prompt, or SCORED_IN_TEXT of a text, spread evenly. Its last
-        layer runs for no other, so they are what shows the ranges there too.
+        layer runs for no other, so they are what shows the ranges there too. answers: tokens that
+        it reads behind each sample, for logits from which each of them is chosen: ANSWER.
         """
+        asked, found = self._seen(samples, by)
+        self._for_masks(samples, found, by)
+        if not language:
+            return found
+        reads = self._reads(samples, asked, found)
+        ends = [read.score.size for read in reads]
+        if answers is not None:
+            reads = [read.answering(said) for read, said in zip(reads, answers, strict=True)]
+        for group in _groups(reads):
+            logits = self._language([reads[i] for i in group], by)
+            for i, own in zip(group, logits, strict=True):
+                found[i][self.model.lm.name] = {"logits": own[:, : ends[i]]}
+                if own.shape[1] > ends[i]:
+                    found[i][self.model.lm.name][ANSWER] = own[:, ends[i] :]
+        return found
+
+    def answered(self, samples: Sequence[Sample], by: Passage) -> list[Array]:
+        """Greedy answers to all samples, of greedy.ANSWER tokens, or none where these do not fit;
+        by ops that nothing wraps.
+        """
+        asked, found = self._seen(samples, by)
+        reads, part = self._reads(samples, asked, found), self._lm
+        said, by_ops = [np.zeros(0, np.int64)] * len(reads), by.arithmetic
+        weights = Loaded(by.weights.get(part.name, {}), by_ops.load)
+        for group in _groups(reads):
+            inputs = self._inputs([reads[i] for i in group])
+            if inputs["ids"].shape[1] + greedy.ANSWER > self.model.lm.config.context:
+                continue
+            ops, load, read = by_ops.ops, by_ops.load, by_ops.read
+            for i, own in zip(
+                group, greedy.answered(part, ops, weights, inputs, load, read), strict=True
+            ):
+                said[i] = own
+        return said
+
+    def _seen(
+        self, samples: Sequence[Sample], by: Passage
+    ) -> tuple[list[tuple[Prompt, bool] | None], list[Found]]:
+        """Prompts, None of a text; what the components before the language model give."""
         asked = [None if sample.ids is not None else self._prompt(sample) for sample in samples]
         seen = [
             self._views(sample, tiles=prompt[1]) if prompt and sample.image is not None else None
             for sample, prompt in zip(samples, asked, strict=True)
         ]
-        found = self._vision(seen, by)
-        if not language:
-            return found
-        reads = [
+        return asked, self._vision(seen, by)
+
+    def _reads(
+        self,
+        samples: Sequence[Sample],
+        asked: Sequence[tuple[Prompt, bool] | None],
+        found: Sequence[Found],
+    ) -> list[_Read]:
+        return [
             self._read(sample, prompt[0] if prompt else None, outputs)
             for sample, prompt, outputs in zip(samples, asked, found, strict=True)
         ]
-        for group in _groups(reads):
-            logits = self._language([reads[i] for i in group], by)
-            for i, own in zip(group, logits, strict=True):
-                found[i][self.model.lm.name] = {"logits": own}
-        return found
 
     def check(self, sample: Sample) -> None:
         """Raise CalibrationError for a prompt that the model cannot be asked."""
@@ -187,6 +232,18 @@ class Chain:
             for i, one in enumerate(seen)
         ]
 
+    def _for_masks(self, samples: Sequence[Sample], found: Sequence[Found], by: Passage) -> None:
+        """Add what the encoder of masks gives for each image. Their decoder stays in float: it has
+        a hundredth of the work, and masks are where its logits change sign.
+        """
+        segmenter = self.model.segmenter
+        for sample, own in zip(samples, found, strict=True):
+            if segmenter is not None and sample.image is not None and own:
+                rgb = decode.load(sample.image, upright=self.model.images.upright).rgb
+                pixels = longest_side.preprocess(rgb, segmenter.pixels)
+                part = next(p for p in self.parts if p.name == MASK_ENCODER)
+                own[MASK_ENCODER] = by.run(part, {"pixels": pixels[None]})
+
     def _encoded(
         self, part: Component, seen: Sequence[views.PreparedImage | None], by: Passage
     ) -> list[dict[str, Array]]:
@@ -216,7 +273,7 @@ class Chain:
                 "arrangement.rows": seen.order.rows,
                 "arrangement.weights": seen.order.weights,
             }
-        for part in self.parts[:-1]:
+        for part in self._before:
             if part.name not in found:
                 ports = [port.name for port in part.inputs]
                 inputs = {port: values[self._sources[f"{part.name}:{port}"]] for port in ports}
@@ -250,7 +307,13 @@ class Chain:
 
     def _language(self, reads: Sequence[_Read], by: Passage) -> list[Array]:
         """Logits [1, scored, vocabulary] of each."""
-        part, length = self.parts[-1], reads[0].ids.shape[1]
+        part, inputs = self._lm, self._inputs(reads)
+        axes = {"batch": len(reads), "context": reads[0].ids.shape[1]}
+        states = no_states(part.inputs, part.outputs, axes)
+        return list(by.run(part, {**inputs, **states})["logits"][:, None])
+
+    def _inputs(self, reads: Sequence[_Read]) -> dict[str, Array]:
+        """What the language model gets of samples of one length, states aside."""
         width = int(self.model.lm.config.hidden_size)
         rows, features, first = list[Array](), [np.zeros((1, width), np.float32)], 1
         for read in reads:
@@ -258,15 +321,13 @@ class Chain:
             if read.features is not None:
                 features.append(np.asarray(read.features, np.float32))
                 first += len(read.features)
-        inputs = {
+        return {
             "ids": np.concatenate([read.ids for read in reads]),
             "rows": np.concatenate(rows),
             "features": np.concatenate(features),
             "start": np.zeros(len(reads), np.int64),
             "score": np.stack([read.score for read in reads]),
-            **no_states(part.inputs, part.outputs, {"batch": len(reads), "context": length}),
         }
-        return list(by.run(part, inputs)["logits"][:, None])
 
 
 @dataclass(frozen=True)
@@ -277,6 +338,16 @@ class _Read:
     rows: Array
     features: Array | None
     score: Array
+
+    def answering(self, answer: Array) -> _Read:
+        """With an answer behind it; scored too: the positions at which its tokens are chosen."""
+        if not len(answer):
+            return self
+        first = self.ids.shape[1] - 1
+        ids = np.concatenate([self.ids, answer[None, :-1]], 1)
+        rows = np.concatenate([self.rows, np.full((1, len(answer) - 1), -1)], 1)
+        score = np.concatenate([self.score, np.arange(first, first + len(answer))])
+        return _Read(ids, rows, self.features, score)
 
 
 def _read(ids: Array, rows: Array, features: Array | None, scored: int) -> _Read:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,6 +74,9 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
         windows: Annotated[
             int, typer.Option(help="The most samples of text to calibrate with.")
         ] = 24,
+        measure: Annotated[
+            bool, typer.Option("--measure", help="Time every component before and after, here.")
+        ] = False,
         report: Annotated[Optional[Path], typer.Option(help="Write the report as JSON.")] = None,
         force: Force = False,
         as_json: Json = False,
@@ -89,49 +93,84 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
     return calibrate
 
 
-def summary(result: Any, bundle: Path, out: Path) -> tuple[Any, list[str], str]:
-    """Data, lines and the next command of a finished calibration of `bundle` into `out`."""
-    from edgevlm.calibration import static_report
+def summary(
+    result: Any, bundle: Path, out: Path, times: Sequence[Any] = ()
+) -> tuple[Any, list[str], str]:
+    """Data, lines and the next command of a finished calibration of `bundle` into `out`.
+
+    times: of components in both, see edgevlm.engines.build.latency.
+    """
+    from edgevlm.toolkit.strict import to_plain
+
+    data, lines, following = _summary(result, bundle, out)
+    return {**data, "latency": to_plain(list(times))}, [*lines, *_times(times)], following
+
+
+def _summary(result: Any, bundle: Path, out: Path) -> tuple[dict[str, Any], list[str], str]:
+    from edgevlm.calibration import drift, static_report
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.strict import to_plain
     from edgevlm.toolkit.terminal.console import human_bytes, table
 
-    before, after = (Bundle.open(path).manifest for path in (bundle, out))
+    before, written = Bundle.open(bundle).manifest, Bundle.open(out)
     sizes = {
-        c.name: (before.files[c.weights].nbytes, after.files[c.weights].nbytes)
+        c.name: (before.files[c.weights].nbytes, written.manifest.files[c.weights].nbytes)
         for c in before.components
     }
     following = shlex.join(["edgevlm", "build", str(out), f"{out}-engine"])
     if not hasattr(result, "quality"):
         return *static_report.summary(result, out, sizes, following), following
-    quality = result.quality
+    quality, drifts = result.quality, drift.of(written)
     data = {
         "kind": "calibration",
         "bundle": str(out),
         "method": result.plan.method,
         "components": [
-            {"name": name, "bytes_before": old, "bytes_after": new}
-            for name, (old, new) in sizes.items()
+            {"name": n, "bytes_before": old, "bytes_after": new, **to_plain(drifts[n])}
+            for n, (old, new) in sizes.items()
         ],
         **to_plain(quality),
         "perplexity_growth": quality.growth,
+        "answers": to_plain(result.answers),
         "share_4_bits": result.share_4_bits,
         "within_budget": result.within_budget,
         "layers": to_plain(result.layers),
         "next": following,
     }
-    rows = [(n, human_bytes(a), human_bytes(b)) for n, (a, b) in sizes.items()]
+    rows = [
+        (
+            n,
+            *map(human_bytes, sizes[n]),
+            f"{d.share:.0%}",
+            f"{d.cosine:.5f}",
+            f"{d.relative_rms:.3f}",
+        )
+        for n, d in drifts.items()
+    ]
+    columns = ("component", "weights before", "after", "in codes", "cosine", "relative rms")
     lines = [
-        *table(("component", "weights before", "after"), rows),
+        *table(columns, rows),
         f"perplexity       {quality.perplexity_float:.2f} -> {quality.perplexity:.2f} "
         f"({quality.growth:+.2%}), on {quality.tokens:,} tokens of held-out text",
         f"KL to float      {quality.kl:.4f}, same likeliest token {quality.same_top_1:.1%}",
+        f"greedy           {result.answers.text}",
         f"in 4 bits        {result.share_4_bits:.0%} of the weights of the layers' linears",
     ]
     lines += _worst(result.layers)
     if not result.within_budget:
         lines.append("the budget does not hold: this is the best that was found")
     return data, lines, following
+
+
+def _times(times: Sequence[Any]) -> list[str]:
+    """A table of what components took before and after."""
+    from edgevlm.toolkit.terminal.console import table
+
+    rows = [
+        (x.component, x.call, f"{x.before_ms:.2f}", f"{x.after_ms:.2f}", f"{x.speedup:.2f} x")
+        for x in times
+    ]
+    return table(("time, ms", "call", "before", "after", "as fast"), rows) if rows else []
 
 
 def _worst(layers: Sequence[Any]) -> list[str]:
@@ -141,6 +180,33 @@ def _worst(layers: Sequence[Any]) -> list[str]:
     worst = sorted(layers, key=lambda layer: -layer.error_4_bits)[:_SHOWN]
     rows = [(x.path, f"{x.error_4_bits:.2%}", f"{x.bits}") for x in worst if x.error_4_bits]
     return table(("largest errors", "in 4 bits", "has bits"), rows) if rows else []
+
+
+def checked_report(file: Path | None) -> Path | None:
+    """Where the report goes. Raises OutputError, before the work, if it cannot be written there, or
+    would replace what is no report.
+    """
+    from edgevlm.toolkit.errors import OutputError
+
+    if file is None:
+        return None
+    if file.exists() and not _is_report(file):
+        raise OutputError(
+            f"{file} exists and is no report of ours; it is left alone", hint="name another file"
+        )
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise OutputError(f"{file} cannot be written", hint="name a file in a folder of yours")
+    return file
+
+
+def _is_report(file: Path) -> bool:
+    from edgevlm.toolkit.errors import ConfigError
+    from edgevlm.toolkit.strict import read_json
+
+    try:
+        return read_json(file).get("kind") == "calibration"
+    except ConfigError:
+        return False
 
 
 def write_report(file: Path | None, data: Any) -> None:

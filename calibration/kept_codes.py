@@ -12,6 +12,7 @@ from edgevlm.calibration.many import Many
 from edgevlm.calibration.unfinished import Unfinished
 from edgevlm.toolkit.quantization.blockwise import StorageFormat
 from edgevlm.toolkit.quantization.coded import Codes
+from edgevlm.toolkit.strict import from_plain
 
 _IN_MEMORY = 1 << 28  # bytes: codes of small models are not read from disk again
 _LAYER = "hidden states"
@@ -66,7 +67,8 @@ class KeptCodes:
         if key in self._memory or not self._kept.has(key):
             return self._memory[key]
         arrays = self._kept.get(key)
-        storage = StorageFormat(**json.loads(arrays["storage"].tobytes()))
+        stated = json.loads(arrays["storage"].tobytes())
+        storage = from_plain(StorageFormat, stated, f"what was kept of {key}")
         return Codes(storage, arrays["codes"], arrays["scales"], arrays.get("zero_points"))
 
     def error(self, key: str) -> float:

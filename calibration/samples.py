@@ -106,7 +106,7 @@ def windows_of(bundle: Bundle, text: Path, settings: Settings) -> tuple[Array, A
     """`windows` of the file `text`. Raises ConfigError and CalibrationError, before any work."""
     check(settings)
     check_bundle(bundle)
-    longest = bundle.model.lm.config.context
+    longest = bundle.vlm.lm.config.context
     if settings.window > longest:
         raise ConfigError(
             f"--window {settings.window} does not fit: the model has {longest} positions",

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.calibration import samples
+from edgevlm.calibration import greedy, samples
 from edgevlm.calibration.appraise import Whole
 from edgevlm.calibration.calibrator import Calibrator, Measured
 from edgevlm.calibration.chain import Arithmetic, Chain, in_numpy
+from edgevlm.calibration.greedy import Agreement
 from edgevlm.calibration.pictures import Chosen, Given, Progress, Sample, gather
 from edgevlm.calibration.samples import Settings
 from edgevlm.calibration.static_plan import layers_of, plan_of, share
@@ -61,8 +62,8 @@ class StaticCalibration:
 
     layers: those that cost most first. kl, same_top_1: of the logits, at `scored` positions of
     held-out samples; growth: of perplexity, as far as kl says. perplexity_float, perplexity: on
-    `tokens` tokens of held-out texts, None without any. smoothed: how many inputs were; corrected:
-    how many biases. dtype: of what the bundle has in float.
+    `tokens` tokens of held-out texts, None without any. answers: to held-out samples. smoothed: how
+    many inputs were; corrected: how many biases. dtype: of what the bundle has in float.
     """
 
     plan: PrecisionPlan
@@ -77,6 +78,7 @@ class StaticCalibration:
     tokens: int
     perplexity_float: float | None
     perplexity: float | None
+    answers: Agreement
     smoothed: int = 0
     corrected: int = 0
     dtype: str = "fp32"
@@ -101,14 +103,14 @@ def of_bundle(
     arithmetic = Arithmetic(*interpreter) if interpreter else in_numpy()
     bundle = Bundle.open(path)
     samples.check_bundle(bundle)
-    bundle.check_sizes()
+    bundle.verify()
     refuse_source(out, path)
     refuse_existing(out, force=force)
-    plan = plan_of(bundle.model, settings)
+    plan = plan_of(bundle.vlm, settings)
     chosen = gather(bundle, given, settings, progress)
-    _check_reach(bundle.model, plan, chosen)
+    _check_reach(bundle.vlm, plan, chosen)
     source = systems.load(path, Options())
-    chain = Chain(bundle.model, bundle.tokenizer())
+    chain = Chain(bundle.vlm, bundle.tokenizer())
     for sample in (*chosen.calibrating, *chosen.held_out):
         chain.check(sample)
     used = chosen.calibrating, chosen.held_out
@@ -123,7 +125,7 @@ def _result(
     found: Measured, bundle: Bundle, settings: Settings, held_out: int
 ) -> StaticCalibration:
     plan, whole = found.source.plan, found.whole
-    layers = layers_of(bundle.model)
+    layers = layers_of(bundle.vlm)
     costs = [
         LayerCost(path, found.ranges[path], e.compared.relative_rms, plan.at(path) != "int8")
         for path, e in found.first.layers.items()
@@ -147,10 +149,16 @@ def _result(
         whole.read,
         before,
         after,
+        _answers(whole),
         found.smoothed,
         found.corrected,
         bundle.manifest.dtype,
     )
+
+
+def _answers(whole: Whole) -> Agreement:
+    until = whole.same_tokens / max(whole.answers, 1)
+    return Agreement(whole.answers, greedy.ANSWER, whole.same_answers, until)
 
 
 def _perplexities(whole: Whole) -> tuple[float | None, float | None]:

@@ -10,6 +10,7 @@ from edgevlm.calibration.samples import Settings
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
 from edgevlm.toolkit.vlm import components
+from edgevlm.toolkit.vlm.components import MASK_DECODER
 from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.cost import count, image_axes
 
@@ -57,7 +58,8 @@ def plan_of(model: ModelConfig, settings: Settings) -> PrecisionPlan:
                 hint=f"paths look like {next(iter(layers.flops))}; the report lists them",
             )
     head = (_HEAD,) if _HEAD in layers.flops else ()
-    globs = (*head, *layers.made, *settings.keep_float)
+    masks = (f"{MASK_DECODER}/*",) if model.segmenter else ()
+    globs = (*head, *masks, *layers.made, *settings.keep_float)
     rules = tuple(Rule(glob, "float") for glob in dict.fromkeys(globs))
     return PrecisionPlan("int8", rules, method=settings.range)
 

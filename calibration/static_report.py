@@ -39,6 +39,7 @@ def summary(
         "kl": result.kl,
         "same_top_1": result.same_top_1,
         "scored": result.scored,
+        "answers": to_plain(result.answers),
         "growth": result.growth,
         "within_budget": result.within_budget,
         "tokens": result.tokens,
@@ -62,6 +63,7 @@ def summary(
         *table(columns, rows),
         f"logits           KL {result.kl:.4f}, same likeliest token {result.same_top_1:.1%}, at "
         f"{result.scored} positions of {result.held_out} held-out samples",
+        f"greedy           {result.answers.text}",
         f"calibrated       {plan.samples} samples, {plan.method}",
         f"changed          {result.smoothed} inputs smoothed, {result.corrected} biases corrected",
         *_text(result),

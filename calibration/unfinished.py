@@ -3,7 +3,8 @@
 `.NAME.calibrating` beside the bundle NAME holds a safetensors file per thing found, each written
 whole, and `key`, a hash of all that the result depends on: bundle, samples, settings, versions of
 what computes. The same command goes on with it; for any other it is thrown away. A writer holds a
-lock there (toolkit/bundle/atomic.py).
+lock there (toolkit/bundle/unfinished.py), in a file that says that the folder is ours. Each file
+has a checksum: what was damaged is found again.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +22,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edgevlm.toolkit.bundle.atomic import output_error, try_lock
+from edgevlm.toolkit.bundle.atomic import output_error
+from edgevlm.toolkit.bundle.unfinished import try_lock
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     STORAGE,
     SafetensorsFile,
@@ -28,13 +31,15 @@ from edgevlm.toolkit.checkpoints.safetensors_io import (
     row_blocks,
     write_safetensors,
 )
-from edgevlm.toolkit.errors import OutputError, ToolkitError
+from edgevlm.toolkit.errors import CheckpointError, OutputError, ToolkitError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import to_plain
 
-FORMAT = 2  # of what is kept; another one is thrown away
+FORMAT = 3  # of what is kept; another one is thrown away
 _SECONDS = 5.0  # between two times that a pass over samples is kept
-_KEY, _LOCK, _DONE = "key", "lock", "done"
+_KEY, _LOCK, _DONE, _CHECKSUM = "key", "lock", "done", "crc32"
+_MARK = "an unfinished calibration of edgevlm; while it runs it holds a lock on this file\n"
+_OURS = re.compile(rf"{_KEY}|{_LOCK}|.*\.safetensors|.*\.part")
 _DTYPES = {dtype: name for name, dtype in STORAGE.items() if name != "bf16"}
 
 
@@ -62,13 +67,16 @@ class Unfinished:
         self._part = part
         self._kept_at = time.monotonic()
         self._descriptor: int | None = None
+        self._whole: set[str] = set()  # what was compared with its checksum, or written here
+        self._say: Callable[[str], None] = _silent
 
     def begin(self, progress: Callable[[str], None], *parts: Any) -> None:
         """Take the folder: what it holds is kept if it was found by the same program, versions of
         NumPy included, for the same `parts`: all that the calibration depends on.
 
-        Raises OutputError if another process is at work there.
+        Raises OutputError if another process is at work there, or somebody else's files are.
         """
+        self._say = progress
         if self.folder is None:
             return
         plain = to_plain([FORMAT, self._made_by, np.__version__, *parts])
@@ -76,7 +84,7 @@ class Unfinished:
         old = self.folder / _KEY
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
-        if old.exists() and old.read_text() == key:
+        if old.exists() and old.read_bytes() == key.encode():
             progress("going on where an earlier run of this calibration ended")
             return
         for file in self.folder.iterdir():
@@ -86,7 +94,9 @@ class Unfinished:
 
     def part(self, name: str) -> Unfinished:
         """A part of the folder that can be dropped by itself; the whole is begun and closed."""
-        return Unfinished(self.folder, self._made_by, f"{self._part}{name} ")
+        part = Unfinished(self.folder, self._made_by, f"{self._part}{name} ")
+        part._say = self._say
+        return part
 
     def drop(self) -> None:
         """Remove all that a part holds."""
@@ -97,22 +107,39 @@ class Unfinished:
                     file.unlink()
 
     def get(self, name: str) -> dict[str, Array]:
-        """The arrays kept under a name, mapped from the file."""
+        """The arrays kept under a name, mapped from the file. Raises CheckpointError for damage."""
         file = SafetensorsFile(self._file(name))
-        return {key: file.read(key) for key in file.entries}
+        arrays = {key: file.read(key) for key in file.entries}
+        stated = arrays.pop(_CHECKSUM, None)
+        if name not in self._whole:
+            if stated is None or stated.tolist() != [_checksum(arrays)]:
+                raise CheckpointError(f"{file.path} is damaged (its CRC-32 differs)")
+            self._whole.add(name)
+        return arrays
 
     def has(self, name: str) -> bool:
-        """Whether something is kept under a name."""
-        return self.folder is not None and self._file(name).exists()
+        """Whether something is kept under a name. What is damaged is told, and removed."""
+        if self.folder is None or not self._file(name).exists():
+            return False
+        if name not in self._whole:
+            try:
+                self.get(name)
+            except CheckpointError as damaged:
+                self._say(f"{damaged.message}; it is computed again")
+                self._file(name).unlink()
+                return False
+        return True
 
     def put(self, name: str, arrays: Mapping[str, Array]) -> None:
         """Keep arrays, none of them empty, under a name."""
         if self.folder is None:
             return
+        arrays = {**arrays, _CHECKSUM: np.array([_checksum(arrays)], np.int64)}
         specs = [TensorSpec(key, _DTYPES[x.dtype], x.shape) for key, x in arrays.items()]
         part = self._file(name).with_suffix(".part")
         write_safetensors(part, specs, lambda spec: row_blocks(arrays[spec.name]))
         os.replace(part, self._file(name))
+        self._whole.add(name)
         self._kept_at = time.monotonic()
 
     def take_up(self, name: str, found: Found) -> int:
@@ -120,8 +147,13 @@ class Unfinished:
         if not self.has(name):
             return 0
         arrays = self.get(name)
-        done = int(arrays.pop(_DONE)[0])
-        found.fill(arrays)
+        try:
+            done = int(arrays.pop(_DONE)[0])
+            found.fill(arrays)
+        except (LookupError, TypeError, ValueError) as odd:
+            raise CheckpointError(
+                f"{self._file(name)} holds something else ({odd})", hint="run the command again"
+            ) from None
         return done
 
     def keep(self, name: str, found: Found, done: int, *, last: bool) -> None:
@@ -138,9 +170,18 @@ class Unfinished:
         if self._descriptor is None or self.folder is None:
             return
         if remove:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove()
         os.close(self._descriptor)
         self._descriptor = None
+
+    def _remove(self) -> None:
+        """All that is ours, the lock last; what somebody else put there stays."""
+        assert self.folder is not None
+        with suppress(OSError):
+            for file in sorted(self.folder.iterdir(), key=lambda file: file.name == _LOCK):
+                if _OURS.fullmatch(file.name):
+                    file.unlink()
+            self.folder.rmdir()
 
     def _file(self, name: str) -> Path:
         assert self.folder is not None
@@ -148,6 +189,14 @@ class Unfinished:
 
     def _lock(self) -> None:
         assert self.folder is not None
+        names = {file.name for file in self.folder.iterdir()}
+        lock = self.folder / _LOCK
+        marked = lock.is_file() and lock.read_bytes() in (_MARK.encode(), b"")
+        if names and not (marked and all(map(_OURS.fullmatch, names))):
+            raise OutputError(
+                f"{self.folder} holds what we did not write, and is left alone",
+                hint="move it away, or write to another place",
+            )
         descriptor = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o666)
         if try_lock(descriptor) is False:
             os.close(descriptor)
@@ -156,6 +205,21 @@ class Unfinished:
                 hint="wait for it, or write to another place",
             )
         self._descriptor = descriptor
+        os.pwrite(descriptor, _MARK.encode(), 0)
+
+
+def _checksum(arrays: Mapping[str, Array]) -> int:
+    """Of all arrays by name, in one number."""
+    value = 0
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        value = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), value)
+        value = zlib.crc32(array.reshape(-1).view(np.uint8).data, value)
+    return value
+
+
+def _silent(message: str) -> None:
+    return None
 
 
 @contextmanager

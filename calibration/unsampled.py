@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from edgevlm.calibration import smooth
 from edgevlm.calibration.chain import Passage, in_numpy
 from edgevlm.toolkit.bundle.goldens import AXES
-from edgevlm.toolkit.checkpoints.layouts.source import Source
+from edgevlm.toolkit.checkpoints.layouts.source import Source, TowerSource
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
 from edgevlm.toolkit.ops.wrappers import Observe, Wrapper
 from edgevlm.toolkit.text.tokenizer import Tokenizer
@@ -55,11 +55,14 @@ class _Rows(Wrapper[Array]):
         return y.reshape(*x.shape[:-1], -1)
 
 
-def smoothed(source: Source) -> Source:
+S = TypeVar("S", bound=Source | TowerSource)
+
+
+def smoothed(source: S) -> S:
     """The source with weights changed where its plan has int8_rows: in float the same model."""
     axes = image_axes(source.model, 1, 1) | {"sequence": 1, "context": 1}
     weights, values = dict(source.weights), dict[str, Array]()
-    windows = _windows(source)
+    windows = _windows(source) if isinstance(source, Source) else np.zeros((0, 0), np.int64)
     for part in components(source.model):
         links = [
             link

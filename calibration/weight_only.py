@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan, Rule
 from edgevlm.toolkit.strict import from_plain, read_json
+from edgevlm.toolkit.vlm import towers
 from edgevlm.toolkit.vlm.components import components
 from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm.cost import count, image_axes, weight_bits
+from edgevlm.toolkit.vlm.towers import Model
 
 KINDS = ("int8", "int4")
 ROWS = "int8-rows"  # inputs in 8 bits too, without samples: one step per row, found when it runs
 BLOCKS: Mapping[str, str] = {"int8-blocks": "int8", "int4-blocks": "int4"}  # weights alone
 
 
-def chosen(lm: str, forms: Mapping[str, Precision]) -> PrecisionPlan:
-    """The linears of each component in the precision that `forms` has for it.
-
-    lm: the name of the language model, see `of_lm`.
+def chosen(model: Model, forms: Mapping[str, Precision]) -> PrecisionPlan:
+    """The linears of each component in the precision that `forms` has for it; of a language model
+    see `of_lm`.
     """
-    rules = [Rule(f"{name}/*", form) for name, form in forms.items() if name != lm]
-    rules += of_lm(lm, forms[lm]).rules
+    lm = towers.language_model(model)
+    name_of_lm = lm.name if lm else None
+    rules = [Rule(f"{name}/*", form) for name, form in forms.items() if name != name_of_lm]
+    rules += of_lm(lm.name, forms[lm.name]).rules if lm else ()
     return PrecisionPlan("int8_weights", tuple(rules), method="round to nearest")
 
 
@@ -46,6 +51,24 @@ def with_vision(lm_plan: PrecisionPlan, model: ModelConfig) -> PrecisionPlan:
     return replace(lm_plan, rules=(*rules, *lm_plan.rules))
 
 
+def keeping(plan: PrecisionPlan, model: Model, globs: Sequence[str]) -> PrecisionPlan:
+    """The plan with the layers that any of `globs` matches in float.
+
+    Raises ConfigError for a glob that matches no layer that the plan rounds.
+    """
+    axes = image_axes(model, 1, 1) | {"sequence": 1, "context": 1}
+    costs = [cost for part in components(model) for cost in count(part, axes).costs]
+    paths = [cost.path for cost in costs if weight_bits(cost, plan)]
+    for glob in globs:
+        if not any(fnmatchcase(path, glob) for path in paths):
+            shown = f"such as {paths[0]}" if paths else "none"
+            raise ConfigError(
+                f"--keep-float {glob} matches no layer that would be rounded",
+                hint=f"those are paths {shown}; globs may have * in them: 'lm/*/mlp/down'",
+            )
+    return replace(plan, rules=(*plan.rules, *(Rule(glob, "float") for glob in globs)))
+
+
 def plan(kind: str, option: str = "--precision") -> PrecisionPlan:
     """int8: every linear and the embedding table. int4: the language model's layers in 4 bits.
 
@@ -62,6 +85,18 @@ def plan(kind: str, option: str = "--precision") -> PrecisionPlan:
         raise ConfigError(f"{option} {kind!r} is unknown", hint=f"known: {known}")
     rules = (Rule("lm/layers.*", "int4_weights"),) if kind == "int4" else ()
     return PrecisionPlan("int8_weights", rules, method="round to nearest")
+
+
+def plan_for(kind: str, model: Model) -> PrecisionPlan:
+    """The plan that `--precision` names. Raises ConfigError for 4 bits of a tower by itself."""
+    found = plan(kind)
+    if towers.language_model(model) is None and "4" in kind:
+        raise ConfigError(
+            f"--precision {kind} is for the layers of a language model; {model.name} is a vision "
+            "tower by itself",
+            hint="take --precision int8",
+        )
+    return found
 
 
 def plan_of(given: str, option: str) -> PrecisionPlan:

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from edgevlm.engines import backends
-from edgevlm.engines.backends import PlanReport
+from edgevlm.engines.backends import BuildOptions, PlanReport, Plugin
 from edgevlm.engines.lowering.capabilities import Decision
-from edgevlm.toolkit.bundle.manifest import ComponentRecord, FileRecord, check_parts
+from edgevlm.toolkit.bundle import checksums, sealed
+from edgevlm.toolkit.bundle.atomic import sha256_of
+from edgevlm.toolkit.bundle.checksums import Checksums
+from edgevlm.toolkit.bundle.manifest import (
+    ComponentRecord,
+    FileRecord,
+    check_graphs,
+    check_parts,
+    size_fault,
+)
 from edgevlm.toolkit.errors import AccuracyError, BundleError, ConfigError
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
-from edgevlm.toolkit.strict import from_plain, read_json, to_plain
-from edgevlm.toolkit.target import Target, check_runs_here, parse
-from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.strict import from_plain, read_json
+from edgevlm.toolkit.target import Target, check_runs_here, parse, threads_here
+from edgevlm.toolkit.vlm import towers
 from edgevlm.toolkit.vlm.components import Edge
 from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm.towers import Model
 
-FORMAT = 3
+FORMAT = 4
 DESCRIPTION = "engine.json"
 PREFILL_CHUNK = 256  # tokens of a prompt that the language model reads at a time
 
@@ -69,12 +79,15 @@ class PromptForm:
 class Engine:
     """What engine.json holds.
 
-    context: positions of the KV cache. max_image_tiles: None for all. precision: the requested
-    one, None for the bundle's own; tuning_options: --no-tune and --keep-slower as given.
+    context: positions of the KV cache, 0 for a vision tower by itself. max_image_tiles: None for
+    all. precision: the requested one, None for the bundle's own; tuning_options: --no-tune,
+    --keep-slower, --keep-float as given.
     plan: the precision plan of the engine. prompt_form: where prompts run in another precision than
     single tokens. trials: what was timed to choose. plans: of TensorRT, by component. verified:
     whether the engine was compared with the reference; one for a card that the machine that built
-    it lacks was not, until `edgevlm verify` runs on a machine that has it.
+    it lacks was not, until `edgevlm verify` runs on a machine that has it. checksums: of the files,
+    compared whenever the engine is opened. plugins: of TensorRT, that compute calls of it.
+    stripped: whether its plans get their weights when they are opened.
     """
 
     format: int
@@ -98,24 +111,40 @@ class Engine:
     trials: tuple[Trial, ...] = ()
     plans: Mapping[str, PlanReport] = field(default_factory=dict)
     verified: bool = True
+    checksums: Checksums = field(default_factory=dict)
+    plugins: tuple[Plugin, ...] = ()
+    stripped: bool = False
+
+    @property
+    def options(self) -> BuildOptions:
+        """What TensorRT's build was asked for."""
+        return BuildOptions(tuple(sorted({p.op for p in self.plugins})), self.stripped)
 
     def parsed_target(self) -> Target:
         """The target as a value."""
         return parse(self.target)
 
-    def parsed_model(self) -> ModelConfig:
+    def parsed_model(self) -> Model:
         """The model's configuration as values."""
-        return model_config.from_json(dict(self.model), f"{DESCRIPTION}: model")
+        return towers.from_json(dict(self.model), f"{DESCRIPTION}: model")
+
+    def parsed_vlm(self) -> ModelConfig:
+        """The same of a vision-language model. Raises UnsupportedError for a tower by itself."""
+        return towers.vlm(self.parsed_model(), "the engine")
 
     def rebuild_command(self, folder: Path, target: str = "cpu") -> str:
         """The command that builds this engine again, for `target`."""
         words = ["edgevlm", "build", self.bundle, str(folder), "--target", target]
-        words += ["--max-context", str(self.context)]
+        if self.context:
+            words += ["--max-context", str(self.context)]
         if self.max_image_tiles is not None:
             words += ["--max-image-tiles", str(self.max_image_tiles)]
         if self.precision is not None:
             words += ["--precision", self.precision]
         words += self.tuning_options
+        if self.options.plugins:
+            words += ["--plugins", ",".join(self.options.plugins)]
+        words += ["--strip-weights"] * self.stripped
         if self.build.accepted_loss is not None:
             words += ["--accept-loss", f"{self.build.accepted_loss:g}"]
         return shlex.join([*words, "--force"])
@@ -123,10 +152,9 @@ class Engine:
 
 def write(folder: Path, engine: Engine) -> None:
     """Write engine.json, whole or not at all: `verify` writes it into a finished engine."""
-    text = json.dumps(to_plain(engine), indent=1)  # ASCII: a path need not be UTF-8
     new = folder / f"{DESCRIPTION}.new"
     try:
-        new.write_text(text + "\n", encoding="utf-8")
+        sealed.write(new, engine)
         new.replace(folder / DESCRIPTION)
     finally:
         new.unlink(missing_ok=True)
@@ -138,16 +166,43 @@ def read(folder: Path) -> Engine:
     if not path.exists():
         raise BundleError(f"{folder} is not an engine: it has no {DESCRIPTION}", hint=_next(folder))
     try:
-        data = read_json(path)
+        data = read_json(path, ours=True)
         if data.get("format") != FORMAT:
-            raise ConfigError(f"{path} has format {data.get('format')!r}, expected {FORMAT}")
-        engine = from_plain(Engine, data, str(path))
-        check_parts(str(path), engine.parsed_model(), engine.components, engine.edges, engine.files)
-        if engine.context < 1:
-            raise ConfigError(f"{path}: context = {engine.context}, expected at least 1")
+            raise ConfigError(f"{path} has format {data.get('format')!r:.80}, expected {FORMAT}")
+        stated = {key: value for key, value in data.items() if key != sealed.SEAL}
+        engine = from_plain(Engine, stated, str(path))
+        _check(engine, str(path))
+        sealed.opened(data, str(path))
         return engine
     except ConfigError as odd:
         raise BundleError(odd.message, hint="build the engine again") from None
+
+
+def _check(engine: Engine, where: str) -> None:
+    """Raise ConfigError for parts that do not go together, or lead out of the folder."""
+    model = engine.parsed_model()
+    check_parts(where, model, engine.components, engine.edges, engine.files)
+    longest = towers.context_of(model)
+    least = min(longest, 1)
+    if not least <= engine.context <= longest:
+        raise ConfigError(f"{where}: context = {engine.context}, expected {least} to {longest}")
+    records = [*engine.components]
+    if engine.prompt_form is not None:
+        records.append(_prompt_record(engine, engine.prompt_form.record, where))
+    if engine.parsed_target().backend != "reference":  # which has no graphs
+        check_graphs(where, records, engine.files)
+    if engine.checksums.keys() != engine.files.keys():
+        raise ConfigError(f"{where}: checksums are not those of the files")
+
+
+def _prompt_record(engine: Engine, record: ComponentRecord, where: str) -> ComponentRecord:
+    """The record of the second language model: of the first one's ports, without the scores."""
+    first = next(c for c in engine.components if c.name == engine.parsed_vlm().lm.name)
+    known = {*first.inputs, *first.outputs}
+    fits = record.name == first.name and {*record.inputs, *record.outputs} <= known
+    if not fits or record.weights not in engine.files or record.graph == first.graph:
+        raise ConfigError(f"{where}: prompt_form is no second form of {first.name}")
+    return record
 
 
 def _next(folder: Path) -> str:
@@ -156,24 +211,58 @@ def _next(folder: Path) -> str:
     return f"build one: edgevlm build BUNDLE {folder}"
 
 
-def check(folder: Path, engine: Engine) -> None:
-    """Raise TargetMismatch on another machine, BundleError if a file is missing or changed."""
+def check(folder: Path, engine: Engine, *, verify: bool = False) -> None:
+    """Raise TargetMismatch on another machine, BundleError if a file is missing or damaged.
+
+    verify: by SHA-256, which tells changes that somebody made on purpose too.
+    """
     target = engine.parsed_target()
     here = backends.backend(target).here()
     check_runs_here(target, here, engine.rebuild_command(folder))
-    check_files(folder, engine)
+    check_files(folder, engine, verify=verify)
 
 
-def check_files(folder: Path, engine: Engine) -> None:
-    """Raise BundleError if a file is missing or of another size."""
-    for name, record in engine.files.items():
-        path = folder / name
-        if not path.exists() or path.stat().st_size != record.nbytes:
-            actual = f"{path.stat().st_size} bytes" if path.exists() else "missing"
-            raise BundleError(
-                f"{path}: {actual}, the build wrote {record.nbytes} bytes",
-                hint=f"build it again: {engine.rebuild_command(folder, engine.target)}",
-            )
+def check_files(folder: Path, engine: Engine, *, verify: bool = False) -> None:
+    """Raise BundleError if a file is missing or is not what the build wrote; reads all of them."""
+    fault = next(iter(faults(folder, engine, verify=verify)), None)
+    if fault:
+        raise BundleError(fault, hint=_again(folder, engine))
+
+
+def faults(folder: Path, engine: Engine, *, verify: bool = False) -> list[str]:
+    """What is wrong with an engine's files, as text; [] for one as it was built."""
+    found = {
+        name: size_fault(folder, name, record, "the build") for name, record in engine.files.items()
+    }
+    whole = [name for name, fault in found.items() if fault is None]
+    actual = checksums.of_files(folder, whole, threads_here())
+    for name in whole:
+        pieces = zip_longest(actual[name], engine.checksums[name])
+        wrong = [number for number, (here, built) in enumerate(pieces) if here != built]
+        if wrong:
+            found[name] = _damaged(folder / name, wrong, len(actual[name]))
+        elif verify and sha256_of(folder / name) != engine.files[name].sha256:
+            found[name] = f"{folder / name} was changed since it was built (SHA-256 differs)"
+    return [fault for fault in found.values() if fault]
+
+
+def examine(folder: Path, engine: Engine) -> None:
+    """Raise BundleError naming every file of an engine that is not what the build wrote."""
+    found = faults(folder, engine, verify=True)
+    if found:
+        raise BundleError("; ".join(found), hint=_again(folder, engine))
+
+
+def _damaged(path: Path, wrong: list[int], pieces: int) -> str:
+    text = f"{path} is damaged: it is not what was built (CRC-32 differs"
+    if pieces == 1:
+        return f"{text})"
+    first = wrong[0] * checksums.PIECE_BYTES
+    return f"{text} in {len(wrong)} of {pieces} pieces, the first from byte {first} on)"
+
+
+def _again(folder: Path, engine: Engine) -> str:
+    return f"build it again: {engine.rebuild_command(folder, engine.target)}"
 
 
 def check_verified(folder: Path, engine: Engine) -> None:

@@ -13,6 +13,7 @@ from edgevlm.export.attention import cached_attention, rotary_attention
 from edgevlm.export.blocked import blocked_embed, blocked_linear
 from edgevlm.export.deform import ms_deform_attn
 from edgevlm.export.nodes import function, ints, node, shape
+from edgevlm.export.relative import relative_attention
 from edgevlm.export.rows import row_quantize, row_quantized_linear
 
 
@@ -138,6 +139,7 @@ FUNCTIONS = {
         row_quantized_linear(),
         cached_attention(),
         rotary_attention(),
+        relative_attention(),
         ms_deform_attn(),
         layer_merge(),
         response_norm(),

@@ -12,6 +12,15 @@ DOMAIN = "edgevlm"
 VERSION = 1
 OPSET = 24
 IR_VERSION = 11
+ELEMENT = {
+    "fp32": onnx.TensorProto.FLOAT,
+    "fp16": onnx.TensorProto.FLOAT16,
+    "bf16": onnx.TensorProto.BFLOAT16,
+    "int64": onnx.TensorProto.INT64,
+    "uint8": onnx.TensorProto.UINT8,
+    "int8": onnx.TensorProto.INT8,
+    "bool": onnx.TensorProto.BOOL,
+}
 
 
 def node(kind: str, inputs: Sequence[str], outputs: Sequence[str], **attrs: Any) -> onnx.NodeProto:

@@ -1,4 +1,6 @@
-"""A component of linears alone, for measuring what number format runs fastest on a machine."""
+"""Components outside of any model, for measuring: linears alone, which tell what number format runs
+fastest on a machine, and whatever a measurement needs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 from edgevlm.export.write import describe, record, write_graph
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.checkpoints.weights import RandomWeights
-from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
 from edgevlm.toolkit.vlm.components import Component, Port
 
@@ -42,8 +44,19 @@ def linears(
         ),
         tuple(Port(f"y.{i}", "float", ("rows", outputs)) for i in range(copies)),
     )
-    recorded = record(component, "fp32", PrecisionPlan(precision))
     weights: Mapping[str, Any] = RandomWeights(shapes, 0, component.name)
+    return written(folder, component, "fp32", weights, PrecisionPlan(precision))
+
+
+def written(
+    folder: Path,
+    component: Component,
+    dtype: str,
+    weights: Mapping[str, Array],
+    plan: PrecisionPlan | None = None,
+) -> ComponentRecord:
+    """Write any component into `folder`; its weights are stored as `dtype`."""
+    recorded = record(component, dtype, plan)
     graph, stored = f"{component.name}.onnx", f"{component.name}.safetensors"
     write_graph(folder, recorded, graph, stored, weights)
     return describe(component, graph, stored)

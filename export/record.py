@@ -12,20 +12,10 @@ import onnx
 from onnx import helper, numpy_helper
 
 from edgevlm.export import blocked, rows, static
-from edgevlm.export.nodes import DOMAIN
+from edgevlm.export.nodes import DOMAIN, ELEMENT
 from edgevlm.toolkit.ops import decompositions
 from edgevlm.toolkit.ops.vocabulary import Array, R, Step, Weights
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-
-ELEMENT = {
-    "fp32": onnx.TensorProto.FLOAT,
-    "fp16": onnx.TensorProto.FLOAT16,
-    "bf16": onnx.TensorProto.BFLOAT16,
-    "int64": onnx.TensorProto.INT64,
-    "uint8": onnx.TensorProto.UINT8,
-    "int8": onnx.TensorProto.INT8,
-    "bool": onnx.TensorProto.BOOL,
-}
 
 
 class OnnxOps:
@@ -229,6 +219,19 @@ class OnnxOps:
             qk_matmul_output_mode=0,
         )
 
+    def attention_relative(
+        self, q: str, k: str, v: str, w: Weights[str], *, num_heads: int, grid: tuple[int, int]
+    ) -> str:
+        return self.one(
+            "edgevlm.RelativeAttention",
+            [q, k, v, w["rows"], w["columns"]],
+            self._at(w),
+            num_heads=num_heads,
+            head_dim=self._shapes[w.key("rows")][1],
+            height=grid[0],
+            width=grid[1],
+        )
+
     def attention_cached(
         self,
         q: str,
@@ -383,11 +386,10 @@ class OnnxOps:
     # -- precision -------------------------------------------------------------------------
 
     def fake_quant(self, x: str, scale: Array, *, axis: int | None, path: str) -> str:
-        label, kind = f"{self._component}/{path}", onnx.TensorProto.INT8
+        label = f"{self._component}/{path}"
         steps = self._floats(f"{label}/scale", scale)
-        zeros = helper.make_tensor(f"{label}/zero", kind, scale.shape, [0] * scale.size)
-        self.small.setdefault(zeros.name, zeros)
+        zeros = self._inline(f"{label}/zero", np.zeros(scale.shape, np.int8))
         along = {} if axis is None else {"axis": axis}
-        inputs = [steps, zeros.name]
+        inputs = [steps, zeros]
         stored = self.one("QuantizeLinear", [x, *inputs], f"{label}/quantize", **along)
         return self.one("DequantizeLinear", [stored, *inputs], f"{label}/dequantize", **along)

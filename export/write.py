@@ -13,14 +13,14 @@ import onnx.shape_inference
 from onnx import helper
 
 from edgevlm.export.functions import FUNCTIONS
-from edgevlm.export.nodes import DOMAIN, IR_VERSION, OPSET, VERSION
-from edgevlm.export.record import ELEMENT, OnnxOps
+from edgevlm.export.nodes import DOMAIN, ELEMENT, IR_VERSION, OPSET, VERSION
+from edgevlm.export.record import OnnxOps
 from edgevlm.toolkit.bundle import goldens
 from edgevlm.toolkit.bundle import manifest as bundles
 from edgevlm.toolkit.bundle.atomic import require_space, writing
 from edgevlm.toolkit.bundle.goldens import Golden
 from edgevlm.toolkit.bundle.manifest import ComponentRecord, FileRecord, Manifest, Tensors
-from edgevlm.toolkit.checkpoints.layouts.source import Source
+from edgevlm.toolkit.checkpoints.layouts.source import AnySource, Source
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     STORAGE,
     Blocks,
@@ -36,8 +36,7 @@ from edgevlm.toolkit.quantization import blockwise, channels
 from edgevlm.toolkit.quantization.blockwise import StorageFormat
 from edgevlm.toolkit.quantization.coded import Offers
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.vlm import components, towers
 from edgevlm.toolkit.vlm.components import Component, Port
 from edgevlm.toolkit.vlm.cost import count
 
@@ -46,7 +45,7 @@ PROMPT_FORM = ".prompt"  # in the names of the files of a second language model
 
 
 def write_bundle(
-    source: Source,
+    source: AnySource,
     out: Path,
     *,
     made_by: str,
@@ -66,12 +65,12 @@ def write_prompt_form(source: Source, out: Path, *, made_by: str, progress: Prog
     """Write the language model alone, as `write_bundle` does but under the names of PROMPT_FORM:
     for an engine that has it in two precisions. No bundle to keep: the other components lack.
     """
-    lm = components.lm_component(source.model.lm)
+    lm = components.language_model(source.model)
     _write(source, out, (lm,), PROMPT_FORM, made_by=made_by, progress=progress)
 
 
 def _write(
-    source: Source,
+    source: AnySource,
     out: Path,
     model_components: tuple[Component, ...],
     suffix: str,
@@ -96,7 +95,7 @@ def _write(
             bundles.FORMAT,
             made_by,
             source.origin,
-            model_config.to_json(source.model),
+            towers.to_json(source.model),
             dtype,
             OPSET,
             tuple(records),
@@ -109,7 +108,7 @@ def _write(
 
 
 def _write_component(
-    folder: Path, recorded: Recorded, suffix: str, source: Source, files: dict[str, FileRecord]
+    folder: Path, recorded: Recorded, suffix: str, source: AnySource, files: dict[str, FileRecord]
 ) -> ComponentRecord:
     component = recorded.component
     graph, weights = (f"{component.name}{suffix}.{kind}" for kind in ("onnx", "safetensors"))
@@ -242,7 +241,7 @@ def record(component: Component, dtype: str, plan: PrecisionPlan | None = None) 
     return Recorded(component, ops, outputs, dtype)
 
 
-def graphs(source: Source, dtype: str = "fp32") -> dict[str, onnx.ModelProto]:
+def graphs(source: AnySource, dtype: str = "fp32") -> dict[str, onnx.ModelProto]:
     """The graphs of all components, whose weights are in no file: enough to lower them."""
     recordings = (record(c, dtype, source.plan) for c in components.components(source.model))
     return {r.component.name: r.model("", _unwritten(r)) for r in recordings}
@@ -330,11 +329,14 @@ def _write_tokenizer_and_goldens(
     folder: Path,
     recordings: list[Recorded],
     suffix: str,
-    source: Source,
+    source: AnySource,
     files: dict[str, FileRecord],
     progress: Progress,
 ) -> None:
-    (folder / bundles.TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
+    written = [bundles.GOLDENS]
+    if isinstance(source, Source):
+        (folder / bundles.TOKENIZER).write_text(source.tokenizer, encoding="utf-8")
+        written.insert(0, bundles.TOKENIZER)
     answered: list[Golden] = []
     with np.errstate(over="ignore"):
         for component in (recorded.component for recorded in recordings):
@@ -342,14 +344,15 @@ def _write_tokenizer_and_goldens(
             weights = folder / f"{component.name}{suffix}.safetensors"
             answered += _goldens(component, Tensors(weights), source)
     goldens.save(folder / bundles.GOLDENS, answered)
-    for name in (bundles.TOKENIZER, bundles.GOLDENS):
+    for name in written:
         files[name] = bundles.record_file(folder / name)
 
 
-def _goldens(component: Component, stored: Tensors, source: Source) -> list[Golden]:
+def _goldens(component: Component, stored: Tensors, source: AnySource) -> list[Golden]:
     """The answers of the weights as they were stored, and the float model's where those differ."""
     known = goldens.load(source.goldens) if source.goldens else []
-    origin = [golden for golden in known if golden.component == component.name]
+    parts = component.name, component.inputs, component.outputs
+    origin = goldens.calls_of(known, *parts) if known else []
     if not source.plan.precisions and not any(golden.float_outputs for golden in origin):
         return list(goldens.make_goldens(component, stored))
     floats = origin or goldens.make_goldens(component, source.weights.get(component.name, {}))

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 SHARED = ROOT.parent / "shared"
 PACKAGES = ("toolkit", "export", "engines", "training", "calibration")
-LOOSE = ("__init__.py", "api.py", "cli.py", "requantize.py", "py.typed")
+LOOSE = ("__init__.py", "api.py", "cli.py", "requantize.py", "sizing.py", "py.typed")
 PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 
@@ -124,4 +124,16 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("ready")
     engine_of(HERE / "goldens/e2e_llava15/llava-v1.5-tiny", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def with_masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `mlcd-seg` (a random checkpoint of MLCD-Seg), `bundle` and `engine-cpu`."""
+    from tests.pipeline import engine_of
+    from tests.systems import segmenting
+
+    folder = tmp_path_factory.mktemp("with-masks")
+    segmenting.checkpoint(folder / "mlcd-seg", segmenting.sam())
+    engine_of(folder / "mlcd-seg", folder)
     return folder

@@ -214,6 +214,17 @@ CASES: dict[str, Case] = {
         lambda op, w, x: op.attention(x["q"], x["k"], x["v"], num_heads=4),
         inputs={"q": (2, 5, 32), "k": (2, 5, 32), "v": (2, 5, 32)},
     ),
+    "attention of fewer queries than keys": Case(
+        lambda op, w, x: op.attention(x["q"], x["k"], x["v"], num_heads=4),
+        inputs={"q": (2, 3, 32), "k": (2, 7, 32), "v": (2, 7, 32)},
+    ),
+    "attention_relative": Case(
+        lambda op, w, x: op.attention_relative(
+            x["q"], x["k"], x["v"], w / "r", num_heads=2, grid=(3, 4)
+        ),
+        {"r.rows": (5, 8), "r.columns": (7, 8)},
+        {"q": (2, 12, 16), "k": (2, 12, 16), "v": (2, 12, 16)},
+    ),
     "relu": Case(lambda op, w, x: op.relu(x["x"]), inputs={"x": (2, 3, 8)}),
     "relu6": Case(lambda op, w, x: op.relu(x["x"], limit=0.5), inputs={"x": (2, 3, 8)}),
     "sigmoid": Case(lambda op, w, x: op.sigmoid(x["x"]), inputs={"x": (2, 3, 8)}),

@@ -21,9 +21,16 @@ def silent(message: str) -> None:
     """Progress that is not shown."""
 
 
-def engine_of(checkpoint: Path, work: Path, *, target: str = "cpu", dtype: str = "fp32") -> Path:
+def engine_of(
+    checkpoint: Path,
+    work: Path,
+    *,
+    target: str = "cpu",
+    dtype: str = "fp32",
+    quirks: tuple[str, ...] = (),
+) -> Path:
     """Export and build a checkpoint below `work`; the engine's folder."""
-    source = systems.load(checkpoint, Options(torch_reader=reader()))
+    source = systems.load(checkpoint, Options(torch_reader=reader(), quirks=quirks))
     bundle, engine = work / "bundle", work / f"engine-{target}"
     if not bundle.exists():
         write.write_bundle(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgevlm.toolkit.bundle import publish
 from tests.conftest import ROOT
 from tests.refusals import GOLDEN, IMAGE, LM, edgevlm, refuses, tree
 
@@ -101,6 +102,7 @@ def test_an_interrupt_between_the_two_renames_keeps_the_old(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", interrupted)
+    monkeypatch.setattr(publish, "exchanged", lambda one, other: False)
     ran = edgevlm("export", GOLDEN / LM, out, "--force", "--quiet")
     assert (ran.code, ran.err.splitlines()[-1][:18]) == (130, "error: interrupted")
     assert tree(out) == before
@@ -147,6 +149,8 @@ def test_a_disk_that_fills_up_at_any_step_leaves_nothing(
         shutil.copytree(ready / "bundle", tmp_path / "out")
         words.append("--force")
     monkeypatch.setattr(where, name, full)
+    if name == "rename":
+        monkeypatch.setattr(publish, "exchanged", full)
     error, hint = refuses(tmp_path, *words)
     assert f"{tmp_path / 'out'} could not be written: the disk is full" in error
     assert "free some space" in hint

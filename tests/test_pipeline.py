@@ -194,14 +194,29 @@ def test_profile_keeps_its_contract(shell: Shell, tmp_path: Path) -> None:
     assert set(spread) == {"p50_ms", "p90_ms", "p99_ms", "mean_ms"}
     assert len(found["samples"]["prefill"]) == 2
     assert len(found["samples"]["decode"]) == 2 * 3
+    first = found["metrics"]["time_to_first_token"]
+    assert (first["p50"], first["count"]) == (
+        pytest.approx(found["time_to_first_token_ms"], abs=1e-2),
+        2,
+    )
+    assert found["metrics"]["decode"]["count"] == 2 * 3
+    marks = [name for _, name in found["memory_marks"]]
+    assert marks == ["opening", "warm-up", "run 1", "run 2", "limits"]
+    files = sum(file.stat().st_size for file in engine.iterdir())
+    assert found["size_bytes"] == files - (engine / "engine.json").stat().st_size
+    assert found["context"]["versions"]["onnxruntime"]
+    assert found["drift"] is None
     bounds = {b["stage"]: b for b in found["roofline"]["stages"]}
     assert set(bounds) == {"encoder.clip", "merger", "prefill", "decode"}
     assert all(b["floor_ms"] > 0 for b in bounds.values())
     assert "<svg" in page.read_text()
     assert {e["name"] for e in json.loads(events.read_text())["traceEvents"]} >= set(bounds)
-    shown = shell("profile", engine, *words, "--compare", engine)
+    written = tmp_path / "p.csv"
+    shown = shell("profile", engine, *words, "--compare", engine, "--csv", written)
     assert "speed of light" in shown
     assert shown.count("encoder.clip") == 2
+    assert shown.splitlines()[-1].split()[4:6] == ["0", "100%"]  # drift of the engine from itself
+    assert written.read_text().count(",time_to_first_token,ms,") == 2
 
 
 def test_inspect_knows_every_kind_of_thing(shell: Shell, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ ToolkitError                 message + hint (the next step)
 ├── CheckpointError          weights on disk: missing, unexpected, mis-shaped, truncated
 ├── BundleError              a bundle or engine folder that does not match its manifest
 ├── InputError               an image, prompt or request that cannot be used
+│   └── PromptTooLong        the prompt does not fit into the engine's context
 ├── UnsupportedError         this op, model or precision does not exist on that target
 ├── MissingExtra             an optional package is needed; the hint is the install command
 ├── DataError                a data set that cannot be read, or with too many broken samples
@@ -91,6 +92,10 @@ class BundleError(ToolkitError):
 
 class InputError(ToolkitError):
     """An image, a prompt or a request file cannot be used."""
+
+
+class PromptTooLong(InputError):
+    """A prompt has more tokens than the engine's context; a chat drops its oldest turns then."""
 
 
 class UnsupportedError(ToolkitError):

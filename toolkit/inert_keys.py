@@ -150,8 +150,8 @@ GROUPS: Mapping[str, Group] = {
         "stage_names use_mask_token",
     ),
     "convnext": _group(
-        "settings of its use as a backbone; layer_norm_eps is that of the unused final norm",
-        "layer_norm_eps out_features out_indices stage_names",
+        "settings of its use as a backbone",
+        "out_features out_indices stage_names",
     ),
     "lora": _group(
         "bookkeeping of PEFT, and how the adapter was made; its tensors' names say what it changes",

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import stat
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,12 +25,19 @@ V = TypeVar("V")
 _REQUIRED: Any = object()
 # Layers are listed before a file is opened: a wrong number must not take minutes.
 MOST_LAYERS = 4096
+MOST_JSON_BYTES = 1 << 28  # the largest tokenizer.json that is published has an eighth of it
+MOST_NESTED = 100
+_MOST_INT = 1 << 63
+_MOST_VALUES = 1 << 18  # of a list; the vocabulary's, in lists of tokens
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ConfigError naming file and position."""
+def read_json(path: Path, *, ours: bool = False) -> dict[str, Any]:
+    """The JSON object in `path`. Raises ConfigError naming file and position.
+
+    ours: whether we wrote it; then no key occurs twice, and no number is NaN or infinite.
+    """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = _parsed(_text(path), ours=ours)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
     except OSError as refused:
@@ -39,6 +48,52 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     return data
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises ConfigError for one that is not UTF-8, or cannot be read."""
+    try:
+        return _text(path)
+    except OSError as refused:
+        raise ConfigError(f"{path} cannot be read: {refused.strerror}") from None
+    except ValueError as broken:
+        raise ConfigError(f"{path} is no text in UTF-8: {broken}") from None
+
+
+def _text(path: Path) -> str:
+    """A file's text. Raises ValueError for one that cannot be a description, such as a device."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no regular file")
+    if found.st_size > MOST_JSON_BYTES:
+        raise ValueError(f"{found.st_size} bytes, expected at most {MOST_JSON_BYTES}")
+    return path.read_text(encoding="utf-8")
+
+
+def _parsed(text: str, *, ours: bool) -> Any:
+    """JSON that is not nested deeper than what works on it can follow."""
+    strictly: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _no_number}
+    data = json.loads(text, **(strictly if ours else {}))
+    level = [data] if isinstance(data, (dict, list)) else []
+    for _ in range(MOST_NESTED):
+        items = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [x for inner in items for x in inner if type(x) is dict or type(x) is list]
+        if not level:
+            return data
+    raise ValueError(f"it is nested more than {MOST_NESTED} deep")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice!r:.80} occurs twice")
+    return data
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
 
 
 class Reader:
@@ -59,9 +114,9 @@ class Reader:
                 raise self._absent(key)
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = _as_float(value, f"{self.where}: {key}")
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(f"{self.where}: {key} = {value!r}, expected {kind.__name__}")
+            raise ConfigError(f"{self.where}: {key} = {value!r:.200}, expected {kind.__name__}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{self.where}: {key} = {value!r}, expected a finite number")
         return value
@@ -227,7 +282,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return _decode((plain or [a for a in args if a is not type(None)])[0], data, where)
     if origin is typing.Literal:
         if not any(data == option and type(data) is type(option) for option in args):
-            raise ConfigError(f"{where} = {data!r}, expected one of {args}")
+            raise ConfigError(f"{where} = {data!r:.200}, expected one of {args}")
         return data
     if origin is tuple:
         return _decode_tuple(args, data, where)
@@ -239,14 +294,28 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     if kind is Any:
         return data
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
+        return _as_float(data, where)
     exact = isinstance(data, kind) and not (kind is int and isinstance(data, bool))
     _expect(exact, where, data, kind.__name__)
+    if kind is float:
+        _expect(math.isfinite(data), where, data, "a finite number")
+    if kind is int:
+        _expect(-_MOST_INT <= data < _MOST_INT, where, data, "a number of at most 64 bits")
     return data
+
+
+def _as_float(value: int, where: str) -> float:
+    """A whole number as a float. Raises ConfigError for one that has too many digits."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{where} = {value!r:.40}..., which is too large") from None
 
 
 def _decode_tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
     _expect(isinstance(data, (list, tuple)), where, data, "a list")
+    if len(data) > _MOST_VALUES:
+        raise ConfigError(f"{where} has {len(data)} values, expected at most {_MOST_VALUES}")
     if len(args) == 2 and args[1] is Ellipsis:
         return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     _expect(len(data) == len(args), where, data, f"{len(args)} values")
@@ -254,13 +323,19 @@ def _decode_tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ..
     return tuple(_decode(arg, item, f"{where}[{i}]") for i, (arg, item) in enumerate(pairs))
 
 
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass; finding them takes longer than all the rest."""
+    return typing.get_type_hints(kind)
+
+
 def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), where, data, "an object")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(data) - set(fields))
     if unknown:
-        raise ConfigError(f"{where} has unknown keys: {', '.join(unknown)}")
+        raise ConfigError(f"{where} has unknown keys: {', '.join(unknown):.200}")
     optional = (dataclasses.MISSING, dataclasses.MISSING)
     required = {n for n, f in fields.items() if (f.default, f.default_factory) == optional}
     missing = sorted(required - set(data))
@@ -271,4 +346,4 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
 
 def _expect(valid: bool, where: str, data: Any, expected: str) -> None:
     if not valid:
-        raise ConfigError(f"{where} = {data!r}, expected {expected}")
+        raise ConfigError(f"{where} = {data!r:.200}, expected {expected}")

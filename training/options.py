@@ -48,6 +48,7 @@ class TrainOptions:
     lora_alpha: Annotated[float, "Scale of the adapters times their rank."] = 16.0
     lora_dropout: Annotated[float, "Of the adapters' inputs."] = 0.05
     lora_on: Annotated[str, "GLOB of the adapted matrices."] = "lm.*"
+    sam: Annotated[str | None, "mlcd-seg: SAM's weight file, to begin with an MLCD model."] = None
     qat: Annotated[str | None, "int8, int4 or a plan's file: train with rounded weights."] = None
     ema: Annotated[float, "Decay of averaged weights, which are saved then; 0 is none."] = 0.0
     seed: Annotated[int, "Of the order of samples and of new weights."] = 0

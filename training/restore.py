@@ -29,6 +29,7 @@ from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.encoders import convnext
 from edgevlm.toolkit.strict import read_json
 from edgevlm.toolkit.vlm import language_models
+from edgevlm.toolkit.vlm.components import after_answer
 from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.training import assemble, grown
 
@@ -146,6 +147,7 @@ def _check_same_model(trained: Source, original: Source, folder: Path) -> None:
         "system": (ours.system, theirs.system),
         "encoders": (ours.encoders, theirs.encoders),
         "merger": (ours.merger, theirs.merger),
+        "segmenter": (ours.segmenter, theirs.segmenter),
         "language model": (_any_context(ours), _any_context(theirs)),
         "tiles of images": (
             (ours.images.tiling, ours.images.arrangement),
@@ -238,7 +240,9 @@ def _write_llava(job: _Job) -> dict[str, Any]:
     _, stored = _recipes(job.original, "lm")
     own, tower_stored = _recipes(job.original, tower)
     inside = tower_stored is stored
-    parts = [_part(job, name) for name in ("lm", "merger", *([tower] if inside else []))]
+    behind = sorted(after_answer(job.trained.model))  # of MLCD-Seg, whose SAM is inside
+    names = ("lm", "merger", *([tower] if inside else []), *behind)
+    parts = [_part(job, name) for name in names]
     tensors = Edited(stored, parts, job.dtype, _tied_copies(job, stored))
     listed = edited.items(tensors)
     path = towers.find(str(job.config["mm_vision_tower"]), job.home, job.options)

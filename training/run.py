@@ -3,20 +3,25 @@
 OUT/training.json     what the run is; with it a killed run is resumed
 OUT/metrics.jsonl     loss, rate, speed: a line for each logged step and evaluation
 OUT/states/           the last two states
+OUT/training.lock     held while the run is at work
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import resource
+import weakref
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from edgevlm.toolkit.bundle.publish import entries
+from edgevlm.toolkit.bundle.unfinished import try_lock
 from edgevlm.toolkit.errors import ConfigError, OutputError
 from edgevlm.toolkit.strict import read_json
 from edgevlm.training import states
@@ -27,7 +32,7 @@ from edgevlm.training.report import Report, Silent, cut_back, losses
 from edgevlm.training.setup import Feeds, Say
 from edgevlm.training.vlm import parameter_count
 
-FACTS = "training.json"
+FACTS, LOCK = "training.json", "training.lock"
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,28 @@ class Home:
     made_by: str
     say: Say
     quiet: bool
+    held: list[int] = field(default_factory=list)  # descriptors of the lock, while it is held
+
+    def hold(self) -> None:
+        """Take OUT for this process. Raises OutputError if another run is at work there."""
+        descriptor = os.open(self.out / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+        if try_lock(descriptor) is False:
+            os.close(descriptor)
+            raise OutputError(
+                f"another run is at work in {self.out}",
+                hint="wait for it, or train into another folder",
+            )
+        self.held.append(descriptor)
+        weakref.finalize(self, _let_go, self.held)
+
+    def let_go(self) -> None:
+        """Let other runs have OUT."""
+        _let_go(self.held)
+
+
+def _let_go(held: list[int]) -> None:
+    while held:
+        os.close(held.pop())
 
 
 @dataclass(frozen=True)
@@ -108,7 +135,7 @@ def check_out(out: Path, *, resume: bool) -> None:
             raise OutputError(
                 f"{out} holds no run to resume", hint="leave --resume out to begin one"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or entries(out)):
         hint = "--resume goes on with the run" if (out / FACTS).exists() else "choose another"
         raise OutputError(f"{out} exists", hint=hint)
 
@@ -116,10 +143,12 @@ def check_out(out: Path, *, resume: bool) -> None:
 def open_home(home: Home, accelerator: Any) -> None:
     """Make OUT with its training.json, or see that the run in it is this one."""
     path = home.out / FACTS
+    if accelerator.is_main_process:
+        home.out.mkdir(parents=True, exist_ok=True)
+        home.hold()
     if home.resume:
         states.check_same(read_json(path), home.facts, path)
     elif accelerator.is_main_process:
-        home.out.mkdir(parents=True, exist_ok=True)
         stated = {**home.facts, "options": asdict(home.options), "made_by": home.made_by}
         path.write_text(json.dumps(stated, indent=1), "utf-8")
     accelerator.wait_for_everyone()
@@ -201,6 +230,7 @@ def fit(run: Run) -> EvalRecord | None:
         return final
     finally:
         report.close()
+        home.let_go()
 
 
 def result(run: Run, final: EvalRecord | None, seconds: float, tower: str | None = None) -> Result:

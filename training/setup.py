@@ -17,6 +17,7 @@ from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.training import grown, lora, memory, optimizer, qat
 from edgevlm.training.data.broken import BrokenSample, Report
 from edgevlm.training.data.masking import check_template
+from edgevlm.training.data.masks import MaskRules
 from edgevlm.training.data.prepare import SampleRules, rules_for
 from edgevlm.training.data.sampling import Batching
 from edgevlm.training.feed import Feed, Prepared, open_data
@@ -72,6 +73,16 @@ def sample_rules(model: ModelConfig, stage: Stage, options: TrainOptions) -> Sam
     length = min(stage.max_length, model.lm.config.context)
     rules = rules_for(model, template, max_length=length)
     return replace(rules, images=shown(rules.images, stage.views))
+
+
+def mask_rules(model: ModelConfig, tokenizer: Tokenizer) -> MaskRules | None:
+    """How samples get masks; None for a model that makes none."""
+    if model.segmenter is None:
+        return None
+    token = tokenizer.id_of(model.segmenter.token)
+    if token is None:
+        raise ConfigError(f"the tokenizer does not know {model.segmenter.token}")
+    return MaskRules(token, model.segmenter.pixels, model.images.upright)
 
 
 def shown(images: ImageRules, views: Views) -> ImageRules:
@@ -151,6 +162,7 @@ def feeds(
         source.tokenizer, source.model.prompts.sentencepiece, rows=source.model.lm.config.vocab_size
     )
     rules = sample_rules(source.model, stage, options)
+    rules = replace(rules, masks=mask_rules(source.model, tokenizer))
     for note in check_template(rules.text, tokenizer):
         say(f"note: {note}")
     say(f"reading {', '.join(options.data)}")

@@ -80,6 +80,13 @@ class Stage:
 _PROJECTOR = (Part("merger.*"), Part("merger.newline", frozen=True, optional=True))
 _PROJECTOR_AND_LM = (Part("merger.*"), Part("lm.*"))
 _WITH_TOWER = (*_PROJECTOR_AND_LM, Part("encoder.*", 2e-6))
+# Nothing trains the map's positions, which the original keeps as a buffer.
+_SEGMENTING = (
+    *_WITH_TOWER,
+    Part("segmenter.decoder.*", 8e-4),
+    Part("segmenter.decoder.projection.*", 3e-4),
+    Part("segmenter.decoder.position", frozen=True),
+)
 _NEXT = ("llava_next", "mlcd")
 
 STAGES = (
@@ -138,6 +145,16 @@ STAGES = (
         "unicom mlcd_vl/scripts/finetune_ov.sh",
         max_length=32768,
         grouped=True,
+    ),
+    Stage(
+        "mlcd-seg",
+        ("mlcd_seg",),
+        "MLCD-Seg: tower, projector, language model and mask decoder; SAM's encoder is frozen",
+        _SEGMENTING,
+        2e-5,
+        128,
+        "unicom mlcd_vl/downstream/scripts/finetune_mlcd_onlyseg.sh",
+        max_length=6000,
     ),
     Stage(
         "convllava-projector",

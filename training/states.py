@@ -5,14 +5,14 @@ OUT/states/step-000120/     accelerate's files, and run.json: what the run is an
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgevlm.toolkit.bundle import checksums, sealed
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
-from edgevlm.toolkit.strict import read_json
+from edgevlm.toolkit.strict import from_plain, read_json
 from edgevlm.training.loop import Progress
 
 FOLDER, FACTS = "states", "run.json"
@@ -36,8 +36,12 @@ def save(accelerator: Any, out: Path, progress: Progress, facts: Mapping[str, An
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        state = {"run": dict(facts), "progress": progress.state_dict()}
-        (partial / FACTS).write_text(json.dumps(state, indent=1))
+        state = {
+            "run": dict(facts),
+            "progress": progress.state_dict(),
+            "checksums": checksums.of_files(partial, _files(partial)),
+        }
+        sealed.write(partial / FACTS, state)
         partial.rename(final)
         for old in found(out)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
@@ -50,22 +54,47 @@ def found(out: Path) -> list[Path]:
     return sorted(path for path in (out / FOLDER).glob("step-*") if (path / FACTS).exists())
 
 
+def _files(folder: Path) -> list[str]:
+    """All files of a state, by their path in it."""
+    every = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in every)
+
+
+def _read(state: Path) -> tuple[Mapping[str, Any], Progress]:
+    """The facts of a state, and where it stands. Raises ConfigError for one that was damaged."""
+    stated = read_json(state / FACTS, ours=True)
+    data = sealed.opened(stated, str(state / FACTS), required=False)  # older ones have no seal
+    known = data.get("checksums")
+    if known is not None:
+        names = [name for name in _files(state) if name != FACTS]
+        actual = {n: [*pieces] for n, pieces in checksums.of_files(state, names).items()}
+        wrong = sorted(n for n in {*known, *actual} if known.get(n) != actual.get(n))
+        if wrong:
+            raise ConfigError(f"{state / wrong[0]} is missing or damaged (CRC-32 differs)")
+    progress = from_plain(Progress, data.get("progress"), f"{state / FACTS}: progress")
+    return data.get("run", {}), progress
+
+
 def resume(accelerator: Any, out: Path, progress: Progress, facts: Mapping[str, Any]) -> None:
     """Load the newest state of OUT. Raises ConfigError if it is of another run."""
     states = found(out)
     if not states:
         return  # killed before the first state: the run starts again
-    state = read_json(states[-1] / FACTS)
-    check_same(state.get("run", {}), facts, states[-1])
+    hint = f"remove that folder; {len(states) - 1} earlier state(s) are left"
+    try:
+        run, reached = _read(states[-1])
+    except ConfigError as damaged:
+        raise CheckpointError(damaged.message, hint=hint) from None
+    check_same(run, facts, states[-1])
     try:
         accelerator.load_state(str(states[-1]), strict=False)
     except (OSError, RuntimeError, ValueError, KeyError) as broken:
         reason = str(broken).splitlines()[0]
         raise CheckpointError(
             f"{states[-1]} cannot be loaded: {reason}",
-            hint=f"remove that folder; {len(states) - 1} earlier state(s) are left",
+            hint=hint,
         ) from None
-    progress.load_state_dict(state["progress"])
+    progress.load_state_dict(reached.state_dict())
 
 
 def check_same(saved: Mapping[str, Any], facts: Mapping[str, Any], where: Path) -> None:

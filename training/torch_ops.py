@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -139,6 +140,32 @@ class TorchOps:
         q, k, v = (_split(x, num_heads) for x in (q, k, v))
         return _attend(q, k, v, None)
 
+    def attention_relative(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Weights[Tensor],
+        *,
+        num_heads: int,
+        grid: tuple[int, int],
+    ) -> Tensor:
+        """The biases as further channels: a query's for each row and column, a key's ones where
+        it stands. So no tensor of all scores is needed besides the kernel's own.
+        """
+        height, width = grid
+        q, k, v = (_split(x, num_heads) for x in (q, k, v))
+        cells, root = q.reshape(*q.shape[:2], *grid, -1), math.sqrt(q.shape[-1])
+        rows, columns = _relative(w["rows"], height), _relative(w["columns"], width)
+        by_row = torch.einsum("bnhwd,hkd->bnhwk", cells, rows).flatten(2, 3)
+        by_column = torch.einsum("bnhwd,wkd->bnhwk", cells, columns).flatten(2, 3)
+        places = torch.arange(height * width, device=q.device)
+        ones = [F.one_hot(places // width, height), F.one_hot(places % width, width)]
+        where = torch.cat(ones, -1).to(k.dtype).expand(*k.shape[:3], -1)
+        q = torch.cat([q, by_row * root, by_column * root], -1)
+        y = F.scaled_dot_product_attention(q, torch.cat([k, where], -1), v, scale=1 / root)
+        return y.transpose(1, 2).flatten(2)
+
     def attention_cached(
         self,
         q: Tensor,
@@ -234,6 +261,12 @@ class _SwiGLU(torch.autograd.Function):
 def _split(x: Tensor, num_heads: int) -> Tensor:
     """[B, S, heads * d] -> [B, heads, S, d]."""
     return x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2)
+
+
+def _relative(table: Tensor, length: int) -> Tensor:
+    """Rows query - key + length - 1 of a table [2 * length - 1, d], as [query, key, d]."""
+    at = torch.arange(length, device=table.device)
+    return table[at[:, None] - at + length - 1]
 
 
 def _upcast(x: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.vlm.components import components
 from edgevlm.toolkit.vlm.config import to_json
-from edgevlm.training import lora, optimizer, setup, stages
+from edgevlm.training import lora, optimizer, setup, stages, with_sam
 from edgevlm.training.answer_task import AnswerTask
 from edgevlm.training.loop import Progress
+from edgevlm.training.mask_task import MaskTask
 from edgevlm.training.options import TrainOptions
 from edgevlm.training.run import (
     Home,
@@ -89,12 +90,13 @@ def _set_up(request: Request) -> tuple[Run, Source]:
     stage = optimizer.applied(stages.find_vlm(request.stage), options)
     if options.lora and options.rate is None:
         stage = replace(stage, rate=LORA_RATE)
-    stages.check_system(stage, request.source.model.system)
+    begun = with_sam.begun(request.source, options.sam, options.seed)
+    stages.check_system(stage, begun.model.system)
     check_out(request.out, resume=request.resume)
     accelerator = setup.accelerator(options.precision)
     say = request.say if accelerator.is_main_process else _nothing
     setup.seed_everything(options.seed)
-    source = setup.grown_for(stage, request.source, options.seed)
+    source = setup.grown_for(stage, begun, options.seed)
     progress = Progress()
     feeds = setup.feeds(source, stage, options, progress, accelerator, say)
     steps = options.steps or max(round(stage.epochs * feeds.training.steps_per_epoch), 1)
@@ -112,7 +114,7 @@ def _set_up(request: Request) -> tuple[Run, Source]:
         accelerator,
         progress,
         feeds,
-        AnswerTask(accelerator.device),
+        _task(source, accelerator.device),
         bare,
         model,
         (opt,),
@@ -123,6 +125,12 @@ def _set_up(request: Request) -> tuple[Run, Source]:
     open_home(run.home, accelerator)
     go_on(run)
     return run, source
+
+
+def _task(source: Source, device: Any) -> AnswerTask:
+    """What the model is trained for: text, and masks if it makes any."""
+    segmenter = source.model.segmenter
+    return AnswerTask(device) if segmenter is None else MaskTask(device, segmenter.pixels.side)
 
 
 def _facts(
@@ -144,6 +152,7 @@ def _facts(
         "seed": options.seed,
         "lora": options.lora,
         "qat": options.qat,
+        **({"sam": options.sam} if options.sam else {}),
         "trained": [f"{p.names}{'' if not p.frozen else ' frozen'}" for p in stage.trained],
     }
 

@@ -92,8 +92,11 @@ class VLM(nn.Module):
         for layer in self.layers():
             layer.compile(**options)
 
-    def forward(self, **batch: Any) -> Tensor:
-        """Logits [B, P, vocabulary] of the positions `score` of a batch, see data/collate.py."""
+    def forward(self, **batch: Any) -> Any:
+        """Logits [B, P, vocabulary] of the positions `score` of a batch, see data/collate.py.
+
+        Of a model that makes masks also their logits as the decoder gives them, [N, side, side].
+        """
         for op in self.train_ops.values():
             op.device = batch["ids"].device  # where tables are kept
         features = self.features(batch)
@@ -108,7 +111,18 @@ class VLM(nn.Module):
             "score": batch["score"],
             **dict.fromkeys(names, none),
         }
-        return self._run(self.model.lm.name, inputs)["logits"]
+        outputs = self._run(self.model.lm.name, inputs)
+        if self.model.segmenter is None:
+            return outputs["logits"]
+        return outputs["logits"], self._masks(outputs["hidden"], batch)
+
+    def _masks(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Masks [N, side, side] of states [B, P, hidden_size], each on the map of its image."""
+        features = self._run(components.MASK_ENCODER, {"pixels": batch["mask_pixels"]})
+        rows, columns = batch["mask_states"].unbind(1)
+        maps = features["features.0"].index_select(0, batch["mask_images"])
+        inputs = {"hidden": hidden[rows, columns], "features": maps}
+        return self._run(components.MASK_DECODER, inputs)["masks"]
 
     def features(self, batch: Batch) -> Tensor:
         """Rows of image tokens [F, hidden_size]: all views of all images of a batch."""

@@ -6,26 +6,54 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from edgevlm.engines.backends.state import State
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
+from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import Target
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A fused kernel that computes calls of an engine, in place of what the builder makes of them.
+
+    op: whose calls (MSDeformAttn). name, namespace, version: in TensorRT's registry. library:
+    whether our library has to be there where the engine runs; else the kernel lies in the plan.
+    """
+
+    op: str
+    name: str
+    namespace: str
+    version: str
+    library: bool
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What builds of TensorRT alone can be asked for.
+
+    plugins: ops that plugins of ours compute. strip: plans without weights, which lie beside them.
+    """
+
+    plugins: tuple[str, ...] = ()
+    strip: bool = False
 
 
 @dataclass(frozen=True)
 class RunnerOptions:
     """How a component is opened: cache length in tokens, threads (0 = all), layer timing.
 
-    beside: whether it runs at the same time as others of its session.
+    beside: whether it runs at the same time as others of its session. plugins: that it may need.
     """
 
     context: int
     threads: int = 0
     profile: bool = False
     beside: bool = False
+    plugins: tuple[Plugin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +144,8 @@ class Compiled:
 
     precision: the number format it computes in, which sets the tolerance of the goldens.
     lowering: a decision per kind of op; empty for a backend that lowers nothing. plan: of TensorRT.
-    searchable: whether --bisect can run its graph, op by op, as the backend would.
+    searchable: whether --bisect can run its graph, op by op, as the backend would; provider: who
+    does so, of ONNX Runtime. plugins: used.
     """
 
     record: ComponentRecord
@@ -126,6 +155,8 @@ class Compiled:
     lowering: tuple[Decision, ...] = ()
     plan: PlanReport | None = None
     searchable: bool = True
+    provider: Any = "CPUExecutionProvider"
+    plugins: tuple[Plugin, ...] = ()
 
 
 class Backend(Protocol):
@@ -183,8 +214,18 @@ class Backend(Protocol):
 _FILES = {"onnxruntime-cuda": "onnxruntime_cuda", "tensorrt-rtx": "tensorrt"}
 
 
-def backend(target: Target) -> Backend:
-    """The backend of a target: a file of this folder, or of TensorRT's two products one."""
+def backend(target: Target, options: BuildOptions | None = None) -> Backend:
+    """The backend of a target: a file of this folder, or of TensorRT's two products one.
+
+    options: of its builds. Raises UnsupportedError for --strip-weights elsewhere.
+    """
     file = _FILES.get(target.backend, target.backend)
     module = import_module(f"edgevlm.engines.backends.{file}")
-    return cast(Backend, module.of(target) if hasattr(module, "of") else module)
+    if hasattr(module, "of"):
+        return cast(Backend, module.of(target, options or BuildOptions()))
+    if options and options.strip:
+        raise UnsupportedError(
+            f"--strip-weights is for plans of TensorRT, and {target} has none",
+            hint="leave it out: an engine's weights lie in a file of their own there",
+        )
+    return cast(Backend, module)

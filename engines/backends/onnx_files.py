@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgevlm.engines.backends.common import place
+from edgevlm.engines.lowering.given import of_bundle
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     Blocks,
@@ -18,7 +19,7 @@ from edgevlm.toolkit.checkpoints.safetensors_io import (
     row_blocks,
     write_safetensors,
 )
-from edgevlm.toolkit.errors import MissingExtra
+from edgevlm.toolkit.errors import needing
 from edgevlm.toolkit.ops.vocabulary import Array
 
 if TYPE_CHECKING:
@@ -34,13 +35,29 @@ class Change:
     make: Callable[[Array], Blocks] = row_blocks
 
 
-def read_graph(file: Path) -> onnx.ModelProto:
-    """A graph whose weights stay in their file. Raises MissingExtra."""
-    try:
+def read_graph(file: Path, weights: Path | None = None) -> onnx.ModelProto:
+    """A graph whose weights stay in their file, which is `weights`. Raises MissingExtra, or
+    BundleError for what is no graph, or reads other files.
+    """
+    with needing("onnx", "export", purpose="building an engine"):
         import onnx
-    except ImportError:
-        raise MissingExtra("onnx", "export", purpose="building an engine") from None
-    return onnx.load(str(file), load_external_data=False)
+    with of_bundle(str(file)):
+        model = onnx.load(str(file), load_external_data=False)
+        if weights is not None:
+            _check_weights(model, weights)
+        return model
+
+
+def _check_weights(model: onnx.ModelProto, weights: Path) -> None:
+    """Raise ValueError for a tensor that is not one of this file."""
+    spans = {(e.offset, e.nbytes) for e in SafetensorsFile(weights).entries.values()}
+    for tensor in _external(model):
+        where = {item.key: item.value for item in tensor.external_data}
+        location = where.get("location", "")
+        if location != weights.name:
+            raise ValueError(f"{tensor.name:.80} is in {location!r:.80}, outside {weights.name}")
+        if (int(where.get("offset", 0)), int(where.get("length", -1))) not in spans:
+            raise ValueError(f"{tensor.name:.80} is not where {weights.name} has a tensor")
 
 
 def stored(file: SafetensorsFile, model: onnx.ModelProto) -> dict[str, tuple[str, Entry]]:
@@ -115,12 +132,13 @@ def without_logits(folder: Path, record: ComponentRecord) -> ComponentRecord:
 
     weights = folder / record.weights
     model = read_graph(folder / record.graph)
-    cut(model, ["score"], ["logits"])
+    scored = {port.name for port in record.outputs if not port.updates}
+    cut(model, ["score"], scored)
     with tempfile.TemporaryDirectory(dir=folder) as whole:
         weights.replace(Path(whole) / record.weights)
         write(Path(whole), folder, record, model, {}, anew=True)
     return replace(
         record,
         inputs=tuple(port for port in record.inputs if port.name != "score"),
-        outputs=tuple(port for port in record.outputs if port.name != "logits"),
+        outputs=tuple(port for port in record.outputs if port.updates),
     )

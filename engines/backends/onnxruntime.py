@@ -70,7 +70,7 @@ def compile(
     shapes: Shapes,
 ) -> Compiled:
     """Lower one component; weights are linked if they need no upcast."""
-    model = onnx_files.read_graph(source / record.graph)
+    model = onnx_files.read_graph(source / record.graph, source / record.weights)
     from edgevlm.engines.lowering import capabilities, lower, signed
 
     lowered = lower.lower_component(record.name, model, target)

@@ -83,7 +83,7 @@ def compile(
     shapes: Shapes,
 ) -> Compiled:
     """Lower one component; weights are linked unless some are stored by channel."""
-    model = onnx_files.read_graph(source / record.graph)
+    model = onnx_files.read_graph(source / record.graph, source / record.weights)
     from edgevlm.engines.lowering import float_ports, lower
     from edgevlm.engines.lowering.onnxruntime_cuda_lint import float_nodes
 
@@ -100,7 +100,7 @@ def compile(
         "int8_rows" if changes else dtype,  # the reference rounds inputs, which stay here
         (_IN_FP32,) if dtype == "fp32" and updates else (),
         lowered.decisions,
-        searchable=False,
+        provider=(PROVIDER.name, dict(PROVIDER.options)),
     )
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 from edgevlm.engines.backends import sessions
+from edgevlm.engines.backends.onnx_files import read_graph as _load
 from edgevlm.engines.lowering.graph import op_name
 from edgevlm.toolkit.bundle.goldens import AXES, Golden, relative_difference
 from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
@@ -22,6 +24,7 @@ from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.vlm.components import zero_states
 
 _TENSORS_PER_RUN = 48
+_PROCESSOR, _HALF = "CPUExecutionProvider", "tensor(float16)"
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,15 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class _Graph:
+class Graph:
     """A component's graph, and the folder with its weights. plain: run without ONNX Runtime's own
-    rewriting.
+    rewriting. provider: who runs it, of ONNX Runtime.
     """
 
     model: onnx.ModelProto
     folder: Path
     plain: bool
+    provider: Any = _PROCESSOR
 
     def values(self, names: Sequence[str], feed: Mapping[str, Array]) -> dict[str, Array]:
         """The named tensors of one call."""
@@ -52,9 +56,10 @@ class _Graph:
         options = sessions.read_weights_from(sessions.session_options(), self.folder)
         if self.plain:
             sessions.keep_graph(options)
-        session = sessions.open_session(model.SerializeToString(), options)
-        used = {value.name for value in session.get_inputs()}
-        tensors = session.run(list(names), {k: v for k, v in feed.items() if k in used})
+        session = sessions.open_session(model.SerializeToString(), options, self.provider)
+        halves = {value.name: value.type == _HALF for value in session.get_inputs()}
+        given = {k: _fed(v, half=halves[k]) for k, v in feed.items() if k in halves}
+        tensors = session.run(list(names), given)
         return dict(zip(names, tensors, strict=True))
 
 
@@ -64,15 +69,18 @@ def first_divergence(
     folder: Path,
     calls: Sequence[Golden],
     tolerance: float,
+    provider: Any = _PROCESSOR,
 ) -> Divergence | None:
     """Compare the engine's graph in `folder` with the bundle's on golden calls, in their order.
+
+    provider: of ONNX Runtime, that runs the engine.
 
     tolerance: of the largest difference over the tensor's largest value. None if every tensor that
     both graphs have is within it: then the difference lies in an op that only the lowered graph
     has, or in the portable graph itself.
     """
-    portable = _Graph(_load(bundle.path / record.graph), bundle.path, plain=True)
-    lowered = _Graph(_load(folder / record.graph), folder, plain=False)
+    portable = Graph(_load(bundle.path / record.graph), bundle.path, plain=True)
+    lowered = Graph(_load(folder / record.graph), folder, plain=False, provider=provider)
     updates = {port.name: port.updates for port in record.outputs if port.updates}
     states = zero_states(record.inputs, record.outputs, AXES)
     for golden in calls:
@@ -85,13 +93,14 @@ def first_divergence(
     return None
 
 
-def _load(path: Path) -> onnx.ModelProto:
-    return onnx.load(str(path), load_external_data=False)
+def _fed(array: Array, *, half: bool) -> Array:
+    """An input as a graph takes it: goldens and empty states are in float32."""
+    return array.astype(np.float16) if half and array.dtype == np.float32 else array
 
 
 def _beyond(
-    portable: _Graph,
-    lowered: _Graph,
+    portable: Graph,
+    lowered: Graph,
     feed: Mapping[str, Array],
     tolerance: float,
     skip: Iterable[str],

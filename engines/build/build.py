@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevlm.engines import backends, manifest
-from edgevlm.engines.backends import Backend, Compiled, PlanReport, Shapes
+from edgevlm.engines.backends import Backend, BuildOptions, Compiled, PlanReport, Plugin, Shapes
 from edgevlm.engines.build import check, second_form, shapes
+from edgevlm.engines.build.kept import existing
 from edgevlm.engines.build.second_form import SecondForm
 from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.lowering.capabilities import Decision
+from edgevlm.engines.lowering.given import of_bundle
 from edgevlm.engines.manifest import Built, Engine, PromptForm, Trial
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.memory import peak_rss_mb
+from edgevlm.toolkit.bundle import checksums
 from edgevlm.toolkit.bundle.atomic import (
     recover,
     refuse_existing,
@@ -29,10 +32,15 @@ from edgevlm.toolkit.bundle.atomic import (
     writing,
 )
 from edgevlm.toolkit.bundle.manifest import GOLDENS, TOKENIZER, Bundle, FileRecord, record_file
-from edgevlm.toolkit.errors import ConfigError, MissingExtra, TargetMismatch, UnsupportedError
+from edgevlm.toolkit.errors import (
+    ConfigError,
+    MissingExtra,
+    TargetMismatch,
+    UnsupportedError,
+)
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.target import Target, check_runs_here
-from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.target import Target, check_runs_here, threads_here
+from edgevlm.toolkit.vlm import towers
 from edgevlm.toolkit.vlm.cost import stored_bytes
 
 if TYPE_CHECKING:
@@ -74,7 +82,7 @@ class Request:
     is cut into, None for all that the model knows. bisect: on divergence, look for the first op.
     requantization: the model in another precision than the bundle's. accept_loss: the relative rms
     error against the float model that is accepted, None for the precision's own limit. tuning: how
-    the number formats of the precision, or of the bundle, were chosen.
+    the number formats of the precision, or of the bundle, were chosen. options: of TensorRT.
     """
 
     target: Target
@@ -86,6 +94,7 @@ class Request:
     requantization: Requantization | None = None
     accept_loss: float | None = None
     tuning: Tuning = Tuning()
+    options: BuildOptions = BuildOptions()
 
     def plan(self, bundle: Bundle) -> PrecisionPlan:
         """The plan of the engine."""
@@ -107,10 +116,10 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
     bundle = Bundle.open(path)
     context, model = settled(bundle, request)
     allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
-    backend, elsewhere = _backend_for(request.target, path, out)
+    backend, elsewhere = _backend_for(request.target, path, out, request.options)
     recover(out)
     current = existing(bundle, out, request, context, model)
-    if current is not None and not request.force:
+    if current is not None:
         return current, False
     refuse_source(out, path)
     refuse_existing(out, force=request.force)
@@ -124,17 +133,18 @@ def build(path: Path, out: Path, request: Request, progress: Progress) -> tuple[
         source = bundle
         if request.requantization is not None:
             source = stack.enter_context(_requantized(request.requantization, folder))
-        config = model_config.from_json(dict(model), "model")
+        config = towers.from_json(dict(model), "model")
         sizes = partial(shapes.of, model=config, context=context)
         parts = _parts(source, backend, folder, request, sizes, allowed, elsewhere, progress)
         seconds = time.perf_counter() - started
-        engine = _described(path, bundle, source, request, context, model, parts, seconds)
+        engine = _described(path, folder, bundle, source, request, context, model, parts, seconds)
         manifest.write(folder, engine)
     return engine, True
 
 
 def _described(
     path: Path,
+    folder: Path,
     bundle: Bundle,
     source: Bundle,
     request: Request,
@@ -143,7 +153,9 @@ def _described(
     parts: _Parts,
     seconds: float,
 ) -> Engine:
-    """What engine.json says of a finished build; source: the bundle, or its requantized form."""
+    """What engine.json says of a finished build in `folder`; source: the bundle at `path`, or its
+    requantized form.
+    """
     errors = parts.errors
     return Engine(
         manifest.FORMAT,
@@ -167,6 +179,9 @@ def _described(
         request.tuning.trials,
         parts.plans,
         parts.verified,
+        checksums.of_files(folder, parts.files, threads_here()),
+        parts.plugins,
+        request.options.strip,
     )
 
 
@@ -184,6 +199,11 @@ class _Parts:
     def plans(self) -> dict[str, PlanReport]:
         """What TensorRT's builder made of each component."""
         return {c.record.name: c.plan for c in self.compiled if c.plan is not None}
+
+    @property
+    def plugins(self) -> tuple[Plugin, ...]:
+        """Those that its components need, each once."""
+        return tuple(dict.fromkeys(plugin for c in self.compiled for plugin in c.plugins))
 
 
 def _parts(
@@ -211,7 +231,7 @@ def _parts(
     wanted = request.tuning.prompts
     if wanted is None:
         return _Parts(compiled, files, errors, None)
-    where, lm = (folder, request.target), source.model.lm.name
+    where, lm = (folder, request.target), source.vlm.lm.name
     second = second_form.add(wanted, source, backend, *where, sizes(lm), allowed, progress)
     errors = errors.joined(second.errors, second_form.IN_PROMPTS)
     return _Parts(compiled, files | second.files, errors, second.form)
@@ -228,42 +248,20 @@ def _requantized(requantization: Requantization, folder: Path) -> Iterator[Bundl
         shutil.rmtree(path, ignore_errors=True)
 
 
-def existing(
-    bundle: Bundle, out: Path, request: Request, context: int, model: Mapping[str, Any]
-) -> Engine | None:
-    """The engine at `out`, if a build with this request would give the same one."""
-    if not (out / manifest.DESCRIPTION).exists():
-        return None
-    try:
-        engine = manifest.read(out)
-        manifest.check_files(out, engine)
-    except Exception:  # a damaged or foreign engine is not the requested one
-        return None
-    requested = (bundle.sha256, str(request.target), context, model, request.precision)
-    actual = (engine.bundle_sha256, engine.target, engine.context, engine.model, engine.precision)
-    allowed = check.allowed_loss(request.plan(bundle), request.accept_loss)
-    accurate = all(loss <= allowed for loss in engine.build.precision_losses.values())
-    tuned = engine.tuning_options == request.tuning.options
-    return engine if actual == requested and accurate and tuned else None
-
-
 def lowering(bundle: Bundle, request: Request) -> list[Decision]:
     """The lowering table of every component that a build would have. Needs no device."""
     if request.target.backend == "reference":
         return []
-    try:
-        import onnx
-    except ImportError:
-        raise MissingExtra("onnx", "export", purpose="reading a bundle's graphs") from None
+    from edgevlm.engines.backends.onnx_files import read_graph
     from edgevlm.engines.lowering.lower import decide
 
     requantized = request.requantization.graphs() if request.requantization else {}
     decisions: list[Decision] = []
     for record in bundle.manifest.components:
-        model = requantized.get(record.name) or onnx.load(
-            str(bundle.path / record.graph), load_external_data=False
-        )
-        decisions += decide(record.name, model, request.target)
+        weights = bundle.path / record.weights
+        model = requantized.get(record.name) or read_graph(bundle.path / record.graph, weights)
+        with of_bundle(str(bundle.path / record.graph)):
+            decisions += decide(record.name, model, request.target, request.options.plugins)
     return decisions
 
 
@@ -280,9 +278,14 @@ def settled(bundle: Bundle, request: Request) -> tuple[int, Mapping[str, Any]]:
 
 
 def _context(bundle: Bundle, requested: int | None) -> int:
-    limit: int = bundle.model.lm.config.context
+    limit = towers.context_of(bundle.model)
     if requested is None:
         return limit
+    if not limit:
+        raise ConfigError(
+            f"--max-context {requested} has no effect: {bundle.path} is a vision tower by itself",
+            hint="leave it out",
+        )
     if not 1 <= requested <= limit:
         raise ConfigError(
             f"--max-context {requested} does not fit: the bundle's tables have {limit} positions",
@@ -303,12 +306,14 @@ def _model(bundle: Bundle, tiles: int | None) -> Mapping[str, Any]:
             hint="leave it out",
         )
     images = replace(rules, tiling=rules.tiling.limited(tiles))
-    return model_config.to_json(replace(bundle.model, images=images))
+    return towers.to_json(replace(bundle.model, images=images))
 
 
-def _backend_for(target: Target, path: Path, out: Path) -> tuple[Backend, bool]:
+def _backend_for(
+    target: Target, path: Path, out: Path, options: BuildOptions | None = None
+) -> tuple[Backend, bool]:
     """The backend, and whether its engines cannot run on this machine, though it builds them."""
-    backend = backends.backend(target)
+    backend = backends.backend(target, options)
     here = backend.here()
     if backend.check_builds(target) and not target.holds(here.arch):
         return backend, True
@@ -352,7 +357,7 @@ def _new_bytes(bundle: Bundle, request: Request) -> int:
 
 
 def _lm_bytes(bundle: Bundle, plan: PrecisionPlan) -> int:
-    return stored_bytes(bundle.model, plan, 4)[bundle.model.lm.name]
+    return stored_bytes(bundle.model, plan, 4)[bundle.vlm.lm.name]
 
 
 def _compile(
@@ -367,7 +372,8 @@ def _compile(
     for record in bundle.manifest.components:
         progress(f"{record.name}: lowering for {target}")
         dtype, shape = bundle.manifest.dtype, sizes(record.name)
-        compiled = backend.compile(bundle.path, dtype, record, folder, target, shape)
+        with of_bundle(str(bundle.path / record.graph)):
+            compiled = backend.compile(bundle.path, dtype, record, folder, target, shape)
         for note in compiled.notes:
             progress(f"{record.name}: {note}")
         components.append(compiled)
@@ -376,6 +382,7 @@ def _compile(
             linked = original is not None and (folder / name).samefile(bundle.path / name)
             files[name] = original if original and linked else record_file(folder / name)
     files |= {name: record_file(folder / name) for name in backend.extras(folder)}
-    (folder / TOKENIZER).write_bytes((bundle.path / TOKENIZER).read_bytes())
-    files[TOKENIZER] = bundle.manifest.files[TOKENIZER]
+    if TOKENIZER in bundle.manifest.files:  # a tower by itself has none
+        (folder / TOKENIZER).write_bytes((bundle.path / TOKENIZER).read_bytes())
+        files[TOKENIZER] = bundle.manifest.files[TOKENIZER]
     return components, files

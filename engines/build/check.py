@@ -9,17 +9,26 @@ calls are random, which is harder on a trained model than text is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-from edgevlm.engines.backends import Backend, Compiled, Runner, RunnerOptions
+from edgevlm.engines.backends import Backend, Compiled, RunnerOptions
+from edgevlm.engines.runtime import memory
 from edgevlm.toolkit.bundle import goldens
 from edgevlm.toolkit.bundle.goldens import AXES, Golden, relative_rms
 from edgevlm.toolkit.bundle.manifest import GOLDENS, Bundle
-from edgevlm.toolkit.errors import AccuracyError, BundleError, ConfigError
+from edgevlm.toolkit.errors import (
+    AccuracyError,
+    BuildError,
+    BundleError,
+    ConfigError,
+    ToolkitError,
+)
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
+from edgevlm.toolkit.vlm import towers
 
 Progress = Callable[[str], None]
 # The largest error of kernels that a build accepts, by the precision in which they compute. int8:
@@ -99,12 +108,12 @@ def check(
         )
 
     def search(component: Compiled, calls: list[Golden], limit: float) -> str:
-        return _first_op(bundle, component, folder, calls, limit)
+        return _first_op(bundle, component, backend, folder, calls, limit)
 
     return compare(
         all_calls,
         bundle.manifest.model,
-        min(AXES["context"], bundle.model.lm.config.context),
+        min(AXES["context"], towers.context_of(bundle.model)),
         compiled,
         backend,
         folder,
@@ -134,9 +143,10 @@ def compare(
     for component in compiled:
         name, limit = component.record.name, tolerance(component)
         progress(f"{name}: comparing with the reference")
-        calls = [golden for golden in all_calls if golden.component == name]
-        runner = backend.open(folder, component.record, model, RunnerOptions(context=context))
-        answers = _answers(runner, calls)
+        record = component.record
+        calls = goldens.calls_of(all_calls, name, record.inputs, record.outputs)
+        outputs = _outputs(component, calls, backend, folder, model, context)
+        answers = _answers(calls, outputs)
         error = _error(answers, [golden.outputs for golden in calls])
         if not error <= limit:
             op = search(component, calls, limit) if search else ""
@@ -164,19 +174,58 @@ class _Answer:
     values: Array
 
 
-def _answers(runner: Runner, calls: list[Golden]) -> list[dict[str, _Answer]]:
-    """What an opened component answers to each call; closes it."""
-    answers = []
+def _answers(
+    calls: list[Golden], outputs: Iterable[Mapping[str, Array]]
+) -> list[dict[str, _Answer]]:
+    return [
+        {n: _Answer(found[n].shape, goldens.sampled(found[n])) for n in golden.outputs}
+        for golden, found in zip(calls, outputs, strict=True)
+    ]
+
+
+def _outputs(
+    component: Compiled,
+    calls: list[Golden],
+    backend: Backend,
+    folder: Path,
+    model: Mapping[str, object],
+    context: int,
+) -> Iterator[Mapping[str, Array]]:
+    """What a component answers to each call, valid until the next: opened whole, or in pieces.
+
+    Raises BuildError where it cannot be run on them.
+    """
+    record = component.record
+    if _is_large(component, folder):
+        from edgevlm.engines.build import pieces
+
+        yield from pieces.answers(folder, record, calls, context)
+        return
+    options = RunnerOptions(context=context, plugins=component.plugins)
+    runner = backend.open(folder, record, model, options)
     try:
         state = runner.new_state()
         for golden in calls:
-            outputs = runner.run(golden.inputs, state)
-            answers.append(
-                {n: _Answer(outputs[n].shape, goldens.sampled(outputs[n])) for n in golden.outputs}
-            )
+            yield runner.run(golden.inputs, state)
+    except ToolkitError:
+        raise
+    except Exception as refused:  # backends raise many types of their own
+        raise BuildError(
+            f"{record.name} cannot be run on its goldens: {refused}",
+            hint="the bundle's graph, weights and goldens do not go together; export it again",
+        ) from None
     finally:
         runner.close()
-    return answers
+
+
+def _is_large(component: Compiled, folder: Path) -> bool:
+    """Whether a component's weights are too many to be held, and its graph can be cut in pieces:
+    ONNX Runtime runs it on the processor.
+    """
+    record = component.record
+    if not component.searchable or record.graph not in component.files:
+        return False
+    return (folder / record.weights).stat().st_size > memory.WHOLE_BYTES
 
 
 def _error(answers: list[dict[str, _Answer]], expected: Iterable[Mapping[str, Array]]) -> float:
@@ -217,14 +266,29 @@ def _lossy(name: str, loss: float, allowed: float) -> AccuracyError:
 
 
 def _first_op(
-    bundle: Bundle, component: Compiled, folder: Path, calls: list[Golden], limit: float
+    bundle: Bundle,
+    component: Compiled,
+    backend: Backend,
+    folder: Path,
+    calls: list[Golden],
+    limit: float,
 ) -> str:
     """Where the compiled graph first diverges, as the last words of an error message."""
     if component.record.graph not in component.files or not component.searchable:
         return "; this backend has no graph to search"
-    from edgevlm.engines.build.bisect import first_divergence
+    from edgevlm.engines.build import bisect, bisect_plans
 
-    divergence = first_divergence(bundle, component.record, folder, calls, limit)
+    if component.plan is not None:
+        record = bundle.manifest.component(component.record.name)
+        marking = cast(bisect_plans.Marking, backend)
+        divergence = bisect_plans.first_divergence(
+            bundle, record, marking, calls, limit, component.plugins
+        )
+        if divergence is None:
+            return "; no tensor differs once it is an output, so what the builder fuses does"
+    else:
+        where = bundle, component.record, folder, calls, limit
+        divergence = bisect.first_divergence(*where, component.provider)
     if divergence is None:
         return "; no tensor that both graphs name differs, so the portable graph itself does"
     return f"; first at {divergence.tensor}, made by {divergence.op}: {divergence.difference:.3g}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,20 @@ from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.engines.manifest import Engine, Trial
 from edgevlm.engines.profiling.roofline import Floors, floors, floors_of_devices
 from edgevlm.engines.runtime.memory import estimate
-from edgevlm.toolkit.bundle.manifest import Bundle
+from edgevlm.toolkit.bundle import trained
+from edgevlm.toolkit.bundle.manifest import MANIFEST, Bundle, FileRecord
 from edgevlm.toolkit.strict import to_plain
 from edgevlm.toolkit.terminal.console import human_bytes, table
 from edgevlm.toolkit.terminal.summary import (
     Result,
     component_lines,
+    generation_data,
     generation_lines,
     plan_lines,
+    unknown,
+    whole,
 )
+from edgevlm.toolkit.vlm import towers
 
 
 def planned_engine(path: Path, request: builder.Request, explain: bool) -> Result:
@@ -48,7 +53,11 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
     }
     rows = [
         ("weights", human_bytes(memory.weights_bytes)),
-        (f"KV cache ({context} positions)", human_bytes(memory.cache_bytes)),
+        *(
+            [(f"KV cache ({context} positions)", human_bytes(memory.cache_bytes))]
+            if context
+            else []
+        ),
         ("activations", human_bytes(memory.activations_bytes)),
         ("in all", human_bytes(memory.total_bytes)),
     ]
@@ -60,19 +69,25 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
 
 
 def _floor_lines(name: str, time: Floors) -> list[str]:
-    return [
+    peaks = (
         f"at best, by {name}'s {time.peak_gflop_s:.0f} GFLOP/s, {time.peak_int8_gop_s:.0f} "
-        f"GOP/s in 8 bits and {time.peak_gb_s:.1f} GB/s: first token after "
-        f"{time.time_to_first_token_ms:.3g} ms ({time.prompt_tokens} prompt tokens, "
-        f"{time.image_tokens} of them image), then {time.inter_token_latency_ms:.3g} ms a token"
+        f"GOP/s in 8 bits and {time.peak_gb_s:.1f} GB/s"
+    )
+    if not time.prompt_tokens:
+        return [f"{peaks}: an image after {time.time_to_first_token_ms:.3g} ms"]
+    return [
+        f"{peaks}: first token after {time.time_to_first_token_ms:.3g} ms "
+        f"({time.prompt_tokens} prompt tokens, {time.image_tokens} of them image), then "
+        f"{time.inter_token_latency_ms:.3g} ms a token"
     ]
 
 
 def built_engine(engine: Engine, out: Path, written: bool, explain: bool) -> Result:
     """The engine that `build` wrote, or kept if not `written`."""
-    following = shlex.join(
-        ["edgevlm", "run", str(out), "What is in the image?", "--image", "PHOTO.jpg"]
-    )
+    words = ["edgevlm", "run", str(out), "What is in the image?", "--image", "PHOTO.jpg"]
+    if towers.is_tower(engine.model):
+        words = ["edgevlm", "embed", str(out), "PHOTOS", "-o", "features.npz"]
+    following = shlex.join(words)
     if written:
         line = f"{out}: built for {engine.target} in {engine.build.seconds:.1f} s"
     else:
@@ -129,13 +144,17 @@ def _planned(engine: Engine) -> list[str]:
         for name, plan in engine.plans.items()
     ]
     heads = ("plan of", "layers", "kernels", "attentions fused", "weights held", "plan", "peak", "")
-    return ["", *table(heads, rows)] if rows else []
+    lines = ["", *table(heads, rows)] if rows else []
+    for plugin in engine.plugins:
+        where = "our library" if plugin.library else "the plan"
+        lines.append(f"{plugin.op}: plugin {plugin.namespace}::{plugin.name}, kernel in {where}")
+    return lines
 
 
 def _engine_data(engine: Engine, out: Path) -> dict[str, Any]:
     data: dict[str, Any] = to_plain(engine)
     del data["model"]
-    data["generation"] = engine.parsed_model().generation.stated()
+    data["generation"] = generation_data(engine.parsed_model())
     return {"kind": "engine", "engine": str(out)} | data
 
 
@@ -144,9 +163,8 @@ def inspect_engine(path: Path) -> tuple[Any, list[str]]:
     engine = manifest.read(path)
     data = _engine_data(engine, path)
     precision = engine.precision or engine.dtype
-    heading = (
-        f"engine for {engine.target} of {engine.bundle}, {precision}, context {engine.context}"
-    )
+    kind = f"context {engine.context}" if engine.context else "a vision tower by itself"
+    heading = f"engine for {engine.target} of {engine.bundle}, {precision}, {kind}"
     rows = [
         (name, f"{error:.1e}", percent(engine.build.precision_losses.get(name)))
         for name, error in engine.build.kernel_differences.items()
@@ -159,6 +177,27 @@ def inspect_engine(path: Path) -> tuple[Any, list[str]]:
     lines += [*generation_lines(engine.parsed_model()), ""]
     lines += table(("relative rms error", "of kernels", "of the precision"), rows)
     return data, [*lines, _errors(engine)]
+
+
+def examined(path: Path) -> tuple[Any, list[str]]:
+    """Every byte of an artifact is read: data, and lines for people, if it is as it was written.
+
+    Raises BundleError or CheckpointError naming what is damaged.
+    """
+    files: Mapping[str, FileRecord]
+    if (path / manifest.DESCRIPTION).exists():
+        engine = manifest.read(path)
+        files = engine.files
+        manifest.examine(path, engine)
+    elif (path / MANIFEST).exists():
+        bundle = Bundle.open(path)
+        files = bundle.manifest.files
+        bundle.verify()
+    elif trained.is_trained(path):
+        files = trained.verify(path).files
+    else:
+        raise unknown(path)
+    return whole(path, files)
 
 
 def _errors(engine: Engine) -> str:

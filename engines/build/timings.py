@@ -27,6 +27,7 @@ from edgevlm.toolkit.target import Target, processor_kind, threads_here
 Probe = Callable[[Path, int, int, int, Precision], ComponentRecord]
 _BYTES = 96_000_000  # of float32 weights in a probe: more than a core's share of a cache
 _MOST_COPIES = 24
+_LARGEST = 1 << 28  # bytes of float32 weights; of a larger matrix a part is measured
 _SECONDS = 0.4  # of one measurement, in all its formats
 _LEAST, _MOST = 5, 50  # runs of one measurement
 _PATIENCE = 60.0  # seconds, after which a measurement has two runs
@@ -73,6 +74,11 @@ class Timings:
         return f"{self._machine}: {sizes} {precision}"
 
     def _measure(self, product: Product, precisions: Sequence[Precision]) -> dict[Precision, float]:
+        """A part of the inputs stands for all of them where the weight is far beyond any cache."""
+        part = max(_LARGEST // (4 * product.outputs) // 128 * 128, 128)
+        if product.inputs > part:
+            times = self._measure(Product(part, product.outputs, product.rows), precisions)
+            return {p: round(ms * product.inputs / part, 5) for p, ms in times.items()}
         size = 4 * product.inputs * product.outputs
         copies = min(max(_BYTES // size, 1), _MOST_COPIES)
         x = np.random.default_rng(0).standard_normal((product.rows, product.inputs), np.float32)

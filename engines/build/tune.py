@@ -18,10 +18,11 @@ from edgevlm.engines.manifest import PREFILL_CHUNK, Trial
 from edgevlm.engines.profiling.roofline import question
 from edgevlm.toolkit.quantization.plan import Precision
 from edgevlm.toolkit.target import CUDA, Target
-from edgevlm.toolkit.vlm import components
+from edgevlm.toolkit.vlm import components, towers
 from edgevlm.toolkit.vlm.components import Component
 from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.cost import count, image_axes
+from edgevlm.toolkit.vlm.towers import Model
 
 ANSWER = 64  # tokens
 # A second form of the language model takes as much memory again as its layers in 8 bits: it has to
@@ -58,17 +59,19 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def untuned(model: ModelConfig, kind: str, target: Target) -> Choice:
+def untuned(model: Model, kind: str, target: Target) -> Choice:
     """The table's choice for weights in `kind`: int8 or int4."""
     names = [component.name for component in components.components(model)]
     on_card = target.backend == CUDA
     lm = (UNTUNED_ON_CARDS if on_card else UNTUNED)[kind]
     vision: Precision = "float" if on_card else UNTUNED["int8"]
-    return Choice({**dict.fromkeys(names, vision), model.lm.name: lm})
+    decoder = towers.language_model(model)
+    forms = dict.fromkeys(names, vision)
+    return Choice(forms if decoder is None else {**forms, decoder.name: lm})
 
 
 def tuned(
-    model: ModelConfig,
+    model: Model,
     kind: str,
     timings: Timings,
     progress: Callable[[str], None],
@@ -78,11 +81,12 @@ def tuned(
     """The fastest choice by measurement. keep_slower: low precision where float is faster too."""
     work = question(model)
     axes = image_axes(model, work.views, work.image_tokens)
-    encoders = {f"encoder.{encoder.name}" for encoder in model.encoders}
+    encoders = components.one_image_each(model)
+    lm = towers.language_model(model)
     forms: dict[str, Precision] = {}
     trials, notes = list[Trial](), list[str]()
     for component in components.components(model):
-        if component.name == model.lm.name:
+        if lm is not None and component.name == lm.name:
             continue
         views = {"tiles": 1} if component.name in encoders else {}
         products = _products(component, {**axes, **views})
@@ -94,6 +98,9 @@ def tuned(
         forms[component.name] = best
         trials += _trials(component.name, "view", times, best)
         notes += _note(component.name, best, times)
+    if not isinstance(model, ModelConfig):
+        timings.save()
+        return Choice(forms, None, tuple(trials), tuple(notes))
     progress(f"{model.lm.name}: timing number formats")
     choice = _language_model(model, kind, timings, axes, work.prompt_tokens, keep_slower)
     timings.save()
@@ -124,7 +131,7 @@ def _language_model(
     keep_slower: bool,
 ) -> Choice:
     """One form for all calls, or one for prompts and one for tokens if that is worth it."""
-    lm = components.lm_component(model.lm)
+    lm = components.language_model(model)
     chunks = -(-length // PREFILL_CHUNK)
     lengths = {"prompt": -(-length // chunks), "token": 1}
     calls = {

@@ -34,11 +34,13 @@ def verify(folder: Path, progress: Callable[[str], None]) -> Engine:
             f"{folder} has its language model twice and was verified when it was built",
             hint="build it again to compare it again",
         )
-    compiled = [Compiled(record, (), precision) for record in engine.components]
+    compiled = [
+        Compiled(record, (), precision, plugins=engine.plugins) for record in engine.components
+    ]
     backend = backends.backend(engine.parsed_target())
     allowed = check.allowed_loss(engine.plan, engine.build.accepted_loss)
     errors = check.compare(
-        _goldens(folder, engine),
+        goldens_of(folder, engine),
         engine.model,
         engine.context,
         compiled,
@@ -53,8 +55,8 @@ def verify(folder: Path, progress: Callable[[str], None]) -> Engine:
     return verified
 
 
-def _goldens(folder: Path, engine: Engine) -> list[Golden]:
-    """The goldens of the engine, or of its bundle."""
+def goldens_of(folder: Path, engine: Engine) -> list[Golden]:
+    """The goldens of the engine, or of its bundle. Raises BundleError where neither is here."""
     for file in (folder / GOLDENS, Path(engine.bundle) / GOLDENS):
         if file.exists():
             return goldens.load(file)

@@ -27,14 +27,17 @@ class Lowered:
     decisions: tuple[Decision, ...]
 
 
-def decide(component: str, model: onnx.ModelProto, target: Target) -> list[Decision]:
+def decide(
+    component: str, model: onnx.ModelProto, target: Target, plugins: Collection[str] = ()
+) -> list[Decision]:
     """One decision per kind of op and row, most frequent first; `model` stays as it is.
 
-    Raises UnsupportedError naming every op for which the target has no row.
+    plugins: as of lower_component. Raises UnsupportedError naming every op for which the target has
+    no row.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    return list(lower_component(component, copy, target).decisions)
+    return list(lower_component(component, copy, target, plugins).decisions)
 
 
 def lower(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:

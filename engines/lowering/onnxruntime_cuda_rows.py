@@ -38,6 +38,7 @@ LACKING: Mapping[str, tuple[str, ...]] = {
 
 _HALF = ("fp16", "bf16")
 _DECOMPOSE = Row("decompose", "no kernel of its own; the standard body runs")
+_RELATIVE = Row("decompose", "biases become channels of q and k, so that Attention stays plain")
 _STATIC = Row(
     "refuse",
     "it has no products of 8-bit integers, so inputs in 8 bits would only take time; build with "
@@ -120,6 +121,7 @@ ROWS: dict[str, Row] = {
         "com.microsoft.MultiHeadAttention",
         "rotated as stored, then fused kernels: no transposes",
     ),
+    "edgevlm.RelativeAttention": _RELATIVE,
     "edgevlm.MSDeformAttn": _DECOMPOSE,
     "edgevlm.LayerMerge": _DECOMPOSE,
     "edgevlm.ResponseNorm": _DECOMPOSE,

@@ -40,6 +40,8 @@ _KEEP = {
 
 _DECOMPOSE = Row("decompose", "no kernel of its own; the standard body runs")
 
+_RELATIVE = Row("decompose", "biases become channels of q and k, so that Attention stays plain")
+
 
 def _heads_of(multiple: int, *, window: bool) -> Callable[[onnx.NodeProto], bool]:
     """Whether a call has heads of so many channels; window: whether it may have a window."""
@@ -125,6 +127,7 @@ ROWS: dict[str, Row] = {
         "com.microsoft.MultiHeadAttention",
         "rotated as stored, scores in tiles: no transposes, never all scores at once",
     ),
+    "edgevlm.RelativeAttention": _RELATIVE,
     "edgevlm.MSDeformAttn": _DECOMPOSE,
     "edgevlm.LayerMerge": _DECOMPOSE,
     "edgevlm.ResponseNorm": _DECOMPOSE,

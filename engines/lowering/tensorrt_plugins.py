@@ -124,3 +124,5 @@ PLUGINS: dict[str, Row] = {
         _OLDER,
     ),
 }
+# The op of each call that stays: RotateHeads is a part of RotaryAttention.
+OPS = {row.into.rpartition(".")[2]: op.rpartition(".")[2] for op, row in PLUGINS.items()}

@@ -92,6 +92,9 @@ ROWS: dict[str, Row] = {
         _BODY,
         _swap(older.rotary_attention, "MatMul", "before 10.14: two products and a Softmax"),
     ),
+    "edgevlm.RelativeAttention": Row(
+        "decompose", "biases become channels of q and k, so that Attention stays plain"
+    ),
     "edgevlm.BlockedLinear": _BLOCKED,
     "edgevlm.BlockedEmbed": _swap(
         rewrites.blocked_embed, "DequantizeLinear", "one kernel reads the asked rows in 8 bits"

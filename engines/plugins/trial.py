@@ -29,12 +29,17 @@ class Trial:
 
 def trial(site: Site, dtype: str, generator: np.random.Generator) -> Trial:
     """A call of a site on random numbers."""
-    drawn = _DRAWN[site.op](site, generator)
+    values = drawn(site, generator)
     pointers = site.launch(dtype).pointers
     formats = {name: site.launch(dtype).formats.get(name, dtype) for name in pointers}
-    inputs = {name: stored(drawn[name], formats[name]) for name in pointers}
+    inputs = {name: stored(values[name], formats[name]) for name in pointers}
     seen = {name: floats(array, formats[name]) for name, array in inputs.items()}
     return Trial(tuple(inputs.values()), _EXPECTED[site.op](site, seen))
+
+
+def drawn(site: Site, generator: np.random.Generator) -> dict[str, Array]:
+    """Random numbers for what a site's kernel reads, in float32, by the names of its pointers."""
+    return _DRAWN[site.op](site, generator)
 
 
 def stored(array: Array, dtype: str) -> Array:
@@ -121,8 +126,8 @@ def _drawn_rotary(site: Site, generator: np.random.Generator) -> dict[str, Array
     at, (images, tokens) = site.at, site.sizes
     assert isinstance(at, Rotary)
     shape = (images, tokens, at.num_heads * at.head_dim)
-    drawn = {name: _normal(generator, *shape) for name in "qk"}
-    return drawn | {"angles": 100 * _normal(generator, tokens, at.head_dim // 2)}
+    turned = {name: _normal(generator, *shape) for name in "qk"}
+    return turned | {"angles": 100 * _normal(generator, tokens, at.head_dim // 2)}
 
 
 def _expected_rotary(site: Site, x: Mapping[str, Array]) -> tuple[Array, ...]:

@@ -3,48 +3,31 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends import Peaks
 from edgevlm.engines.backends.state import State
+from edgevlm.engines.manifest import Engine
+from edgevlm.engines.profiling import asked, metrics
+from edgevlm.engines.profiling.asked import ProfileRequest as ProfileRequest
+from edgevlm.engines.profiling.context import processor_context
+from edgevlm.engines.profiling.drift import Drift, Followed
+from edgevlm.engines.profiling.metrics import Distribution
+from edgevlm.engines.profiling.residence import MemoryRecorder
 from edgevlm.engines.profiling.roofline import Roofline, Work, roofline
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock, Span
 from edgevlm.engines.runtime.session import Session
-from edgevlm.toolkit.errors import InputError
-from edgevlm.toolkit.images import decode
-from edgevlm.toolkit.images.decode import LoadedImage
 from edgevlm.toolkit.target import card, processor_name
-from edgevlm.toolkit.text import prompts
-from edgevlm.toolkit.text.prompts import Prompt
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class ProfileRequest:
-    """What is measured. image: None for a generated one of 640 x 480."""
-
-    image: Path | None = None
-    prompt_tokens: int = 32
-    max_tokens: int = 64
-    runs: int = 5
-    warmup: int = 1
-    threads: int = 0
-    layers: bool = False
-
-    def check(self) -> None:
-        """Raise InputError for a number below the least that can be measured."""
-        least = {"runs": 1, "max_tokens": 2, "prompt_tokens": 1, "warmup": 0}
-        for name, smallest in least.items():
-            if (value := getattr(self, name)) < smallest:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} {value} is less than {smallest}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +53,12 @@ class LayerShare:
 
 @dataclass(frozen=True)
 class Profile:
-    """The result; the keys of `edgevlm profile --json`."""
+    """The result; the keys of `edgevlm profile --json`.
+
+    metrics: under AIPerf's names, and the stages'. context: what figures depend on besides.
+    memory: (ms, MB) over the whole time, memory_marks: (ms, what began). drift: None without
+    another engine.
+    """
 
     engine: str
     stages: dict[str, Spread]
@@ -89,6 +77,12 @@ class Profile:
     samples: dict[str, list[float]]
     layers: tuple[LayerShare, ...]
     spans: tuple[Span, ...]
+    metrics: Mapping[str, Distribution] = field(default_factory=dict)
+    context: Mapping[str, Any] = field(default_factory=dict)
+    memory: tuple[tuple[float, float], ...] = ()
+    memory_marks: tuple[tuple[float, str], ...] = ()
+    size_bytes: int = 0
+    drift: Drift | None = None
 
 
 def profile_all(
@@ -98,31 +92,56 @@ def profile_all(
     request.check()
     for folder in folders:
         manifest.check(folder, manifest.read(folder))
-    return [profile(folder, request, progress) for folder in folders]
+    followed = Followed() if len(folders) > 1 else None
+    return [profile(folder, request, progress, followed) for folder in folders]
 
 
-def profile(folder: Path, request: ProfileRequest, progress: Progress) -> Profile:
-    """Open an engine and measure it: warm-up runs first, then `runs` timed ones."""
+def profile(
+    folder: Path, request: ProfileRequest, progress: Progress, followed: Followed | None = None
+) -> Profile:
+    """Open an engine and measure it: warm-up runs first, then `runs` timed ones.
+
+    followed: what the first of several engines said, with which this one is compared.
+    """
     memory.forget_peak()
-    with Session.open(folder, threads=request.threads) as session:
+    context = processor_context()
+    with MemoryRecorder() as held, _opened(folder, request, held) as session:
         progress(
             f"opened in {session.load_ms:.0f} ms; {request.warmup} warm-up "
             f"and {request.runs} timed runs"
         )
         state = session.new_state()
         for _ in range(request.warmup):
+            held.mark("warm-up")
             _run(session, state, request, 0)
         runs = []
         for number in range(request.runs):
+            held.mark(f"run {number + 1}")
             runs.append(_run(session, state, request, number))
             progress(
                 f"run {number + 1}: first token {runs[-1].first_ms:.0f} ms, "
                 f"then {runs[-1].latency_ms:.2f} ms a token"
             )
         resident = memory.peak_rss_mb()
+        drift = None if followed is None else followed.drift(session, request)
+        held.mark("limits")
         peaks = backends.backend(session.engine.parsed_target()).peaks(folder)
     layers = _layers(folder, request) if request.layers else ()
-    return _summarise(folder, session, runs, peaks, resident, layers)
+    found = _summarise(folder, session, runs, peaks, resident, layers)
+    return replace(
+        found,
+        context=context,
+        memory=tuple(held.samples),
+        memory_marks=tuple(held.marks),
+        drift=drift,
+    )
+
+
+@contextmanager
+def _opened(folder: Path, request: ProfileRequest, held: MemoryRecorder) -> Iterator[Session]:
+    held.mark("opening")
+    with Session.open(folder, threads=request.threads) as session:
+        yield session
 
 
 @dataclass(frozen=True)
@@ -142,16 +161,9 @@ def _run(session: Session, state: State, request: ProfileRequest, number: int) -
     """One question with a fixed number of answer tokens: the end-of-answer id does not count."""
     clock = Clock()
     with clock.time("image_decode"):
-        image = _image(request, number)
+        image = asked.image(request, number)
     features = session.encode([image], clock)
-    ids = _token_ids(session, request.prompt_tokens)
-    sequence = prompts.assemble(Prompt((ids[:1], ids[1:])), features.indices)
-    if sequence.length + request.max_tokens > session.engine.context:
-        raise InputError(
-            f"{sequence.length} prompt tokens and {request.max_tokens} more do not fit into the "
-            f"engine's context of {session.engine.context}",
-            hint="lower --prompt-tokens or --max-tokens",
-        )
+    sequence = asked.sequence(session, request, features.indices)
     with clock.time("prefill"):
         token = int(session.prefill(sequence, features.rows, state).argmax())
     first, steps = clock.now_ms(), []
@@ -161,20 +173,6 @@ def _run(session: Session, state: State, request: ProfileRequest, number: int) -
         steps.append(clock.now_ms() - begin)
         clock.spans.append(Span("decode", begin, steps[-1]))
     return _Run(clock.spans, steps, first, sequence.length, sequence.image_tokens)
-
-
-def _image(request: ProfileRequest, number: int) -> LoadedImage:
-    if request.image is not None:
-        return decode.load(request.image)
-    from PIL import Image
-
-    pixels = np.random.default_rng(number).integers(0, 256, (480, 640, 3), np.uint8)
-    return LoadedImage(Image.fromarray(pixels))
-
-
-def _token_ids(session: Session, count: int) -> tuple[int, ...]:
-    vocab: int = session.model.lm.config.vocab_size
-    return tuple(int(i) for i in np.random.default_rng(0).integers(0, vocab, count))
 
 
 def _layers(folder: Path, request: ProfileRequest) -> tuple[LayerShare, ...]:
@@ -209,8 +207,8 @@ def _summarise(
         for stage, ms in totals.items():
             samples.setdefault(stage, []).append(ms)
     samples["decode"] = [ms for run in runs for ms in run.decode_ms]
-    stages = {stage: _spread(values) for stage, values in samples.items()}
-    medians = {stage: spread.p50_ms for stage, spread in stages.items()}
+    stages = {stage: spread(values) for stage, values in samples.items()}
+    medians = {stage: one.p50_ms for stage, one in stages.items()}
     engine = session.engine
     size = memory.element_bytes(engine.parsed_target(), engine.dtype)
     prompts = engine.prompt_form.plan if engine.prompt_form else None
@@ -234,26 +232,33 @@ def _summarise(
         image_tokens=runs[0].image_tokens,
         generated_tokens=generated,
         roofline=roofline(session.model, engine.plan, peaks, work, medians, size, prompts),
-        device=_device(session),
+        device=device(session.engine, session.threads),
         samples={stage: [round(ms, 3) for ms in values] for stage, values in samples.items()},
         layers=layers,
         spans=tuple(runs[-1].spans),
+        metrics=metrics.of_requests([_request(run) for run in runs], samples),
+        size_bytes=sum(file.nbytes for file in engine.files.values()),
     )
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def _request(run: _Run) -> metrics.Request:
+    return metrics.Request(run.first_ms, run.decode_ms, run.prompt_tokens)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Percentiles and mean."""
     p50, p90, p99 = (round(float(p), 3) for p in np.percentile(values, [50, 90, 99]))
     return Spread(p50, p90, p99, round(float(np.mean(values)), 3))
 
 
-def _device(session: Session) -> dict[str, str]:
-    engine = session.engine
+def device(engine: Engine, threads: int) -> dict[str, str]:
+    """What a profile was measured on."""
     target, graphics = engine.parsed_target(), card.name()
     return {
         "target": engine.target,
         "processor": processor_name(),
         **({"card": graphics or "?"} if target.arch.startswith("sm_") else {}),
-        "threads": str(session.threads),
+        "threads": str(threads),
         "system": f"{platform.system()} {platform.release()}",
         "backend": ".".join(map(str, backends.backend(target).here().version)),
         "precision": engine.precision or engine.dtype,

@@ -23,9 +23,9 @@ from edgevlm.toolkit.images.tiling import arrange, best_resolution
 from edgevlm.toolkit.ops.wrappers import Count
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import CUDA, DEVICES, Target
-from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm import components, towers
 from edgevlm.toolkit.vlm.cost import count, image_axes, outputs, read_bytes, weight_bits
+from edgevlm.toolkit.vlm.towers import Model, TowerConfig
 
 _PRODUCTS = ("linear", "unembed")  # with weights in 8 or 4 bits they multiply in 8 bits
 
@@ -67,7 +67,7 @@ class Roofline:
 
 
 def roofline(
-    model: ModelConfig,
+    model: Model,
     plan: PrecisionPlan,
     peaks: Peaks,
     work: Work,
@@ -90,7 +90,10 @@ def roofline(
 
 @dataclass(frozen=True)
 class Floors:
-    """What a machine allows at best: one image of 640 x 480 and 32 tokens of text."""
+    """What a machine allows at best: one image of 640 x 480 and 32 tokens of text.
+
+    A vision tower by itself has no prompt and no tokens: the first time is that of an image.
+    """
 
     time_to_first_token_ms: float
     inter_token_latency_ms: float
@@ -101,7 +104,7 @@ class Floors:
     peak_gb_s: float
 
 
-def floors(model: ModelConfig, plan: PrecisionPlan, target: Target, dtype: str) -> Floors:
+def floors(model: Model, plan: PrecisionPlan, target: Target, dtype: str) -> Floors:
     """The floors of an engine that is not built yet, from peaks measured now.
 
     dtype: of the bundle.
@@ -114,7 +117,7 @@ def floors(model: ModelConfig, plan: PrecisionPlan, target: Target, dtype: str) 
 
 
 def floors_of_devices(
-    model: ModelConfig, plan: PrecisionPlan, target: Target, dtype: str
+    model: Model, plan: PrecisionPlan, target: Target, dtype: str
 ) -> dict[str, Floors]:
     """The same for every known device of a target, from its vendor's figures, by name.
 
@@ -131,19 +134,21 @@ def floors_of_devices(
     return found
 
 
-def _floors(
-    model: ModelConfig, plan: PrecisionPlan, target: Target, dtype: str, peaks: Peaks
-) -> Floors:
+def _floors(model: Model, plan: PrecisionPlan, target: Target, dtype: str, peaks: Peaks) -> Floors:
     work = question(model)
     bounds = roofline(model, plan, peaks, work, {}, element_bytes(target, dtype)).stages
     stages = {bound.stage: bound.floor_ms for bound in bounds}
-    token = stages.pop("decode")
+    token = stages.pop("decode", 0.0)
+    for behind in components.after_answer(model):
+        stages.pop(behind)
     first = round(sum(stages.values()), 3)
     return Floors(first, token, work.prompt_tokens, work.image_tokens, *astuple(peaks))
 
 
-def question(model: ModelConfig, size: tuple[int, int] = (640, 480), text: int = 32) -> Work:
+def question(model: Model, size: tuple[int, int] = (640, 480), text: int = 32) -> Work:
     """The work of one image of `size` (width, height) and so many tokens of text."""
+    if isinstance(model, TowerConfig):
+        return Work(1, 0, 0)
     rules = model.images
     grid = None
     if rules.tiling is not None:
@@ -158,17 +163,19 @@ def question(model: ModelConfig, size: tuple[int, int] = (640, 480), text: int =
     return Work(views, tokens, tokens + text)
 
 
-def _stages(model: ModelConfig, work: Work) -> list[tuple[str, int, Count]]:
+def _stages(model: Model, work: Work) -> list[tuple[str, int, Count]]:
     """Name, calls and cost of a call. An encoder sees one view at a time; decode is the first
     step after the prompt, whose token attends to the prompt and to itself.
     """
     axes = image_axes(model, work.views, work.image_tokens)
-    encoders = {f"encoder.{encoder.name}" for encoder in model.encoders}
+    single, behind = components.one_image_each(model), components.after_answer(model)
+    lm = towers.language_model(model)
     stages = []
     for component in components.components(model):
-        if component.name in encoders:
-            stages.append((component.name, work.views, count(component, axes | {"tiles": 1})))
-        elif component.name == model.lm.name:
+        if component.name in single:
+            calls = 1 if component.name in behind else work.views
+            stages.append((component.name, calls, count(component, axes | {"tiles": 1})))
+        elif lm is not None and component.name == lm.name:
             for stage, length, rows in (
                 ("prefill", work.prompt_tokens, work.prompt_tokens),
                 ("decode", 1, work.prompt_tokens + 1),

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from edgevlm.engines.runtime.mask_files import Wanted, data
 from edgevlm.engines.runtime.request_file import Request
 from edgevlm.engines.runtime.session import Answer, Question, Session
 from edgevlm.toolkit.errors import (
@@ -21,14 +22,17 @@ from edgevlm.toolkit.errors import (
     printable,
     shortened,
 )
-from edgevlm.toolkit.strict import to_json, to_plain
+from edgevlm.toolkit.strict import to_json
 from edgevlm.toolkit.terminal.console import Console
 
 
-def answer_one(session: Session, question: Question, console: Console) -> None:
-    """Answer and print: streaming text, or one JSON object. Raises ToolkitError."""
+def answer_one(session: Session, question: Question, console: Console, wanted: Wanted) -> None:
+    """Answer and print: streaming text, or one JSON object; write masks. Raises ToolkitError."""
     answer = _stream(session, question, console)
-    console.result(to_plain(answer), ())
+    lines = wanted.write(answer, question)
+    console.result(data(answer), ())
+    for line in lines:
+        console.note(line)
     _close([answer], session, console)
 
 
@@ -83,18 +87,13 @@ def _entry(
             raise request.refused
         assert request.question is not None
         answer = _stream(session, request.question, console)
-        return entry | dict(_data(answer)), answer
+        return entry | data(answer), answer
     except MemoryError:
         entry["error"] = {"message": "out of memory", "hint": "give a smaller image or prompt"}
     except ToolkitError as odd:
         entry["error"] = {"message": odd.message, "hint": odd.hint}
     console.stream("\n")
     return entry, None
-
-
-def _data(answer: Answer) -> Mapping[str, Any]:
-    data: Mapping[str, Any] = to_plain(answer)
-    return data
 
 
 def _stream(session: Session, question: Question, console: Console) -> Answer:

@@ -14,12 +14,16 @@ from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.safetensors_io import STORAGE
 from edgevlm.toolkit.errors import OutOfMemory
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.target import CUDA, Target, card
+from edgevlm.toolkit.target import CUDA, Target, card, this_cpu
 from edgevlm.toolkit.terminal.console import human_bytes
-from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm import components, towers
 from edgevlm.toolkit.vlm.cost import count, image_axes, state_elements, stored_bytes
+from edgevlm.toolkit.vlm.towers import Model
 
+# Weights of a component that a build opens whole, to compare it with the reference; of a larger one
+# it holds this much at a time (engines/build/pieces.py). Kernels keep their own copy besides.
+WHOLE_BYTES = 2_000_000_000
+PIECE_BYTES = 1_000_000_000
 _FUSED = ("causal_mask",)  # the kernels of attention over the cache mask by themselves
 # A container's limit and use: cgroup v2, then v1.
 _CGROUPS = (
@@ -65,32 +69,41 @@ def estimate(
     size = element_bytes(target, bundle.manifest.dtype)
     weights = weights_bytes(bundle.model, plan or bundle.manifest.plan, size)
     if prompt_plan is not None:
-        weights += stored_bytes(bundle.model, prompt_plan, size)[bundle.model.lm.name]
+        weights += stored_bytes(bundle.model, prompt_plan, size)[bundle.vlm.lm.name]
     return _with_weights(bundle.model, weights, context, size)
 
 
-def of_engine(engine: Engine) -> Estimate:
-    """The same for an engine on disk; the weights are those of its files."""
+def of_engine(engine: Engine, images: int = 1) -> Estimate:
+    """The same for an engine on disk; the weights are those of its files.
+
+    images: that a tower by itself sees at a time.
+    """
     second = (engine.prompt_form.record,) if engine.prompt_form else ()
     weights = sum(engine.files[c.weights].nbytes for c in (*engine.components, *second))
     size = element_bytes(engine.parsed_target(), engine.dtype)
-    return _with_weights(engine.parsed_model(), weights, engine.context, size)
+    return _with_weights(engine.parsed_model(), weights, engine.context, size, images)
 
 
-def _with_weights(model: ModelConfig, weights: int, context: int, size: int) -> Estimate:
+def of_model(model: Model, weights: int, context: int, size: int) -> Estimate:
+    """The same for a model of `weights` bytes; size: bytes of a float that it computes with."""
+    return _with_weights(model, weights, context, size)
+
+
+def _with_weights(model: Model, weights: int, context: int, size: int, images: int = 1) -> Estimate:
     axes = {"batch": 1, "context": context}
     cache = sum(state_elements(component, axes) for component in components.components(model))
-    scores = model.lm.config.num_heads * min(context, PREFILL_CHUNK) * context
-    activations = 2 * _largest(model, context) + scores
+    lm = towers.language_model(model)
+    scores = lm.config.num_heads * min(context, PREFILL_CHUNK) * context if lm else 0
+    activations = 2 * images * _largest(model, context) + scores
     return Estimate(weights, cache * size, activations * size, context)
 
 
-def weights_bytes(model: ModelConfig, plan: PrecisionPlan, size: int) -> int:
+def weights_bytes(model: Model, plan: PrecisionPlan, size: int) -> int:
     """Bytes of all weights files; `size`: bytes of a parameter that the plan leaves in float."""
     return sum(stored_bytes(model, plan, size).values())
 
 
-def _largest(model: ModelConfig, context: int) -> int:
+def _largest(model: Model, context: int) -> int:
     """The most elements that an op reads and writes, for one image with as many views as the
     model allows and a prompt read in chunks. Encoders see one view at a time, the rest all views.
     """
@@ -100,7 +113,7 @@ def _largest(model: ModelConfig, context: int) -> int:
     lengths = {"context": context, "sequence": min(context, PREFILL_CHUNK)}
     axes = image_axes(model, views, context) | lengths
     view = axes | {"tiles": 1}
-    encoders = {f"encoder.{encoder.name}" for encoder in model.encoders}
+    encoders = components.one_image_each(model)
     return max(
         cost.activation_elements
         for component in components.components(model)
@@ -192,7 +205,11 @@ def _has_memory_of_its_own(target: Target) -> bool:
 
 
 def require_component(bundle: Bundle, plan: PrecisionPlan, target: Target) -> None:
-    """The same for a build, which holds one component at a time."""
+    """The same for a build, which holds one component at a time; on the processor, of a large one
+    a piece.
+    """
     size = element_bytes(target, bundle.manifest.dtype)
     largest = max(stored_bytes(bundle.model, plan, size).values())
+    if target.backend == this_cpu().backend:
+        largest = min(largest, WHOLE_BYTES)
     require(Estimate(largest, 0, 0, 0), "building the largest component", target)

@@ -31,7 +31,10 @@ class Question:
     list, and None is none. template: as in prompts.render. stop: texts that end the answer,
     or one text. history: earlier turns of the conversation, user and assistant alternating.
     literal: whether prompt and history are text alone: control tokens and `<image>` that someone
-    typed there are read as they are written, and images come before the first turn.
+    typed there are read as they are written. answer: the answer, where it is not to be generated
+    but only its masks are wanted ("[SEG]" forces one). image_turns: for each image the turn that it
+    stands before, counted from 0 with the answers; default: the first, unless turns contain
+    `<image>`.
     """
 
     prompt: str
@@ -42,6 +45,8 @@ class Question:
     stop: Sequence[str] = ()
     history: Sequence[str] = ()
     literal: bool = False
+    answer: str | None = None
+    image_turns: Sequence[int] = ()
 
     def checked(self) -> CheckedQuestion:
         """The same, its sequences as tuples. Raises InputError or ConfigError with the reason."""
@@ -63,6 +68,8 @@ class Question:
             _texts([self.stop] if single_stop else self.stop, "stop"),
             _texts(self.history, "history"),
             _flag(self.literal, "literal"),
+            None if self.answer is None else _text(self.answer, "answer"),
+            _counts(self.image_turns, _images(self.images), len(self.history or ()) + 1),
         )
 
 
@@ -78,6 +85,8 @@ class CheckedQuestion:
     stop: tuple[str, ...]
     history: tuple[str, ...]
     literal: bool
+    answer: str | None
+    images_by_turn: tuple[int, ...]
 
 
 def _text(value: object, name: str) -> str:
@@ -118,6 +127,25 @@ def _images(values: object) -> tuple[ImageSource, ...]:
         if not _is_image(image):
             raise InputError(f"image {number} is {_shown(image)}, expected {_KINDS}")
     return tuple(images)
+
+
+def _counts(turns: object, images: tuple[ImageSource, ...], most: int) -> tuple[int, ...]:
+    """How many images stand before each turn."""
+    if turns is None or (isinstance(turns, Sequence) and not len(turns)):
+        return (len(images),)
+    if not isinstance(turns, Sequence) or isinstance(turns, (str, bytes)):
+        raise InputError(f"image_turns = {turns!r:.80}, expected a list of numbers")
+    if len(turns) != len(images) or sorted(turns) != list(turns):
+        raise InputError(
+            f"image_turns = {turns!r:.80} for {len(images)} images",
+            hint="one number for each image, in ascending order",
+        )
+    if any(turn not in range(0, most, 2) for turn in turns):
+        raise InputError(
+            f"image_turns = {turns!r:.80}: images stand before the user's turns",
+            hint=f"of {most} turns these are {', '.join(map(str, range(0, most, 2)))}",
+        )
+    return tuple(turns.count(turn) for turn in range(most))
 
 
 def _shown(value: object) -> str:

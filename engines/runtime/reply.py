@@ -19,17 +19,20 @@ from edgevlm.engines.runtime.processors import (
 )
 from edgevlm.engines.runtime.question import Question
 from edgevlm.engines.runtime.sampling import sampler
+from edgevlm.engines.runtime.segmentation import Mask, MasksOfReply
 from edgevlm.engines.runtime.stopping import StoppingText
-from edgevlm.toolkit.errors import InputError
+from edgevlm.engines.runtime.vision import Features
+from edgevlm.toolkit.errors import InputError, PromptTooLong
 from edgevlm.toolkit.images import decode
+from edgevlm.toolkit.images.decode import LoadedImage
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.text import prompts
-from edgevlm.toolkit.text.prompts import PromptSequence
+from edgevlm.toolkit.text.prompts import Prompt, PromptSequence
 
 if TYPE_CHECKING:
     from edgevlm.engines.runtime.session import Session
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "given"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished reply. timings_ms: stages by name; notes: on images and prompt."""
+    """A finished reply. timings_ms: stages by name; notes: on images and prompt. segments: the
+    masks, image after image; None of a model that makes none.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -58,6 +63,27 @@ class Answer:
     output_token_throughput_per_user: float
     peak_rss_mb: float
     notes: tuple[str, ...] = ()
+    segments: tuple[Mask, ...] | None = None
+
+    @property
+    def masks(self) -> list[Array]:
+        """For each mask, bool [height, width] of its image: where the object is."""
+        return [mask.pixels for mask in self.segments or ()]
+
+    @property
+    def logits(self) -> list[Array]:
+        """For each mask, float32 [height, width]: above 0 where the object is."""
+        return [mask.logits for mask in self.segments or ()]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question before any component runs. reused: whether the last image has two slots."""
+
+    prompt: Prompt
+    images: tuple[LoadedImage, ...]
+    tiles: bool
+    reused: bool
 
 
 class Reply:
@@ -71,6 +97,12 @@ class Reply:
     def __init__(self, session: Session, question: Question) -> None:
         self._session = session
         self._question = question.checked()
+        self._masks = MasksOfReply(session) if session.segmentation else None
+        if self._masks is None and self._question.answer is not None:
+            raise InputError(
+                f"the answer is given, and {session.model.name} makes no masks of it",
+                hint="leave it out (--force-seg): the model answers in text alone",
+            )
         self._clock = Clock()
         self._sample = sampler(self._question.sampling)
         self._ids: list[int] = []
@@ -120,12 +152,17 @@ class Reply:
         try:
             with self._clock.time("prefill"):
                 logits = session.prefill(sequence, features, state)
-            token, last = self._next(logits, last=limit == 1)
+            given = self._question.answer
+            token, last = (
+                self._next(logits, last=limit == 1) if given is None else self._given(given)
+            )
             while not (last or self._closed):
                 yield token
                 position = sequence.length + len(self._ids) - 1
                 logits = session.decode(token.id, position, state)
                 token, last = self._next(logits, last=len(self._ids) + 1 == limit)
+            if last and self._masks is not None:
+                self._masks.collect(sequence, self._ids, given is not None, state)
         finally:
             session.states.give(state)
         if last:
@@ -147,6 +184,12 @@ class Reply:
             session.model.lm.config.vocab_size,
         )
 
+    def _given(self, text: str) -> tuple[Token, bool]:
+        """The answer that the question brings, as one token that is the last."""
+        self._finish = "given"
+        self._times_ms.append(self._clock.now_ms())
+        return Token(self._ids[-1] if self._ids else -1, text, self._times_ms[-1]), True
+
     def _next(self, logits: Array, *, last: bool) -> tuple[Token, bool]:
         """The next token, and whether it is the last: by `last`, an end token or a stop string."""
         token = self._sample(self._processors.process(logits))
@@ -162,8 +205,18 @@ class Reply:
             self._finish = "stop"
         return Token(token, text, self._times_ms[-1]), last
 
+    def read(self) -> tuple[PromptSequence, Tensor]:
+        """The prompt's sequence and feature rows, for those who score it instead of iterating."""
+        return self._read()
+
     def _read(self) -> tuple[PromptSequence, Tensor]:
         """Everything before the language model: the prompt's sequence and the feature rows."""
+        prepared = self._prepared()
+        features = self._session.encode(prepared.images, self._clock, tiles=prepared.tiles)
+        return self._assembled(prepared, features), features.rows
+
+    def _prepared(self) -> Prepared:
+        """What needs no component: images decoded, the prompt rendered, cut into tokens."""
         session, question, clock = self._session, self._question, self._clock
         with clock.time("image_decode"):
             upright = session.model.images.upright
@@ -178,7 +231,7 @@ class Reply:
         turns = [*question.history, question.prompt]
         tokenizer, template = session.tokenizer, question.template
         literal = tokenizer if question.literal else None
-        rendered = prompts.render(rules, turns, len(images), template, literal)
+        rendered = prompts.render(rules, turns, question.images_by_turn, template, literal)
         if literal is None:
             self._notes += prompts.notes_on(rules, turns, template, tokenizer)
         if rendered.stop is not None:
@@ -186,23 +239,34 @@ class Reply:
         prompts.check_text_length(rules, tokenizer, rendered, session.engine.context)
         with clock.time("tokenize"):
             prompt = prompts.tokenize(rules, tokenizer, rendered)
+            if question.answer is not None:
+                whole = prompts.tokenize(rules, tokenizer, rendered.followed_by(question.answer))
+                self._ids = list(whole.behind(prompt))
+                prompt = whole
+        if self._masks is not None:
+            self._masks.images = images
         reused = rules.reuse_last and 0 < len(images) == prompt.images - 1
         prompts.check_slots(prompt, len(images) + reused)
-        features = session.encode(images, clock, tiles=rendered.tiles)
-        indices = [*features.indices, *(features.indices[-1:] * reused)]
-        sequence = prompts.assemble(prompt, indices)
+        return Prepared(prompt, tuple(images), rendered.tiles, reused)
+
+    def _assembled(self, prepared: Prepared, features: Features) -> PromptSequence:
+        """The prompt with the tokens of its images. Raises InputError if it is too long."""
+        rules = self._session.model.prompts
+        indices = [*features.indices, *(features.indices[-1:] * prepared.reused)]
+        sequence = prompts.assemble(prepared.prompt, indices)
         if rules.cut is not None and sequence.length > rules.cut:
             self._notes += (f"the prompt's {sequence.length} tokens were cut to {rules.cut}",)
+            self._ids = self._ids[: rules.cut - sequence.length]  # of an answer that was given
             sequence = sequence.first(rules.cut)
         self._check_length(sequence)
-        return sequence, features.rows
+        return sequence
 
     def _check_length(self, sequence: PromptSequence) -> None:
         context = self._session.engine.context
         if sequence.length == 0:
             raise InputError("the prompt is empty")
         if sequence.length > context:
-            raise InputError(
+            raise PromptTooLong(
                 f"the prompt has {sequence.length} tokens ({sequence.image_tokens} of images), "
                 f"the engine's context is {context}",
                 hint="shorten the prompt, or build with a larger --max-context",
@@ -216,24 +280,29 @@ class Reply:
                 "this reply has no answer: it was not read to its last token",
                 hint="iterate over the reply first, or call session.answer(question)",
             )
+        segments = None if self._masks is None else self._masks.made(self._clock)
+        notes = () if self._masks is None else self._masks.notes
         stages = self._clock.totals_ms()
+        behind = sum(ms for stage, ms in stages.items() if stage.startswith("segmenter."))
         first, last = self._times_ms[0], self._times_ms[-1]
         gaps = len(self._times_ms) - 1
         latency = (last - first) / gaps if gaps else 0.0
         stages |= {
             "time_to_first_token": first,
             "inter_token_latency": latency,
-            "total": last,
+            "total": last + behind,
         }
+        given = self._question.answer
         return Answer(
-            self._text.text,
+            self._text.text if given is None else given,
             tuple(self._ids),
-            self._sequence.length,
+            self._sequence.length - (0 if given is None else len(self._ids)),
             self._sequence.image_tokens,
             self._finish,
             {name: round(ms, 3) for name, ms in stages.items()},
             round(1000 * len(self._ids) / last, 3),
             round(1000 / latency, 3) if latency else 0.0,
             round(peak_rss_mb(), 1),
-            self._notes,
+            (*self._notes, *notes),
+            segments,
         )

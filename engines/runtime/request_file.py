@@ -29,6 +29,12 @@ class Request:
     id: Any = None
     refused: ToolkitError | None = None
 
+    def asked(self) -> Question:
+        """The question. Raises why there is none."""
+        if self.question is None:
+            raise self.refused or InputError("there is no question")
+        return self.question
+
 
 def gather(given: Question, file: Path | None) -> list[Request]:
     """What is to be answered. A line of `file` may set prompt, images, max_tokens, template, stop.

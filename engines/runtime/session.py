@@ -7,7 +7,7 @@ token per decode step. `Reply` streams it; `Answer` has its text and the time of
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -25,21 +25,26 @@ from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock
 from edgevlm.engines.runtime.components import open_components
 from edgevlm.engines.runtime.concurrency import StatePool, Turns
+from edgevlm.engines.runtime.finite import finite
 from edgevlm.engines.runtime.question import Question as Question
 from edgevlm.engines.runtime.reply import Answer as Answer
 from edgevlm.engines.runtime.reply import Reply as Reply
 from edgevlm.engines.runtime.reply import Token as Token
+from edgevlm.engines.runtime.segmentation import Mask, Segmentation
 from edgevlm.engines.runtime.vision import Features, Vision, side_by_side
 from edgevlm.toolkit.bundle.manifest import TOKENIZER
-from edgevlm.toolkit.errors import InputError
+from edgevlm.toolkit.errors import BundleError, InputError
 from edgevlm.toolkit.images.decode import LoadedImage
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import threads_here
 from edgevlm.toolkit.text.prompts import PromptSequence
 from edgevlm.toolkit.text.tokenizer import Tokenizer
+from edgevlm.toolkit.vlm import towers
+from edgevlm.toolkit.vlm.config import ModelConfig
 
 REPLIES = 8  # the most that one session has open at once by default
 _MOST_THREADS = 4  # per processor
+_SCORED = 128  # positions whose logits are in memory at once
 
 
 class Session:
@@ -62,13 +67,14 @@ class Session:
     ) -> None:
         self.folder = folder
         self.engine = engine
-        self.model = engine.parsed_model()
+        self.model = engine.parsed_vlm()
         self.load_ms = load_ms
         rules = self.model.prompts
         self.tokenizer = Tokenizer.open(
             folder / TOKENIZER, rules.sentencepiece, self.model.lm.config.vocab_size
         )
         self.vision = Vision(self.model, engine, runners, together=together)
+        self.segmentation = _segmentation(self.model, self.tokenizer, runners)
         self.threads = threads or threads_here()
         self._runners = runners
         self._lm = runners[self.model.lm.name]
@@ -87,9 +93,11 @@ class Session:
         threads: int = 0,
         profile: bool = False,
         replies: int = REPLIES,
+        verify: bool = False,
     ) -> Session:
         """Load an engine that can have `replies` replies open at once.
 
+        Its files are compared with their checksums; with `verify`, by SHA-256.
         threads: 0 takes one for each processor; more than four times as many are refused. If
         one component cannot be opened, the others are closed. Raises BundleError, TargetMismatch,
         MissingExtra, OutOfMemory, BuildError or InputError.
@@ -99,15 +107,17 @@ class Session:
             raise InputError(f"a session with {replies} replies answers nothing")
         started, folder = time.perf_counter(), Path(folder)
         engine = manifest.read(folder)
-        manifest.check(folder, engine)
+        model = towers.vlm(engine.parsed_model(), str(folder))
+        manifest.check(folder, engine, verify=verify)
         manifest.check_verified(folder, engine)
         memory.require(memory.of_engine(engine), f"opening {folder}", engine.parsed_target())
-        encoders = len(engine.parsed_model().encoders)
+        encoders = len(model.encoders)
         card = engine.parsed_target().of_tensorrt
         together = side_by_side(encoders, cores, on_card=card) and not (card and profile)
         share = cores // encoders if together else threads
-        shared = RunnerOptions(engine.context, share, profile, beside=together)
-        alone = RunnerOptions(engine.context, threads, profile)
+        plugins = engine.plugins
+        shared = RunnerOptions(engine.context, share, profile, beside=together, plugins=plugins)
+        alone = RunnerOptions(engine.context, threads, profile, plugins=plugins)
         options = {
             record.name: shared if record.name.startswith("encoder.") else alone
             for record in engine.components
@@ -150,15 +160,21 @@ class Session:
         return self._lm.new_state(slots)
 
     def encode(
-        self, images: Sequence[LoadedImage], clock: Clock, *, tiles: bool = True
+        self,
+        images: Sequence[LoadedImage],
+        clock: Clock,
+        *,
+        tiles: bool = True,
+        count: int | None = None,
     ) -> Features:
         """Features of all images; see Vision.encode."""
         with self._turns:
             self._check_open()
-            return self.vision.encode(images, clock, tiles=tiles)
+            return self.vision.encode(images, clock, tiles=tiles, count=count)
 
     def prefill(self, sequence: PromptSequence, features: Tensor, state: State) -> Array:
-        """Logits [vocab] after the whole prompt, which the state, one slot, then holds.
+        """Logits [vocab] after the whole prompt, which the state, one slot, then holds. Raises
+        AccuracyError if they are no numbers.
 
         The prompt is read in equal chunks of at most PREFILL_CHUNK tokens: less memory, and less
         time, as attention computes a square of scores per chunk, of which the causal half counts.
@@ -166,18 +182,31 @@ class Session:
         chunks = -(-sequence.length // PREFILL_CHUNK)
         cuts = [sequence.length * i // chunks for i in range(chunks + 1)]
         for begin, end in pairwise(cuts):
-            last = end == sequence.length
-            inputs = {
-                "ids": sequence.ids[:, begin:end],
-                "rows": sequence.rows[:, begin:end],
-                "features": features,
-                "start": np.asarray([begin], np.int64),
-                "score": np.full((1, 1 if last else 0), end - begin - 1, np.int64),
-            }
-            with self._turns:
-                self._check_open()
-                outputs = self._lm.run(inputs, state)
-        return np.asarray(outputs["logits"][0, 0])
+            scored = int(end == sequence.length)
+            piece = sequence.between(begin, end)
+            logits = self.read_piece(piece, begin, features, state, scored)
+        return np.asarray(logits[0])
+
+    def read_piece(
+        self, piece: PromptSequence, start: int, features: Tensor, state: State, scored: int
+    ) -> Array:
+        """Read several tokens into a state of one slot, which holds `start` others before them.
+
+        Returns logits [scored, vocab] of the last `scored` ones, valid until the next call. Raises
+        AccuracyError if they are no numbers.
+        """
+        length = piece.length
+        inputs = {
+            "ids": piece.ids,
+            "rows": piece.rows,
+            "features": features,
+            "start": np.asarray([start], np.int64),
+            "score": np.arange(length - scored, length, dtype=np.int64)[None],
+        }
+        with self._turns:
+            self._check_open()
+            logits = np.asarray(self._lm.run(inputs, state)["logits"][0])
+        return finite(self.model.lm.name, "logits", logits)
 
     def decode(self, token: int, position: int, state: State) -> Array:
         """Logits [vocab] after one more token at `position` in a state of one slot.
@@ -199,7 +228,50 @@ class Session:
         }
         with self._turns:
             self._check_open()
-            return np.asarray(self._lm.run(inputs, state)["logits"][:, 0])
+            logits = np.asarray(self._lm.run(inputs, state)["logits"][:, 0])
+        return finite(self.model.lm.name, "logits", logits)
+
+    def score(self, sequence: PromptSequence, features: Tensor, state: State) -> Iterator[Array]:
+        """Logits [positions, vocab] after every position of a prompt, in pieces, in order.
+
+        The state, one slot, holds the prompt in the end. A piece is valid until the next one.
+        """
+        for begin in range(0, sequence.length, _SCORED):
+            end = min(begin + _SCORED, sequence.length)
+            inputs = {
+                "ids": sequence.ids[:, begin:end],
+                "rows": sequence.rows[:, begin:end],
+                "features": features,
+                "start": np.asarray([begin], np.int64),
+                "score": np.arange(end - begin)[None],
+            }
+            with self._turns:
+                self._check_open()
+                outputs = self._lm.run(inputs, state)
+            yield np.asarray(outputs["logits"][0])
+
+    def state_at(self, token: int, position: int, state: State) -> Array:
+        """The language model's state [hidden_size] at a token that `state` holds at `position`."""
+        no_rows, score = self._columns.get(1) or self._column(1)
+        inputs: dict[str, Array] = {
+            "ids": np.asarray([[token]], np.int64),
+            "rows": no_rows,
+            "features": self._no_features,
+            "start": np.asarray([position], np.int64),
+            "score": score,
+        }
+        with self._turns:
+            self._check_open()
+            return np.array(self._lm.run(inputs, state)["hidden"][0, 0])
+
+    def masks(
+        self, states: Sequence[Array], images: Sequence[LoadedImage], clock: Clock
+    ) -> tuple[Mask, ...]:
+        """See Segmentation.masks."""
+        assert self.segmentation is not None
+        with self._turns:
+            self._check_open()
+            return self.segmentation.masks(states, images, clock)
 
     def _column(self, slots: int) -> tuple[Array, Array]:
         """For each slot: no feature row, and the only position to score."""
@@ -236,6 +308,20 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise InputError("the session is closed", hint=f"open {self.folder} again")
+
+
+def _segmentation(
+    model: ModelConfig, tokenizer: Tokenizer, runners: Mapping[str, Runner]
+) -> Segmentation | None:
+    """What makes masks. Raises BundleError if the tokenizer lacks the token that stands for one."""
+    if model.segmenter is None:
+        return None
+    token = tokenizer.id_of(model.segmenter.token)
+    if token is None:
+        raise BundleError(
+            f"{TOKENIZER} does not know {model.segmenter.token}", hint="export the model again"
+        )
+    return Segmentation(model.segmenter, token, runners)
 
 
 def _require_state(engine: Engine, held: int) -> None:

@@ -27,23 +27,21 @@ class TwoForms:
         return self._tokens.new_state(slots)
 
     def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
-        """As Runner says; logits [slots, scored, vocab], with a vocab of 0 if nothing is scored."""
+        """As Runner says; outputs [slots, scored, channels], with 0 channels if none is scored."""
         length, score = inputs["ids"].shape[1], inputs["score"]
         if length == 1:
             return self._tokens.run(inputs, state)
         first = int(score.min()) if score.size else length
         if first:
             self._prompts.run(_piece(inputs, 0, first), state)
-        logits: dict[int, Array] = {}
-        for at in range(first, length):
-            found = self._tokens.run(_piece(inputs, at, at + 1), state)["logits"]
-            logits[at] = found[:, 0].copy()
         if not score.size:
             return {"logits": np.zeros((*score.shape, 0), np.float32)}
-        picked = [
-            [logits[int(at)][slot] for at in positions] for slot, positions in enumerate(score)
-        ]
-        return {"logits": np.asarray(picked)}
+        found: dict[str, dict[int, Array]] = {}
+        for at in range(first, length):
+            outputs = self._tokens.run(_piece(inputs, at, at + 1), state)
+            for name, output in outputs.items():
+                found.setdefault(name, {})[at] = output[:, 0].copy()
+        return {name: _picked(tokens, score) for name, tokens in found.items()}
 
     def layers(self) -> list[LayerTime]:
         times = [
@@ -56,6 +54,13 @@ class TwoForms:
     def close(self) -> None:
         self._prompts.close()
         self._tokens.close()
+
+
+def _picked(tokens: Mapping[int, Array], score: Array) -> Array:
+    """What is scored, of what tokens gave for every slot, by position."""
+    return np.asarray(
+        [[tokens[int(at)][slot] for at in positions] for slot, positions in enumerate(score)]
+    )
 
 
 def _piece(inputs: Mapping[str, Array], begin: int, end: int) -> dict[str, Array]:

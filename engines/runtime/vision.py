@@ -16,12 +16,13 @@ from edgevlm.engines.backends import Runner
 from edgevlm.engines.backends.tensors import Tensor, join, keep
 from edgevlm.engines.manifest import Engine
 from edgevlm.engines.runtime.clock import Clock
+from edgevlm.engines.runtime.finite import check_outputs
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.images import views
 from edgevlm.toolkit.images.decode import LoadedImage
 from edgevlm.toolkit.images.views import PreparedImage
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.vlm.components import Edge
+from edgevlm.toolkit.vlm.components import Edge, after_answer
 from edgevlm.toolkit.vlm.config import ModelConfig
 
 CORES_PER_ENCODER = 4  # with fewer, encoders that run side by side slow each other down
@@ -55,7 +56,8 @@ class Vision:
         self._model = model
         self._runners = runners
         self._sources = {edge.target: edge.source for edge in engine.edges}
-        before_lm = [r for r in engine.components if r.name != model.lm.name]
+        later = {model.lm.name, *after_answer(model)}
+        before_lm = [r for r in engine.components if r.name not in later]
         self._encoders = [r for r in before_lm if _sees_pixels(r, engine.edges)]
         self._after = [r for r in before_lm if r not in self._encoders]
         self._output = self._sources[f"{model.lm.name}:features"]
@@ -64,14 +66,23 @@ class Vision:
         self._pool = ThreadPoolExecutor(len(self._encoders)) if together else None
 
     def encode(
-        self, images: Sequence[LoadedImage], clock: Clock, *, tiles: bool = True
+        self,
+        images: Sequence[LoadedImage],
+        clock: Clock,
+        *,
+        tiles: bool = True,
+        count: int | None = None,
     ) -> Features:
-        """Features of all images. tiles=False gives every image one view (chat scripts)."""
+        """Features of all images. tiles=False gives every image one view (chat scripts). Raises
+        AccuracyError naming the component that computes no numbers.
+
+        count: the images of the whole question, where these are some of them.
+        """
         if not images:
             return self._none
         rows, indices, start = [], [], 0
         for image in images:
-            features, order = self._image(image, len(images), clock, tiles)
+            features, order = self._image(image, count or len(images), clock, tiles)
             rows.append(features)
             indices.append(order + start)
             start += features.shape[0]
@@ -119,6 +130,7 @@ class Vision:
         inputs = {p.name: values[self._sources[f"{record.name}:{p.name}"]] for p in record.inputs}
         with clock.time(record.name):
             outputs = keep(self._runners[record.name], inputs)
+        check_outputs(record.name, outputs)
         values.update({f"{record.name}:{name}": array for name, array in outputs.items()})
 
 

@@ -26,13 +26,15 @@ def profile(
     layers: Annotated[int, typer.Option(help="Show the N slowest layers.")] = 0,
     html: Annotated[Optional[Path], typer.Option(help="Write a self-contained report.")] = None,
     trace: Annotated[Optional[Path], typer.Option(help="Write a Chrome/Perfetto trace.")] = None,
+    csv: Annotated[Optional[Path], typer.Option(help="Write all metrics, one a line.")] = None,
+    markdown: Annotated[Optional[Path], typer.Option(help="Write tables for a comment.")] = None,
     threads: Threads = 0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Measure an engine: every stage and layer, compared with the machine's limits."""
-    from edgevlm.engines.profiling import report
+    from edgevlm.engines.profiling import report, tower
     from edgevlm.engines.profiling.profile import ProfileRequest, profile_all
     from edgevlm.engines.runtime.session import notes_on_threads
 
@@ -40,9 +42,16 @@ def profile(
     request = ProfileRequest(
         image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
     )
-    report.check_files(layers, html, trace)
+    files = report.Files(html, trace, csv, markdown)
+    report.check_files(layers, files)
     for note in notes_on_threads(threads):
         console.note(note)
+    if tower.is_tower(engine):
+        report.refuse_pages(files)
+        measured = tower.profile_all([engine, *(compare or [])], request, console.step)
+        report.write_trace(measured[0], trace)
+        console.result(*tower.result(measured, layers))
+        return
     profiles = profile_all([engine, *(compare or [])], request, console.step)
-    report.write_files(profiles, html, trace)
+    report.write_files(profiles, files)
     console.result(*report.result(profiles, layers))

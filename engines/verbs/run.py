@@ -10,11 +10,18 @@ import typer
 from edgevlm.toolkit.terminal.flags import (
     AllowBanned,
     Debug,
+    ForceSeg,
+    Input,
     Json,
+    Literal,
+    Masks,
     NoRepeatNgram,
+    Output,
+    Overlay,
     Quiet,
     RepetitionPenalty,
     Threads,
+    Verify,
     opened_console,
 )
 
@@ -39,18 +46,13 @@ def run(
     stop: Annotated[
         Optional[list[str]], typer.Option(help="End the answer before this text. Repeatable.")
     ] = None,
-    literal: Annotated[
-        bool,
-        typer.Option("--literal", help="PROMPT is text alone: no control tokens, no <image>."),
-    ] = False,
-    input_file: Annotated[
-        Optional[Path],
-        typer.Option("--input", help="A file of requests, one JSON object per line."),
-    ] = None,
-    output: Annotated[
-        Optional[Path],
-        typer.Option(help="With --input: a new file; gets each answer as it comes, one a line."),
-    ] = None,
+    literal: Literal = False,
+    input_file: Input = None,
+    output: Output = None,
+    masks: Masks = None,
+    overlay: Overlay = None,
+    force_seg: ForceSeg = False,
+    verify: Verify = False,
     threads: Threads = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -58,21 +60,26 @@ def run(
 ) -> None:
     """Ask an engine a question about images; the answer streams."""
     from edgevlm.engines.runtime import batch, request_file
+    from edgevlm.engines.runtime.mask_files import Wanted
     from edgevlm.engines.runtime.sampling import Sampling
     from edgevlm.engines.runtime.session import Question, Session, notes_on_threads
 
     console = opened_console(as_json, quiet)
-    for note in notes_on_threads(threads):
-        console.note(note)
     penalties = (repetition_penalty, no_repeat_ngram, allow_banned)
     sampling = Sampling(temperature, top_k, top_p, seed, *penalties)
     given = Question(
         prompt or "", image or (), max_tokens, sampling, template, stop or (), literal=literal
     )
-    batch.check_output(output, many=input_file is not None)
+    wanted, many = Wanted(masks, overlay, force_seg), input_file is not None
+    wanted.check(many=many)
+    batch.check_output(output, many=many)
     requests = request_file.gather(given, input_file)
-    with Session.open(engine, threads=threads) as session:
-        if input_file is None:
-            batch.answer_one(session, given, console)
+    with Session.open(engine, threads=threads, verify=verify) as session:
+        for note in notes_on_threads(threads):
+            console.note(note)
+        wanted.check_engine(session)
+        requests = [wanted.asked(request, session) for request in requests]
+        if not many:
+            batch.answer_one(session, requests[0].asked(), console, wanted)
         else:
             batch.answer_all(session, requests, console, output)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from typer.testing import CliRunner
 
-from edgevlm import api
+from edgevlm import api, cli
 from edgevlm.calibration import calibrate as calibration
 from edgevlm.calibration import samples
 from edgevlm.calibration.many import ManyOps, hidden
@@ -112,16 +113,42 @@ def test_it_builds_and_answers_as_it_is(
         assert np.array_equal(one[key], two[key])
 
 
+def test_the_verb_says_what_it_costs(bundle: Path, tmp_path: Path) -> None:
+    """Size, drift and share of every component, answers, and times where they are asked for."""
+    words = ["calibrate", bundle, tmp_path / "b", "--text", TEXT, "--window", 24, "--windows", 8]
+    words += ["--method", "rtn", "--budget", 9, "--measure", "--report", tmp_path / "r.json"]
+    ran = CliRunner().invoke(cli.app, [str(word) for word in words])
+    assert ran.exit_code == 0, ran.output
+    assert "answers of 16 tokens as in float" in ran.output
+    data = json.loads((tmp_path / "r.json").read_text())
+    parts = {part["name"]: part for part in data["components"]}
+    for part in parts.values():
+        assert part["bytes_after"] < part["bytes_before"]
+        assert 0.5 < part["cosine"] < 1
+        assert part["relative_rms"] > 1e-3
+    assert parts["lm"]["share"] > 0.8
+    assert parts["lm"]["cosine"] < parts["encoder.clip"]["cosine"]
+    kept = goldens.load(tmp_path / "b/golden.npz")
+    (one,) = (golden for golden in kept if golden.component == "merger")
+    a, b = one.float_outputs["features"], one.outputs["features"]
+    cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert parts["merger"]["cosine"] == pytest.approx(float(cosine), abs=1e-6)
+    assert data["answers"]["prompts"] == 8
+    assert {(x["component"], x["call"]) for x in data["latency"]} >= {("lm", "token")}
+    assert all(x["before_ms"] > 0 and x["after_ms"] > 0 for x in data["latency"])
+
+
 def test_eight_bits_cost_little(bundle: Path, tmp_path: Path) -> None:
     found = calibrated(bundle, tmp_path / "b", to="int8", budget=0.05)
     assert found.within_budget
+    assert found.answers.same_tokens > 8
     assert found.quality.same_top_1 > 0.8
     assert found.share_4_bits == 0
 
 
 def test_many_samples_give_what_each_gives(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    lm, weights = lm_component(opened.model.lm), opened.tensors("lm")
+    lm, weights = lm_component(opened.vlm.lm), opened.tensors("lm")
     windows = np.arange(36).reshape(3, 12) % 50
     states = hidden(lm, ManyOps(), weights, windows)
     quality = compare(lm, weights, weights, windows, lambda message: None)
@@ -129,7 +156,7 @@ def test_many_samples_give_what_each_gives(bundle: Path) -> None:
     inputs = {
         "ids": windows[1:2],
         "rows": np.full((1, 12), -1),
-        "features": np.zeros((1, opened.model.lm.config.hidden_size), np.float32),
+        "features": np.zeros((1, opened.vlm.lm.config.hidden_size), np.float32),
         "start": np.zeros(1, np.int64),
         "score": np.arange(12)[None],
         **zero_states(lm.inputs, lm.outputs, {"batch": 1, "context": 12}),

@@ -57,19 +57,19 @@ def test_a_sample_is_what_a_session_shows(name: str, tmp_path: Path) -> None:
     image = draw(tmp_path / "images", 5) / "04.png"
     bundle = Bundle.open(tmp_path / "bundle")
     weights = systems.load(tmp_path / "bundle", Options()).weights
-    chain = Chain(bundle.model, bundle.tokenizer())
+    chain = Chain(bundle.vlm, bundle.tokenizer())
     found = chain.run(Sample(image, "What is this?"), Passage(weights, in_numpy()))
-    source, port = chain._sources[f"{bundle.model.lm.name}:features"].split(":")
+    source, port = chain._sources[f"{bundle.vlm.lm.name}:features"].split(":")
     with Session.open(engine) as session:
-        loaded = decode.load(image, upright=bundle.model.images.upright)
+        loaded = decode.load(image, upright=bundle.vlm.images.upright)
         features = session.encode([loaded], Clock())
         assert relative_difference(found[source][port], features.rows) < 1e-4
-        rules = bundle.model.prompts
+        rules = bundle.vlm.prompts
         rendered = prompts.render(rules, ["What is this?"], 1, "auto")
         prompt = prompts.tokenize(rules, session.tokenizer, rendered)
         sequence = prompts.assemble(prompt, features.indices)
         logits = session.prefill(sequence, features.rows, session.new_state())
-    last = found[bundle.model.lm.name]["logits"][0, -1]
+    last = found[bundle.vlm.lm.name]["logits"][0, -1]
     assert relative_difference(last, np.asarray(logits)) < 1e-4
     expected = {p.name for p in chain.parts}
     assert set(found) == expected

@@ -69,8 +69,8 @@ def test_static_int8(sources: dict[int, tuple[Path, Source]]) -> None:
     peaks = []
     for path, source in sources.values():
         bundle, settings = Bundle.open(path), Settings("int8-static", keep_float=("encoder*", "m*"))
-        plan = plan_of(bundle.model, settings)
-        chain = Chain(bundle.model, bundle.tokenizer())
+        plan = plan_of(bundle.vlm, settings)
+        chain = Chain(bundle.vlm, bundle.tokenizer())
         made = Calibrator(chain, in_numpy(), settings, silent)
         samples = [Sample(ids=ids) for ids in IDS]
         peaks.append(peak(lambda: made.ranges(source.weights, plan, samples)))  # noqa: B023

@@ -18,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from edgevlm import api, cli
-from edgevlm.calibration import smooth
+from edgevlm.calibration import greedy, smooth
 from edgevlm.calibration.appraise import Whole
 from edgevlm.calibration.calibrator import Calibrator
 from edgevlm.calibration.chain import Arithmetic, Chain, Passage, in_numpy
@@ -96,7 +96,7 @@ def calibrated(bundle: Path, out: Path, **given: Any) -> StaticCalibration:
 
 def calibrator(bundle: Path, arithmetic: Arithmetic | None = None, **settings: Any) -> Calibrator:
     opened = Bundle.open(bundle)
-    chain = Chain(opened.model, opened.tokenizer())
+    chain = Chain(opened.vlm, opened.tokenizer())
     asked = Settings("int8-static", **settings)
     return Calibrator(chain, arithmetic or in_numpy(), asked, silent)
 
@@ -550,6 +550,9 @@ def test_the_verb_writes_a_report(bundle: Path, images: Path, tmp_path: Path) ->
     assert (data["method"], data["samples"], data["held_out"]) == ("minmax", 7, 2)
     assert data["smoothed"] > 6
     assert {c["name"] for c in data["components"]} == {"encoder.clip", "merger", "lm"}
+    assert (data["answers"]["prompts"], data["answers"]["tokens"]) == (2, greedy.ANSWER)
+    assert 0 <= data["answers"]["same_tokens"] <= greedy.ANSWER
+    assert data["latency"] == []  # not asked for
     for part in data["components"]:
         assert part["bytes_after"] < part["bytes_before"]
     assert not [layer for layer in data["layers"] if layer["path"].startswith("lm/layers.1/")]
@@ -581,7 +584,7 @@ def test_the_budget_leaves_the_worst_layers_in_float(bundle: Path, tmp_path: Pat
 def test_samples_together_give_what_each_gives(bundle: Path, images: Path) -> None:
     opened = Bundle.open(bundle)
     chain, weights = (
-        Chain(opened.model, opened.tokenizer()),
+        Chain(opened.vlm, opened.tokenizer()),
         systems.load(bundle, Options()).weights,
     )
     files = sorted(images.iterdir())

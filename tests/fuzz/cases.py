@@ -10,12 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tests.fuzz.bundles import Bundles
 from tests.fuzz.checkpoints import Checkpoints
+from tests.fuzz.engines import Engines
 from tests.fuzz.frame import Cases
 from tests.fuzz.images import Images
+from tests.fuzz.kept import KeptFolders
 from tests.fuzz.requests import Requests
 
-CLASSES: tuple[type[Cases[Any]], ...] = (Images, Requests, Checkpoints)
+CLASSES: tuple[type[Cases[Any]], ...] = (
+    Images,
+    Requests,
+    Checkpoints,
+    Bundles,
+    Engines,
+    KeptFolders,
+)
 
 
 def class_of(number: int, names: Sequence[str] = ()) -> type[Cases[Any]]:

@@ -101,7 +101,8 @@ def _one_process(jobs: Sequence[str], ready: Path, report: Report) -> Iterator[F
                 begun = told["begun"]
                 continue
             assert begun is not None
-            (name, key), begun = begun, None
+            name, key = begun
+            begun = None
             _count(report, name, key, told)
             what = f"{told['found']}\n  case: {told['case']}" if told["found"] else ""
             yield Finding(name, key, what) if what else None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgevlm import api
-from edgevlm.engines import manifest
+from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends.tensorrt import builder, device
 from edgevlm.engines.backends.tensorrt import plan as plans
 from edgevlm.engines.backends.tensorrt.flavours import RTX
@@ -19,6 +19,7 @@ from edgevlm.engines.build import shapes
 from edgevlm.engines.manifest import Engine
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.errors import BuildError, OutOfMemory, TargetMismatch, UnsupportedError
+from edgevlm.toolkit.target import parse
 from tests.conftest import HERE
 from tests.test_pipeline import Shell, shell  # noqa: F401
 
@@ -77,6 +78,22 @@ def test_all_systems_build_for_all_cards(
         assert len(listed) == plan.kernels
         nodes = {node for kernel in listed for node in kernel["nodes"]}
         assert any(node.startswith(f"{name}/") for node in nodes)
+
+
+def test_tensors_within_a_component_become_outputs(export: Export, tmp_path: Path) -> None:
+    """As --bisect builds it: every float tensor that both graphs have, all at once."""
+    from edgevlm.engines.build.bisect_plans import shared, with_outputs
+
+    bundle = Bundle.open(export("llava", "fp16"))
+    for name, least in (("encoder.clip", 60), ("lm", 30)):
+        record, target = bundle.manifest.component(name), parse(f"{HERE_RTX}/sm_89")
+        backend = backends.backend(target)
+        model, names = shared(bundle, record, target)
+        assert len(names) > least
+        sizes = shapes.of(name, bundle.model, bundle.vlm.lm.config.context)
+        marked = with_outputs(model, names)
+        made = backend.marked(bundle.path, record, marked, tmp_path, target, sizes)  # type: ignore[attr-defined]
+        assert (tmp_path / made.graph).stat().st_size > 0
 
 
 def test_the_oldest_card(export: Export, tmp_path: Path) -> None:

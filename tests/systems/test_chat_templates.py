@@ -118,6 +118,18 @@ def test_answers_may_be_texts_among_lists(tmp_path: Path) -> None:
     assert prompts.render(rules, TURNS[1], 1, "auto").text == text
 
 
+def test_images_of_later_turns_stand_where_transformers_puts_them(tmp_path: Path) -> None:
+    name = "lists in questions, texts in answers"
+    processor = save(tmp_path, "llama", CHAT[name][0])
+    rules, _ = rules_of(tmp_path)
+    turns = ["What is it?", "A cat.", "And these?"]
+    asked = messages(turns, 1, lists=True)
+    asked[1]["content"] = turns[1]
+    asked[2]["content"] = [{"type": "image", "image": picture()}] * 2 + asked[2]["content"]
+    text = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert prompts.render(rules, turns, [1, 0, 2], "auto").text == text
+
+
 def expected(processor: Any, turns: list[str], images: int, *, lists: bool) -> list[list[int]]:
     """transformers' ids between the images."""
     pictures = {"images": [picture()] * images} if images and not lists else {}

@@ -397,7 +397,7 @@ def test_rules_travel_from_the_checkpoint_to_the_engine(tmp_path: Path) -> None:
     write(folder, PUBLISHED["Qwen2.5-0.5B-Instruct"] | {"eos_token_id": 2, "bad_words_ids": [[5]]})
     engine = engine_of(folder, tmp_path)
     rules = systems.load(folder, Options()).model.generation
-    assert manifest.read(engine).parsed_model().generation == rules
+    assert manifest.read(engine).parsed_vlm().generation == rules
     line = "generation: repetition_penalty 1.1, bad_words_ids [[5]], do_sample true, "
     line += "temperature 0.7, top_k 20, top_p 0.8"
     for path in (folder, tmp_path / "bundle", engine):

@@ -22,7 +22,7 @@ from edgevlm.toolkit.target import parse
 from edgevlm.training import stages
 from tests.conftest import ROOT, golden_case
 from tests.pipeline import ask, engine_of, requantized, silent
-from tests.systems import test_comm, test_huggingface, test_huggingface_next
+from tests.systems import segmenting, test_comm, test_huggingface, test_huggingface_next
 from tests.systems.test_huggingface import IMAGE
 from tests.systems.test_same_answer import replayed
 from tests.training import runs
@@ -60,7 +60,15 @@ def _next_original(folder: Path) -> None:
     path.write_text(json.dumps(config))
 
 
-MAKERS: dict[str, Callable[[Path], object]] = {"comm": _comm, "llava_next": _next_original}
+def _segmenting(folder: Path) -> None:
+    segmenting.checkpoint(folder, segmenting.sam())
+
+
+MAKERS: dict[str, Callable[[Path], object]] = {
+    "comm": _comm,
+    "llava_next": _next_original,
+    "mlcd_seg": _segmenting,
+}
 HUGGINGFACE: dict[str, Callable[[Path], object]] = {
     "llava": lambda folder: test_huggingface.save(folder, "grouped heads"),
     "llava_next": lambda folder: test_huggingface_next.save(folder, True, "qwen2"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -13,7 +14,14 @@ import pytest
 from edgevlm.toolkit import inert_keys, models
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
-from edgevlm.toolkit.strict import Reader, from_plain, read_json, to_plain
+from edgevlm.toolkit.strict import (
+    MOST_JSON_BYTES,
+    MOST_NESTED,
+    Reader,
+    from_plain,
+    read_json,
+    to_plain,
+)
 from edgevlm.toolkit.systems import find, presets
 from edgevlm.toolkit.vlm.config import from_json, to_json
 
@@ -105,6 +113,12 @@ def test_an_int_is_accepted_as_a_float_only() -> None:
         ({"table": {"t": 1}}, r"x\.table\.t"),
         ({"table": []}, r"x\.table"),
         ({"extra": 1, "more": 2}, "x has unknown keys: extra, more"),
+        ({"count": 10**400}, r"x\.count = 10+, expected a number of at most 64 bits"),
+        ({"count": 1 << 63}, r"x\.count"),
+        ({"share": 10**400}, r"x\.share = 10+\.\.\., which is too large"),
+        ({"share": float("nan")}, r"x\.share = nan, expected a finite number"),
+        ({"share": float("-inf")}, r"x\.share"),
+        ({"inner": {"size": [1, 2], "names": ["a"] * 300_000}}, "has 300000 values"),
     ],
 )
 def test_odd_values_are_named(change: dict[str, Any], named: str) -> None:
@@ -142,6 +156,8 @@ def test_types_are_exact() -> None:
     for key, kind in (("yes", int), ("yes", float), ("half", int), ("text", int), ("one", str)):
         with pytest.raises(ConfigError, match=rf"c: {key} = .*expected {kind.__name__}"):
             r.take(key, kind)
+    with pytest.raises(ConfigError, match=r"c: huge = 10+\.\.\., which is too large"):
+        Reader({"huge": 10**400}, "c").take("huge", float)
     for key, reason in (("none", "c: none is null"), ("gone", "c lacks the key 'gone'")):
         with pytest.raises(ConfigError, match=reason):
             r.take(key, int)
@@ -206,3 +222,58 @@ def test_files_that_are_no_objects_are_refused(tmp_path: Path) -> None:
             read_json(path)
     with pytest.raises(ConfigError, match="does not exist"):
         read_json(tmp_path / "missing.json")
+
+
+def test_what_is_no_file_of_a_description_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path):
+        with pytest.raises(ConfigError, match="no regular file"):
+            read_json(path)
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(MOST_JSON_BYTES + 1)
+    with pytest.raises(ConfigError, match="expected at most"):
+        read_json(tmp_path / "large")
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_nesting_is_bounded(opening: str, closing: str, tmp_path: Path) -> None:
+    path = tmp_path / "deep.json"
+    for depth, fits in (
+        (MOST_NESTED - 2, True),
+        (MOST_NESTED, False),
+        (900, False),
+        (10**6, False),
+    ):
+        path.write_text(f'{{"x": {opening * depth}1{closing * depth}}}')
+        if fits:
+            assert json.dumps(read_json(path))
+            continue
+        with pytest.raises(ConfigError, match="not valid JSON"):
+            read_json(path)
+
+
+def test_what_we_wrote_has_every_key_once_and_numbers_only(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    for text, reason in (('{"a": 1, "a": 2}', "'a' occurs twice"), ('{"a": NaN}', "NaN is no")):
+        path.write_text(text)
+        assert read_json(path)  # as others read it
+        with pytest.raises(ConfigError, match=reason):
+            read_json(path, ours=True)
+
+
+def test_a_model_beyond_all_models_is_refused_before_it_is_listed() -> None:
+    plain = to_json(find(presets()["llava-1.5-7b"]).PRESETS["llava-1.5-7b"]())
+    for component, key, value in (
+        ("lm", "num_layers", 10**7), ("lm", "vocab_size", 10**12), ("merger", "layers", 10**7),
+        ("lm", "context", 1 << 62),
+    ):  # fmt: skip
+        changed = json.loads(json.dumps(plain))
+        changed[component]["config"][key] = value
+        with pytest.raises(ConfigError, match=rf"{key} = {value}, expected at most"):
+            from_json(changed, "m")
+    with pytest.raises(ConfigError, match="3000 encoders"):
+        from_json({**plain, "encoders": plain["encoders"] * 3000}, "m")
+    changed = json.loads(json.dumps(plain))
+    changed["encoders"][0]["config"]["taps"] = [10**9]
+    with pytest.raises(ConfigError, match="taps = 1000000000"):
+        from_json(changed, "m")

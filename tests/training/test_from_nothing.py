@@ -71,7 +71,7 @@ def test_an_engine_answers_what_the_trained_model_answers(system: str, tmp_path:
     asked = questions.of(coloured(8, seed=2), "red")
     source = systems.load(tmp_path / "trained", Options())
     expected = greedy.answers(source, [one.asked for one in asked])
-    eos = api.export_bundle(tmp_path / "trained", tmp_path / "bundle").model.prompts.eos
+    eos = api.export_bundle(tmp_path / "trained", tmp_path / "bundle").vlm.prompts.eos
     api.build_engine(tmp_path / "bundle", tmp_path / "engine")
     with Session.open(tmp_path / "engine") as session:
         for one, ids in zip(asked, expected, strict=True):

@@ -6,7 +6,9 @@ float model's. The first says whether kernels are right, the second what the pre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from edgevlm.toolkit.bundle.manifest import Tensors
+from edgevlm.toolkit.errors import AccuracyError, BundleError
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
 from edgevlm.toolkit.quantization.channels import RoundRows
@@ -30,8 +33,11 @@ AXES = {
     "batch": 1,
     "scored": 1,
     "context": 16,
+    "masks": 1,
 }
 _KINDS = ("in", "out", "float")  # in the names of the arrays of golden.npz
+_MOST_BYTES = 1 << 30
+_NOT_GOLDENS = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
 _KEEP = 1 << 16  # outputs larger than this are stored as that many evenly spaced values
 
 
@@ -76,7 +82,7 @@ def centered(values: Array, shape: tuple[int, ...]) -> Array:
 
 def relative_difference(actual: Array, expected: Array) -> float:
     """Largest absolute difference over the largest expected value; infinite for NaN."""
-    if actual.shape != expected.shape or not np.isfinite(actual).all():
+    if not _comparable(actual, expected):
         return float("inf")
     return float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-12))
 
@@ -87,11 +93,18 @@ def relative_rms(pairs: Iterable[tuple[Array, Array]]) -> float:
     """
     error = magnitude = 0.0
     for actual, expected in pairs:
-        if actual.shape != expected.shape or not np.isfinite(actual).all():
+        if not _comparable(actual, expected):
             return float("inf")
         error += float(np.sum((actual - expected).astype(np.float64) ** 2))
         magnitude += float(np.sum(expected.astype(np.float64) ** 2))
     return float(np.sqrt(error / max(magnitude, 1e-24)))
+
+
+def _comparable(actual: Array, expected: Array) -> bool:
+    """Whether both have one shape, and all are numbers: NaN would vanish in a maximum."""
+    return actual.shape == expected.shape and bool(
+        np.isfinite(actual).all() and np.isfinite(expected).all()
+    )
 
 
 def make_goldens(
@@ -130,7 +143,19 @@ def _answered(
         outputs = component.forward(ops, Weights(tensors), {**inputs, **states})
         states = {p.updates: outputs[p.name] for p in component.outputs if p.updates}
         plain = [p.name for p in component.outputs if p.updates is None]
-        yield Golden(component.name, inputs, {n: sampled(outputs[n]) for n in plain})
+        answer = {n: sampled(outputs[n]) for n in plain}
+        _check_numbers(component.name, answer)
+        yield Golden(component.name, inputs, answer)
+
+
+def _check_numbers(component: str, answer: Mapping[str, Array]) -> None:
+    """Raise AccuracyError for an answer that nothing can be compared with."""
+    for name, values in answer.items():
+        if not np.isfinite(values).all():
+            raise AccuracyError(
+                f"the reference's own {name} of {component} are NaN or infinite",
+                hint="the weights are damaged, or too large for this --dtype",
+            )
 
 
 def _size(dim: int | str, axes: Mapping[str, int]) -> int:
@@ -178,12 +203,62 @@ def save(path: Path, goldens: list[Golden]) -> None:
 
 
 def load(path: Path) -> list[Golden]:
-    """The inverse of save."""
+    """The inverse of save. Raises BundleError for a file that save did not write, or no numbers."""
     goldens: dict[str, Golden] = {}
-    with np.load(path) as stored:
-        for key in sorted(stored.files):
-            number, component, kind, name = key.split("|")
-            golden = goldens.setdefault(number, Golden(component, {}, {}))
-            every = (golden.inputs, golden.outputs, golden.float_outputs)
-            every[_KINDS.index(kind)][name] = stored[key]
+    try:
+        _refuse_large(path)
+        with np.load(path) as stored:
+            for key in sorted(stored.files):
+                number, component, kind, name = key.split("|")
+                golden = goldens.setdefault(number, Golden(component, {}, {}))
+                every = (golden.inputs, golden.outputs, golden.float_outputs)
+                every[_KINDS.index(kind)][name] = _numbers(stored[key])
+    except _NOT_GOLDENS as odd:
+        raise BundleError(
+            f"{path} holds no goldens: {odd}", hint="export the bundle again"
+        ) from None
     return list(goldens.values())
+
+
+def _numbers(array: Array) -> Array:
+    if array.dtype.kind not in "fi" or not np.isfinite(array).all():
+        raise ValueError("a value is NaN or infinite, or no number at all")
+    return array
+
+
+def _refuse_large(path: Path) -> None:
+    """Raise ValueError for what would unpack to more than goldens ever are."""
+    with zipfile.ZipFile(path) as packed:
+        size = sum(item.file_size for item in packed.infolist())
+    if size > _MOST_BYTES:
+        raise ValueError(f"{size} bytes when they are unpacked")
+
+
+def calls_of(
+    goldens: Iterable[Golden], name: str, inputs: Sequence[Port], outputs: Sequence[Port]
+) -> list[Golden]:
+    """The calls of the component `name`. Raises BundleError if they do not fit its ports."""
+    states = {port.updates for port in outputs if port.updates}
+    given = {port.name: port for port in inputs if port.name not in states}
+    answered = {port.name for port in outputs if not port.updates}
+    calls = [golden for golden in goldens if golden.component == name]
+    fit = [
+        golden.inputs.keys() == given.keys()
+        and all(_fits(port, golden.inputs[key]) for key, port in given.items())
+        and golden.outputs.keys() == answered
+        and golden.float_outputs.keys() in (set(), answered)
+        for golden in calls
+    ]
+    if not calls or not all(fit):
+        raise BundleError(
+            f"the goldens of {name} do not fit its ports", hint="export the bundle again"
+        )
+    return calls
+
+
+def _fits(port: Port, array: Array) -> bool:
+    kind = "i" if port.dtype == "int64" else "f"
+    if array.dtype.kind != kind or array.ndim != len(port.shape):
+        return False
+    fixed = zip(port.shape, array.shape, strict=True)
+    return all(isinstance(n, str) or n == size for n, size in fixed)

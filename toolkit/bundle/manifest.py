@@ -3,12 +3,12 @@
 manifest.json   model configuration, components, edges, files with size and sha256
 NAME.onnx       one standard-opset graph per component; its weights stay outside
 NAME.safetensors  the component's weights, named as in the graph
-tokenizer.json  golden.npz (small inputs and the reference's outputs, see toolkit/bundle/goldens.py)
+tokenizer.json (a tower by itself has none)
+golden.npz (small inputs and the reference's outputs, see toolkit/bundle/goldens.py)
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,20 +16,24 @@ from typing import Any
 
 import numpy as np
 
+from edgevlm.toolkit.bundle import sealed
 from edgevlm.toolkit.bundle.atomic import sha256_of
+from edgevlm.toolkit.checkpoints import inside
+from edgevlm.toolkit.checkpoints.inside import is_plain
 from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from edgevlm.toolkit.errors import BundleError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization import blockwise, channels, static
 from edgevlm.toolkit.quantization.coded import Codes
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.strict import from_plain, read_json, to_plain
+from edgevlm.toolkit.strict import from_plain, read_json
 from edgevlm.toolkit.text.tokenizer import Tokenizer
-from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.vlm import towers
 from edgevlm.toolkit.vlm.components import Edge, Port, components, edges
 from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm.towers import Model
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 GOLDENS = "golden.npz"
@@ -65,7 +69,10 @@ class ComponentRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json holds. `source` says where the weights came from."""
+    """What manifest.json holds. `source` says where the weights came from.
+
+    model: of a vision-language model, or with the kind "tower" of a vision tower by itself.
+    """
 
     format: int
     made_by: str
@@ -86,8 +93,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json."""
-    text = json.dumps(to_plain(manifest), indent=1)  # ASCII: a path need not be UTF-8
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    sealed.write(folder / MANIFEST, manifest)
 
 
 def record_file(path: Path) -> FileRecord:
@@ -186,7 +192,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
-    model: ModelConfig
+    model: Model
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -200,14 +206,17 @@ class Bundle:
             )
         manifest = read_manifest(file)
         try:
-            model = model_config.from_json(dict(manifest.model), f"{file}: model")
+            model = towers.from_json(dict(manifest.model), f"{file}: model")
             check_parts(str(file), model, manifest.components, manifest.edges, manifest.files)
-            for record in manifest.components:
-                if record.graph not in manifest.files:
-                    raise ConfigError(f"{file}: files lacks {record.graph}")
+            check_graphs(str(file), manifest.components, manifest.files)
         except ConfigError as odd:
             raise BundleError(odd.message, hint=_CHANGED) from None
         return cls(path, manifest, model)
+
+    @property
+    def vlm(self) -> ModelConfig:
+        """The model with its language model. Raises UnsupportedError for a tower by itself."""
+        return towers.vlm(self.model, f"bundle {self.path}")
 
     @property
     def sha256(self) -> str:
@@ -215,16 +224,11 @@ class Bundle:
         return sha256_of(self.path / MANIFEST)
 
     def check_sizes(self) -> None:
-        """Raise BundleError if a file is missing or has another size; reads no content."""
+        """Raise BundleError for a file that is missing, elsewhere or of another size."""
         for name, record in self.manifest.files.items():
-            file = self.path / name
-            if not file.exists():
-                raise BundleError(f"{self.path} lacks {name}", hint="export it again")
-            if file.stat().st_size != record.nbytes:
-                raise BundleError(
-                    f"{file} has {file.stat().st_size} bytes, the manifest says {record.nbytes}",
-                    hint="the file was changed or cut short; export it again",
-                )
+            fault = size_fault(self.path, name, record, "the manifest")
+            if fault:
+                raise BundleError(fault, hint="the file was changed or cut short; export it again")
 
     def verify(self) -> None:
         """Raise BundleError if any file differs from what was exported (reads everything)."""
@@ -242,20 +246,22 @@ class Bundle:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that travels with the bundle."""
-        rules = self.model.prompts
+        rules = self.vlm.prompts
         return Tokenizer.open(self.path / TOKENIZER, rules.sentencepiece)
 
 
 def read_manifest(file: Path) -> Manifest:
     """A manifest. Raises BundleError if it is damaged or of another format."""
     try:
-        data = read_json(file)
+        data = read_json(file, ours=True)
         if data.get("format") != FORMAT:
             raise BundleError(
-                f"{file} has format {data.get('format')!r}, this version reads {FORMAT}",
+                f"{file} has format {data.get('format')!r:.80}, this version reads {FORMAT}",
                 hint="export the model again with this version",
             )
-        manifest = from_plain(Manifest, data, str(file))
+        stated = {key: value for key, value in data.items() if key != sealed.SEAL}
+        manifest = from_plain(Manifest, stated, str(file))
+        sealed.opened(data, str(file))
         if manifest.dtype not in DTYPES:
             raise ConfigError(f"{file}: dtype = {manifest.dtype!r}, expected one of {DTYPES}")
         return manifest
@@ -265,7 +271,7 @@ def read_manifest(file: Path) -> Manifest:
 
 def check_parts(
     where: str,
-    model: ModelConfig,
+    model: Model,
     records: Sequence[ComponentRecord],
     connections: Sequence[Edge],
     files: Mapping[str, FileRecord],
@@ -288,8 +294,39 @@ def check_parts(
     ]
     if without_rule:
         raise ConfigError(f"{where}: images.encoders lacks {without_rule[0]}")
+    check_names(where, files)
     unlisted = [record.weights for record in records if record.weights not in files]
-    outside = [name for name in files if Path(name).name != name]
-    if unlisted or outside:
-        fault = f"lacks {unlisted[0]}" if unlisted else f"names {outside[0]!r}, outside the folder"
-        raise ConfigError(f"{where}: files {fault}")
+    if unlisted:
+        raise ConfigError(f"{where}: files lacks {unlisted[0]}")
+    outside = [record.graph for record in records if not is_plain(record.graph)]
+    if outside:
+        raise ConfigError(f"{where}: a graph is {outside[0]!r:.200}, outside the folder")
+
+
+def check_graphs(
+    where: str, records: Sequence[ComponentRecord], files: Mapping[str, FileRecord]
+) -> None:
+    """Raise ConfigError for a graph that is not among the files."""
+    for record in records:
+        if record.graph not in files:
+            raise ConfigError(f"{where}: files lacks {record.graph}")
+
+
+def check_names(where: str, files: Mapping[str, FileRecord]) -> None:
+    """Raise ConfigError for a name that leads out of the folder, or an impossible size."""
+    for name, record in files.items():
+        if not is_plain(name):
+            raise ConfigError(f"{where}: files names {name!r:.200}, outside the folder")
+        if record.nbytes < 0:
+            raise ConfigError(f"{where}: {name} has {record.nbytes} bytes")
+
+
+def size_fault(folder: Path, name: str, record: FileRecord, stated_by: str) -> str | None:
+    """What is wrong with a file without reading it, as text; None if nothing is."""
+    fault = inside.fault(folder, name)
+    if fault:
+        return f"{folder} {fault}"
+    found = (folder / name).stat().st_size
+    if found != record.nbytes:
+        return f"{folder / name} has {found} bytes, {stated_by} says {record.nbytes}"
+    return None

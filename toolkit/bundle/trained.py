@@ -8,16 +8,24 @@ Other files beside these (training.json, states/, ...) are not looked at.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
-from edgevlm.toolkit.bundle.atomic import require_space, writing
-from edgevlm.toolkit.bundle.manifest import DTYPES, TOKENIZER, FileRecord, record_file
+from edgevlm.toolkit.bundle import sealed, unfinished
+from edgevlm.toolkit.bundle.atomic import require_space, sha256_of, writing
+from edgevlm.toolkit.bundle.manifest import (
+    DTYPES,
+    MANIFEST,
+    TOKENIZER,
+    Bundle,
+    FileRecord,
+    check_names,
+    record_file,
+    size_fault,
+)
+from edgevlm.toolkit.bundle.publish import move_files
 from edgevlm.toolkit.checkpoints import shards
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
@@ -31,7 +39,7 @@ from edgevlm.toolkit.checkpoints.weights import open_checkpoint
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.models.recipes import keep
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.strict import from_plain, read_json, to_plain
+from edgevlm.toolkit.strict import from_plain, read_json, read_text
 from edgevlm.toolkit.vlm import config as model_config
 from edgevlm.toolkit.vlm.components import Component, components
 from edgevlm.toolkit.vlm.config import ModelConfig
@@ -39,7 +47,6 @@ from edgevlm.toolkit.vlm.config import ModelConfig
 FORMAT = 1
 CHECKPOINT = "checkpoint.json"
 LAYOUT = "edgevlm"  # in the origin of a model that was read from this format
-_PARTIAL = ".checkpoint-"
 _DAMAGED = "the folder was changed or copied in part; save the checkpoint again"
 
 Tensors = Mapping[str, Mapping[str, Array]]
@@ -100,25 +107,26 @@ def write_into(
     """Write a checkpoint beside the other files of an existing folder, in place of an older one.
 
     All files are written under a temporary name first. checkpoint.json goes into place last, so
-    the folder is never read half-written; until it does, an interrupted call costs the older
-    checkpoint at most in the moment in which files are renamed. One writer at a time.
+    the folder is never read half-written; what a kill interrupts before, the next call puts back.
+    One writer at a time.
     """
     require_space(folder, _size(source_model, dtype))
-    for leftover in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial = Path(mkdtemp(prefix=_PARTIAL, dir=folder))
+    unfinished.recover(folder)
+    with unfinished.held(folder, inside=True) as made:
+        made.folder.mkdir()
+        _fill(made.folder, source_model, tokenizer, tensors, dtype, origin, training, made_by)
+        move_files(made, _older(folder))
+
+
+def _older(folder: Path) -> list[str]:
+    """The files of the checkpoint that a folder holds; of a damaged one its description alone."""
+    if not (folder / CHECKPOINT).exists():
+        return []
     try:
-        _fill(partial, source_model, tokenizer, tensors, dtype, origin, training, made_by)
-        older = read_description(folder).files if (folder / CHECKPOINT).exists() else {}
-        (folder / CHECKPOINT).unlink(missing_ok=True)  # never beside files that it does not list
-        newer = [path for path in partial.iterdir() if path.name != CHECKPOINT]
-        for path in newer:
-            path.replace(folder / path.name)
-        for name in set(older) - {path.name for path in newer}:
-            (folder / name).unlink(missing_ok=True)
-        (partial / CHECKPOINT).replace(folder / CHECKPOINT)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        listed = read_description(folder).files
+    except CheckpointError:
+        return [CHECKPOINT]
+    return [CHECKPOINT, *(name for name in listed if (folder / name).exists())]
 
 
 def _fill(
@@ -153,8 +161,7 @@ def _fill(
     description = Description(
         FORMAT, made_by, dtype, model_config.to_json(model), origin, training, files
     )
-    text = json.dumps(to_plain(description), indent=1)
-    (folder / CHECKPOINT).write_text(text + "\n", encoding="utf-8")
+    sealed.write(folder / CHECKPOINT, description)
 
 
 def _weighted(model: ModelConfig) -> list[Component]:
@@ -189,21 +196,47 @@ def read_description(folder: Path) -> Description:
     """checkpoint.json. Raises CheckpointError if it is damaged, or of another format."""
     file = folder / CHECKPOINT
     try:
-        data = read_json(file)
+        data = read_json(file, ours=True)
         if data.get("format") != FORMAT:
             raise CheckpointError(
-                f"{file} has format {data.get('format')!r}, this version reads {FORMAT}",
+                f"{file} has format {data.get('format')!r:.80}, this version reads {FORMAT}",
                 hint="save the checkpoint again with this version",
             )
-        description = from_plain(Description, data, str(file))
+        stated = {key: value for key, value in data.items() if key != sealed.SEAL}
+        description = from_plain(Description, stated, str(file))
+        sealed.opened(data, str(file), required=False)  # older ones have none
+        check_names(str(file), description.files)
     except ConfigError as odd:
         raise CheckpointError(odd.message, hint=_DAMAGED) from None
-    outside = [name for name in description.files if Path(name).name != name]
-    if outside:
-        raise CheckpointError(f"{file}: files names {outside[0]!r}, outside the folder")
     if TOKENIZER not in description.files:
         raise CheckpointError(f"{file}: files lacks {TOKENIZER}", hint=_DAMAGED)
     return description
+
+
+def verify(folder: Path) -> Description:
+    """What a checkpoint says of itself. Raises CheckpointError if a file is not what was written;
+    reads everything.
+    """
+    description = read_description(folder)
+    _check_sizes(folder, description)
+    for name, record in description.files.items():
+        if sha256_of(folder / name) != record.sha256:
+            raise CheckpointError(
+                f"{folder / name} was changed after it was written (its checksum differs)",
+                hint=_DAMAGED,
+            )
+    return description
+
+
+def verified(folder: Path) -> Path:
+    """The folder itself. Raises BundleError or CheckpointError if it is a bundle or checkpoint of
+    ours and damaged: it is about to be read as a whole anyway.
+    """
+    if (folder / MANIFEST).exists():
+        Bundle.open(folder).verify()
+    elif is_trained(folder):
+        verify(folder)
+    return folder
 
 
 def load(folder: Path, options: Options) -> Source:
@@ -233,7 +266,7 @@ def load(folder: Path, options: Options) -> Source:
     }
     check(tensors.values(), ())
     model = replace(model, lm=with_context(model.lm, options.max_context))
-    text = (folder / TOKENIZER).read_text(encoding="utf-8")
+    text = read_text(folder / TOKENIZER)
     weights = {name: group.weights() for name, group in tensors.items()}
     return Source(model, weights, text, _origin(description))
 
@@ -259,14 +292,9 @@ def _origin(description: Description) -> dict[str, Any]:
 
 def _check_sizes(folder: Path, description: Description) -> None:
     for name, record in description.files.items():
-        file = folder / name
-        if not file.exists():
-            raise CheckpointError(f"{folder} lacks {name}", hint=_DAMAGED)
-        if file.stat().st_size != record.nbytes:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes, {CHECKPOINT} says {record.nbytes}",
-                hint=_DAMAGED,
-            )
+        fault = size_fault(folder, name, record, CHECKPOINT)
+        if fault:
+            raise CheckpointError(fault, hint=_DAMAGED)
 
 
 def _check_options(folder: Path, model: ModelConfig, options: Options) -> None:

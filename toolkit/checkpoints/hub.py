@@ -9,6 +9,7 @@ from pathlib import Path
 from edgevlm.toolkit.errors import CheckpointError, needing
 
 _PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+FILES = (".pt", ".pth", ".bin", ".safetensors")
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -27,6 +28,14 @@ def locate(source: str, *, revision: str | None, offline: bool) -> Path:
             hint="give a checkpoint folder, a model id, or preset:NAME --random-weights",
         )
     return _from_hub(source, revision, offline or os.environ.get("HF_HUB_OFFLINE") == "1")
+
+
+def locate_model(source: str, *, revision: str | None, offline: bool) -> Path:
+    """The same, or a weight file: towers by themselves are published as one."""
+    file = Path(source)
+    if file.is_file() and file.suffix in FILES:
+        return file
+    return locate(source, revision=revision, offline=offline)
 
 
 def is_model_id(text: str) -> bool:

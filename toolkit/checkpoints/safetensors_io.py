@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from edgevlm.toolkit.checkpoints.inside import require_regular
 from edgevlm.toolkit.errors import CheckpointError
 from edgevlm.toolkit.ops.vocabulary import Array
 
@@ -89,6 +90,7 @@ def _contents(path: Path) -> dict[str, Entry]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        require_regular(path)  # opening a pipe would wait for its other end
         with safe_open(path, framework="np"):
             pass  # the package checks header, overlaps, gaps and the file's length
         with path.open("rb") as file:
@@ -96,7 +98,7 @@ def _contents(path: Path) -> dict[str, Entry]:
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (SafetensorError, OSError, ValueError) as broken:
+    except (SafetensorError, OSError, ValueError, RecursionError, struct.error) as broken:
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {broken}",
             hint="the download or copy was cut short; fetch this file again",

@@ -16,25 +16,25 @@ from typing import Protocol, cast
 
 import numpy as np
 
+from edgevlm.toolkit.checkpoints import shards
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     BLOCK_BYTES,
     STORAGE,
     SafetensorsFile,
     row_blocks,
 )
+from edgevlm.toolkit.checkpoints.shards import FETCH
 from edgevlm.toolkit.errors import CheckpointError
 from edgevlm.toolkit.models.recipes import Recipe, same, transposed
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.blockwise import StorageFormat
 from edgevlm.toolkit.quantization.coded import Codes, Offers
-from edgevlm.toolkit.strict import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 FLOAT_WEIGHTS = (
     "take the float checkpoint that it was made from; edgevlm build --precision int4 (or int8) "
     "quantizes it"
 )
-_FETCH = "the download or copy is incomplete; fetch the checkpoint again"
 
 
 class TensorSource(Protocol):
@@ -147,7 +147,7 @@ def open_checkpoint(folder: Path, torch_reader: TorchReader | None = None) -> Ch
     no reader for them was passed in; ConfigError if the index of the shards is no JSON object.
     """
     for stem, read in (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", torch_reader)):
-        files = _shards(folder, stem)
+        files = shards.weight_files(folder, stem)
         if not files:
             continue
         if read is None:
@@ -157,7 +157,11 @@ def open_checkpoint(folder: Path, torch_reader: TorchReader | None = None) -> Ch
             )
         for file in files:
             refuse_pointer(file)
-        return _join(folder, [read(file) for file in files])
+        opened = {file.name: read(file) for file in files}
+        joined = _join(folder, list(opened.values()))
+        if stem not in opened:
+            shards.check_map(folder, stem, {name: x.keys() for name, x in opened.items()})
+        return joined
     raise _no_weights(folder)
 
 
@@ -176,15 +180,15 @@ def _no_weights(folder: Path) -> CheckpointError:
             f"{folder} holds weights in a format that edgevlm does not read: {foreign[0]}",
             hint="take the checkpoint as safetensors",
         )
-    shards = [name for name in found if name.endswith((".safetensors", ".bin"))]
-    if any("-of-" in name for name in shards):
+    parts = [name for name in found if name.endswith((".safetensors", ".bin"))]
+    if any("-of-" in name for name in parts):
         return CheckpointError(
-            f"{folder} holds shards ({shards[0]}) without their index ({_index_of(shards[0])})",
-            hint=_FETCH,
+            f"{folder} holds shards ({parts[0]}) without their index ({_index_of(parts[0])})",
+            hint=FETCH,
         )
     return CheckpointError(
         f"{folder} holds no weights (model.safetensors, pytorch_model.bin or shards of them)",
-        hint=_FETCH,
+        hint=FETCH,
     )
 
 
@@ -194,26 +198,9 @@ def _index_of(shard: str) -> str:
     )
 
 
-def _shards(folder: Path, stem: str) -> list[Path]:
-    index = folder / f"{stem}.index.json"
-    if (folder / stem).exists():  # before an index, as transformers looks for them
-        return [folder / stem]
-    if not index.exists():
-        return []
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensors to files", hint=_FETCH)
-    names = sorted(set(files.values()))
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        named = f"{', '.join(missing[:3])}{f' and {len(missing) - 3} more' if missing[3:] else ''}"
-        raise CheckpointError(f"{index} names files that do not exist: {named}", hint=_FETCH)
-    return [folder / name for name in names]
-
-
-def _join(folder: Path, shards: Sequence[TensorSource]) -> Checkpoint:
+def _join(folder: Path, parts: Sequence[TensorSource]) -> Checkpoint:
     sources: dict[str, TensorSource] = {}
-    for shard in shards:
+    for shard in parts:
         for key in shard.keys():  # noqa: SIM118 (a source is no mapping)
             if key in sources:
                 raise CheckpointError(f"{folder}: {key} is stored in two shards")

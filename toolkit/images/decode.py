@@ -53,6 +53,7 @@ _UPRIGHT = {
 }  # fmt: skip
 _CONVERTED = {"CMYK": "CMYK", "P": "palette", "PA": "palette", "YCbCr": "YCbCr", "HSV": "HSV"}
 _DIRECT = ("1", "L", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX")
+_KEPT = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # as they are, with own_mode
 _BY_HAND = "convert it with another program: to PNG, or JPEG"
 
 ImageSource: TypeAlias = "str | PathLike[str] | bytes | bytearray | Image | Array"
@@ -60,14 +61,19 @@ ImageSource: TypeAlias = "str | PathLike[str] | bytes | bytearray | Image | Arra
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """A decoded RGB image; `notes` states what was done to get it."""
+    """A decoded RGB image; `notes` states what was done to get it.
+
+    Loaded with own_mode it may have another mode that converts to RGB.
+    """
 
     rgb: Image
     notes: tuple[str, ...] = ()
 
 
-def load(source: ImageSource, *, upright: bool = True) -> LoadedImage:
+def load(source: ImageSource, *, upright: bool = True, own_mode: bool = False) -> LoadedImage:
     """Decode a file, its bytes, a PIL image or a uint8 array to RGB. Raises InputError.
+
+    own_mode: leave palettes and transparency as they are, for preprocessing that converts last.
 
     Orientation from EXIF is applied if `upright`, transparency dropped, CMYK and palettes are
     converted, deep and float greys scaled to 8 bits by their range; an animation gives its first
@@ -80,9 +86,9 @@ def load(source: ImageSource, *, upright: bool = True) -> LoadedImage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns where we refuse
             if isinstance(source, (Image.Image, np.ndarray)):
-                return _given(source, name, upright)
+                return _given(source, name, upright, own_mode)
             with _file(source, name) as file, silenced():
-                return _decoded(file, name, upright)
+                return _decoded(file, name, upright, own_mode)
     except InputError:
         raise
     except FileNotFoundError:
@@ -99,6 +105,23 @@ def load(source: ImageSource, *, upright: bool = True) -> LoadedImage:
         raise InputError(
             f"image {name} cannot be decoded: {reason}", hint=_if_address(name)
         ) from None
+
+
+def size_of(file: bytes) -> tuple[int, int]:
+    """Width and height as a file states them: nothing is decoded. Raises InputError."""
+    from PIL import Image
+
+    name = "given in memory"
+    try:
+        with warnings.catch_warnings(), silenced():
+            warnings.simplefilter("ignore")
+            with Image.open(BytesIO(file), formats=_formats()) as opened:
+                width, height = opened.size
+                return int(width), int(height)
+    except InputError:
+        raise
+    except Exception as refused:  # as in `load`
+        raise _unreadable(file, name, refused) from None
 
 
 def _file(source: str | PathLike[str] | bytes | bytearray, name: str) -> BinaryIO:
@@ -129,7 +152,7 @@ def _refuse_devices(mode: int, name: str) -> None:
         raise InputError(f"image {name} is a device or a pipe, not a file", hint="give a file")
 
 
-def _decoded(file: BinaryIO, name: str, upright: bool) -> LoadedImage:
+def _decoded(file: BinaryIO, name: str, upright: bool, own_mode: bool) -> LoadedImage:
     from PIL import Image
 
     opened = Image.open(file, formats=_formats())
@@ -138,7 +161,7 @@ def _decoded(file: BinaryIO, name: str, upright: bool) -> LoadedImage:
         _refuse_memory(opened, name)
         if opened.format == "PNG":
             _check_png(file, name)
-        loaded = _to_rgb(opened, _stated(opened), name, upright)
+        loaded = _to_rgb(opened, _stated(opened), name, upright, own_mode)
     finally:
         opened.close()
     _refuse_odd_sizes(loaded.rgb.size, name)  # decoders may find another size inside
@@ -215,7 +238,7 @@ def _formats() -> list[str]:
     return [*FORMATS, *(["AVIF"] if "avif" in features.modules else [])]
 
 
-def _given(image: Image | Array, name: str, upright: bool) -> LoadedImage:
+def _given(image: Image | Array, name: str, upright: bool, own_mode: bool) -> LoadedImage:
     """A decoded image; the caller's own object stays as it is."""
     from PIL import Image
 
@@ -228,7 +251,7 @@ def _given(image: Image | Array, name: str, upright: bool) -> LoadedImage:
             )
         _refuse_odd_sizes((image.shape[1], image.shape[0]), name)
         made = Image.fromarray(np.ascontiguousarray(image))
-        return _to_rgb(made, _stated(made), name, upright)
+        return _to_rgb(made, _stated(made), name, upright, own_mode)
     undecoded = bool(getattr(image, "tile", ()))  # it would be decoded here
     if undecoded and image.format not in (*_formats(), "MPO"):
         raise InputError(
@@ -240,7 +263,7 @@ def _given(image: Image | Array, name: str, upright: bool) -> LoadedImage:
     image.load()
     copied = image.copy()
     copied.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)  # a TIFF's is not copied
-    return _to_rgb(copied, stated, name, upright)
+    return _to_rgb(copied, stated, name, upright, own_mode)
 
 
 def _unreadable(source: object, name: str, refused: Exception) -> InputError:
@@ -310,7 +333,7 @@ def _stated(file: Image) -> _Stated:
     return _Stated(depths, file.getexif().get(_ORIENTATION), notes)
 
 
-def _to_rgb(file: Image, stated: _Stated, name: str, upright: bool) -> LoadedImage:
+def _to_rgb(file: Image, stated: _Stated, name: str, upright: bool, own_mode: bool) -> LoadedImage:
     """An image of ours, which is closed."""
     from PIL import Image
 
@@ -318,11 +341,15 @@ def _to_rgb(file: Image, stated: _Stated, name: str, upright: bool) -> LoadedIma
     if stated.orientation in _UPRIGHT:
         notes.append(f"EXIF orientation {'applied' if upright else 'ignored'}")
     try:
-        deep = file.mode in depth.MODES
-        rgb, note = _deep(file, stated.depth) if deep else _bytes(file, stated.depth)
+        if own_mode and file.mode in _KEPT:
+            depth.check_colours(file, stated.depth)
+            rgb, note = file.copy(), list[str]()
+        else:
+            deep = file.mode in depth.MODES
+            rgb, note = _deep(file, stated.depth) if deep else _bytes(file, stated.depth)
     except InputError as odd:
         raise InputError(f"image {name} cannot be used: {odd.message}", hint=odd.hint) from None
-    turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION, 0))  # Pillow has turned a TIFF by now
+    turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION, 1))  # Pillow has turned a TIFF by now
     if turn is not None and upright:
         planned = 2 * _RGB_BYTES * rgb.width * rgb.height
         if planned > MAX_BYTES:

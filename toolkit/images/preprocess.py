@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,7 @@ _CROPPING = ("CLIP", "LlavaNext", "LlavaImage", "Bit")
 _PROCESSORS = (
     "CLIPImageProcessor", "CLIPFeatureExtractor", "SiglipImageProcessor", "LlavaImageProcessor",
     "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor", "BitImageProcessor",
+    "ConvNextImageProcessor", "ConvNextFeatureExtractor",
 )  # fmt: skip
 
 
@@ -47,6 +48,9 @@ class Preprocess:
     long_edge: to a shorter one where the long edge would exceed this; or
     exact: resize to (height, width) regardless of aspect; crop: centred (height, width).
     normalise: whether mean and std are applied; the mean is the colour of padding all the same.
+    rgb_last: the image is resized and cropped in its own mode, and made RGB then: transparent
+    colours weigh less, and palettes are not blended. half_even: half a spare pixel rounds the
+    crop's offset to the even one, as torchvision does; else down.
     """
 
     resample: Resample
@@ -59,6 +63,8 @@ class Preprocess:
     crop: tuple[int, int] | None = None
     long_edge: int | None = None
     normalise: bool = True
+    rgb_last: bool = False
+    half_even: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -115,7 +121,8 @@ def read_preprocess(r: Reader) -> Preprocess:
     resizes = _switch(r, "do_resize", True)
     short, long, exact = _read_size(size, r.where) if resizes else (None, None, None)
     crops = _switch(r, "do_center_crop", kind.startswith(_CROPPING))
-    code = r.choice("resample", list(_RESAMPLE), 3, nullable=not resizes)
+    smooth = 2 if kind.startswith("ConvNext") else 3
+    code = r.choice("resample", list(_RESAMPLE), smooth, nullable=not resizes)
     crop_size = _or_default(
         r.raw("crop_size"), kind, {}, 224 if kind.startswith(_CROPPING) else None
     )
@@ -130,7 +137,20 @@ def read_preprocess(r: Reader) -> Preprocess:
         long_edge=long,
         normalise=normalises,
     )
+    if kind.startswith("ConvNext") and short is not None:
+        rule = _convnext(rule, r.positive("crop_pct", 224 / 256))
     return rule.padded() if pads else rule
+
+
+def _convnext(rule: Preprocess, share: float) -> Preprocess:
+    """Below 384 pixels a crop that keeps `share` of the short edge, above the whole image squashed
+    to a square: ConvNextImageProcessor.
+    """
+    side = rule.short_edge
+    assert side is not None
+    if side >= 384:
+        return replace(rule, short_edge=None, exact=(side, side))
+    return replace(rule, short_edge=int(side / share), crop=(side, side))
 
 
 def check_tiles(rule: Preprocess, where: str) -> None:
@@ -157,7 +177,7 @@ def _or_default(value: Any, kind: str, by_kind: Mapping[str, Any], default: Any)
 
 def _read_moments(r: Reader, kind: str, normalises: bool) -> tuple[Colour, Colour]:
     """image_mean and image_std: three numbers, or one for all channels."""
-    half = {"Siglip": [0.5] * 3}
+    half = {"Siglip": [0.5] * 3, "ConvNext": [0.5] * 3}
     mean = _or_default(r.raw("image_mean"), kind, half, _CLIP_MEAN)
     std = _or_default(r.raw("image_std"), kind, half, _CLIP_STD)
     means, stds = _three(mean, f"{r.where}: image_mean"), _three(std, f"{r.where}: image_std")
@@ -219,14 +239,24 @@ def _three(value: Any, where: str) -> Colour:
 
 
 def preprocess(image: Image, rule: Preprocess) -> Array:
-    """The encoder's input for one RGB image: float32 [3, height, width]."""
+    """The encoder's input for one RGB image: float32 [3, height, width].
+
+    With `rgb_last` the image may have another mode.
+    """
     if rule.pad is not None and image.width != image.height:
         image = _pad_square(image, rule)
     else:
         image = _resized(image, rule)
+    if image.mode != "RGB":
+        return preprocess_rgb(_own_mode_cropped(image, rule).convert("RGB"), rule)
+    return preprocess_rgb(image, rule)
+
+
+def preprocess_rgb(image: Image, rule: Preprocess) -> Array:
+    """The last steps of `preprocess`, for an image that has its size but for the crop."""
     pixels = np.asarray(image)
     if rule.crop is not None:
-        pixels = _centre_crop(pixels, rule.crop)
+        pixels = _centre_crop(pixels, rule.crop, half_even=rule.half_even)
     # A byte has 256 values, so the float arithmetic runs once per value and channel, not per pixel.
     table = _normalised_bytes(rule)
     return np.stack([table[channel][pixels[..., channel]] for channel in range(3)])
@@ -300,7 +330,22 @@ def _within(short: int, long: int, short_edge: int, long_edge: int) -> tuple[int
     return round(edge), int(edge * long / short)
 
 
-def _centre_crop(pixels: Array, size: tuple[int, int]) -> Array:
+def _own_mode_cropped(image: Image, rule: Preprocess) -> Image:
+    """The centre as an image of the same mode; one that is smaller than the crop as it is."""
+    if rule.crop is None or image.height < rule.crop[0] or image.width < rule.crop[1]:
+        return image
+    top, left = (
+        _offset(available - length, half_even=rule.half_even)
+        for available, length in zip((image.height, image.width), rule.crop, strict=True)
+    )
+    return image.crop((left, top, left + rule.crop[1], top + rule.crop[0]))
+
+
+def _offset(spare: int, *, half_even: bool) -> int:
+    return round(spare / 2) if half_even else spare // 2
+
+
+def _centre_crop(pixels: Array, size: tuple[int, int], *, half_even: bool = False) -> Array:
     """The centre of size (height, width); zeros pad smaller images, as in the originals."""
     for axis, length in enumerate(size):
         available = pixels.shape[axis]
@@ -310,7 +355,7 @@ def _centre_crop(pixels: Array, size: tuple[int, int]) -> Array:
             pad[axis] = (before, length - available - before)
             pixels = np.pad(pixels, pad)
         elif available > length:
-            first = (available - length) // 2
+            first = _offset(available - length, half_even=half_even)
             pixels = pixels.take(range(first, first + length), axis)
     return pixels
 

@@ -1,4 +1,4 @@
-"""Bicubic resizing of tables, as torch computes it: position embeddings for another grid."""
+"""Resizing as torch computes it: bicubic of position embeddings, bilinear of masks."""
 
 from __future__ import annotations
 
@@ -51,3 +51,24 @@ def _cubic(x: Array, a: float) -> Array:
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def bilinear(image: Array, size: tuple[int, int], *, cut: tuple[int, int] | None = None) -> Array:
+    """image [H, W] resized to `size`, as torch does with align_corners off and without antialias.
+
+    cut: compute the upper left corner of this size alone. In float32.
+    """
+    rows, columns = cut or size
+    top, below, y = _between(image.shape[0], size[0], rows)
+    left, right, x = _between(image.shape[1], size[1], columns)
+    mixed = image[:, left] * (1 - x) + image[:, right] * x
+    return np.asarray(mixed[top] * (1 - y)[:, None] + mixed[below] * y[:, None], np.float32)
+
+
+def _between(before: int, after: int, count: int) -> tuple[Array, Array, Array]:
+    """For each of the first `count` places: the two indices around it, and how near the second."""
+    step = np.float32(before) / np.float32(after)
+    points = (np.arange(count, dtype=np.float32) + np.float32(0.5)) * step - np.float32(0.5)
+    points = np.maximum(points, np.float32(0))
+    low = points.astype(np.int64)
+    return low, np.minimum(low + 1, before - 1), points - low.astype(np.float32)

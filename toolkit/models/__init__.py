@@ -1,6 +1,8 @@
 """Architectures, one file each, found by file name: encoders/clip.py is the encoder "clip".
 
-Every file offers `Config` (with `read`), `forward`, `shapes`, `names`, `unused` and `tiny`.
+Every file offers `Config` (with `read`), `forward`, `shapes`, `names`, `unused` and `tiny`; an
+encoder that can be a model by itself also `POOLINGS` and `embed`, with its own shapes and names; a
+language model's forward pass is in two parts, `hidden` and `logits`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.recipes import Recipe
 from edgevlm.toolkit.ops.vocabulary import Ops, T, Weights
 
-Role = Literal["encoders", "mergers", "lms"]
+Role = Literal["encoders", "mergers", "lms", "segmenters"]
 
 
 class Architecture(Protocol):
@@ -43,6 +45,20 @@ class EncoderFile(Architecture, Protocol):
     def forward(self, op: Ops[T], c: Any, w: Weights[T], pixels: T) -> tuple[T, ...]: ...
 
 
+class TowerFile(EncoderFile, Protocol):
+    """An encoder that gives one embedding an image, by one of POOLINGS; the first is the usual."""
+
+    POOLINGS: tuple[str, ...]
+
+    def embed(self, op: Ops[T], c: Any, w: Weights[T], pixels: T, pooling: str) -> T: ...
+
+    def embed_shapes(self, c: Any, pooling: str) -> dict[str, tuple[int, ...]]: ...
+
+    def embed_names(self, c: Any, pooling: str) -> Mapping[str, Recipe]: ...
+
+    def embed_unused(self, c: Any, pooling: str) -> tuple[str, ...]: ...
+
+
 class MergerFile(Architecture, Protocol):
     """A merger: its Config has `outputs`."""
 
@@ -52,7 +68,7 @@ class MergerFile(Architecture, Protocol):
 class LMFile(Architecture, Protocol):
     """A language model: its Config has the fields of lms/llama.py."""
 
-    def forward(
+    def hidden(
         self,
         op: Ops[T],
         c: Any,
@@ -60,6 +76,14 @@ class LMFile(Architecture, Protocol):
         inputs: Mapping[str, T],
         past: Sequence[tuple[T, T]],
     ) -> tuple[T, list[tuple[T, T]]]: ...
+
+    def logits(self, op: Ops[T], c: Any, w: Weights[T], x: T) -> T: ...
+
+
+class SegmenterFile(Architecture, Protocol):
+    """What makes masks of an answer: its Config has `hidden_size`, `tokens`, `width`, `side`."""
+
+    def forward(self, op: Ops[T], c: Any, w: Weights[T], hidden: T, features: T) -> T: ...
 
 
 def kinds(role: Role) -> list[str]:
@@ -80,6 +104,20 @@ def encoder(kind: str) -> EncoderFile:
     return cast(EncoderFile, _find("encoders", kind))
 
 
+def towers() -> list[str]:
+    """Names of the encoder files that can be a model by themselves."""
+    return [kind for kind in kinds("encoders") if hasattr(_find("encoders", kind), "POOLINGS")]
+
+
+def tower(kind: str) -> TowerFile:
+    """The same of an encoder that can be a model by itself. Raises ConfigError for any other."""
+    if kind not in towers():
+        raise ConfigError(
+            f"{kind} gives no embedding by itself", hint=f"known: {', '.join(towers())}"
+        )
+    return cast(TowerFile, _find("encoders", kind))
+
+
 def merger(kind: str) -> MergerFile:
     """The merger file called `kind`."""
     return cast(MergerFile, _find("mergers", kind))
@@ -88,3 +126,8 @@ def merger(kind: str) -> MergerFile:
 def lm(kind: str) -> LMFile:
     """The language-model file called `kind`."""
     return cast(LMFile, _find("lms", kind))
+
+
+def segmenter(kind: str) -> SegmenterFile:
+    """The segmenter file called `kind`."""
+    return cast(SegmenterFile, _find("segmenters", kind))

@@ -115,9 +115,10 @@ def activate(op: Ops[T], name: str, x: T) -> T:
     return op.gelu(x, tanh=name == "gelu_pytorch_tanh")
 
 
-def attention(op: Ops[T], c: Vit, w: Weights[T], x: T) -> T:
-    """Plain self-attention, x [B, S, hidden_size]."""
-    q, k, v = (op.linear(x, w / name) for name in ("q", "k", "v"))
+def attention(op: Ops[T], c: Vit, w: Weights[T], x: T, others: T | None = None) -> T:
+    """Plain attention of x [B, S, hidden_size] to itself, or to `others` [B, N, hidden_size]."""
+    seen = x if others is None else others
+    q, k, v = op.linear(x, w / "q"), op.linear(seen, w / "k"), op.linear(seen, w / "v")
     return op.linear(op.attention(q, k, v, num_heads=c.num_heads), w / "out")
 
 

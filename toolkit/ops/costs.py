@@ -191,6 +191,16 @@ def attention(y: Spec, q: Spec, k: Spec, v: Spec, *, num_heads: int) -> Cost:
     return _moved(_attend(batch * length * k.shape[1], channels, num_heads), y, q, k, v)
 
 
+def attention_relative(
+    y: Spec, q: Spec, k: Spec, v: Spec, w: Weights[Spec], *, num_heads: int, grid: tuple[int, int]
+) -> Cost:
+    """Attention; two more per score; 2 * head_dim * (H + W) per query and head for the biases."""
+    pairs = q.shape[0] * q.shape[1] ** 2
+    biases = 2 * num_heads * pairs + 2 * q.size * sum(grid)
+    flops = _attend(pairs, q.shape[2], num_heads) + biases
+    return _moved(flops, y, q, k, v, w["rows"], w["columns"])
+
+
 def _attend(pairs: int, channels: int, num_heads: int) -> int:
     """FLOPs of attention for so many (query, key) pairs, heads of channels / num_heads."""
     return pairs * (4 * channels + (1 + _SOFTMAX) * num_heads)
@@ -324,24 +334,14 @@ def slice_(y: Spec, x: Spec, axis: int, start: int, stop: int | None, step: int 
     return _moved(0, y, cut)
 
 
-def reshape(y: Spec, x: Spec, shape: tuple[int, ...]) -> Cost:
-    """Nothing moves: another view of the same memory."""
-    return Cost()
-
-
-def transpose(y: Spec, x: Spec, axes: tuple[int, ...]) -> Cost:
-    """No arithmetic; every element is copied."""
+def copied(y: Spec, x: Spec, axes: tuple[int, ...] = ()) -> Cost:
+    """Of transpose and to_float32: no arithmetic; every element is copied."""
     return _moved(0, y, x)
 
 
-def constant(y: Spec, name: str, value: Array) -> Cost:
-    """Nothing moves: what uses the table reads it."""
+def free(y: Spec, *operands: object) -> Cost:
+    """Of reshape and constant: nothing moves; what uses the view or the table reads it."""
     return Cost()
-
-
-def to_float32(y: Spec, x: Spec) -> Cost:
-    """No arithmetic; every element is copied."""
-    return _moved(0, y, x)
 
 
 # -- precision -------------------------------------------------------------------------------
@@ -373,6 +373,7 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "sum": sum_,
     "response_norm": response_norm,
     "attention": attention,
+    "attention_relative": attention_relative,
     "attention_cached": attention_cached,
     "attention_rotary": attention_rotary,
     "ms_deform_attn": ms_deform_attn,
@@ -385,10 +386,10 @@ COSTS: dict[str, Callable[..., Cost]] = {
     "max_gather": max_gather,
     "concat": concat,
     "slice": slice_,
-    "reshape": reshape,
-    "transpose": transpose,
-    "constant": constant,
-    "to_float32": to_float32,
+    "reshape": free,
+    "transpose": copied,
+    "constant": free,
+    "to_float32": copied,
     "fake_quant": fake_quant,
 }
 

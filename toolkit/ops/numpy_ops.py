@@ -110,6 +110,31 @@ class NumpyOps:
     def attention(self, q: Array, k: Array, v: Array, *, num_heads: int) -> Array:
         return _attend(_split(q, num_heads), _split(k, num_heads), _split(v, num_heads), None)
 
+    def attention_relative(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        w: Weights[Array],
+        *,
+        num_heads: int,
+        grid: tuple[int, int],
+    ) -> Array:
+        """Head by head: the scores of a large image fill a gigabyte."""
+        height, width = grid
+        rows = _relative(_float32(w["rows"]), height)
+        columns = _relative(_float32(w["columns"]), width)
+        queries, keys, values = (_split(x, num_heads) for x in (q, k, v))
+        mixed = np.empty_like(values)
+        for at in np.ndindex(queries.shape[:2]):
+            cells = queries[at].reshape(height, width, -1)
+            by_row = cells @ rows
+            by_column = (cells.swapaxes(0, 1) @ columns).swapaxes(0, 1)
+            bias = by_row[..., :, None] + by_column[..., None, :]
+            scores = queries[at] @ keys[at].T / math.sqrt(cells.shape[-1])
+            mixed[at] = _softmax(scores + bias.reshape(scores.shape)) @ values[at]
+        return np.asarray(mixed.transpose(0, 2, 1, 3).reshape(v.shape))
+
     def attention_cached(
         self,
         q: Array,
@@ -269,6 +294,12 @@ def _bilinear(cells: Array, points: Array) -> Array:
 def _split(x: Array, num_heads: int) -> Array:
     """[B, S, heads * d] -> [B, heads, S, d]."""
     return np.asarray(x.reshape(*x.shape[:2], num_heads, -1).transpose(0, 2, 1, 3))
+
+
+def _relative(table: Array, length: int) -> Array:
+    """Rows query - key + length - 1 of a table [2 * length - 1, d], as [query, d, key]."""
+    at = np.arange(length)
+    return np.asarray(table[at[:, None] - at + length - 1].swapaxes(1, 2))
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:

@@ -138,6 +138,11 @@ class ShapeOps:
     def attention(self, q: Spec, k: Spec, v: Spec, *, num_heads: int) -> Spec:
         return q
 
+    def attention_relative(
+        self, q: Spec, k: Spec, v: Spec, w: Weights[Spec], *, num_heads: int, grid: tuple[int, int]
+    ) -> Spec:
+        return q
+
     def attention_cached(
         self,
         q: Spec,

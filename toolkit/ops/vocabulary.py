@@ -176,7 +176,21 @@ class Ops(Protocol[T]):
     # -- attention -------------------------------------------------------------------------
 
     def attention(self, q: T, k: T, v: T, *, num_heads: int) -> T:
-        """Unmasked softmax(q k^T / sqrt(d)) v; q, k, v [B, S, heads * d] -> the same."""
+        """Unmasked softmax(q k^T / sqrt(d)) v; q [B, S, heads * d], k and v [B, T, heads * d] -> as
+        q; T is S in self-attention.
+        """
+        ...
+
+    def attention_relative(
+        self, q: T, k: T, v: T, w: Weights[T], *, num_heads: int, grid: tuple[int, int]
+    ) -> T:
+        """Unmasked attention between the cells of a grid (height H, width W), with decomposed
+        relative positions (Li et al., arXiv 2112.01526; Segment Anything, arXiv 2304.02643).
+
+        q, k, v [B, H * W, heads * d] -> the same; parameters rows [2H - 1, d] and columns
+        [2W - 1, d]. The score of a query at (i, j) and a key at (k, l) is
+        q . k / sqrt(d) + q . rows[i - k + H - 1] + q . columns[j - l + W - 1].
+        """
         ...
 
     def attention_cached(

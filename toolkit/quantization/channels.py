@@ -47,8 +47,11 @@ def _pieces(weight: Array) -> Iterator[Array]:
 
 
 def dequantize(stored: Array, steps: Array) -> Array:
-    """float32 [inputs, outputs] from codes and scales."""
-    return np.asarray((stored.astype(np.float32) - ZERO_POINT) * steps.astype(np.float32))
+    """float32 [inputs, outputs] from codes and scales; no second one in memory beside it."""
+    weight = stored.astype(np.float32)
+    weight -= ZERO_POINT
+    weight *= steps.astype(np.float32)
+    return np.asarray(weight)
 
 
 def round_rows(x: Array) -> Array:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.quantization.blockwise import LINEAR, StorageFormat
 
 # int8: inputs and weights, in steps known beforehand; int8_rows: the same, the inputs' steps found
@@ -14,6 +15,7 @@ from edgevlm.toolkit.quantization.blockwise import LINEAR, StorageFormat
 Precision = Literal["float", "int8", "int8_rows", "int8_weights", "int4_weights"]
 Block = Literal[16, 32, 64, 128]
 WEIGHT_BITS: dict[Precision, Literal[8, 4]] = {"int8_weights": 8, "int4_weights": 4}
+MOST_RULES = 8192
 TABLES_IN_8_BITS = frozenset[Precision]((*WEIGHT_BITS, "int8_rows"))  # embedding tables
 
 
@@ -46,6 +48,11 @@ class PrecisionPlan:
     method: str = "none"
     samples: int = 0
     samples_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for more rules than any model has layers."""
+        if len(self.rules) > MOST_RULES:
+            raise ConfigError(f"a plan has {len(self.rules)} rules, expected at most {MOST_RULES}")
 
     @property
     def precisions(self) -> frozenset[Precision]:

@@ -14,13 +14,20 @@ from edgevlm.toolkit.bundle import source as bundle_source
 from edgevlm.toolkit.bundle import trained
 from edgevlm.toolkit.bundle.manifest import MANIFEST
 from edgevlm.toolkit.checkpoints import hub, packed, partial
-from edgevlm.toolkit.checkpoints.layouts import huggingface, original, quirks, towers
-from edgevlm.toolkit.checkpoints.layouts.source import Options, Source, random_source, with_context
+from edgevlm.toolkit.checkpoints.layouts import huggingface, lone_tower, original, quirks, towers
+from edgevlm.toolkit.checkpoints.layouts.source import (
+    AnySource,
+    Options,
+    Source,
+    random_source,
+    random_tower,
+    with_context,
+)
 from edgevlm.toolkit.checkpoints.packed import Packing
 from edgevlm.toolkit.checkpoints.weights import FLOAT_WEIGHTS, refuse_pointer
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.strict import read_json
-from edgevlm.toolkit.vlm import language_models
+from edgevlm.toolkit.vlm import language_models, tower_presets
 from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.presets import tokenizer
 
@@ -45,6 +52,19 @@ def find(name: str) -> System:
     if name not in names():
         raise ConfigError(f"there is no system {name!r}", hint=f"known: {', '.join(names())}")
     return cast(System, import_module(f"edgevlm.toolkit.systems.{name}"))
+
+
+def load_any(path: Path, options: Options) -> AnySource:
+    """As `load`, and towers by themselves too: their folders, weight files and bundles."""
+    if (path / MANIFEST).exists():
+        source = bundle_source.load_any(path, options)
+        return quirks.keep(source, {}, options.quirks) if isinstance(source, Source) else source
+    if path.is_file() or lone_tower.is_tower(path):
+        return lone_tower.load(path, options)
+    for option, value in (("--heads", options.heads), ("--pooling", options.pooling)):
+        if value is not None:
+            raise ConfigError(f"{option} {value} is for towers by themselves, {path} is none")
+    return load(path, options)
 
 
 def load(folder: Path, options: Options) -> Source:
@@ -165,6 +185,8 @@ def _why_none(folder: Path, config: Mapping[str, Any], options: Options) -> str:
         return f"{stated} is a model of videos"
     if "mm_vision_tower" in config or "text_config" in config:
         return f"{stated} is not implemented"
+    if lone_tower.is_tower(folder):
+        return f"{stated} is a vision tower by itself (export and embed take it)"
     if model_type in language_models.MODEL_TYPES:
         return f"{stated} is a language model alone, without a vision tower"
     return f"{stated} is not implemented, and it names no mm_vision_tower and no text_config"
@@ -187,6 +209,15 @@ def presets() -> dict[str, str]:
     return {preset: name for name in names() for preset in find(name).PRESETS}
 
 
+def any_preset(name: str, seed: int, options: Options) -> AnySource:
+    """The same, and towers by themselves."""
+    if name not in tower_presets.PRESETS:
+        return preset(name, seed, options)
+    if options != Options(torch_reader=options.torch_reader, offline=options.offline):
+        raise ConfigError(f"preset:{name} is a tower by itself and takes no options of models")
+    return random_tower(tower_presets.PRESETS[name], seed, name)
+
+
 def preset(name: str, seed: int, options: Options) -> Source:
     """A published shape with random weights.
 
@@ -198,13 +229,16 @@ def preset(name: str, seed: int, options: Options) -> Source:
         "--base": options.base,
         "--ignore-key": options.ignore_keys,
         "--quirk": options.quirks,
+        "--heads": options.heads,
+        "--pooling": options.pooling,
     }
     chosen = [option for option, value in for_checkpoints.items() if value]
     if chosen:
         raise ConfigError(f"{', '.join(chosen)} is for checkpoints, preset:{name} is none")
     known = presets()
     if name not in known:
-        close = difflib.get_close_matches(name, known, 3) or sorted(known)
+        every = [*known, *tower_presets.PRESETS]
+        close = difflib.get_close_matches(name, every, 3) or sorted(every)
         raise ConfigError(f"there is no preset {name!r}", hint=f"known: {', '.join(close)}")
     model = find(known[name]).PRESETS[name]()
     model = replace(model, lm=with_context(model.lm, options.max_context))

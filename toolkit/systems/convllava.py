@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgevlm.toolkit.checkpoints.layouts import original, projectors, towers
+from edgevlm.toolkit.checkpoints.layouts import original, projectors, sam, towers
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.images.preprocess import ImageRules
@@ -25,8 +25,8 @@ _RULES = original.OriginalRules("convllava", projectors.linears)
 
 def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
     """Whether a checkpoint folder is of this system: a convolutional tower."""
-    if not original.is_original(config):
-        return False
+    if not original.is_original(config) or sam.segments(folder, config):
+        return False  # MLCD-Seg's tower need not be there to be looked at
     return towers.kind_of(config, folder, options) in _TOWERS
 
 

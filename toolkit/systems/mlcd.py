@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgevlm.toolkit.checkpoints.layouts import original, projectors
+from edgevlm.toolkit.checkpoints.layouts import original, projectors, sam
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
 from edgevlm.toolkit.images.preprocess import ImageRules
 from edgevlm.toolkit.images.tiling import Tiling, TokenArrangement
@@ -23,8 +23,12 @@ _RULES = original.OriginalRules("mlcd", projectors.linears, tower_wins=True, lon
 
 
 def claims(folder: Path, config: Mapping[str, Any], options: Options) -> bool:
-    """Whether a checkpoint folder is of this system: its tower's name contains "mlcd"."""
-    return original.is_original(config) and original.names_mlcd(config)
+    """Whether a checkpoint folder is of this system: its tower's name contains "mlcd".
+
+    With SAM inside it is of the system mlcd_seg.
+    """
+    named = original.is_original(config) and original.names_mlcd(config)
+    return named and not sam.segments(folder, config)
 
 
 def load(folder: Path, config: Mapping[str, Any], options: Options) -> Source:

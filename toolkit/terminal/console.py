@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,10 @@ from edgevlm.toolkit.strict import to_json
 from edgevlm.toolkit.terminal import streams
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
     from rich.status import Status
+
+_EVERY = 10.0  # seconds between two lines of a bar that is no terminal's
 
 
 @dataclass
@@ -53,6 +57,31 @@ class Console:
         if not self.quiet:
             print(f"note: {printable(message)}", file=sys.stderr, flush=True)
 
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Progress over many things: a bar on a terminal, else a line now and then.
+
+        Yields a function that is told how many are done, those of earlier runs too.
+        """
+        if self.quiet:
+            yield lambda done: None
+            return
+        self.close()
+        if sys.stderr.isatty():
+            with _progress() as progress:
+                task = progress.add_task(what, total=total)
+                yield lambda done: progress.update(task, completed=done)
+            return
+        said = time.perf_counter() - _EVERY
+
+        def tell(done: int) -> None:
+            nonlocal said
+            if time.perf_counter() - said >= _EVERY or done == total:
+                said = time.perf_counter()
+                print(f"{said - self._started:7.1f} s  {what}: {done} of {total}", file=sys.stderr)
+
+        yield tell
+
     def result(self, data: Any, lines: Sequence[str], following: str = "") -> None:
         """The verb's result: `data` as JSON, or `lines` for people; following: the next command."""
         self.close()
@@ -61,7 +90,7 @@ class Console:
                 streams.write_ascii(to_json(data))
                 return
             for line in lines:
-                print(line if isinstance(line, Drawn) else printable(line, keep="\n\t"))
+                print(line if isinstance(line, Drawn) else printable(line, keep="\n\t"), flush=True)
             if following and not self.quiet:
                 print(f"next: {following}")
 
@@ -71,6 +100,20 @@ class Console:
             shown = printable(text, keep="\n\t") if sys.stdout.isatty() else text
             with streams.written():
                 print(shown, end="", flush=True)
+
+
+def _progress() -> Progress:
+    from rich.console import Console as RichConsole
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*columns, TimeRemainingColumn(), console=RichConsole(stderr=True))
 
 
 def _spinner(line: str) -> Status:

@@ -22,6 +22,7 @@ from edgevlm.toolkit.target import (
     this_cpu,
     threads_here,
 )
+from edgevlm.toolkit.terminal import device
 from edgevlm.toolkit.terminal.console import table
 
 _PACKAGES = {
@@ -57,6 +58,7 @@ def report(version: str) -> tuple[dict[str, Any], list[str]]:
         "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         "nvidia_driver": Path("/proc/driver/nvidia/version").exists(),
         "card": _card(),
+        "device": device.device_context(),
         "onnxruntime_providers": _providers(packages),
         "packages": packages,
         "targets": _targets(packages),
@@ -195,6 +197,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
         for name, version in data["packages"].items()
     ]
     lines += table(("package", "version", "comes with"), rows)
+    lines += ["", *table(("of cards and Jetsons", "here"), device.rows(data["device"]))]
     for item in data["problems"]:
         lines += ["", f"problem: {item['problem']}", f"fix:     {item['fix']}"]
     return lines

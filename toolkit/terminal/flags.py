@@ -17,6 +17,9 @@ Force = Annotated[
     bool, typer.Option("--force", help="Replace a bundle or engine at the output path.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Compare all files with their SHA-256 first.")
+]
 Threads = Annotated[int, typer.Option(help="Processor threads; 0 uses all.")]
 Context = Annotated[
     Optional[int],
@@ -58,8 +61,38 @@ NoRepeatNgram = Annotated[
 AllowBanned = Annotated[
     bool, typer.Option("--allow-banned", help="Allow the tokens that the model's settings ban.")
 ]
+Literal = Annotated[
+    bool, typer.Option("--literal", help="PROMPT is text alone: no control tokens, no <image>.")
+]
+Input = Annotated[
+    Optional[Path], typer.Option("--input", help="A file of requests, one JSON object per line.")
+]
+Output = Annotated[
+    Optional[Path],
+    typer.Option(help="With --input: a new file; gets each answer as it comes, one a line."),
+]
+Masks = Annotated[
+    Optional[Path],
+    typer.Option(help="Write the answer's masks: OUT.png, OUT-1.png, ... (MLCD-Seg)."),
+]
+Overlay = Annotated[
+    Optional[Path], typer.Option(help="Write the image with its masks tinted (MLCD-Seg).")
+]
+ForceSeg = Annotated[
+    bool, typer.Option("--force-seg", help="Answer [SEG], so that there is a mask (MLCD-Seg).")
+]
 For = Annotated[
     Optional[str], typer.Option("--for", help="Check against this target; no device needed.")
+]
+Heads = Annotated[
+    Optional[int],
+    typer.Option(help="Attention heads of a tower's weight file that does not say how many."),
+]
+Pooling = Annotated[
+    Optional[str],
+    typer.Option(
+        help="The embedding of a tower by itself: class, mean, class+mean, attention, ..."
+    ),
 ]
 LowPrecision = Annotated[
     Optional[str],
@@ -75,9 +108,26 @@ NoTune = Annotated[
 KeepSlower = Annotated[
     bool, typer.Option("--keep-slower", help="Low precision where float is faster here, too.")
 ]
+KeepFloat = Annotated[
+    Optional[list[str]],
+    typer.Option(help="Layers that --precision leaves in float: lm/*/mlp/down. Repeatable."),
+]
 AcceptLoss = Annotated[
     Optional[float],
     typer.Option(help="Accept this relative rms error against float, such as 0.5."),
+]
+Plugins = Annotated[
+    str,
+    typer.Option(
+        help="TensorRT: ops that fused plugins compute: NAME,... or none; auto: those that "
+        "selftest measured to win here."
+    ),
+]
+StripWeights = Annotated[
+    bool,
+    typer.Option(
+        "--strip-weights", help="TensorRT: plans without weights, which lie beside them, once."
+    ),
 ]
 Bisect = Annotated[
     bool,

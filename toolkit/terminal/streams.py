@@ -70,6 +70,7 @@ def write_ascii(text: str) -> None:
         return
     sys.stdout.flush()
     buffer.write(text.encode("ascii") + b"\n")
+    buffer.flush()
 
 
 def flush() -> str | None:

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle import trained
-from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord, FileRecord
-from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.bundle.manifest import MANIFEST, Bundle, ComponentRecord, FileRecord
+from edgevlm.toolkit.checkpoints import hub
+from edgevlm.toolkit.checkpoints.layouts.source import AnySource, Options
 from edgevlm.toolkit.checkpoints.safetensors_io import STORAGE
 from edgevlm.toolkit.checkpoints.weights import TorchReader
 from edgevlm.toolkit.errors import BundleError
@@ -19,9 +20,9 @@ from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.strict import read_json, to_plain
 from edgevlm.toolkit.terminal.console import human_bytes, human_count, table
 from edgevlm.toolkit.vlm.components import components
-from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.cost import stored_bytes
 from edgevlm.toolkit.vlm.generation import described
+from edgevlm.toolkit.vlm.towers import Model, TowerConfig
 
 Result = tuple[Any, list[str], str]
 
@@ -36,7 +37,7 @@ class Described(Protocol):
     def files(self) -> Mapping[str, FileRecord]: ...
 
 
-def planned_bundle(source: Source, dtype: str, out: Path) -> Result:
+def planned_bundle(source: AnySource, dtype: str, out: Path) -> Result:
     """What `export` would write."""
     sizes: list[dict[str, Any]] = []
     size = STORAGE[dtype].itemsize
@@ -53,7 +54,7 @@ def planned_bundle(source: Source, dtype: str, out: Path) -> Result:
         "dtype": dtype,
         "components": sizes,
         "bytes": total,
-        "generation": source.model.generation.stated(),
+        "generation": generation_data(source.model),
         **_template(source.origin),
     }
     rows = [(s["name"], human_count(s["params"]), human_bytes(s["bytes"])) for s in sizes]
@@ -95,7 +96,7 @@ def _bundle_data(bundle: Bundle) -> dict[str, Any]:
         "edges": [to_plain(e) for e in m.edges],
         "functions": dict(m.functions),
         "plan": to_plain(m.plan),
-        "generation": bundle.model.generation.stated(),
+        "generation": generation_data(bundle.model),
     }
 
 
@@ -144,10 +145,35 @@ def plan_lines(plan: PrecisionPlan) -> list[str]:
     return [f"weights: {', '.join([plan.default, *rules])} ({plan.method})"]
 
 
-def generation_lines(model: ModelConfig) -> list[str]:
-    """What the checkpoint says about choosing tokens; no line if it says nothing."""
+def generation_lines(model: Model) -> list[str]:
+    """What the checkpoint says about choosing tokens; no line if it says nothing.
+
+    Of a tower by itself in its place what it makes of an image.
+    """
+    if isinstance(model, TowerConfig):
+        height, width = model.pixels
+        made = f"{model.channels} channels, pooled by {model.pooling}"
+        return [f"embedding: {made}, of images of {width} x {height}"]
     text = described(model.generation)
     return [f"generation: {text}"] if text else []
+
+
+def generation_data(model: Model) -> dict[str, Any]:
+    """The settings for choosing tokens that differ from their defaults; none of a tower."""
+    return {} if isinstance(model, TowerConfig) else dict(model.generation.stated())
+
+
+def inspect(path: Path, torch_reader: TorchReader | None) -> tuple[Any, list[str]]:
+    """What a bundle, saved profile or checkpoint is. Raises BundleError for anything else."""
+    if (path / MANIFEST).exists():
+        return inspect_bundle(path)
+    if path.suffix == ".json" and path.is_file():
+        return inspect_profile(path)
+    if trained.is_trained(path):
+        return inspect_trained(path)
+    if (path / "config.json").exists() or (path.is_file() and path.suffix in hub.FILES):
+        return inspect_checkpoint(path, torch_reader)
+    raise unknown(path)
 
 
 def inspect_bundle(path: Path) -> tuple[Any, list[str]]:
@@ -176,7 +202,7 @@ def inspect_profile(path: Path) -> tuple[Any, list[str]]:
 
 def inspect_checkpoint(path: Path, torch_reader: TorchReader | None) -> tuple[Any, list[str]]:
     """Which system a checkpoint is of, and its components."""
-    return _described(systems.load(path, Options(torch_reader=torch_reader)), "fp32", path)
+    return _described(systems.load_any(path, Options(torch_reader=torch_reader)), "fp32", path)
 
 
 def inspect_trained(path: Path) -> tuple[Any, list[str]]:
@@ -192,11 +218,14 @@ def inspect_trained(path: Path) -> tuple[Any, list[str]]:
     return {**data, **facts, "made_by": d.made_by}, [*lines, *told, f"made by: {d.made_by}"]
 
 
-def _described(source: Source, dtype: str, path: Path) -> tuple[Any, list[str]]:
+def _described(source: AnySource, dtype: str, path: Path) -> tuple[Any, list[str]]:
     data, lines, _ = planned_bundle(source, dtype, path)
     model = source.model
-    kinds = ", ".join(c.kind for c in (*model.encoders, model.merger, model.lm))
-    heading = f"checkpoint of system {model.system}: {kinds}"
+    if isinstance(model, TowerConfig):
+        heading = f"vision tower by itself: {model.system}"
+    else:
+        kinds = ", ".join(c.kind for c in (*model.encoders, model.merger, model.lm))
+        heading = f"checkpoint of system {model.system}: {kinds}"
     result = {
         "kind": "checkpoint",
         "system": model.system,
@@ -205,6 +234,23 @@ def _described(source: Source, dtype: str, path: Path) -> tuple[Any, list[str]]:
         **_template(source.origin),
     }
     return result, [heading, *lines[:-1]]
+
+
+def whole(path: Path, files: Mapping[str, FileRecord]) -> tuple[Any, list[str]]:
+    """Files that are all as they were written."""
+    nbytes = sum(record.nbytes for record in files.values())
+    rows = [
+        (name, human_bytes(record.nbytes), record.sha256[:16]) for name, record in files.items()
+    ]
+    data = {
+        "kind": "examination",
+        "path": str(path),
+        "files": {name: record.sha256 for name, record in files.items()},
+        "bytes": nbytes,
+        "problems": [],
+    }
+    lines = [*table(("file", "size", "sha256"), rows), ""]
+    return data, [*lines, f"{path}: {len(files)} files, {human_bytes(nbytes)}, all as written"]
 
 
 def unknown(path: Path) -> BundleError:

@@ -27,32 +27,36 @@ _PRINTED = re.compile("""['"]text['"]: *['"]turn 0""")  # a list of contents, as
 
 
 def render(
-    source: str, special_tokens: Mapping[str, str], turns: Sequence[str], images: int, slot: str
+    source: str,
+    special_tokens: Mapping[str, str],
+    turns: Sequence[str],
+    images: Sequence[int],
+    slot: str,
 ) -> str:
     """The prompt up to the beginning of the next answer, or up to the end of the last one.
 
     turns: user and assistant, the user first; if the assistant's is the last, nothing follows it.
-    images: how many belong in front of the first turn. slot: the text of an image, for templates
+    images: how many belong in front of each turn. slot: the text of an image, for templates
     that know text alone. special_tokens: bos_token and the like. Raises InputError if the template
     cannot be rendered.
     """
     template = _compiled(source)
     bounds: Any = template.environment
     bounds.renew()
-    form = _form(template, special_tokens, len(turns), images, slot)
+    form = _form(template, special_tokens, images, slot)
     return _rendered(template, special_tokens, form(turns, images, slot))
 
 
-def _with_parts(turns: Sequence[str], images: int, slot: str) -> Messages:
+def _with_parts(turns: Sequence[str], images: Sequence[int], slot: str) -> Messages:
     """Every turn as a list of images and texts, as processors of vision models take it."""
     messages = []
     for number, text in enumerate(turns):
-        shown = [{"type": "image"}] * images if number == 0 else []
+        shown = [{"type": "image"}] * images[number]
         messages.append(_message(number, [*shown, {"type": "text", "text": text}]))
     return messages
 
 
-def _with_plain_answers(turns: Sequence[str], images: int, slot: str) -> Messages:
+def _with_plain_answers(turns: Sequence[str], images: Sequence[int], slot: str) -> Messages:
     """Questions as lists, answers as texts."""
     messages = _with_parts(turns, images, slot)
     for message, text in zip(messages[1::2], turns[1::2], strict=True):
@@ -60,10 +64,11 @@ def _with_plain_answers(turns: Sequence[str], images: int, slot: str) -> Message
     return messages
 
 
-def _with_texts(turns: Sequence[str], images: int, slot: str) -> Messages:
-    """Every turn as a text, images as slots before the first."""
-    first = f"{slot}\n" * images + turns[0]
-    return [_message(number, text) for number, text in enumerate([first, *turns[1:]])]
+def _with_texts(turns: Sequence[str], images: Sequence[int], slot: str) -> Messages:
+    """Every turn as a text, images as slots before it."""
+    return [
+        _message(number, f"{slot}\n" * images[number] + text) for number, text in enumerate(turns)
+    ]
 
 
 def _message(number: int, content: Any) -> dict[str, Any]:
@@ -74,14 +79,14 @@ _FORMS = (_with_parts, _with_plain_answers, _with_texts)
 
 
 def _form(
-    template: jinja2.Template, special_tokens: Mapping[str, str], count: int, images: int, slot: str
+    template: jinja2.Template, special_tokens: Mapping[str, str], images: Sequence[int], slot: str
 ) -> Any:
     """The first form of messages from which the template makes every turn and image slot.
 
     A template that joins contents as texts fails on lists, prints them as Python shows them, or
     leaves them out. Raises InputError where no form works.
     """
-    turns = [_TURN.format(number) for number in range(count)]
+    turns = [_TURN.format(number) for number in range(len(images))]
     failure: InputError | None = None
     for form in _FORMS:
         try:
@@ -89,7 +94,7 @@ def _form(
         except InputError as odd:
             failure = odd
             continue
-        whole = all(turn in shown for turn in turns) and shown.count(slot) == images
+        whole = all(turn in shown for turn in turns) and shown.count(slot) == sum(images)
         if whole and not _PRINTED.search(shown):
             return form
     raise failure or _refused(f"it leaves out a turn, or does not write {slot!r} for each image")

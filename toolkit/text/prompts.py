@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
-from edgevlm.toolkit.errors import InputError
+from edgevlm.toolkit.errors import InputError, PromptTooLong
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.text import chat_template, templates
 from edgevlm.toolkit.text import literal as literal_text
@@ -57,6 +57,10 @@ class Prompt:
         """Number of image slots."""
         return len(self.runs) - 1
 
+    def behind(self, start: Prompt) -> tuple[int, ...]:
+        """The ids behind those of a prompt that this one begins with."""
+        return self.runs[-1][len(start.runs[-1]) :]
+
 
 @dataclass(frozen=True)
 class PromptSequence:
@@ -77,7 +81,11 @@ class PromptSequence:
 
     def first(self, positions: int) -> PromptSequence:
         """The first `positions` positions."""
-        return PromptSequence(self.ids[:, :positions], self.rows[:, :positions])
+        return self.between(0, positions)
+
+    def between(self, begin: int, end: int) -> PromptSequence:
+        """The positions from `begin` up to `end`."""
+        return PromptSequence(self.ids[:, begin:end], self.rows[:, begin:end])
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,15 @@ class Rendered:
         text = "".join(self.stretches)
         return text if self.mark is None else text.replace(self.mark, "")
 
+    def followed_by(self, text: str) -> Rendered:
+        """The same with a text behind it, such as an answer."""
+        return replace(self, stretches=(*self.stretches[:-1], self.stretches[-1] + text))
+
 
 def render(
     rules: PromptRules,
     turns: Sequence[str],
-    images: int,
+    images: int | Sequence[int],
     template: str,
     literal: Tokenizer | None = None,
     *,
@@ -115,10 +127,11 @@ def render(
 
     ended: the last turn is the assistant's instead, and nothing follows it; training reads that.
     template: a name, "auto" for the model's own, or "none" for a single turn that is the whole
-    prompt. Placeholders are put before the first turn unless a turn contains one. literal: the
-    tokenizer if turns are text alone, in which neither control tokens nor placeholders have a
-    meaning. Raises InputError for an unknown template, turns that do not end as they should or
-    are too many for the template, or a chat template that cannot be rendered.
+    prompt. images: how many the first turn has, or each turn; their placeholders are put before it
+    unless a turn contains one. literal: the tokenizer if turns are text alone, in which neither
+    control tokens nor placeholders have a meaning. Raises InputError for an unknown template, turns
+    that do not end as they should or are too many for the template, or a chat template that cannot
+    be rendered.
     """
     if template == "none":
         return _raw(turns, literal)
@@ -137,12 +150,23 @@ def render(
             hint="choose another --template, or ask without the earlier turns",
         )
     mark = None
+    slots, counts = literal is None, _by_turn(images, len(turns))
+    if slots and _has_slots(rules, turns):
+        counts = [0] * len(turns)
     if literal is not None:
         turns, mark = _broken(rules, turns, literal, _wording(rules, template))
     if own:
-        return _by_chat_template(rules, turns, images, mark, slots=literal is None)
-    stretches = _stretches(rules, chosen, turns, images, slots=literal is None)
+        return _by_chat_template(rules, turns, counts, mark, slots=slots)
+    stretches = _stretches(rules, chosen, turns, counts, slots=slots)
     return Rendered(stretches, chosen.stop, chosen.tiles, mark, chosen.brings_bos)
+
+
+def _by_turn(images: int | Sequence[int], turns: int) -> list[int]:
+    """How many images stand before each turn. Raises InputError for too many counts."""
+    counts = [images] if isinstance(images, int) else list(images)
+    if len(counts) > turns:
+        raise InputError(f"images for {len(counts)} turns of a conversation of {turns}")
+    return counts + [0] * (turns - len(counts))
 
 
 def _raw(turns: Sequence[str], literal: Tokenizer | None) -> Rendered:
@@ -195,33 +219,31 @@ def _has_slots(rules: PromptRules, turns: Sequence[str]) -> bool:
 
 
 def _by_chat_template(
-    rules: PromptRules, turns: Sequence[str], images: int, mark: str | None, *, slots: bool
+    rules: PromptRules, turns: Sequence[str], images: list[int], mark: str | None, *, slots: bool
 ) -> Rendered:
     assert rules.chat_template is not None
-    in_front = 0 if slots and _has_slots(rules, turns) else images
     texts = (
         [text.replace(rules.placeholder, rules.image_text) for text in turns] if slots else turns
     )
     tokens = rules.special_tokens
-    text = chat_template.render(rules.chat_template, tokens, texts, in_front, rules.image_text)
+    text = chat_template.render(rules.chat_template, tokens, texts, images, rules.image_text)
     bos = tokens.get("bos_token")
     return Rendered((text,), mark=mark, brings_bos=bos is not None and text.startswith(bos))
 
 
 def _stretches(
-    rules: PromptRules, chosen: Template, turns: Sequence[str], images: int, *, slots: bool
+    rules: PromptRules, chosen: Template, turns: Sequence[str], images: list[int], *, slots: bool
 ) -> tuple[str, ...]:
     """The texts between the template's cuts; what a user typed is never cut."""
     shown = rules.image_text + chosen.after_image
-    in_front = 0 if slots and _has_slots(rules, turns) else images
+    behind = [turn for turn, count in enumerate(images) if count]
     stretches = [""]
     ended = len(turns) % 2 == 0
-    for i, span in enumerate(chosen.spans(turns, images_first=in_front > 0, ended=ended)):
+    for i, span in enumerate(chosen.spans(turns, behind_images=behind, ended=ended)):
         if i % 2 == 0:
             _add(stretches, span)
             continue
-        if i == 1:
-            _add(stretches, f"{shown}\n" * in_front)
+        _add(stretches, f"{shown}\n" * images[i // 2])
         first, *others = span.split(rules.placeholder) if slots else [span]
         stretches[-1] += first
         for text in others:
@@ -249,7 +271,7 @@ def check_text_length(
         return
     fewest = tokenizer.fewest_tokens(text.replace(rules.placeholder, " "))
     if fewest > context:
-        raise InputError(
+        raise PromptTooLong(
             f"the prompt's {len(text)} characters are at least {fewest} tokens, the engine's "
             f"context is {context}",
             hint="shorten the prompt, or build with a larger --max-context",

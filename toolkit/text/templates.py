@@ -8,7 +8,7 @@ originals; they matter.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,13 +42,13 @@ class Template:
     examples: tuple[str, ...] = ()
 
     def spans(
-        self, turns: Sequence[str], *, images_first: bool = False, ended: bool = False
+        self, turns: Sequence[str], *, behind_images: Collection[int] = (), ended: bool = False
     ) -> list[str]:
         """The prompt for alternating turns, user first, up to the beginning of the next answer.
 
         Spans at even indices are the template's own text, those at odd indices are the turns.
-        images_first: whether images will stand at the beginning of the first turn. ended: no
-        answer follows, the text ends with the last turn.
+        behind_images: the turns at whose beginning images will stand. ended: no answer follows,
+        the text ends with the last turn.
         """
         head, tail = _ENDS[self.style](self)
         for i, text in enumerate(self.examples):
@@ -60,7 +60,7 @@ class Template:
             before, after = _AROUND[self.style](self, len(self.examples) + i)
             spans[-1] += before
             if self.strip:
-                text = text.rstrip() if images_first and i == 0 else text.strip()
+                text = text.rstrip() if i in behind_images else text.strip()
             spans += [text, after]
         spans[-1] += tail
         if self.style == "llama2":

@@ -14,7 +14,7 @@ from edgevlm.toolkit.quantization.blockwise import TABLE
 from edgevlm.toolkit.quantization.plan import TABLES_IN_8_BITS, WEIGHT_BITS, PrecisionPlan
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.components import Component, Port
-from edgevlm.toolkit.vlm.config import ModelConfig
+from edgevlm.toolkit.vlm.towers import Model
 
 
 def count(component: Component, axes: Mapping[str, int]) -> Count:
@@ -88,7 +88,7 @@ def _bytes_each(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
     return bits / 8 + of_block / block + order
 
 
-def stored_bytes(model: ModelConfig, plan: PrecisionPlan, element_bytes: int) -> dict[str, int]:
+def stored_bytes(model: Model, plan: PrecisionPlan, element_bytes: int) -> dict[str, int]:
     """Bytes of each component's weights: parameters as `plan` wants them, tables in float32.
 
     element_bytes: of a parameter that the plan leaves in float.
@@ -121,11 +121,12 @@ def state_elements(component: Component, axes: Mapping[str, int]) -> int:
     return sum(_spec(port, axes).size for port in component.inputs if port.name in states)
 
 
-def image_axes(model: ModelConfig, views: int, placed: int) -> dict[str, int]:
+def image_axes(model: Model, views: int, placed: int) -> dict[str, int]:
     """All axes that change with an image: `views` of the size the encoders were published for,
     `placed` tokens of it in the prompt.
     """
     axes = {"tiles": views, "placed": placed, "rows": 1, "batch": 1, "scored": 1}
+    axes["masks"] = 1
     for encoder in model.encoders:
         height, width = model.images.encoders[encoder.name].size
         axes |= {"height": height, "width": width}

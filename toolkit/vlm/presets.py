@@ -92,6 +92,11 @@ def clip_pixels(side: int) -> Preprocess:
     return Preprocess("bicubic", 1 / 255, mean, std, short_edge=side, crop=(side, side))
 
 
+def unicom_pixels(side: int) -> Preprocess:
+    """UNICOM's: torchvision's offsets of the crop, and RGB only behind it."""
+    return replace(clip_pixels(side), rgb_last=True, half_even=True)
+
+
 def imagenet_pixels(side: int) -> Preprocess:
     """The same with ImageNet's mean and deviation, which DINOv2 was trained with."""
     mean, std = _IMAGENET_MEAN

@@ -19,6 +19,7 @@ MISMATCH = "tokenization mismatch"
 UNKNOWN_TOKEN = "token without embedding"
 BEYOND = "answer beyond the context"
 DAMAGED_SHARD = "damaged shard"
+BAD_MASK = "masks that do not fit the answer or its image"
 NO_CLASS = "image without a class"
 TRUNCATED = "answer truncated"  # not broken: a part of the answer is left and is learned
 

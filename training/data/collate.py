@@ -11,6 +11,7 @@ from edgevlm.toolkit.images.preprocess import ImageRules
 from edgevlm.toolkit.images.tiling import ArrangedTokens
 from edgevlm.toolkit.images.views import PreparedImage
 from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.training.data import masks
 from edgevlm.training.data.masking import IGNORED
 from edgevlm.training.data.prepare import SampleRules
 from edgevlm.training.data.sample import Sample, lay_out, scored
@@ -36,6 +37,9 @@ def collate(samples: Sequence[Sample], rules: SampleRules) -> Batch:
     - "placed_rows" int64 and "placed_weights" float32, both [N, 4], if the arrangement computes:
       token i is the sum of the feature rows placed_rows[i], weighted, or their maximum.
 
+    A model that makes masks has those of masks.collate too; then "score" ends with the positions of
+    [SEG] tokens, which are no targets.
+
     No samples at all (each was broken) give one of padding, without a target.
     """
     samples = samples or [_FILLER]
@@ -45,7 +49,10 @@ def collate(samples: Sequence[Sample], rules: SampleRules) -> Batch:
     computes = arrangement is not None and arrangement.computes
     rows = _placed(orders) if computes else [order.rows[:, 0] for order in orders]
     batch: Batch = {"pixels": _pixels(images, rules.images)}
-    batch |= _text(samples, rows, rules.max_length)
+    score, text = _text(samples, rows, rules.max_length)
+    batch |= text
+    if rules.masks is not None:
+        batch |= masks.collate([sample.masks for sample in samples], score, rules.masks)
     if computes:
         # One row that no position takes keeps the shapes of a batch without images alive.
         orders = orders or [ArrangedTokens(np.zeros((1, 4), np.int64), _first_weight())]
@@ -90,7 +97,8 @@ def _pixels(images: Sequence[PreparedImage], rules: ImageRules) -> dict[str, tor
 
 def _text(
     samples: Sequence[Sample], rows: Sequence[Array], limit: int | None
-) -> dict[str, torch.Tensor]:
+) -> tuple[list[Array], dict[str, torch.Tensor]]:
+    """The scored positions of each sample, and what a batch has of texts."""
     laid, start = [], 0
     for sample in samples:
         own = rows[start : start + len(sample.images)]
@@ -98,7 +106,13 @@ def _text(
         start += len(sample.images)
     score = [scored(labels) for _, _, labels in laid]
     targets = [labels[at + 1] for at, (_, _, labels) in zip(score, laid, strict=True)]
-    return {
+    places = [np.array([m.place for m in s.masks.masks], np.int64) for s in samples]
+    score = [np.concatenate(pair) for pair in zip(score, places, strict=True)]
+    targets = [
+        np.append(own, np.full(len(at), IGNORED, np.int64))
+        for own, at in zip(targets, places, strict=True)
+    ]
+    return score, {
         "ids": _padded([ids for ids, _, _ in laid], 0),
         "rows": _padded([places for _, places, _ in laid], -1),
         "score": _padded(score, 0),

@@ -13,12 +13,14 @@ from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.images import decode, views
 from edgevlm.toolkit.images.preprocess import ImageRules
 from edgevlm.toolkit.images.views import PreparedImage
+from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm import components, cost
 from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.training.data import broken, masking
 from edgevlm.training.data.broken import BrokenSample
 from edgevlm.training.data.masking import Labelled, TextRules
+from edgevlm.training.data.masks import MaskRules, SampleMasks, of_sample
 from edgevlm.training.data.sample import Sample, image_tokens, lay_out, scored
 from edgevlm.training.data.samples import ASSISTANT, USER, ImageFile, RawSample
 
@@ -28,13 +30,15 @@ class SampleRules:
     """How a raw sample becomes ids, labels and pixels.
 
     tokens_per_view: feature rows that the merger gives for a view. max_length: positions that the
-    language model reads; what is beyond is cut off. None for no limit.
+    language model reads; what is beyond is cut off. None for no limit. masks: of a model that makes
+    masks.
     """
 
     text: TextRules
     images: ImageRules
     tokens_per_view: int
     max_length: int | None = None
+    masks: MaskRules | None = None
 
 
 def rules_for(
@@ -54,7 +58,7 @@ def rules_for(
     prompts, images = model.prompts, model.images
     legacy = prompts.sentencepiece is not None and prompts.sentencepiece.legacy
     moves: Literal["always", "inside"] = "always"
-    if model.system in ("llava_next", "mlcd"):  # both are trained by LLaVA-NeXT's code
+    if model.system in ("llava_next", "mlcd", "mlcd_seg"):  # all by LLaVA-NeXT's code
         moves = "inside"
     text = TextRules(
         prompts, template, original, one_less=model.system == "convllava" or not legacy, move=moves
@@ -81,7 +85,11 @@ def prepare(raw: RawSample, rules: SampleRules, tokenizer: Tokenizer) -> Sample:
     images = tuple(_image(raw, image, rules.images, tiles) for image in raw.images)
     length = _length(raw.name, labelled, images, rules)
     cut = length if rules.max_length is None else min(length, rules.max_length)
-    return Sample(raw.name, labelled.runs, labelled.labels, images, cut, length - cut)
+    masks = SampleMasks()
+    if rules.masks is not None:
+        ids, rows, _ = _laid_out(labelled, images, rules)
+        masks = of_sample(raw, ids[:cut], rows[:cut], rules.masks)
+    return Sample(raw.name, labelled.runs, labelled.labels, images, cut, length - cut, masks)
 
 
 def checked(raw: RawSample, image: str) -> list[str]:
@@ -133,9 +141,16 @@ def _length(
     name: str, labelled: Labelled, images: Sequence[PreparedImage], rules: SampleRules
 ) -> int:
     """Positions of the whole sample. Raises BrokenSample if no target is within the limit."""
-    rows = [np.zeros(image_tokens(image, rules.tokens_per_view), np.int64) for image in images]
-    _, _, labels = lay_out(labelled.runs, labelled.labels, rows, None)
+    _, _, labels = _laid_out(labelled, images, rules)
     if not len(scored(labels[: rules.max_length])):
         reason = f"{len(labels)} positions, {rules.max_length} are read"
         raise BrokenSample(name, broken.BEYOND, reason)
     return len(labels)
+
+
+def _laid_out(
+    labelled: Labelled, images: Sequence[PreparedImage], rules: SampleRules
+) -> tuple[Array, Array, Array]:
+    """lay_out of the whole sample; every image token takes row 0."""
+    rows = [np.zeros(image_tokens(image, rules.tokens_per_view), np.int64) for image in images]
+    return lay_out(labelled.runs, labelled.labels, rows, None)

@@ -10,6 +10,7 @@ import numpy as np
 from edgevlm.toolkit.images.views import PreparedImage
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.training.data.masking import IGNORED, Runs
+from edgevlm.training.data.masks import SampleMasks
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Sample:
     images: tuple[PreparedImage, ...]
     length: int
     lost: int = 0
+    masks: SampleMasks = SampleMasks()
 
 
 def image_tokens(image: PreparedImage, tokens_per_view: int) -> int:

@@ -28,12 +28,14 @@ class RawSample:
     """One sample as it is stored.
 
     images: files, or their bytes. turns: role and text; "user" and "assistant" whatever the data
-    set calls them, other roles by their own name. `<image>` in a text stands for an image.
+    set calls them, other roles by their own name. `<image>` in a text stands for an image. masks:
+    `segmentation` as it is stated, None without any.
     """
 
     name: str
     images: tuple[ImageFile, ...]
     turns: tuple[Turn, ...]
+    masks: Any = None
 
 
 class Samples(Protocol):
@@ -68,7 +70,7 @@ def read_item(item: Any, name: str, folder: Path) -> RawSample:
         turns += _turns(turn, name, key)
     if key == "texts" and turns and not any(IMAGE in text for _, text in turns):
         turns[0] = (turns[0][0], f"{IMAGE}\n" * len(images) + turns[0][1])
-    return RawSample(name, images, tuple(turns))
+    return RawSample(name, images, tuple(turns), item.get("segmentation"))
 
 
 def captioned(name: str, image: ImageFile, caption: str) -> RawSample:

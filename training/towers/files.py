@@ -17,6 +17,7 @@ from torch import Tensor
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.bundle.atomic import writing
+from edgevlm.toolkit.checkpoints.layouts import unicom_file
 from edgevlm.toolkit.checkpoints.layouts.source import find_prefix
 from edgevlm.toolkit.checkpoints.weights import Checkpoint, Recipes, check_tables
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
@@ -39,7 +40,8 @@ def read_tower(tower: Tower, checkpoint: Checkpoint) -> None:
     CheckpointError for tensors that are missing, unexpected or of another shape.
     """
     table = dict(_names(tower))
-    prefix = find_prefix(table, checkpoint, *PREFIXES)
+    known = unicom_file.prefix_in(checkpoint) if tower.kind == "unicom" else None
+    prefix = find_prefix(table, checkpoint, *PREFIXES) if known is None else known
     table = {name: recipe.below(prefix) for name, recipe in table.items()}
     unused = [f"{prefix}feature.*"] if tower.kind == "unicom" else _BESIDE
     check_tables([(table, tower.shapes())], checkpoint, unused)

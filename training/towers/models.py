@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints import hub
+from edgevlm.toolkit.checkpoints.layouts import unicom_file
 from edgevlm.toolkit.checkpoints.layouts.source import Options, read_encoder
 from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint, open_file
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
-from edgevlm.toolkit.models.encoders import clip, mlcd, unicom
+from edgevlm.toolkit.models.encoders import unicom
 from edgevlm.toolkit.strict import from_plain, read_json
+from edgevlm.toolkit.vlm import tower_presets
 from edgevlm.training.torch_files import TorchFile
-from edgevlm.training.towers.files import PREFIXES, read_tower
+from edgevlm.training.towers.files import read_tower
 from edgevlm.training.towers.sizes import resized
 from edgevlm.training.towers.tower import KINDS, Tower
 
@@ -24,11 +24,8 @@ RANDOM = "random:"
 _HEAD = 64  # channels of a head in every published UNICOM
 PRESETS: Mapping[str, tuple[str, Any]] = {
     **{name: ("unicom", config) for name, config in unicom.PUBLISHED.items()},
-    "clip-b32": ("clip", clip.Config(768, 12, 12, 3072, 32, 224)),
-    "clip-b16": ("clip", clip.Config(768, 12, 12, 3072, 16, 224)),
-    "clip-l14": ("clip", clip.Config(1024, 24, 16, 4096, 14, 224)),
-    "clip-l14-336": ("clip", clip.Config(1024, 24, 16, 4096, 14, 336)),
-    "mlcd-bigg14-336": ("mlcd", mlcd.Config(1664, 48, 16, 8192, 14, (336, 336))),
+    **{name: ("clip", c) for name, c in tower_presets.CLIP.items() if name.startswith("clip")},
+    "mlcd-bigg14-336": ("mlcd", tower_presets.MLCD["mlcd-bigg-336"]),
 }
 
 
@@ -108,30 +105,16 @@ def _unicom_config(checkpoint: Checkpoint, path: Path) -> unicom.Config:
     if beside.exists() and read_json(beside).get("model_type") == "unicom":
         config: unicom.Config = _described(beside, Options())[1]
         return config
-    name = "patch_embed.proj.weight"
-    prefix = next((p for p in PREFIXES if p + name in checkpoint), None)
+    prefix = unicom_file.prefix_in(checkpoint)
     if prefix is None:
         raise CheckpointError(
-            f"{path} is no UNICOM: it has no tensor {name}",
+            f"{path} is no UNICOM: it has no tensor patch_embed.proj.weight",
             hint="CLIP and MLCD towers are read from their folders",
         )
-    hidden, _, patch, _ = checkpoint.shape(prefix + name)
-    start, names = f"{prefix}blocks.", checkpoint.keys()
-    blocks = {key.removeprefix(start).split(".")[0] for key in names if key.startswith(start)}
-    side = math.isqrt(checkpoint.shape(f"{prefix}pos_embed")[1]) * patch
-    embedding = checkpoint.shape(f"{prefix}feature.2.weight")[0]
+    hidden = checkpoint.shape(f"{prefix}patch_embed.proj.weight")[0]
     if hidden % _HEAD:
         raise ConfigError(
             f"{path} has {hidden} channels, and does not say how many heads",
             hint="put the config.json of a UNICOM that was saved here beside it",
         )
-    config = unicom.PUBLISHED["unicom-b32"]
-    return replace(
-        config,
-        hidden_size=hidden,
-        num_layers=len(blocks),
-        num_heads=hidden // _HEAD,
-        patch_size=patch,
-        image_size=side,
-        embedding_dim=embedding,
-    )
+    return unicom_file.config_of(checkpoint, prefix, hidden // _HEAD)

@@ -12,28 +12,42 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgevlm.engines.backends import Compiled, Peaks, Runner, RunnerOptions, Shapes
-from edgevlm.engines.backends.tensorrt import device
+from edgevlm.engines.backends import (
+    BuildOptions,
+    Compiled,
+    Peaks,
+    Runner,
+    RunnerOptions,
+    Shapes,
+    onnx_files,
+)
+from edgevlm.engines.backends.tensorrt import device, plugins, refit
 from edgevlm.engines.backends.tensorrt.card import Cards
 from edgevlm.engines.backends.tensorrt.flavours import FLAVOURS, Flavour
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
-from edgevlm.toolkit.errors import MissingExtra, UnsupportedError
+from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.target import Target
+
+if TYPE_CHECKING:
+    import onnx
+
+    from edgevlm.engines.backends.tensorrt import builder
 
 RTX_CARDS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120")
 
 
-def of(target: Target) -> TensorRT:
-    """The backend of a target of either product."""
-    return TensorRT(FLAVOURS[target.backend])
+def of(target: Target, options: BuildOptions) -> TensorRT:
+    """The backend of a target of either product, which builds as `options` say."""
+    return TensorRT(FLAVOURS[target.backend], options)
 
 
 class TensorRT:
     """One of the two products as a backend; what one such object opens shares a card's memory."""
 
-    def __init__(self, flavour: Flavour) -> None:
-        self._flavour = flavour
+    def __init__(self, flavour: Flavour, options: BuildOptions | None = None) -> None:
+        self._flavour, self._options = flavour, options or BuildOptions()
         self._cards = Cards(flavour.extra)
 
     def here(self) -> Target:
@@ -43,7 +57,11 @@ class TensorRT:
     def check_builds(self, target: Target) -> bool:
         """RTX builds for any card of its own kinds; TensorRT for the one at hand."""
         if self._flavour.needs_device:
+            if self._options.plugins and target.holds(self.here().arch):
+                plugins.check_builds(target)
             return False
+        if self._options.strip:
+            refit.check_builds(target, self.here())
         self._flavour.check_release(target)
         unknown = [arch for arch in target.arch.split("+") if arch not in RTX_CARDS]
         if unknown:
@@ -66,46 +84,85 @@ class TensorRT:
 
         Raises BuildError with the builder's reason, OutOfMemory or UnsupportedError.
         """
-        try:
-            import onnx
-        except ImportError:
-            raise MissingExtra("onnx", "export", purpose="building an engine") from None
         from edgevlm.engines.backends.tensorrt import builder
         from edgevlm.engines.lowering import lower
 
         start = time.perf_counter()
+        model = onnx_files.read_graph(source / record.graph, source / record.weights)
+        lowered = lower.lower_component(record.name, model, target, self._options.plugins)
+        wanted = plugins.of_graph(model, target)
+        built = self._built(source, record, model, folder, target, shapes)
+        seconds = time.perf_counter() - start
+        report, kernels = builder.report(record, model, built, seconds)
+        plan, listing = f"{record.name}.plan", f"{record.name}.kernels.json"
+        (folder / listing).write_text(json.dumps([asdict(kernel) for kernel in kernels], indent=0))
+        notes = [
+            f"{report.kernels} kernels; of {report.attentions} attentions "
+            f"{report.fused_attentions} have kernels of their own",
+            *(f"{p.op} is computed by the plugin {p.namespace}::{p.name}" for p in wanted),
+        ]
+        kept = (record.graph, record.weights) if self._options.strip else ()
+        made = replace(record, graph=plan, weights=record.weights if kept else plan)
+        precision = _precision(dtype, [decision.op for decision in lowered.decisions])
+        return Compiled(
+            made,
+            (plan, listing, *kept),
+            precision,
+            tuple(notes),
+            lowered.decisions,
+            report,
+            plugins=wanted,
+        )
+
+    def _built(
+        self,
+        source: Path,
+        record: ComponentRecord,
+        model: onnx.ModelProto,
+        folder: Path,
+        target: Target,
+        shapes: Shapes,
+    ) -> builder.Built:
+        """Have a lowered graph built into a plan in `folder`, in a process of its own."""
+        from edgevlm.engines.backends.tensorrt import builder
+
         # RTX caps nothing for cards that are not here, and ignores what was timed before
         card = device.facts() if self._flavour.needs_device else None
-        model = onnx.load(str(source / record.graph), load_external_data=False)
-        lowered = lower.lower_component(record.name, model, target)
         fixed = builder.fixed_sizes(shapes)
         builder.fix(model, fixed)
-        profiles = builder.profiles(record.inputs, shapes, fixed)
-        plan, listing = folder / f"{record.name}.plan", folder / f"{record.name}.kernels.json"
         with tempfile.TemporaryDirectory(dir=folder) as name:
-            scratch = Path(name)
-            graph = builder.prepare(source, record, model, scratch)
+            kept = folder if self._options.strip else None
+            graph = builder.prepare(source, record, model, Path(name), kept_in=kept)
             job = builder.Job(
                 module=self._flavour.module,
                 graph=str(graph),
-                plan=str(plan),
-                profiles=profiles,
+                plan=str(folder / f"{record.name}.plan"),
+                profiles=builder.profiles(record.inputs, shapes, fixed),
                 capabilities=_capabilities(target),
                 workspace_bytes=card.workspace_bytes if card else 0,
                 timing_cache=builder.timing_cache(self.here(), card) if card else "",
+                plugins=plugins.to_register(plugins.of_graph(model, target), target),
+                strip=self._options.strip,
             )
-            result = builder.build(record.name, job, scratch)
-            log = (scratch / "build.log").read_text()
-        seconds = time.perf_counter() - start
-        report, kernels = builder.report(record, model, result, log, len(profiles), seconds)
-        listing.write_text(json.dumps([asdict(kernel) for kernel in kernels], indent=0))
-        notes = [
-            f"{report.kernels} kernels; of {report.attentions} attentions "
-            f"{report.fused_attentions} have kernels of their own"
-        ]
-        made = replace(record, graph=plan.name, weights=plan.name)
-        files = plan.name, listing.name
-        return Compiled(made, files, dtype, tuple(notes), lowered.decisions, report)
+            result = builder.build(record.name, job, Path(name))
+            return builder.Built(result, (Path(name) / "build.log").read_text(), len(job.profiles))
+
+    def marked(
+        self,
+        source: Path,
+        record: ComponentRecord,
+        model: onnx.ModelProto,
+        folder: Path,
+        target: Target,
+        shapes: Shapes,
+    ) -> ComponentRecord:
+        """Build a lowered graph as it is, with the outputs that it has; the record to open it with.
+
+        Raises as compile does.
+        """
+        self._built(source, record, model, folder, target, shapes)
+        plan = f"{record.name}.plan"
+        return replace(record, graph=plan, weights=record.weights if self._options.strip else plan)
 
     def without_logits(self, folder: Path, record: ComponentRecord) -> ComponentRecord:
         """Not needed: one plan serves prompts and tokens, by two profiles."""
@@ -129,6 +186,7 @@ class TensorRT:
         from edgevlm.engines.backends.tensorrt.runner import open_runner
 
         trt = self._flavour.load()
+        plugins.load(trt, self.here(), options.plugins)
         return open_runner(self._cards, trt, folder, record, options, self.here())
 
     def peaks(self, folder: Path) -> Peaks:
@@ -138,6 +196,15 @@ class TensorRT:
         here = self.here()
         trt = self._flavour.load()
         return probes.peaks(self._cards, trt, self._flavour.module, _capabilities(here))
+
+
+def _precision(dtype: str, ops: list[str]) -> str:
+    """What a component computes in, which sets its tolerance: the reference rounds the inputs of
+    weights by channel, which stay in float here; those of static INT8 may round the other way.
+    """
+    if "QuantizeLinear" in ops:
+        return "int8"
+    return "int8_rows" if "edgevlm.RowQuantizedLinear" in ops else dtype
 
 
 def _capabilities(target: Target) -> list[str]:

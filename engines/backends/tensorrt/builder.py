@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevlm.engines.backends import PlanReport, Shapes, Size
-from edgevlm.engines.backends.tensorrt import codes, kernels
+from edgevlm.engines.backends.common import place
+from edgevlm.engines.backends.tensorrt import codes, kernels, plugins
 from edgevlm.engines.backends.tensorrt.device import CardFacts
 from edgevlm.engines.backends.tensorrt.kernels import Kernel
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
@@ -37,6 +38,7 @@ class Job:
     profiles: for each the smallest, usual and largest shape by input, of inputs that change.
     capabilities: names of TensorRT-RTX; empty for the card at hand. workspace_bytes: the most that
     a kernel may work in, 0 for no limit. timing_cache: a file to read and to add to, "" for none.
+    plugins: what to register before parsing, see plugins.to_register. strip: leave the weights out.
     """
 
     module: str
@@ -46,6 +48,17 @@ class Job:
     capabilities: list[str]
     workspace_bytes: int
     timing_cache: str
+    plugins: dict[str, Any] = field(default_factory=dict)
+    strip: bool = False
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of a job: its result, the builder's log, and how many profiles it had."""
+
+    result: Mapping[str, Any]
+    log: str
+    profiles: int
 
 
 def timing_cache(here: Target, card: CardFacts) -> str:
@@ -99,13 +112,25 @@ def _size(dim: int | str, sizes: Mapping[str, Size], fixed: Mapping[str, int], k
     return fixed[dim] if dim in fixed else sizes[dim][k]
 
 
-def prepare(source: Path, record: ComponentRecord, model: onnx.ModelProto, folder: Path) -> Path:
-    """Write the lowered graph into `folder` with weights that the parser can read; its file."""
-    weights = folder / record.weights
+def prepare(
+    source: Path,
+    record: ComponentRecord,
+    model: onnx.ModelProto,
+    scratch: Path,
+    kept_in: Path | None = None,
+) -> Path:
+    """Write the lowered graph with weights that the parser can read; its file.
+
+    kept_in: an engine that keeps both, for a plan without weights; otherwise they are in `scratch`.
+    """
+    folder = kept_in or scratch
+    weights, stored = folder / record.weights, source / record.weights
     if codes.needed(model):
-        codes.write(source / record.weights, weights, model)
+        codes.write(stored, weights, model)
+    elif kept_in:
+        place(stored, weights)
     else:
-        os.symlink((source / record.weights).resolve(), weights)
+        os.symlink(stored.resolve(), weights)
     graph = folder / record.graph
     graph.write_bytes(model.SerializeToString())
     return graph
@@ -146,29 +171,31 @@ def _failure(name: str, folder: Path, done: subprocess.CompletedProcess[str]) ->
 
 
 def report(
-    record: ComponentRecord,
-    model: onnx.ModelProto,
-    result: Mapping[str, Any],
-    log: str,
-    profiles: int,
-    seconds: float,
+    record: ComponentRecord, model: onnx.ModelProto, built: Built, seconds: float
 ) -> tuple[PlanReport, list[Kernel]]:
-    """What the builder made of a component. Raises BuildError if the plan lacks its weights."""
-    made, memory, given_bytes = kernels.read(log), kernels.memory(log), _stored_bytes(model)
+    """What the builder made of a component.
+
+    Raises BuildError if the plan lacks its weights, or if a call has a body where a plugin was
+    wanted.
+    """
+    result, given_bytes = built.result, _stored_bytes(model)
+    made, memory = kernels.read(built.log), kernels.memory(built.log)
+    stripped = bool(result["stripped"])  # what such a plan lacks is told when it is opened
     held = memory.weights if memory.weights is not None else int(result["plan_bytes"])
-    if held < LEAST_WEIGHTS * given_bytes:
+    if held < LEAST_WEIGHTS * given_bytes and not stripped:
         raise BuildError(
             f"{record.name}: the plan holds {held} of {given_bytes} bytes of weights: the builder "
             "took the model for a constant",
             hint="please report this with edgevlm doctor",
         )
+    plugins.check_taken(record.name, model, int(result["plugins"]))
     sites = [node.name for node in model.graph.node if node.op_type == "Attention"]
     return (
         PlanReport(
             layers=int(result["layers"]),
             kernels=len(made),
             attentions=len(sites),
-            fused_attentions=kernels.attentions(made, sites, profiles),
+            fused_attentions=kernels.attentions(made, sites, built.profiles),
             given_weights_bytes=given_bytes,
             held_weights_bytes=held,
             activations_bytes=memory.activations or 0,

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edgevlm.engines.backends.tensorrt import jit
+from edgevlm.engines.backends.tensorrt import jit, refit
 from edgevlm.engines.backends.tensorrt.arrays import Shape
 from edgevlm.toolkit.errors import BuildError, OutOfMemory, TargetMismatch, ToolkitError
 
@@ -26,7 +26,7 @@ Limits = Mapping[str, tuple[Shape, Shape]]  # smallest and largest shape by inpu
 class Plan:
     """An engine. kinds: the formats of its inputs and outputs, names of trt.DataType. profiles:
     for each the shapes that it takes. activations_bytes: what the largest profile computes in.
-    config: of jit.py, None for TensorRT.
+    config: of jit.py, None for TensorRT. refit_ms: what putting its weights into it took.
     """
 
     trt: Any
@@ -35,6 +35,7 @@ class Plan:
     profiles: tuple[Limits, ...]
     activations_bytes: int
     config: Any
+    refit_ms: float = 0.0
 
     def context(self) -> Any:
         """An execution context without memory of its own, None where TensorRT makes none."""
@@ -51,9 +52,10 @@ class Plan:
         return min(fits)[1] if fits else None
 
 
-def read(trt: Any, file: Path, compiled: Path) -> Plan:
+def read(trt: Any, file: Path, compiled: Path, graph: Path | None = None) -> Plan:
     """Load a plan onto the card that is current in this thread; compiled: of jit.file_of.
 
+    graph: that with the weights, of a plan without them.
     Raises TargetMismatch for one of another release or card, OutOfMemory, or BuildError with
     TensorRT's reason.
     """
@@ -67,6 +69,7 @@ def read(trt: Any, file: Path, compiled: Path) -> Plan:
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise _reason(trt, runtime, file, data, log.since(since))
+    refit_ms = refit.refit(trt, engine, graph, log) if graph else 0.0
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = [n for n in names if engine.get_tensor_mode(n).name == "INPUT"]
     profiles = range(engine.num_optimization_profiles)
@@ -77,6 +80,7 @@ def read(trt: Any, file: Path, compiled: Path) -> Plan:
         tuple({name: _limits(engine, name, number) for name in inputs} for number in profiles),
         int(engine.device_memory_size_v2),
         jit.config(trt, engine, compiled),
+        refit_ms,
     )
 
 

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from edgevlm.engines.backends import LayerTime, RunnerOptions
 from edgevlm.engines.backends.bindings import Bindings
 from edgevlm.engines.backends.state import Allocation, State, check
-from edgevlm.engines.backends.tensorrt import jit, kernels, plan
+from edgevlm.engines.backends.tensorrt import jit, kernels, plan, refit
 from edgevlm.engines.backends.tensorrt.arrays import DeviceArray, Shape, size
 from edgevlm.engines.backends.tensorrt.call import Call, Lane
 from edgevlm.engines.backends.tensorrt.card import Arena, Card, Cards, aligned
@@ -61,7 +61,7 @@ def open_runner(
         card = stack.enter_context(cards.lent())
         file = folder / record.graph
         compiled = jit.file_of(file, f"{trt.__version__} {target}")
-        made = plan.read(trt, file, compiled)
+        made = plan.read(trt, file, compiled, refit.graph_of(folder, record))
         if made.config is not None:
             stack.callback(jit.keep, made.config, compiled)
         stream = card.stream()
@@ -172,7 +172,24 @@ class TensorRTRunner:
         shapes = {port.name: tuple(inputs[port.name].shape) for port in self._plain}
         return shapes | {past: state.arrays[past].shape for past in self._updates.values()}
 
+    def seconds(self, inputs: Mapping[str, Tensor], times: int) -> float:
+        """Of one call without a state and without copies: the mean of `times` back to back."""
+        call, inputs = self._bound(inputs, self._stateless, keeps=False)
+        call.run(inputs)
+        return call.seconds(times)
+
     def _call(self, inputs: Mapping[str, Tensor], state: State, keeps: bool) -> dict[str, Tensor]:
+        call, inputs = self._bound(inputs, state, keeps=keeps)
+        outputs = call.run(inputs)
+        if not self._in_place and self._updates:
+            latest = _slots(state).latest
+            latest[state.first] = 1 - latest[state.first]
+        return self._cut(outputs, inputs)
+
+    def _bound(
+        self, inputs: Mapping[str, Tensor], state: State, *, keeps: bool
+    ) -> tuple[Call, Mapping[str, Tensor]]:
+        """The memory of such a call, and its inputs as it takes them."""
         self._card()
         kinds = self._plan.kinds
         inputs = {port.name: _of_kind(inputs[port.name], kinds[port.name]) for port in self._plain}
@@ -186,11 +203,7 @@ class TensorRTRunner:
         call = bindings.get(
             key, lambda: self._bind(inputs, state, given, keeps, decode), decode=decode
         )
-        outputs = call.run(inputs)
-        if not self._in_place and self._updates:
-            latest = _slots(state).latest
-            latest[state.first] = 1 - latest[state.first]
-        return self._cut(outputs, inputs)
+        return call, inputs
 
     def _bind(
         self,
@@ -270,6 +283,11 @@ class TensorRTRunner:
         if self._made is None:
             raise InputError(f"{self._record.name} is closed")
         return self._made
+
+    @property
+    def refit_ms(self) -> float:
+        """What putting weights into a plan without them took; 0 for any other."""
+        return self._plan.refit_ms
 
     def _card(self) -> Card:
         self._lane.card.use()

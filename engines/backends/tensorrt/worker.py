@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 _LAYER_CLASSES = {"ATTENTION_INPUT": "IAttentionInputLayer"}
+_PLUGINS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")  # kinds of layers
 
 
 def main(job_file: Path) -> int:
@@ -43,6 +44,8 @@ def _logger(trt: Any, log: TextIO) -> Any:
 
 
 def _build(trt: Any, job: dict[str, Any], logger: Any, folder: Path) -> dict[str, Any]:
+    if job["plugins"]:
+        _register(trt, **job["plugins"])
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
@@ -55,7 +58,9 @@ def _build(trt: Any, job: dict[str, Any], logger: Any, folder: Path) -> dict[str
         "parse_s": time.perf_counter() - start,
         "errors": errors,
         "layers": network.num_layers,
+        "plugins": sum(_layer_kind(network, i) in _PLUGINS for i in range(network.num_layers)),
         "plan_bytes": 0,
+        "stripped": job["strip"],
         "release": trt.__version__,
     }
     if not parsed:
@@ -72,6 +77,22 @@ def _build(trt: Any, job: dict[str, Any], logger: Any, folder: Path) -> dict[str
         Path(job["plan"]).write_bytes(plan)
         result["plan_bytes"] = plan.nbytes
     return result
+
+
+def _register(trt: Any, library: str, folders: list[str], sm: int) -> None:
+    """Let the parser find plugins: those of a library, or ours whose kernels go into the plan."""
+    if library:
+        registry = trt.get_plugin_registry()
+        registry.load_library(library)
+    if folders:
+        from edgevlm.engines.plugins import aot
+
+        aot.define(folders, sm)
+
+
+def _layer_kind(network: Any, index: int) -> str:
+    layer = network.get_layer(index)
+    return str(layer.type.name)
 
 
 def _network_flags(trt: Any) -> int:
@@ -108,6 +129,9 @@ def _config(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
             config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
     if job["timing_cache"]:
         _set_timings(config, Path(job["timing_cache"]))
+    if job["strip"]:  # the weights that come back are the same, so that the builder may use them
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
     return config
 
 

@@ -1,4 +1,4 @@
-"""build's own options: fewer tiles, and the search for the first op that differs."""
+"""build's own options: fewer tiles, the first op that differs, layers that stay in float."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import Any
 import onnx
 import pytest
 
+from edgevlm import api
+from edgevlm.engines.build import tune
 from edgevlm.engines.build.build import Request, build
 from edgevlm.engines.lowering import lower, rewrites
 from edgevlm.engines.lowering.graph import Rewriter
 from edgevlm.engines.lowering.onnxruntime_rows import ROWS
 from edgevlm.engines.runtime.session import Question, Session
-from edgevlm.toolkit.errors import AccuracyError, ConfigError
+from edgevlm.toolkit.errors import AccuracyError, ConfigError, OutputError
+from edgevlm.toolkit.quantization.plan import Precision
 from edgevlm.toolkit.target import this_cpu
 from tests.conftest import HERE
-from tests.pipeline import engine_of, silent
+from tests.pipeline import LOSS_IN_4_BITS, engine_of, silent
 
 TILED = HERE / "goldens/mlcd_llavanext_e2e"
 PLAIN = HERE / "goldens/e2e_llava15"
@@ -119,3 +122,76 @@ def test_an_engine_that_diverges_is_not_written(
         assert "made by com.microsoft.QuickGelu" in caught.value.message
     else:
         assert "--bisect" in caught.value.hint
+
+
+# -- layers that stay in float -------------------------------------------------------------------
+
+
+def test_what_is_kept_in_float_loses_nothing(ready: Path, tmp_path: Path) -> None:
+    """The language model here: its loss is none, while the encoder has one."""
+    made = api.build_engine(
+        ready / "bundle", tmp_path / "e", precision="int8-rows", keep_float=["lm/*"]
+    )
+    assert made.build.precision_losses["encoder.clip"] > 1e-3
+    assert made.build.precision_losses["lm"] < 1e-4
+    assert {made.plan.at(f"lm/{name}") for name in ("embed", "layers.0/mlp/up")} == {"float"}
+    assert made.plan.at("encoder.clip/layers.0/mlp/fc1") == "int8_rows"
+    assert "--keep-float 'lm/*'" in made.rebuild_command(tmp_path / "e")
+
+
+def test_single_layers_can_be_kept(ready: Path, tmp_path: Path) -> None:
+    """A linear of a layer whose others are rounded; an engine without it is another one."""
+    losses = []
+    for globs in ((), ("lm/*/mlp/*", "lm/layers.0/attention/v")):
+        made = api.build_engine(
+            ready / "bundle", tmp_path / "e", precision="int8-rows", keep_float=globs, force=True
+        )
+        losses.append(made.build.precision_losses["lm"])
+        again = api.build_engine(
+            ready / "bundle", tmp_path / "e", precision="int8-rows", keep_float=globs
+        )
+        assert again == made  # it was kept
+    assert losses[1] < losses[0]
+    with pytest.raises(OutputError):
+        api.build_engine(ready / "bundle", tmp_path / "e", precision="int8-rows")
+
+
+def test_prompts_keep_them_in_their_own_form_too(
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms: dict[str, Precision] = {
+        "encoder.clip": "int8_rows",
+        "merger": "int8_rows",
+        "lm": "int4_weights",
+    }
+    monkeypatch.setattr(
+        tune, "tuned", lambda *given, **options: tune.Choice(forms, prompts="int8_rows")
+    )
+    made = api.build_engine(
+        ready / "bundle",
+        tmp_path / "e",
+        precision="int4",
+        keep_float=["lm/layers.1/*"],
+        accept_loss=LOSS_IN_4_BITS,
+    )
+    assert made.prompt_form is not None
+    for plan in (made.plan, made.prompt_form.plan):
+        assert plan.at("lm/layers.1/mlp/up") == "float"
+        assert plan.at("lm/layers.0/mlp/up") != "float"
+
+
+@pytest.mark.parametrize(
+    ("precision", "glob", "message"),
+    [
+        ("int8-rows", "lm/layer.0/*", "matches no layer that would be rounded"),
+        ("int8-rows", "lm/layers.0/norm1", "matches no layer that would be rounded"),
+        (None, "lm/*", "no weight is rounded"),
+    ],
+)
+def test_globs_without_an_effect_are_refused(
+    precision: str | None, glob: str, message: str, ready: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        api.build_engine(ready / "bundle", tmp_path / "e", precision=precision, keep_float=[glob])
+    assert glob in caught.value.message
+    assert not (tmp_path / "e").exists()

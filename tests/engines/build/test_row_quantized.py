@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,6 +33,7 @@ from edgevlm.toolkit.vlm.components import Component
 from tests.conftest import HERE
 from tests.engines.build.test_weight_only import QUESTION
 from tests.pipeline import ask, engine_of, requantized, silent
+from tests.sealing import edit_sealed
 from tests.toolkit.models.test_architectures import component, feed, tensors
 
 PLAN = weight_only.plan(weight_only.ROWS)
@@ -223,10 +223,7 @@ def test_a_bundle_keeps_its_values_when_it_is_read_again(bundle: Path, tmp_path:
 def test_engines_of_before_are_read(bundle: Path, tmp_path: Path) -> None:
     """What engine.json has gained since has a default."""
     shutil.copytree(bundle.parent / "engine-cpu", tmp_path / "e")
-    path = tmp_path / "e/engine.json"
-    data = json.loads(path.read_text())
-    data["build"].pop("tuning", None)
-    path.write_text(json.dumps(data))
+    edit_sealed(tmp_path / "e/engine.json", lambda data: data.pop("tuning_options"))
     assert manifest.read(tmp_path / "e").precision is None
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +15,7 @@ from edgevlm.toolkit.bundle.manifest import GOLDENS
 from edgevlm.toolkit.errors import AccuracyError, BundleError
 from tests.conftest import HERE
 from tests.pipeline import engine_of, silent
+from tests.sealing import edit_sealed, reseal
 
 CHECKPOINT = HERE / "goldens/e2e_llava15/llava-v1.5-tiny"
 
@@ -45,6 +46,7 @@ def test_wrong_kernels_stay_unverified(unverified: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-400:] = bytes(400)
     weights.write_bytes(content)
+    reseal(unverified / manifest.DESCRIPTION)
     with pytest.raises(AccuracyError, match="merger differs from the reference"):
         verify(unverified, silent)
     assert not manifest.read(unverified).verified
@@ -62,10 +64,11 @@ def test_goldens_are_those_of_the_engine_or_its_bundle(unverified: Path, tmp_pat
 
 def test_engine_json_without_the_mark_is_of_a_verified_engine(tmp_path: Path) -> None:
     folder = engine_of(CHECKPOINT, tmp_path)
-    file = folder / manifest.DESCRIPTION
-    data = json.loads(file.read_text())
-    del data["verified"], data["plans"]
-    file.write_text(json.dumps(data))
+
+    def forget(data: dict[str, Any]) -> None:
+        del data["verified"], data["plans"]
+
+    edit_sealed(folder / manifest.DESCRIPTION, forget)
     assert manifest.read(folder).verified
 
 

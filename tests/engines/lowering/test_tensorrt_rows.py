@@ -17,7 +17,7 @@ from edgevlm.engines.backends.tensorrt import codes
 from edgevlm.engines.lowering.lower import decide, lower
 from edgevlm.engines.lowering.tensorrt_lint import check
 from edgevlm.export import write
-from edgevlm.toolkit import models, systems
+from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle.goldens import relative_rms
 from edgevlm.toolkit.bundle.manifest import Tensors
 from edgevlm.toolkit.checkpoints.layouts.source import Options
@@ -29,7 +29,7 @@ from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
 from edgevlm.toolkit.target import Target
 from tests.onnx_tools import model_of, run
 from tests.ops_cases import CASES
-from tests.toolkit.models.test_architectures import component, feed, tensors
+from tests.toolkit.models.test_architectures import FILES, component, feed, tensors
 
 Release = tuple[int, ...]
 RELEASES: list[Release] = [(10, 3), (10, 13), (10, 16), (11, 4)]
@@ -47,7 +47,7 @@ NEW_OPS = {
     "Swish": (11,),
 }
 SIBLINGS = sorted(name for name in systems.presets() if "0.5b" in name)
-EVERY = [(role, kind) for role in ("encoders", "mergers", "lms") for kind in models.kinds(role)]
+EVERY = FILES
 PLANS = {name: weight_only.plan(name) for name in ("int8-rows", "int8-blocks", "int4-blocks")}
 PLANS["zero points"] = PrecisionPlan(
     "int8_weights", (Rule("*/layers.*", "int4_weights", zero_points=True),)

@@ -48,7 +48,7 @@ def test_weights_and_cache_are_those_of_the_engine(name: str, context: int, tmp_
     assert files
     held = sum(entry.nbytes for file in files for entry in file.entries.values())
     assert found.weights_bytes == held
-    lm = bundle.model.lm.config
+    lm = bundle.vlm.lm.config
     cache = np.zeros((lm.num_layers, 2, lm.num_kv_heads, context, lm.head_dim), np.float32)
     assert found.cache_bytes == cache.nbytes
     assert found.context == context
@@ -68,9 +68,9 @@ def planned(name: str) -> Bundle:
 @pytest.mark.parametrize("name", systems.presets())
 def test_every_preset_has_an_estimate(name: str) -> None:
     bundle = planned(name)
-    lm = bundle.model.lm.config
+    lm = bundle.vlm.lm.config
     here, there = (estimate(bundle, parse(t), 1024) for t in ("cpu", "jetson-agx-orin"))
-    tables = 4 * _table_elements(bundle.model)  # in float32 everywhere
+    tables = 4 * _table_elements(bundle.vlm)  # in float32 everywhere
     assert here.weights_bytes - tables == 2 * (there.weights_bytes - tables)
     assert here.cache_bytes == 2 * there.cache_bytes
     assert here.cache_bytes == 4 * 2 * lm.num_layers * lm.num_kv_heads * lm.head_dim * 1024

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.errors import BundleError, ToolkitError
 from tests.conftest import HERE
 from tests.pipeline import silent
+from tests.sealing import edit_sealed
 
 
 @pytest.fixture
@@ -30,8 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def changed(folder: Path, **values: Any) -> None:
-    file = folder / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    edit_sealed(folder / "manifest.json", lambda data: data.update(values))
 
 
 def test_a_bundle_knows_its_files(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from edgevlm.toolkit.errors import CheckpointError, ConfigError, OutputError
 from edgevlm.toolkit.ops.vocabulary import Array
 from tests.conftest import HERE
 from tests.pipeline import ask, engine_of
+from tests.sealing import edit_sealed
 
 LLAVA = HERE / "goldens/e2e_llava15/llava-v1.5-tiny"
 FACTS: dict[str, Any] = {
@@ -168,9 +168,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Array]], object]) -> None:
 
 
 def described(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    data = json.loads((folder / "checkpoint.json").read_text())
-    change(data)
-    (folder / "checkpoint.json").write_text(json.dumps(data))
+    edit_sealed(folder / "checkpoint.json", change)
 
 
 def cut(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,41 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     names = {"a": "model-0.safetensors", "b": "model-1.safetensors"}
     shards(tmp_path, [STORED, {"token": np.zeros(3, np.float32)}], names)
     with pytest.raises(CheckpointError, match="token is stored in two shards"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../elsewhere/x", "/dev/zero", "/dev/stdin", "/etc/passwd", "..", ".", "", "a/b", "a\0"],
+)
+def test_an_index_does_not_lead_out_of_its_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    save_file(STORED, tmp_path / "elsewhere/x")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    shards(folder, [STORED], {"token": name})
+    with pytest.raises(CheckpointError, match="which is no file of its folder"):
+        open_checkpoint(folder)
+
+
+def test_an_index_says_which_shard_has_what(tmp_path: Path) -> None:
+    first, *others = STORED
+    right = dict.fromkeys(STORED, "model-0.safetensors")
+    lacking = {key: name for key, name in right.items() if key != first}
+    for names, reason in (
+        (right | {"nonsense": "model-0.safetensors"}, "nonsense is not in model-0"),
+        (lacking, f"{first} is in model-0.safetensors, and the index does not name it"),
+    ):
+        shards(tmp_path, [STORED], names)
+        with pytest.raises(CheckpointError, match=reason):
+            open_checkpoint(tmp_path)
+    shards(tmp_path, [STORED], right)
+    assert sorted(open_checkpoint(tmp_path).keys()) == sorted(STORED)
+
+
+def test_a_pipe_is_no_weights_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no regular file"):
         open_checkpoint(tmp_path)
 
 

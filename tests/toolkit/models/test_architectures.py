@@ -14,6 +14,7 @@ from edgevlm.engines.lowering.lower import lower
 from edgevlm.export.write import check_shapes
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.weights import RandomWeights
+from edgevlm.toolkit.images.longest_side import LongestSide
 from edgevlm.toolkit.models.encoders import mlcd
 from edgevlm.toolkit.models.lms import llama
 from edgevlm.toolkit.models.mergers import mmfuser
@@ -24,11 +25,11 @@ from edgevlm.toolkit.ops.wrappers import Wrapper
 from edgevlm.toolkit.target import this_cpu
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.components import Component
-from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
+from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig, Segmenter
 from edgevlm.training.torch_ops import TorchOps
 from tests.onnx_tools import model_of, run
 
-ROLES = ("encoders", "mergers", "lms")
+ROLES = ("encoders", "mergers", "lms", "segmenters")
 FILES = [(role, kind) for role in ROLES for kind in models.kinds(role)]  # type: ignore[arg-type]
 LMS = models.kinds("lms")
 
@@ -40,8 +41,16 @@ def component(role: str, kind: str) -> Component:
         return components.encoder_component(ComponentConfig("eye", kind, config))
     if role == "lms":
         return components.lm_component(ComponentConfig("lm", kind, models.lm(kind).tiny()))
+    if role == "segmenters":
+        return components.mask_component(_segmenter(kind))
     config = models.merger(kind).tiny()
     return components.merger_component(ComponentConfig("merger", kind, config), _feeding(config))
+
+
+def _segmenter(kind: str) -> Segmenter:
+    encoder = ComponentConfig("sam", "sam", models.encoder("sam").tiny())
+    decoder = ComponentConfig(kind, kind, models.segmenter(kind).tiny())
+    return Segmenter("[SEG]", encoder, decoder, LongestSide(28))
 
 
 def _feeding(config: Any) -> tuple[ComponentConfig, ...]:
@@ -72,6 +81,7 @@ AXES = {
     "sequence": 6,
     "scored": 2,
     "context": 12,
+    "masks": 2,
 }
 
 
@@ -180,6 +190,8 @@ LAYERS = {
     "dinov2": ["layers.0", "layers.1", "layers.2"],
     "mlcd": ["layers.0", "layers.1"],
     "unicom": ["layers.0", "layers.1"],
+    "sam": ["layers.0", "layers.1"],
+    "sam_decoder": ["layers.0", "layers.1"],
     "convnext": ["stages.0/blocks.0", "stages.1/blocks.0", "stages.2/blocks.0",
                  "stages.2/blocks.1"],
     "unireplknet": ["stages.0/blocks.0", "stages.1/blocks.0", "stages.2/blocks.0",
@@ -266,7 +278,8 @@ def test_tables_are_made_once_and_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize(("role", "kind"), FILES)
 def test_names_cover_every_tensor_once(role: str, kind: str) -> None:
-    file: Any = {"encoders": models.encoder, "mergers": models.merger, "lms": models.lm}[role](kind)
+    finders = {"encoders": models.encoder, "mergers": models.merger, "lms": models.lm}
+    file: Any = {**finders, "segmenters": models.segmenter}[role](kind)
     config = file.tiny()
     table = file.names(config)
     assert set(table) == set(file.shapes(config))

@@ -101,6 +101,26 @@ def _deform() -> Expected:
     )
 
 
+def _relative() -> Expected:
+    """2 images of 3 x 4 cells, 5 heads of 6 channels."""
+    batch, height, width, heads, d = 2, 3, 4, 5, 6
+    cells, x = height * width, s(batch, height * width, heads * d)
+    pairs = batch * heads * cells * cells
+    tables = {"r.rows": (2 * height - 1, d), "r.columns": (2 * width - 1, d)}
+    return Expected(
+        lambda op, w: op.attention_relative(
+            x, x, x, w / "r", num_heads=heads, grid=(height, width)
+        ),
+        # as attention, and two biases added to each score; each is a product of d channels
+        flops=pairs * (2 * d + 2 * d + 1 + SOFTMAX + 2)
+        + batch * heads * cells * (height + width) * 2 * d,
+        reads=3 * x.size,
+        writes=x.size,
+        weights=tables,
+        weight_elements=(2 * height - 1) * d + (2 * width - 1) * d,
+    )
+
+
 X = s(2, 3, 5, 7)  # 210 elements
 _NORM = {"n.weight": (7,), "n.bias": (7,)}
 _SCALE = np.ones(7, np.float32)
@@ -224,6 +244,7 @@ CASES: dict[str, Expected] = {
     "attention_cached whole cache": _cached(11, None, list(range(1, 12)), 11),
     "attention_cached window": _cached(4, 3, [3, 3, 3, 3], 6),
     "attention_cached window, whole": _cached(11, 3, [1, 2, *[3] * 9], 11),
+    "attention_relative": _relative(),
     "attention_rotary": Expected(  # 3 heads of 4 channels, 5 tokens
         lambda op, w: op.attention_rotary(
             s(2, 5, 12), s(2, 5, 12), s(2, 5, 12), w["angles"], num_heads=3, head_dim=4

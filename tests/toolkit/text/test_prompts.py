@@ -55,6 +55,21 @@ def test_images_come_first_unless_they_have_a_slot() -> None:
     assert text_of(LLAVA, ["a <image> b"], 1) == f"{system} USER: a <image> b ASSISTANT:"
 
 
+def test_each_turn_may_have_images_of_its_own() -> None:
+    """As the originals' chats write them: `<image>` and a newline before the turn's text."""
+    system, turns = templates.find("vicuna_v1").system, ["Q", "A", "R"]
+    found = prompts.render(LLAVA, turns, [1, 0, 2], "auto").text
+    assert found == (
+        f"{system} USER: <image>\nQ ASSISTANT: A</s>USER: <image>\n<image>\nR ASSISTANT:"
+    )
+    literal = prompts.render(LLAVA, ["Q <image>", "A", "R"], [0, 0, 1], "auto", llama())
+    assert prompts.tokenize(LLAVA, llama(), literal).images == 1
+    placed = prompts.render(LLAVA, ["Q <image>", "A", "R"], [0, 0, 1], "auto").text
+    assert placed.count("<image>") == 1
+    with pytest.raises(InputError, match="4 turns of a conversation of 3"):
+        prompts.render(LLAVA, turns, [0, 0, 0, 1], "auto")
+
+
 def test_images_of_a_conversation_belong_to_its_first_turn() -> None:
     system = templates.find("vicuna_v1").system
     found = text_of(LLAVA, ["Q", "A", "R"], 2)

@@ -15,6 +15,7 @@ from typing import Any
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints.layouts import conversation, huggingface, image_rules, towers
 from edgevlm.toolkit.checkpoints.layouts.generation import read_eos, read_rules
+from edgevlm.toolkit.checkpoints.layouts.sam import Masks
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     NewMerger,
@@ -39,6 +40,7 @@ from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.recipes import Recipe, keep, rows_of
 from edgevlm.toolkit.strict import Reader
 from edgevlm.toolkit.text.prompts import PromptRules
+from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm import components, language_models
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 
@@ -52,7 +54,10 @@ class OriginalRules:
     merger: makes the projector's configuration from config.json, the encoder and the hidden size
     of the language model. tower_wins: tower weights inside the checkpoint override those of the
     tower's folder. lone_newline: an image without tiles also gets the newline token of "unpad".
-    taps: chooses the encoder's outputs among the hidden states that config.json selects.
+    taps: chooses the encoder's outputs among the hidden states that config.json selects. tower:
+    opens the tower, where it may be missing. masks: reads what makes masks after the answer, for a
+    hidden size. keys: of config.json that say nothing that the tensors do not. tokens: edits the
+    tokenizer.json.
     """
 
     system: str
@@ -60,6 +65,10 @@ class OriginalRules:
     tower_wins: bool = False
     lone_newline: bool = False
     taps: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
+    tower: Callable[[Path, Reader, Options, Checkpoint], towers.Tower] | None = None
+    masks: Callable[[Checkpoint, int], Masks] | None = None
+    keys: tuple[str, ...] = ()
+    tokens: Callable[[str], str] = str
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
@@ -108,7 +117,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     config = _as_its_class_reads_it(config)
     r = Reader(config, str(folder / "config.json"), options.ignore_keys)
     lm = ComponentConfig("lm", kind, models.lm(kind).Config.read(r))
-    tower = towers.open_tower(folder, r, options, rules.taps)
+    tower = _opened_tower(folder, r, options, rules)
     merger = rules.merger(r, tower.encoder, lm.config.hidden_size)
     lone = rules.lone_newline
     images = image_rules.read_rules(r, tower.encoder, merger, tower.preprocess, lone_newline=lone)
@@ -117,20 +126,20 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
     wins = _tower_wins(r, rules)
     around = ["<im_start>", "<im_end>"] * r.take("mm_use_im_start_end", bool, False)
     extra = ["<im_patch>"] * r.take("mm_use_im_patch_token", bool, True)
+    r.skip(*rules.keys)
     r.ignore("original")
     r.done()
-
     home = options.base or folder  # a part's folder has no tokenizer
     text, pieces = read_tokenizer(home, slow=True)
-    text = add_tokens(text, [*extra, *around])
+    text = rules.tokens(add_tokens(text, [*extra, *around]))
     rows = check_tokenizer(text, lm.config.vocab_size, str(folder), around)
     checkpoint = open_weights(folder, options)
     tensors = _tensors(lm, merger, ends_rows, checkpoint, options.new_merger)
     inside = _tower_inside(tower, checkpoint) if wins else None
-    check(
-        [*tensors.values(), *([inside] if inside else [])],
-        [*spare, *_unused(lm, merger, inside, tower)],
-    )
+    masks = _masks(checkpoint, lm, text, rules)
+    tensors |= masks.tensors if masks else {}
+    spare += [*(masks.unused if masks else ()), *_unused(lm, merger, inside, tower)]
+    check([*tensors.values(), *([inside] if inside else [])], spare)
     if inside is None:
         check([tower.tensors], tower.unused)
     lm, lm_table = shrink_vocab(lm, tensors["lm"].table, rows)
@@ -152,6 +161,7 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
             sentencepiece=pieces,
         ),
         read_rules(home, config, lm.config.vocab_size, options.ignore_keys),
+        masks.config if masks else None,
     )
     origin = {
         "layout": "llava",
@@ -159,8 +169,41 @@ def load(folder: Path, config: Mapping[str, Any], options: Options, rules: Origi
         "tower_weights": "checkpoint" if inside else "tower folder",
         "template": prompts.origin,
     }
+    return _source(model, tensors, text, origin, options)
+
+
+def _source(
+    model: ModelConfig,
+    tensors: Mapping[str, ComponentTensors],
+    text: str,
+    origin: Mapping[str, str],
+    options: Options,
+) -> Source:
     weights = {c.name: tensors[c.name].weights() for c in components.components(model) if c.shapes}
     return read_source(model, weights, text, origin, options.packing)
+
+
+def _opened_tower(folder: Path, r: Reader, options: Options, rules: OriginalRules) -> towers.Tower:
+    if rules.tower is None:
+        return towers.open_tower(folder, r, options, rules.taps)
+    return rules.tower(folder, r, options, open_weights(folder, options))
+
+
+def _masks(
+    checkpoint: Checkpoint, lm: ComponentConfig, text: str, rules: OriginalRules
+) -> Masks | None:
+    """What makes masks. Raises ConfigError if the tokenizer or the model lacks its token."""
+    if rules.masks is None:
+        return None
+    masks = rules.masks(checkpoint, lm.config.hidden_size)
+    number = Tokenizer.from_text(text).id_of(masks.config.token)
+    if number is None or number >= lm.config.vocab_size:
+        lack = "tokenizer does not know" if number is None else "model has no row for"
+        raise ConfigError(
+            f"{checkpoint.where}: the {lack} {masks.config.token}, the token of a mask",
+            hint="take the tokenizer files that training wrote beside the weights",
+        )
+    return masks
 
 
 def _as_its_class_reads_it(config: Mapping[str, Any]) -> Mapping[str, Any]:

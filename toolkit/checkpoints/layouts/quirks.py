@@ -15,7 +15,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import Source
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
 
-_ORIGINALS = ("convllava", "llava", "llava_next", "mlcd", "mmfuser")
+_ORIGINALS = ("convllava", "llava", "llava_next", "mlcd", "mlcd_seg", "mmfuser")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,13 @@ def _reuse_image(source: Source, config: Mapping[str, Any]) -> Source:
     return _prompts(source, reuse_last=True)
 
 
+def _one_mask_size(source: Source, config: Mapping[str, Any]) -> Source:
+    """The masks of several images all have the height and width of the largest one."""
+    model = source.model
+    assert model.segmenter is not None
+    return replace(source, model=replace(model, segmenter=replace(model.segmenter, one_size=True)))
+
+
 def _prompts(source: Source, **changes: Any) -> Source:
     model = source.model
     return replace(source, model=replace(model, prompts=replace(model.prompts, **changes)))
@@ -98,6 +105,7 @@ def _renamed_gamma(source: Source, config: Mapping[str, Any]) -> Source:
 QUIRKS: Mapping[str, Quirk] = {
     "cut-prompt": Quirk(_ORIGINALS, _cut_prompt),
     "ignore-exif": Quirk(_ORIGINALS, _ignore_exif),
+    "one-mask-size": Quirk(("mlcd_seg",), _one_mask_size),
     "renamed-gamma": Quirk(("mmfuser",), _renamed_gamma),
-    "reuse-image": Quirk(("llava_next", "mlcd"), _reuse_image),
+    "reuse-image": Quirk(("llava_next", "mlcd", "mlcd_seg"), _reuse_image),
 }

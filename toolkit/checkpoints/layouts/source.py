@@ -25,6 +25,7 @@ from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.strict import Reader
 from edgevlm.toolkit.vlm.components import GOLDEN_TOKENS, components
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
+from edgevlm.toolkit.vlm.towers import TowerConfig
 
 NewMerger = Callable[[ComponentConfig, Shapes], Mapping[str, Array]]
 
@@ -37,7 +38,9 @@ class Options:
     base: the base model of a LoRA adapter or of a projector alone, a folder or a model id.
     packing: how the weights are packed that another program quantized; None if none are.
     new_merger: makes the merger's tensors, from its configuration and their shapes, where a new
-    model is put together from a language model and towers; the folder then holds none.
+    model is put together from a language model and towers; the folder then holds none. heads,
+    pooling: of a tower by itself, where its file does not say how many heads it has, and in place
+    of the usual embedding.
     """
 
     system: str | None = None
@@ -50,6 +53,8 @@ class Options:
     base: Path | None = None
     new_merger: NewMerger | None = None
     packing: Packing | None = None
+    heads: int | None = None
+    pooling: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,36 @@ class Source:
     origin: Mapping[str, Any]
     plan: PrecisionPlan = PrecisionPlan()
     goldens: Path | None = None
+
+
+@dataclass(frozen=True)
+class TowerSource:
+    """The same of a vision tower by itself, which has no tokenizer."""
+
+    model: TowerConfig
+    weights: Mapping[str, Mapping[str, Array]]
+    origin: Mapping[str, Any]
+    plan: PrecisionPlan = PrecisionPlan()
+    goldens: Path | None = None
+
+
+AnySource = Source | TowerSource
+
+
+def with_language_model(source: AnySource, name: str) -> Source:
+    """The source of a whole model. Raises ConfigError for a vision tower by itself."""
+    if isinstance(source, Source):
+        return source
+    raise ConfigError(
+        f"{name} is a vision tower by itself, and this is for models with a language model",
+        hint="train has stages of towers (edgevlm train list), and new models: --tower KIND=FOLDER",
+    )
+
+
+def random_tower(model: TowerConfig, seed: int, preset: str) -> TowerSource:
+    """The source of a tower's preset: published shapes, random weights from `seed`."""
+    weights = {c.name: RandomWeights(c.shapes, seed, c.name) for c in components(model)}
+    return TowerSource(model, weights, {"preset": preset, "random_weights": True, "seed": seed})
 
 
 def random_source(model: ModelConfig, seed: int, tokenizer: str, preset: str) -> Source:

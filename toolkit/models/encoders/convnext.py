@@ -20,7 +20,10 @@ MODEL_TYPES = ("convnext",)
 
 @dataclass(frozen=True)
 class Config:
-    """scaled: blocks end with a scale per channel. image_size: side it was published for."""
+    """scaled: blocks end with a scale per channel. image_size: side it was published for.
+
+    final_eps: of the norm behind the last stage, which the tower by itself applies to the mean.
+    """
 
     depths: tuple[int, ...]
     dims: tuple[int, ...]
@@ -28,12 +31,13 @@ class Config:
     scaled: bool = True
     eps: float = 1e-6
     image_size: int = 224
+    final_eps: float = 1e-12
 
     @classmethod
     def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
         """From a ConvNextConfig. Tap -1 is the last stage; -2 is it without its last block.
 
-        layer_norm_eps concerns the unused final norm only; all others have 1e-6.
+        layer_norm_eps concerns the final norm only; all others have 1e-6.
         """
         r.ignore("convnext")
         r.choice("num_channels", [3], 3)
@@ -59,6 +63,7 @@ class Config:
             patch=r.count("patch_size", 4),
             scaled=r.take("layer_scale_init_value", float, 1e-6) > 0,
             image_size=r.count("image_size", 224),
+            final_eps=r.positive("layer_norm_eps", 1e-12),
         )
 
     @property
@@ -161,6 +166,35 @@ def unused(c: Config) -> tuple[str, ...]:
     """The final norm, and the last block where it was taken away."""
     last, count = len(c.depths) - 1, c.depths[-1]
     return ("layernorm.*", f"encoder.stages.{last}.layers.{count}.*")
+
+
+# -- the tower by itself -----------------------------------------------------------------------
+
+POOLINGS = ("mean",)
+
+
+def embed(op: Ops[T], c: Config, w: Weights[T], pixels: T, pooling: str = "mean") -> T:
+    """pixels [B, 3, H, W] -> [B, dims[-1]]: the mean of the last stage behind the final norm, a
+    ConvNextModel's pooled output.
+    """
+    mean = op.reshape(op.mean(forward(op, c, w, pixels)[0], (1,)), (0, c.dims[-1]))
+    return op.layer_norm(mean, w / "norm_post", c.final_eps)
+
+
+def embed_shapes(c: Config, pooling: str = "mean") -> dict[str, tuple[int, ...]]:
+    """Our tensors, with the final norm."""
+    return shapes(c) | convnet.norm_shapes("norm_post", c.dims[-1])
+
+
+def embed_names(c: Config, pooling: str = "mean") -> Mapping[str, Recipe]:
+    """Where the tensors of `embed` stand in a ConvNextModel file."""
+    norm = {f"norm_post.{leaf}": keep(f"layernorm.{leaf}") for leaf in ("weight", "bias")}
+    return {**names(c), **norm}
+
+
+def embed_unused(c: Config, pooling: str = "mean") -> tuple[str, ...]:
+    """Nothing: every tensor of the file is read."""
+    return ()
 
 
 def tiny() -> Config:

@@ -184,6 +184,46 @@ def unused(c: Config) -> tuple[str, ...]:
     return ("layernorm.*", "embeddings.mask_token", *pruned)
 
 
+# -- the tower by itself: one embedding per image, taps play no part ---------------------------
+
+POOLINGS = ("class", "mean", "class+mean")
+
+
+def embed(op: Ops[T], c: Config, w: Weights[T], pixels: T, pooling: str = "class") -> T:
+    """pixels [B, 3, image, image] -> [B, hidden_size], or twice as many channels for class+mean.
+
+    Of all tokens behind the final norm the class token (a Dinov2Model's pooled output), the mean
+    of the patches, or both, as Dinov2ForImageClassification joins them.
+    """
+    (x,) = forward(op, _whole(c), w, pixels)
+    if pooling == "class":
+        return vit.pooled(op, c, w, x)
+    x = op.layer_norm(x, w / "norm_post", c.eps)
+    mean = op.reshape(op.mean(op.slice(x, 1, 1, None), (1,)), (0, c.hidden_size))
+    token = op.reshape(op.slice(x, 1, 0, 1), (0, c.hidden_size))
+    return mean if pooling == "mean" else op.concat([token, mean], 1)
+
+
+def embed_shapes(c: Config, pooling: str = "class") -> dict[str, tuple[int, ...]]:
+    """Our tensors, those that `embed` needs."""
+    return shapes(_whole(c)) | vit.norm_shapes("norm_post", hidden_size=c.hidden_size)
+
+
+def embed_names(c: Config, pooling: str = "class") -> Mapping[str, Recipe]:
+    """Where the tensors of `embed` stand in a Dinov2Model file."""
+    norm = {f"norm_post.{leaf}": keep(f"layernorm.{leaf}") for leaf in ("weight", "bias")}
+    return {**names(_whole(c)), **norm}
+
+
+def embed_unused(c: Config, pooling: str = "class") -> tuple[str, ...]:
+    """The token that stood for hidden patches in training."""
+    return ("embeddings.mask_token",)
+
+
+def _whole(c: Config) -> Config:
+    return replace(c, taps=(c.num_layers,), class_token=True)
+
+
 def tiny() -> Config:
     """A small instance for tests: registers, SwiGLU, several levels, another image size."""
     return Config(

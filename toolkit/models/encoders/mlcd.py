@@ -174,7 +174,10 @@ def unused(c: Config) -> tuple[str, ...]:
 # -- the tower by itself: one embedding per image, taps play no part ---------------------------
 
 
-def embed(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> T:
+POOLINGS = ("class",)
+
+
+def embed(op: Ops[T], c: Config, w: Weights[T], pixels: T, pooling: str = "class") -> T:
     """pixels [B, 3, height, width] -> [B, hidden_size]: the pooled output of an MLCDVisionModel.
 
     It is the class token behind the last block and `post_layernorm`, not normalised to length 1.
@@ -183,14 +186,19 @@ def embed(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> T:
     return vit.pooled(op, c, w, x)
 
 
-def embed_shapes(c: Config) -> dict[str, tuple[int, ...]]:
+def embed_shapes(c: Config, pooling: str = "class") -> dict[str, tuple[int, ...]]:
     """Our tensors, those that `embed` needs."""
     return shapes(_whole(c)) | vit.norm_shapes("norm_post", hidden_size=c.hidden_size)
 
 
-def embed_names(c: Config) -> Mapping[str, Recipe]:
+def embed_names(c: Config, pooling: str = "class") -> Mapping[str, Recipe]:
     """Where the tensors of `embed` stand in an MLCDVisionModel file (without `vision_model.`)."""
     return {**names(_whole(c)), **vit.clip_pooled_names()}
+
+
+def embed_unused(c: Config, pooling: str = "class") -> tuple[str, ...]:
+    """What else a tower's file may hold."""
+    return ("embeddings.position_ids",)
 
 
 def _whole(c: Config) -> Config:

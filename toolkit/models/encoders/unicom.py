@@ -1,7 +1,8 @@
 """UNICOM's vision transformer (An et al., arXiv 2304.05884): no class token, ReLU6, own head.
 
-Source: deepglint/unicom. The head turns all tokens into one embedding; its batch norms are folded
-into the linears before them. Without the head the output are the patch tokens behind the norm.
+Source: deepglint/unicom. The head turns all tokens into one embedding; its batch norms, by their
+running statistics, are folded into the second linear. Without the head the output are the patch
+tokens behind the norm.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgevlm.toolkit.errors import CheckpointError
 from edgevlm.toolkit.models import vit
 from edgevlm.toolkit.models.recipes import Recipe, first, flip, keep, part
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, T, Weights
 
 MODEL_TYPES = ("unicom",)
 _BATCH_EPS = 2e-5
+_BATCH = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,31 @@ def forward(op: Ops[T], c: Config, w: Weights[T], pixels: T) -> tuple[T, ...]:
     return (x,)
 
 
+# -- the tower by itself -----------------------------------------------------------------------
+
+POOLINGS = ("head",)
+
+
+def embed(op: Ops[T], c: Config, w: Weights[T], pixels: T, pooling: str = "head") -> T:
+    """pixels [B, 3, image, image] -> [B, embedding]: the head's output, not of length 1."""
+    return op.reshape(forward(op, c, w, pixels)[0], (0, c.embedding_dim))
+
+
+def embed_shapes(c: Config, pooling: str = "head") -> dict[str, tuple[int, ...]]:
+    """Our tensors, with those of the head."""
+    return shapes(c)
+
+
+def embed_names(c: Config, pooling: str = "head") -> Mapping[str, Recipe]:
+    """Where they stand in the original's file."""
+    return names(c)
+
+
+def embed_unused(c: Config, pooling: str = "head") -> tuple[str, ...]:
+    """Batch counters."""
+    return unused(c)
+
+
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Our tensors; q, k and v have no biases."""
     tensors: vit.Shapes = {
@@ -94,12 +122,32 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
         for name in "qkv":
             del tensors[f"layers.{i}.attention.{name}.bias"]
     if c.embedding_dim:
-        sizes = {
-            "head.0": (c.patches * c.hidden_size, c.hidden_size),
-            "head.1": (c.hidden_size, c.embedding_dim),
-        }
-        tensors |= vit.linear_shapes(sizes)
+        tensors["head.0.weight"] = (c.patches * c.hidden_size, c.hidden_size)
+        tensors |= vit.linear_shapes({"head.1": (c.hidden_size, c.embedding_dim)})
     return tensors
+
+
+def stored_shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the original's file by its name there, its batch counters aside."""
+    d, wide = c.hidden_size, c.intermediate_size
+    found: dict[str, tuple[int, ...]] = {
+        "patch_embed.proj.weight": (d, 3, c.patch_size, c.patch_size),
+        "patch_embed.proj.bias": (d,),
+        "pos_embed": (1, c.patches, d),
+        "norm.weight": (d,),
+        "norm.bias": (d,),
+    }
+    block: dict[str, tuple[int, ...]] = {"attn.qkv.weight": (3 * d, d)}
+    for name, rows, columns in (("attn.proj", d, d), ("mlp.fc1", wide, d), ("mlp.fc2", d, wide)):
+        block |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    block |= {f"norm{i}.{leaf}": (d,) for i in (1, 2) for leaf in ("weight", "bias")}
+    for i in range(c.num_layers):
+        found |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    if c.embedding_dim:
+        found |= {"feature.0.weight": (d, c.patches * d), "feature.2.weight": (c.embedding_dim, d)}
+        for number, channels in ((1, d), (3, c.embedding_dim)):
+            found |= {f"feature.{number}.{leaf}": (channels,) for leaf in _BATCH}
+    return found
 
 
 def names(c: Config) -> Mapping[str, Recipe]:
@@ -123,25 +171,45 @@ def names(c: Config) -> Mapping[str, Recipe]:
         for norm in ("norm1", "norm2"):
             for leaf in ("weight", "bias"):
                 table[f"{ours}.{norm}.{leaf}"] = keep(f"{theirs}.{norm}.{leaf}")
-    if c.embedding_dim:
-        for number in range(2):
-            linear, batch = f"feature.{2 * number}.weight", f"feature.{2 * number + 1}"
-            table |= _folded(f"head.{number}", linear, batch)
-    return table
+    return table | (_head() if c.embedding_dim else {})
 
 
-def _folded(ours: str, linear: str, norm: str) -> dict[str, Recipe]:
-    """A linear without bias and the batch norm behind it as one linear."""
-    leaves = ("weight", "bias", "running_mean", "running_var")
-    sources = (linear, *(f"{norm}.{leaf}" for leaf in leaves))
+def _head() -> dict[str, Recipe]:
+    """The first matrix as it is: it has most of the file's values. The second takes in the rest:
+    the batch norm between the two on its inputs, the one behind it on its outputs.
+    """
+    sources = (
+        *(f"feature.1.{leaf}" for leaf in _BATCH),
+        "feature.2.weight",
+        *(f"feature.3.{leaf}" for leaf in _BATCH),
+    )
 
-    def weight(matrix: Array, gain: Array, shift: Array, mean: Array, var: Array) -> Array:
-        return np.asarray((matrix * (gain / np.sqrt(var + _BATCH_EPS))[:, None]).T)
+    def weight(*stored: Array) -> Array:
+        (inner, _), (outer, _) = _affine(*stored[:4]), _affine(*stored[5:])
+        folded = stored[4].astype(np.float64) * inner * outer[:, None]
+        return np.asarray(folded.T.astype(np.float32))
 
-    def bias(matrix: Array, gain: Array, shift: Array, mean: Array, var: Array) -> Array:
-        return np.asarray(shift - mean * gain / np.sqrt(var + _BATCH_EPS))
+    def bias(*stored: Array) -> Array:
+        (_, shift), (outer, moved) = _affine(*stored[:4]), _affine(*stored[5:])
+        through = stored[4].astype(np.float64) @ shift
+        return np.asarray((through * outer + moved).astype(np.float32))
 
-    return {f"{ours}.weight": Recipe(sources, weight), f"{ours}.bias": Recipe(sources, bias)}
+    return {
+        "head.0.weight": flip("feature.0.weight"),
+        "head.1.weight": Recipe(sources, weight),
+        "head.1.bias": Recipe(sources, bias),
+    }
+
+
+def _affine(gain: Array, bias: Array, mean: Array, variance: Array) -> tuple[Array, Array]:
+    """A batch norm by its running statistics: what it multiplies by and adds, in float64.
+
+    Raises CheckpointError for a variance that cannot be one.
+    """
+    if variance.min() < 0:
+        raise CheckpointError(f"a running variance of the head is {variance.min()}, below 0")
+    slope = gain.astype(np.float64) / np.sqrt(variance.astype(np.float64) + _BATCH_EPS)
+    return slope, bias.astype(np.float64) - mean.astype(np.float64) * slope
 
 
 def unused(c: Config) -> tuple[str, ...]:

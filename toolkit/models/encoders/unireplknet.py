@@ -263,6 +263,38 @@ def unused(c: Config) -> tuple[str, ...]:
     return ("norm.*", "head.*", "*.num_batches_tracked")
 
 
+# -- the tower by itself -----------------------------------------------------------------------
+
+POOLINGS = ("mean", "plain-mean")
+
+
+def embed(op: Ops[T], c: Config, w: Weights[T], pixels: T, pooling: str = "mean") -> T:
+    """pixels [B, 3, H, W] -> [B, dims[-1]]: the mean of the last stage.
+
+    mean: behind the final norm, what the original's classifier reads; plain-mean: as it is, for
+    files without that norm, as ConvLLaVA's own tower saves them.
+    """
+    mean = op.reshape(op.mean(forward(op, c, w, pixels)[0], (1,)), (0, c.dims[-1]))
+    return mean if pooling == "plain-mean" else op.layer_norm(mean, w / "norm_post", _LAYER_EPS)
+
+
+def embed_shapes(c: Config, pooling: str = "mean") -> dict[str, tuple[int, ...]]:
+    """Our tensors, with the final norm if it is used."""
+    norm = convnet.norm_shapes("norm_post", c.dims[-1]) if pooling == "mean" else {}
+    return shapes(c) | norm
+
+
+def embed_names(c: Config, pooling: str = "mean") -> Mapping[str, Recipe]:
+    """How the tensors of `embed` are made from the original's file."""
+    norm = {f"norm_post.{leaf}": keep(f"norm.{leaf}") for leaf in ("weight", "bias")}
+    return {**names(c), **(norm if pooling == "mean" else {})}
+
+
+def embed_unused(c: Config, pooling: str = "mean") -> tuple[str, ...]:
+    """The classifier, batch counters, and the norm if it is not used."""
+    return unused(c) if pooling == "plain-mean" else ("head.*", "*.num_batches_tracked")
+
+
 def tiny() -> Config:
     """A small instance for tests."""
     return Config(dims=(8, 16, 24), kernels=((3,), (7,), (5, 3)))

@@ -157,18 +157,18 @@ def _read_rope(r: Reader) -> tuple[float, RopeScaling | None]:
     return theta, scaling
 
 
-def forward(
+def hidden(
     op: Ops[T],
     c: Config,
     w: Weights[T],
     inputs: Mapping[str, T],
     past: Sequence[tuple[T, T]],
 ) -> tuple[T, list[tuple[T, T]]]:
-    """One call of the decoder: a prompt, a piece of one, or a single token.
+    """One call of the decoder without its output layer: a prompt, a piece of one, or one token.
 
     inputs: ids [B, S]; rows [B, S] and features [F, hidden_size] as in Ops.place_tokens; start
-    [B], tokens already in the cache; score [B, P], the tokens whose logits are computed (P may
-    be 0). Returns logits [B, P, vocab] and the updated cache.
+    [B], tokens already in the cache; score [B, P], the tokens whose states are computed (P may
+    be 0). Returns their states behind the last norm [B, P, hidden_size], and the updated cache.
     """
     x = op.place_tokens(op.embed(inputs["ids"], w / "embed"), inputs["features"], inputs["rows"])
     positions = op.positions(inputs["ids"], inputs["start"])
@@ -184,8 +184,12 @@ def forward(
         score = inputs["score"] if i + 1 == c.num_layers else None
         x, cache = op.block(_layer, w / f"layers.{i}", x, c, past[i], step, score)
         present.append(cache)
-    x = op.rms_norm(x, w / "norm", c.eps)
-    return op.unembed(x, w / "embed") if c.tied else op.linear(x, w / "head"), present
+    return op.rms_norm(x, w / "norm", c.eps), present
+
+
+def logits(op: Ops[T], c: Config, w: Weights[T], x: T) -> T:
+    """The output layer: what `hidden` gave [B, P, hidden_size] -> [B, P, vocab]."""
+    return op.unembed(x, w / "embed") if c.tied else op.linear(x, w / "head")
 
 
 def _layer(

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from edgevlm.toolkit.models.lms import llama
-from edgevlm.toolkit.models.lms.llama import forward, names, shapes, unused
+from edgevlm.toolkit.models.lms.llama import hidden, logits, names, shapes, unused
 from edgevlm.toolkit.strict import Reader
 
-__all__ = ["Config", "forward", "names", "shapes", "tiny", "unused"]
+__all__ = ["Config", "hidden", "logits", "names", "shapes", "tiny", "unused"]
 
 
 _DEFAULTS = {

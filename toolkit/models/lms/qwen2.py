@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.models.lms import llama
-from edgevlm.toolkit.models.lms.llama import forward, names, shapes, unused
+from edgevlm.toolkit.models.lms.llama import hidden, logits, names, shapes, unused
 from edgevlm.toolkit.strict import Reader
 
-__all__ = ["Config", "forward", "names", "shapes", "tiny", "unused"]
+__all__ = ["Config", "hidden", "logits", "names", "shapes", "tiny", "unused"]
 
 
 _DEFAULTS = {

@@ -33,7 +33,9 @@ CLASSES = (
     *("DataType", "TensorIOMode", "ExecutionContextAllocationStrategy", "ProfilingVerbosity"),
     *("MemoryPoolType", "LayerType", "ILogger.Severity", "NetworkDefinitionCreationFlag"),
     *("ComputeCapability", "EngineInvalidityDiagnostics", "EngineValidity", "ErrorCode"),
+    *("IPluginRegistry", "KernelLaunchParams", "BuilderFlag", "Refitter", "OnnxParserRefitter"),
 )
+FUNCTIONS = ("get_plugin_registry",)
 WHOLE = (  # of which all members are kept
     *("ComputeCapability", "DataType", "ILogger.Severity", "EngineValidity", "TensorIOMode"),
 )
@@ -62,7 +64,10 @@ def used() -> set[str]:
 
 
 def of_tensorrt(data: dict[str, Any], names: set[str]) -> Iterator[Fact]:
-    """What one release has of `names` in our classes."""
+    """What one release has of `names` in our classes, and of its functions."""
+    for name in FUNCTIONS:
+        if name in data["tensorrt"]["functions"]:
+            yield name, "function", []
     for owner in CLASSES:
         known = data["tensorrt"]["classes"].get(owner)
         if known is None:

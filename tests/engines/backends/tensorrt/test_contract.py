@@ -21,6 +21,7 @@ HOLDS: dict[str, str | None] = {
     **{"builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser"},
     **{"config": "IBuilderConfig", "profile": "IOptimizationProfile", "error": "ParserError"},
     **{"runtime": "Runtime", "engine": "ICudaEngine", "_context": "IExecutionContext"},
+    **{"registry": "IPluginRegistry"},
 }
 HOLDS_IN: dict[str, dict[str, str | None]] = {
     "jit.py": {"config": "IRuntimeConfig", "made": "IRuntimeConfig", "cache": "IRuntimeCache"},
@@ -28,6 +29,7 @@ HOLDS_IN: dict[str, dict[str, str | None]] = {
     "call.py": {"_context": None, "builder": "GraphBuilder", "_graph": "Graph", "stream": "Stream"},
     "card.py": {"_stream": "Stream", "_buffer": "Buffer", "buffer": "Buffer"},
     "context.py": {"stream": "Stream"},
+    "refit.py": {"parser": "OnnxParserRefitter", "refitter": "Refitter"},
     "builder.py": {"builder": None, "profile": None, "config": None, "error": None},
     "__init__.py": {"builder": None},
     "probes.py": {"builder": None, "stream": "Stream"},
@@ -139,7 +141,8 @@ def test_every_name_and_call_of_cuda_core_exists() -> None:
 @pytest.mark.parametrize(
     ("text", "release", "odd"),
     [
-        ("trt.BuilderFlag", "11.4.0.106", AssertionError),
+        ("trt.BuilderFlag.FP16", "11.4.0.106", AssertionError),
+        ("trt.IInt8Calibrator", "11.4.0.106", AssertionError),
         ("engine.device_memory_size", "11.4.0.106", AssertionError),
         ("engine.get_tensor_name()", "10.3.0", TypeError),
         ("_context.set_input_shape(a, b, c)", "10.16.1.11", TypeError),

@@ -24,6 +24,7 @@ from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit.errors import (
     BuildError,
+    BundleError,
     InputError,
     MissingExtra,
     OutOfMemory,
@@ -35,6 +36,7 @@ from tests.engines.backends.tensorrt.cuda_standin import CudaError, World
 from tests.engines.backends.tensorrt.machine import Machine
 from tests.engines.backends.tensorrt.test_sessions import QUESTION, expected
 from tests.engines.backends.tensorrt.trt_standin import IExecutionContext
+from tests.sealing import reseal
 
 NEW, OLD, RTX = "11.4.0.106", "10.3.0", "rtx-1.7.1.116"
 
@@ -79,6 +81,9 @@ def test_a_damaged_plan_is_told(release: str, damage: str, copy: Any, install: I
         assert len(text) == size
         data[8 : 8 + size] = text
     plan.write_bytes(bytes(data))
+    with pytest.raises(BundleError, match=r"merger\.plan is damaged"):
+        Session.open(engine)
+    reseal(engine / "engine.json")
     with pytest.raises(BuildError, match=r"cannot load merger.plan: the file is damaged") as odd:
         Session.open(engine)
     assert odd.value.hint.startswith("build it again: edgevlm build ")
@@ -100,9 +105,7 @@ def test_a_plan_of_another_release_or_card_is_a_mismatch(
     text = json.dumps(header).encode()
     changed = data[:4] + len(text).to_bytes(4, "little") + text + data[8 + size :]
     plan.write_bytes(changed)
-    description = json.loads((engine / "engine.json").read_text())
-    description["files"]["lm.plan"]["nbytes"] = len(changed)
-    (engine / "engine.json").write_text(json.dumps(description))
+    reseal(engine / "engine.json")
     with pytest.raises(TargetMismatch, match=r"lm.plan was built for another release") as odd:
         Session.open(engine)
     assert odd.value.hint.startswith("build it again: edgevlm build ")

@@ -5,12 +5,14 @@ is logged. Its builder parses a graph and stores it with its weights as a "plan"
 that by ONNX Runtime in the memory of cuda_standin's card. It refuses what TensorRT would: another
 release or card, a damaged plan, shapes beyond a profile, unbound or misaligned addresses, too
 little memory for activations, a cache that is read where it is written before 10.15 or elsewhere
-since, and a graph whose context was changed after it was captured.
+since, a plan whose plugins are not registered, and a graph whose context was changed after it was
+captured. A library of plugins is a file with a model, whose functions are what its kernels do.
 """
 
 from __future__ import annotations
 
 import enum
+import hashlib
 import json
 import os
 import tempfile
@@ -36,7 +38,8 @@ KINDS: dict[int, tuple[str, Any]] = {
     7: ("INT64", np.int64),
     6: ("INT32", np.int32),
 }
-ARENA = {"encoder": 5000, "merger": 3000, "lm": 9000, "arrange": 1000, "fp16": 10, "int8": 10}
+ARENA = {"encoder": 5000, "merger": 3000, "lm": 9000, "arrange": 1000, "fused": 500}
+ARENA |= {"fp16": 10, "int8": 10}
 
 
 class Made:
@@ -51,6 +54,12 @@ class Made:
         self.timings = 0  # of the builder
         self.enums: dict[str, Any] = {}
         self.arenas: dict[int, int] = {}  # streams that compute in memory, by its address
+        self.registry: IPluginRegistry | None = None
+
+    @property
+    def bodies_yield(self) -> bool:
+        """Whether the parser takes a plugin for a call that has a body too."""
+        return tuple(map(int, self.version.split(".")))[:2] >= (10, 7)
 
     @property
     def in_place(self) -> bool:
@@ -95,14 +104,44 @@ class IHostMemory(bytes):
         return len(self)
 
 
+class IPluginRegistry(Thing):
+    """Creators by name, version and namespace: a function's body, b"" for what is Python."""
+
+    def __init__(self) -> None:
+        self._creators: dict[tuple[str, str, str], bytes] = {}
+
+    def load_library(self, plugin_path: str) -> object:
+        import onnx
+
+        for function in onnx.ModelProto.FromString(Path(plugin_path).read_bytes()).functions:
+            key = function.name, "1", function.domain
+            assert key not in self._creators, f"{key} is registered twice"
+            self._creators[key] = function.SerializeToString()
+        return object()
+
+    def get_creator(self, type: str, version: str, plugin_namespace: str = "") -> object:
+        return self._creators.get((type, version, plugin_namespace))
+
+
+class ParserError(Thing):
+    def __init__(self, text: str, node: str) -> None:
+        self._text, self._node = text, node
+
+    def desc(self) -> str:
+        return self._text
+
+    def node_name(self) -> str:
+        return self._node
+
+
 class ILayer(Thing):
-    def __init__(self, node: Any) -> None:
-        self._node = node
+    def __init__(self, node: Any, plugin: bool = False) -> None:
+        self._node, self._plugin = node, plugin
 
     @property
     def type(self) -> Any:
         name = "ATTENTION_INPUT" if self._node.op_type == "Attention" else "SHUFFLE"
-        return type("Kind", (), {"name": name})
+        return type("Kind", (), {"name": "PLUGIN_V3" if self._plugin else name})
 
 
 class IAttention(Thing):
@@ -128,47 +167,75 @@ class INetworkDefinition(Thing):
     def __init__(self) -> None:
         self._graph: Any = None
         self._named = ""
+        self._taken: dict[str, tuple[str, str, str]] = {}  # plugins, by the calls' names
+        self._stored: frozenset[str] = frozenset()  # names of the weights in a file
 
     @property
     def num_layers(self) -> int:
         return len(self._graph.graph.node)
 
     def get_layer(self, index: int) -> ILayer:
-        return make_thing(ILayer, self._made, self._graph.graph.node[index])
+        node = self._graph.graph.node[index]
+        return make_thing(ILayer, self._made, node, node.name in self._taken)
 
 
 class OnnxParser(Thing):
     def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
         self._network = network
+        self._errors: list[ParserError] = []
 
     @property
     def num_errors(self) -> int:
-        return 0
+        return len(self._errors)
 
-    def get_error(self, index: int) -> Any:
-        raise IndexError(index)
+    def get_error(self, index: int) -> ParserError:
+        return self._errors[index]
 
     def parse(self, model: bytes, path: str | None = None) -> bool:
         assert path is not None
-        self._network._graph = _with_weights(Path(path))
+        self._network._graph, self._network._stored = _with_weights(Path(path))
         self._network._named = Path(path).stem
-        return True
+        bodies = {function.name for function in self._network._graph.functions}
+        for node in self._network._graph.graph.node:
+            if node.domain:
+                self._call(node, node.op_type in bodies)
+        return not self._errors
+
+    def _call(self, node: Any, body: bool) -> None:
+        """Take the plugin that a call names, or its body."""
+        import onnx
+
+        graph, registry = self._network._graph, self._made.registry
+        own = {a.name: a.s.decode() for a in node.attribute if a.name.startswith("plugin_")}
+        key = node.op_type, own.get("plugin_version", "1"), own.get("plugin_namespace", node.domain)
+        found = registry._creators.get(key) if registry else None
+        if found is not None and (not body or (own and self._made.bodies_yield)):
+            self._network._taken[node.name] = key
+            if not any(f.name == node.op_type for f in graph.functions):
+                function = onnx.FunctionProto.FromString(found)
+                for opset in function.opset_import:
+                    opset.version = min(opset.version, graph.opset_import[0].version)
+                graph.functions.append(function)
+        elif not body:
+            text = "Plugin not found, are the plugin name, version, and namespace correct?"
+            self._errors.append(make_thing(ParserError, self._made, text, node.name))
 
 
-def _with_weights(path: Path) -> Any:
-    """A graph with its weights in it; onnx itself refuses a link to them."""
+def _with_weights(path: Path) -> tuple[Any, frozenset[str]]:
+    """A graph with its weights in it, and their names; onnx itself refuses a link to them."""
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
+    model, stored = onnx.load(str(path), load_external_data=False), set()
     for tensor in model.graph.initializer:
         if tensor.data_location == tensor.EXTERNAL:
+            stored.add(tensor.name)
             span = {item.key: item.value for item in tensor.external_data}
             with (path.parent / span["location"]).open("rb") as file:
                 file.seek(int(span["offset"]))
                 tensor.raw_data = file.read(int(span["length"]))
             del tensor.external_data[:]
             tensor.data_location = tensor.DEFAULT
-    return model
+    return model, frozenset(stored)
 
 
 class IOptimizationProfile(Thing):
@@ -193,6 +260,10 @@ class IBuilderConfig(Thing):
         self._cards: dict[int, Any] = {}
         self._cache: ITimingCache | None = None
         self._limit = 0
+        self._flags: set[str] = set()
+
+    def set_flag(self, flag: Any) -> None:
+        self._flags.add(flag.name)
 
     def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None:
         self._limit = pool_size
@@ -235,7 +306,8 @@ class Builder(Thing):
     def build_serialized_network(
         self, network: INetworkDefinition, config: IBuilderConfig
     ) -> IHostMemory:
-        made, graph = self._made, network._graph.SerializeToString()
+        made, stripped = self._made, _stripped(network) if "STRIP_PLAN" in config._flags else {}
+        graph = network._graph.SerializeToString()
         cards = [card.name.replace("SM", "sm_") for card in config._cards.values()]
         nodes = network._graph.graph.node
         header = {
@@ -247,7 +319,10 @@ class Builder(Thing):
             "graph": len(graph),
             "name": network._named,
             "limit": config._limit,
+            "plugins": _libraries(made, network),
+            "stripped": stripped,
         }
+        assert bool(stripped) == ("REFIT_IDENTICAL" in config._flags)
         severity = made.enums["ILogger.Severity"]
         for line in (
             f"Total Weights Memory: {len(graph)} bytes",
@@ -259,6 +334,24 @@ class Builder(Thing):
             config._cache._data = known + f" {network._named}".encode()
         text = json.dumps(header).encode()
         return IHostMemory(MAGIC + len(text).to_bytes(4, "little") + text + graph)
+
+
+def _stripped(network: INetworkDefinition) -> dict[str, str]:
+    """Take the weights out of a network; what they were, by name."""
+    found = {}
+    for tensor in network._graph.graph.initializer:
+        if tensor.name in network._stored:
+            found[tensor.name] = hashlib.sha256(tensor.raw_data).hexdigest()
+            tensor.raw_data = b""
+    return found
+
+
+def _libraries(made: Made, network: INetworkDefinition) -> list[list[str]]:
+    """The plugins of a network whose library has to be there where the plan runs."""
+    if made.registry is None:
+        return []
+    used = sorted(set(network._taken.values()))
+    return [list(key) for key in used if made.registry._creators[key]]
 
 
 class Runtime(Thing):
@@ -291,6 +384,10 @@ class Runtime(Thing):
         self._made.world.check_thread()
         data = bytes(serialized_engine)
         bits, fault = self._fault(data)
+        known = self._made.registry._creators if self._made.registry else {}
+        lacking = [] if bits else [k for k in _parts(data)[0]["plugins"] if tuple(k) not in known]
+        if lacking:
+            bits, fault = 1, f"Cannot deserialize plugin {lacking}: no IPluginCreator is registered"
         if bits:
             self._log.log(self._made.enums["ILogger.Severity"].ERROR, fault)
             return None
@@ -307,7 +404,8 @@ class ICudaEngine(Thing):
         import onnx
 
         self._header, self._log = header, logger
-        self._graph = onnx.ModelProto.FromString(graph).graph
+        self._whole = onnx.ModelProto.FromString(graph)
+        self._graph, self._missing = self._whole.graph, set(header["stripped"])
         self._inputs = {v.name: v for v in self._graph.input}
         self._outputs = {v.name: v for v in self._graph.output}
         self._model, self._session = graph, None
@@ -366,6 +464,7 @@ class ICudaEngine(Thing):
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         import onnxruntime
 
+        assert not self._missing, f"an engine runs without {sorted(self._missing)[:3]}"
         if self._session is None:
             options = sessions.session_options(1)
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -384,6 +483,52 @@ class ICudaEngine(Thing):
 
     def _numpy(self, name: str) -> Any:
         return KINDS[self._value(name).elem_type][1]
+
+
+class Refitter(Thing):
+    def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
+        self._engine, self._log = engine, logger
+        self._values: dict[str, bytes] = {}
+
+    def get_all_weights(self) -> list[str]:
+        return list(self._engine._header["stripped"])
+
+    def get_missing_weights(self) -> list[str]:
+        return [name for name in self.get_all_weights() if name not in self._values]
+
+    def refit_cuda_engine(self) -> bool:
+        """As REFIT_IDENTICAL has it: the very weights of the build."""
+        engine, severity = self._engine, self._made.enums["ILogger.Severity"]
+        for name, known in engine._header["stripped"].items():
+            if hashlib.sha256(self._values[name]).hexdigest() != known:
+                self._log.log(severity.ERROR, f"{name} is not what it was at build time")
+                return False
+        for tensor in engine._graph.initializer:
+            tensor.raw_data = self._values.get(tensor.name, tensor.raw_data)
+        engine._model, engine._missing = engine._whole.SerializeToString(), set()
+        return True
+
+
+class OnnxParserRefitter(Thing):
+    def __init__(self, refitter: Refitter, logger: ILogger) -> None:
+        self._refitter = refitter
+        self._errors: list[ParserError] = []
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
+
+    def get_error(self, index: int) -> ParserError:
+        return self._errors[index]
+
+    def refit_from_file(self, model: str) -> bool:
+        try:
+            graph, _ = _with_weights(Path(model))
+        except OSError as odd:
+            self._errors.append(make_thing(ParserError, self._made, str(odd), ""))
+            return False
+        self._refitter._values = {t.name: t.raw_data for t in graph.graph.initializer}
+        return True
 
 
 class IRuntimeCache(Thing):
@@ -533,8 +678,9 @@ CLASSES = (
     *(ILogger, IProfiler, ILayer, INetworkDefinition, OnnxParser, IOptimizationProfile),
     *(ITimingCache, IBuilderConfig, Builder, Runtime, ICudaEngine, IExecutionContext),
     *(IRuntimeConfig, IRuntimeCache, IAttention, IAttentionInputLayer),
+    *(IPluginRegistry, ParserError, Refitter, OnnxParserRefitter),
 )
-PUBLIC = (ILogger, IProfiler, OnnxParser, Builder, Runtime)
+PUBLIC = (ILogger, IProfiler, OnnxParser, Builder, Runtime, Refitter, OnnxParserRefitter)
 
 
 def make_thing(kind: type[T], made: Made, *args: Any) -> T:
@@ -598,7 +744,37 @@ def make(release: str, world: World | None = None, card: str = "sm_87") -> Modul
     for kind in (*PUBLIC, IAttentionInputLayer, IRuntimeCache):
         if kind.__name__ in made.api.facts:
             setattr(module, kind.__name__, _classes(made)[kind.__name__])
+    made.registry = make_thing(IPluginRegistry, made)
+    vars(module)["get_plugin_registry"] = lambda: made.registry
+    if "KernelLaunchParams" in made.api.facts:
+        vars(module)["KernelLaunchParams"] = object
     return module
+
+
+def plugin_module(made: Made) -> dict[str, Any]:
+    """What `tensorrt.plugin` of 10.13 and newer has, as far as our plugins are defined with it.
+
+    A plugin is known once it is registered; what NVIDIA's own Python makes of ours: tests/kernels.
+    """
+    defined: dict[str, set[str]] = {}
+
+    def marking(what: str) -> Callable[[str], Callable[[T], T]]:
+        def named(plugin: str) -> Callable[[T], T]:
+            def decorated(function: T) -> T:
+                namespace, _, name = plugin.partition("::")
+                defined.setdefault(plugin, set()).add(what)
+                if len(defined[plugin]) == 3:
+                    assert made.registry is not None
+                    made.registry._creators[name, "1", namespace] = b""
+                return function
+
+            return decorated
+
+        return named
+
+    kinds = ("TensorDesc", "KernelLaunchParams", "SymIntExprs")
+    marks = ("register", "autotune", "aot_impl")
+    return {**dict.fromkeys(kinds, object), **{mark: marking(mark) for mark in marks}}
 
 
 def _enums(known: Api) -> Iterator[tuple[str, dict[str, int]]]:
@@ -618,5 +794,11 @@ def as_package(folder: Path, module: str, release: str, card: str, root: Path) -
         "from tests.engines.backends.tensorrt import trt_standin\n"
         f"globals().update(vars(trt_standin.make({release!r}, card={card!r})))\n"
     )
+    if module == "tensorrt" and "KernelLaunchParams" in api.of(release).facts:
+        package.joinpath("plugin.py").write_text(
+            "import tensorrt\n"
+            "from tests.engines.backends.tensorrt import trt_standin\n"
+            "globals().update(trt_standin.plugin_module(tensorrt.made))\n"
+        )
     paths = [str(folder), str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": tempfile.gettempdir()}
