@@ -32,7 +32,12 @@ from edgevlm.toolkit.bundle.atomic import (
     writing,
 )
 from edgevlm.toolkit.bundle.manifest import GOLDENS, TOKENIZER, Bundle, FileRecord, record_file
-from edgevlm.toolkit.errors import ConfigError, MissingExtra, TargetMismatch, UnsupportedError
+from edgevlm.toolkit.errors import (
+    ConfigError,
+    MissingExtra,
+    TargetMismatch,
+    UnsupportedError,
+)
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import Target, check_runs_here, threads_here
 from edgevlm.toolkit.vlm import towers

@@ -113,8 +113,12 @@ def package(card: Card) -> Any:
             options: Any,
             providers: list[tuple[str, Any]],
             disabled_optimizers: None,
+            *,
+            enable_fallback: int,
+            read_config_from_model: int,
         ) -> None:
             ((name, given),) = providers
+            assert not enable_fallback  # a failure is not tried again on the processor
             assert name == CUDA
             card.options.append(given)
             self._inner = _REAL(path, options, providers=["CPUExecutionProvider"])
