@@ -15,7 +15,8 @@ _MOST, _PAUSE = 6, 16  # tokens guessed at once; tokens without a guess after wr
 def guess(ids: Array, most: int) -> list[int]:
     """Up to `most` tokens that followed an earlier occurrence of the last ones; often none.
 
-    The latest occurrence of the longest ending counts. Negative ids are no tokens.
+    The latest occurrence of the longest ending counts that so many tokens follow. Negative ids are
+    no tokens.
     """
     for size in range(_LONGEST, _SHORTEST - 1, -1):
         begins = len(ids) - size  # the earlier occurrence begins before this
@@ -26,7 +27,9 @@ def guess(ids: Array, most: int) -> list[int]:
             matches &= ids[offset : offset + begins] == ids[begins + offset]
         found = np.flatnonzero(matches)
         if len(found):
-            end = int(found[-1]) + size
+            ends = found + size
+            whole = ends[ends + most <= len(ids)]  # a run that repeats itself is cut off by its end
+            end = int(whole[-1] if len(whole) else ends[0])
             following = ids[end : end + most]
             stop = np.flatnonzero(following < 0)
             return [int(i) for i in (following[: stop[0]] if len(stop) else following)]

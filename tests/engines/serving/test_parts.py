@@ -135,6 +135,7 @@ def test_the_image_cache_is_bounded_and_finds_what_it_has(session: Session) -> N
         ([1, 2, 3], []),
         ([1], []),
         ([4, 4, 4, 4], [4]),
+        ([4] * 9, [4, 4, 4]),  # not the latest, which one token follows
     ],
 )
 def test_guesses_follow_what_followed_before(ids: list[int], expected: list[int]) -> None:
