@@ -14,15 +14,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
+from edgevlm.engines.evaluation.tasks import Request, Scores, with_defaults
 from edgevlm.engines.runtime.question import Question
 from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit.errors import ConfigError, InputError, ToolkitError
 from edgevlm.toolkit.images import rle
 from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.terminal.console import table
 
 IGNORED = 255  # in a truth: pixels that do not count
 BACKGROUND, FOREGROUND = 0, 1
@@ -234,3 +236,36 @@ def _moved(question: str) -> str:
     if question.count("<image>") != 1 or question.startswith("<image>"):
         return question
     return "<image>\n" + question.replace("<image>", "").strip()
+
+
+def run(request: Request) -> Scores:
+    """The task `refcoco-seg`: over all samples of a file, and of each data set that lines name."""
+    request = with_defaults(request, max_tokens=512, template="auto", masks_of="reference")
+    assert request.data is not None
+    assert request.max_tokens is not None
+    with Session.open(request.engine, threads=request.threads) as session:
+        found = refcoco_seg(
+            session,
+            request.data,
+            images=request.images,
+            answers=cast(Answers, request.masks_of),
+            template=request.template or "auto",
+            max_tokens=request.max_tokens,
+            limit=request.limit,
+            progress=request.progress,
+        )
+    rows = [("all", found.ciou, found.giou)]
+    rows += [(name, *both) for name, both in found.groups.items()]
+    lines = (
+        *table(("data set", "cIoU", "gIoU"), rows),
+        f"{found.masks} masks of {found.samples} samples",
+    )
+    values = {
+        "ciou": found.ciou,
+        "giou": found.giou,
+        "samples": found.samples,
+        "masks": found.masks,
+        "groups": {name: {"ciou": c, "giou": g} for name, (c, g) in found.groups.items()},
+    }
+    settings = {name: getattr(request, name) for name in ("max_tokens", "template", "masks_of")}
+    return Scores(values, lines, (request.data,), settings, found.failed)

@@ -61,6 +61,22 @@ TASKS: Mapping[str, Task] = {
         ("data",),
         (*_ASKED, "scorer", "box_scale", "square_pad"),
     ),
+    "refcoco-seg": Task(
+        "masks of described regions: cIoU and gIoU",
+        "masks",
+        ("data",),
+        ("images", "max_tokens", "template", "masks_of"),
+    ),
+    "recall": Task(
+        "a tower: Recall@1 of classes, or of query and gallery",
+        "retrieval",
+        ("data",),
+        ("channels",),
+    ),
+    "knn": Task(
+        "a tower: weighted nearest neighbours, classes of train and test", "knn", ("data",)
+    ),
+    "probe": Task("a tower: logistic regression, classes of train and test", "probe", ("data",)),
 }
 
 
@@ -72,10 +88,11 @@ def _silent(message: str) -> None:
 class Request:
     """What is asked; None, False and () are options that were not given, which tasks default.
 
-    data: samples, one JSON object a line; images: the folder where their paths begin. text: a file
-    in UTF-8; window: tokens read at once. against: an engine's folder, or "reference". limit: the
+    data: samples, one JSON object a line, or a folder of images by class; images: the folder where
+    paths begin. text: a file in UTF-8; window: tokens read at once. against: an engine's folder, or "reference". limit: the
     first so many samples. suffix: text behind every question. answers: a new file for each answer
-    and its score. scorer, box_scale, square_pad: see refcoco.py. threads: 0 for all.
+    and its score. scorer, box_scale, square_pad: see refcoco.py. masks_of: see masks.py's
+    ANSWERS. channels: of an embedding, the first that count. threads: 0 for all.
     """
 
     engine: Path
@@ -92,6 +109,8 @@ class Request:
     scorer: str | None = None
     box_scale: float | None = None
     square_pad: bool = False
+    masks_of: str | None = None
+    channels: int | None = None
     threads: int = 0
     progress: Progress = _silent
 

@@ -20,7 +20,12 @@ _Task = Annotated[
     str,
     typer.Argument(help="What to measure; `list` shows all tasks.", autocompletion=_complete),
 ]
-_Data = Annotated[Optional[Path], typer.Option(help="The samples: one JSON object a line.")]
+_Data = Annotated[
+    Optional[Path],
+    typer.Option(
+        help="The samples: one JSON object a line; of a tower a folder of images by class."
+    ),
+]
 _Images = Annotated[
     Optional[Path], typer.Option(help="Where image paths begin; default: beside the data.")
 ]
@@ -39,6 +44,13 @@ _BoxScale = Annotated[
 ]
 _SquarePad = Annotated[
     bool, typer.Option("--square-pad", help="refcoco, mmfuser: boxes are of the padded square.")
+]
+_MasksOf = Annotated[
+    Optional[str],
+    typer.Option(help="refcoco-seg: reference (the file's answer), forced ([SEG]) or free."),
+]
+_Channels = Annotated[
+    Optional[int], typer.Option(help="recall: the first channels of an embedding that count.")
 ]
 _Answers = Annotated[
     Optional[Path], typer.Option(help="A new file; gets each answer with its score.")
@@ -62,6 +74,8 @@ def evaluate(
     scorer: _Scorer = None,
     box_scale: _BoxScale = None,
     square_pad: _SquarePad = False,
+    masks_of: _MasksOf = None,
+    channels: _Channels = None,
     answers: _Answers = None,
     out: _Out = None,
     threads: Threads = 0,

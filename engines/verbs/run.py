@@ -65,6 +65,8 @@ def run(
     from edgevlm.engines.runtime.session import Question, Session, notes_on_threads
 
     console = opened_console(as_json, quiet)
+    for note in notes_on_threads(threads):
+        console.note(note)
     penalties = (repetition_penalty, no_repeat_ngram, allow_banned)
     sampling = Sampling(temperature, top_k, top_p, seed, *penalties)
     given = Question(
