@@ -46,7 +46,7 @@ OTHERS = {
 
 
 def rendered(source: str, turns: tuple[str, ...] = ("Hello",)) -> str:
-    return chat_template.render(source, {}, turns, 0, "<image>")
+    return chat_template.render(source, {}, turns, [0] * len(turns), "<image>")
 
 
 @pytest.mark.parametrize("case", ENDLESS)
