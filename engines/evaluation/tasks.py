@@ -88,11 +88,12 @@ def _silent(message: str) -> None:
 class Request:
     """What is asked; None, False and () are options that were not given, which tasks default.
 
-    data: samples, one JSON object a line, or a folder of images by class; images: the folder where
-    paths begin. text: a file in UTF-8; window: tokens read at once. against: an engine's folder, or "reference". limit: the
-    first so many samples. suffix: text behind every question. answers: a new file for each answer
-    and its score. scorer, box_scale, square_pad: see refcoco.py. masks_of: see masks.py's
-    ANSWERS. channels: of an embedding, the first that count. threads: 0 for all.
+    data: samples, one JSON object a line, or a folder of images by class; images: the folder
+    where paths begin. text: a file in UTF-8; window: tokens read at once. against: an engine's
+    folder, or "reference". limit: the first so many samples. suffix: text behind every
+    question. answers: a new file for each answer and its score. scorer, box_scale, square_pad:
+    see refcoco.py. masks_of: see masks.py's ANSWERS. channels: of an embedding, the first that
+    count. threads: 0 for all.
     """
 
     engine: Path

@@ -17,6 +17,7 @@ from edgevlm.engines.evaluation.tasks import TASKS, Request
 from edgevlm.toolkit.text.prompts import PromptSequence
 from tests.conftest import ROOT
 from tests.refusals import IMAGE, check_contract, edgevlm
+from tests.sealing import edit_sealed
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
 
@@ -218,9 +219,7 @@ def test_a_reference_needs_the_bundle(engine: Path, tmp_path: Path) -> None:
     import shutil
 
     moved = shutil.copytree(engine, tmp_path / "engine")
-    description = json.loads((moved / "engine.json").read_text())
-    description["bundle"] = str(tmp_path / "gone")
-    (moved / "engine.json").write_text(json.dumps(description))
+    edit_sealed(moved / "engine.json", lambda data: data.update(bundle=str(tmp_path / "gone")))
     ran = edgevlm("eval", moved, "agreement", "--against", "reference")
     assert ran.code == 1
     assert "is not there any more" in check_contract(ran.err)[0]
