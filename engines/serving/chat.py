@@ -153,9 +153,25 @@ def _editor() -> Callable[[], str]:
         from prompt_toolkit import PromptSession
     except ImportError:
         return lambda: input("> ")
-    from prompt_toolkit.completion import NestedCompleter, PathCompleter
-
-    paths = {"/image": PathCompleter(expanduser=True)}
-    completer = NestedCompleter({**paths, "/reset": None, "/help": None, "/exit": None})
-    session: PromptSession[str] = PromptSession(completer=completer, complete_while_typing=False)
+    session: PromptSession[str] = PromptSession(completer=_completer(), complete_while_typing=False)
     return lambda: session.prompt("> ")
+
+
+def _completer() -> Any:
+    """Completes commands, and paths behind /image."""
+    from prompt_toolkit.completion import Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    paths = PathCompleter(expanduser=True)
+
+    class Commands(Completer):
+        def get_completions(self, document: Document, event: Any) -> Iterator[Completion]:
+            text = document.text_before_cursor
+            if text.startswith("/image "):
+                yield from paths.get_completions(Document(text.removeprefix("/image ")), event)
+            elif text.startswith("/"):
+                names = [name.removesuffix("FILE") for name in _COMMANDS]
+                found = [name for name in names if name.startswith(text)]
+                yield from (Completion(name, -len(text)) for name in found)
+
+    return Commands()

@@ -150,6 +150,24 @@ def test_words_of_the_original_script(
     assert chat._command(other, "exit") is None
 
 
+def test_commands_and_paths_are_completed(tmp_path: Path) -> None:
+    from prompt_toolkit.completion import CompleteEvent
+    from prompt_toolkit.document import Document
+
+    from edgevlm.engines.serving import chat
+
+    (tmp_path / "photo.png").touch()
+
+    def completed(line: str) -> list[str]:
+        found = chat._completer().get_completions(Document(line), CompleteEvent())
+        return [one.text for one in found]
+
+    assert completed("/ima") == ["/image "]
+    assert completed("/") == ["/image ", "/reset", "/help", "/exit"]
+    assert completed(f"/image {tmp_path}/pho") == ["to.png"]
+    assert completed("What is /ima") == []
+
+
 def test_images_belong_to_turns_of_the_user(session: Session) -> None:
     history = ["One?", "Two."]
     for turns, says in (([1], "user's turns"), ([4], "user's turns"), ([0, 0], "for 1 images")):
