@@ -240,7 +240,9 @@ def test_a_profile_has_the_tower_s_stages(engine: Path, tmp_path: Path) -> None:
     assert [span["name"] for span in spans] == list(found["stages"])
     with pytest.raises(InputError, match="--html"):
         CliRunner().invoke(
-            cli.app, ["profile", str(engine), "--html", str(trace)], catch_exceptions=False
+            cli.app,
+            ["profile", str(engine), "--html", str(trace.with_suffix(".html"))],
+            catch_exceptions=False,
         )
 
 
