@@ -102,7 +102,9 @@ class Session:
             raise InputError(f"a session with {replies} replies answers nothing")
         started, folder = time.perf_counter(), Path(folder)
         engine = manifest.read(folder)
-        manifest.check(folder, engine, verify=verify)
+        manifest.check(folder, engine)
+        if verify:
+            manifest.examine(folder, engine)
         manifest.check_verified(folder, engine)
         memory.require(memory.of_engine(engine), f"opening {folder}", engine.parsed_target())
         encoders = len(engine.parsed_model().encoders)
