@@ -48,6 +48,8 @@ S ?= 0
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.fuzz $(N) $(S)
+	$(BIN)/python -m tests.fuzz.kills 100 $(S)
+	$(BIN)/python -m tests.fuzz.kills 100 verbs
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu

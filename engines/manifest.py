@@ -211,19 +211,19 @@ def _next(folder: Path) -> str:
     return f"build one: edgevlm build BUNDLE {folder}"
 
 
-def check(folder: Path, engine: Engine, *, verify: bool = False) -> None:
-    """Raise TargetMismatch on another machine, BundleError if a file is missing or damaged.
-
-    verify: by SHA-256, which tells changes that somebody made on purpose too.
-    """
+def check(folder: Path, engine: Engine) -> None:
+    """Raise TargetMismatch on another machine, BundleError if a file is missing or damaged."""
     target = engine.parsed_target()
     here = backends.backend(target).here()
     check_runs_here(target, here, engine.rebuild_command(folder))
-    check_files(folder, engine, verify=verify)
+    check_files(folder, engine)
 
 
 def check_files(folder: Path, engine: Engine, *, verify: bool = False) -> None:
-    """Raise BundleError if a file is missing or is not what the build wrote; reads all of them."""
+    """Raise BundleError if a file is missing or is not what the build wrote; reads all of them.
+
+    verify: by SHA-256, which tells changes that somebody made on purpose too.
+    """
     fault = next(iter(faults(folder, engine, verify=verify)), None)
     if fault:
         raise BundleError(fault, hint=_again(folder, engine))

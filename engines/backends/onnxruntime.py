@@ -166,6 +166,10 @@ def open(
             f"ONNX Runtime cannot load {record.graph}: {refused}",
             hint=_CHANGED,
         ) from None
+    graph = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
+    lacking = [port.name for port in (*record.inputs, *record.outputs) if port.name not in graph]
+    if lacking:
+        raise BuildError(f"{record.graph} has no input or output called {lacking[0]}")
     return OnnxRuntimeRunner(session, record, options)
 
 

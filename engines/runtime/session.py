@@ -108,7 +108,9 @@ class Session:
         started, folder = time.perf_counter(), Path(folder)
         engine = manifest.read(folder)
         model = towers.vlm(engine.parsed_model(), str(folder))
-        manifest.check(folder, engine, verify=verify)
+        manifest.check(folder, engine)
+        if verify:
+            manifest.examine(folder, engine)
         manifest.check_verified(folder, engine)
         memory.require(memory.of_engine(engine), f"opening {folder}", engine.parsed_target())
         encoders = len(model.encoders)
