@@ -64,7 +64,20 @@ class AssistantMessage(_Strict):
     refusal: None = None
 
 
-Message = Annotated[Union[UserMessage, AssistantMessage], Field(discriminator="role")]
+class SystemMessage(_Strict):
+    """Instructions for the whole conversation. Their text stands in front of the first question:
+    the models' templates have a system text of their own, with which they were trained.
+    """
+
+    role: Literal["system", "developer"]
+    content: Union[str, list[TextPart]]
+    name: Union[str, None] = None
+
+
+Turn = Union[UserMessage, AssistantMessage]
+Message = Annotated[
+    Union[SystemMessage, UserMessage, AssistantMessage], Field(discriminator="role")
+]
 
 
 class StreamOptions(_Strict):
@@ -120,8 +133,10 @@ def read(body: bytes, limits: Limits) -> Asked:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as odd:
         raise InputError(_said(odd.errors(include_url=False, include_context=False)[0])) from None
-    _check(request, limits)
-    turns, images, image_turns = _turns(request.messages, limits)
+    instructions, conversation = _divided(request.messages)
+    _check(request, conversation, len(request.messages) - len(conversation))
+    turns, images, image_turns = _turns(conversation, len(instructions), limits)
+    turns[0] = "\n\n".join([*instructions, turns[0]])
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     question = Question(
@@ -144,25 +159,42 @@ def _said(error: Any) -> str:
         return f"{where}: unknown, or not implemented by this server"
     if error["loc"][:1] == ("response_format",):
         return f"{where}: only text is answered: no grammar forces an answer into JSON"
-    if error["type"] == "union_tag_invalid" and error["loc"][:1] == ("messages",):
-        return (
-            f"{where}: {error['msg']}; system messages are refused: the model's conversation "
-            "template has its own"
-        )
     return f"{where or 'the body'}: {error['msg']}"
 
 
-def _check(request: ChatRequest, limits: Limits) -> None:
+def _divided(messages: Sequence[Message]) -> tuple[list[str], list[Turn]]:
+    """The texts of the system messages in front, and what follows them."""
+    instructions, turns = list[str](), list[Turn]()
+    for number, message in enumerate(messages):
+        if not isinstance(message, SystemMessage):
+            turns.append(message)
+        elif turns:
+            raise InputError(
+                f"messages.{number}.role: system messages stand in front of all others"
+            )
+        else:
+            instructions.append(_text(message.content))
+    return instructions, turns
+
+
+def _text(content: str | Sequence[Part]) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.text for part in content if isinstance(part, TextPart))
+
+
+def _check(request: ChatRequest, conversation: Sequence[Turn], before: int) -> None:
+    """before: how many system messages there are."""
     if request.top_logprobs and not request.logprobs:
         raise InputError("top_logprobs: needs logprobs to be true")
     if request.stream_options is not None and not request.stream:
         raise InputError("stream_options: needs stream to be true")
     if None not in (request.max_tokens, request.max_completion_tokens):
         raise InputError("max_tokens: give it or max_completion_tokens, not both")
-    for number, message in enumerate(request.messages):
+    for number, message in enumerate(conversation):
         if message.role != ("assistant" if number % 2 else "user"):
-            raise InputError(f"messages.{number}.role: user and assistant must alternate")
-    if len(request.messages) % 2 == 0:
+            raise InputError(f"messages.{before + number}.role: user and assistant must alternate")
+    if len(conversation) % 2 == 0:
         raise InputError("messages: the last one must be the user's")
 
 
@@ -181,19 +213,16 @@ def _sampling(request: ChatRequest) -> Sampling:
 
 
 def _turns(
-    messages: Sequence[UserMessage | AssistantMessage], limits: Limits
+    messages: Sequence[Turn], before: int, limits: Limits
 ) -> tuple[list[str], list[bytes], list[int]]:
-    """Texts by turn, images, and the turn of each image."""
+    """Texts by turn, images, and the turn of each image; before: messages in front of these."""
     turns, images, image_turns = list[str](), list[bytes](), list[int]()
     for number, message in enumerate(messages):
         parts = message.content
-        if isinstance(parts, str):
-            turns.append(parts)
-            continue
-        turns.append("\n".join(part.text for part in parts if isinstance(part, TextPart)))
-        for place, part in enumerate(parts):
+        turns.append(_text(parts))
+        for place, part in enumerate([] if isinstance(parts, str) else parts):
             if isinstance(part, ImagePart):
-                where = f"messages.{number}.content.{place}.image_url.url"
+                where = f"messages.{before + number}.content.{place}.image_url.url"
                 images.append(_image(part.image_url.url, where, limits))
                 image_turns.append(number)
                 if len(images) > limits.images:

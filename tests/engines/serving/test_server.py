@@ -76,6 +76,20 @@ def test_answers_are_those_of_the_session(client: OpenAI, opened: Session) -> No
     assert "time_to_first_token" in measured["edgevlm"]["timings_ms"]
 
 
+def test_instructions_stand_in_front_of_the_first_question(client: OpenAI, opened: Session) -> None:
+    expected = alone(opened, "Be brief.\n\nIn French.\n\nWhy?")
+    found = client.chat.completions.create(
+        model="tiny",
+        messages=[
+            {"role": "system", "content": "Be brief."},
+            {"role": "developer", "content": [{"type": "text", "text": "In French."}]},
+            {"role": "user", "content": "Why?"},
+        ],
+        max_tokens=12,
+    )
+    assert found.choices[0].message.content == expected.text
+
+
 def test_a_stream_joins_to_the_answer(client: OpenAI, opened: Session) -> None:
     expected = alone(opened, "Why?", (), 30, stop=["zz"])
     stream = client.chat.completions.create(
@@ -195,7 +209,8 @@ def picture(url: str) -> list[dict[str, Any]]:
         ({"messages": []}, "messages"),
         ({"messages": "Hi"}, "messages"),
         ({"messages": [{"role": "robot", "content": "Hi"}]}, "robot"),
-        ({"messages": [{"role": "system", "content": "Hi"}]}, "system messages are refused"),
+        ({"messages": [{"role": "system", "content": "Hi"}]}, "must be the user's"),
+        ({"messages": [*MESSAGES, {"role": "system", "content": "Hi"}]}, "in front of all others"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "alternate"),
         ({"messages": [*MESSAGES, {"role": "assistant", "content": "Hi"}]}, "must be the user's"),
         ({"messages": MESSAGES, "tools": []}, "tools: unknown, or not implemented"),
