@@ -12,11 +12,12 @@
 # make clean   removes what these made;  make distclean  removes the environment too
 #
 # Every target sets up what it needs in $(VENV) the first time. Needs Python 3.10 or newer.
-# PYTHON=python3.12 chooses the interpreter; PIP_ARGS is handed to pip.
+# PYTHON=python3.12 chooses the interpreter; PIP_ARGS is handed to pip; JOBS=1 tests in one process.
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+JOBS ?= auto
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_ARGS)
@@ -35,7 +36,7 @@ demo-exact: $(VENV)/.demo-exact
 	$(BIN)/python -m examples.demo_exact
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not rtx and not kernels'
+	$(BIN)/python -m pytest -n $(JOBS) -m 'not rtx and not kernels'
 
 test-rtx: $(VENV)/.rtx
 	$(BIN)/python -m pytest -m rtx tests/rtx

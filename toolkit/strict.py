@@ -286,6 +286,8 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return data
     if origin is tuple:
         return _decode_tuple(args, data, where)
+    if origin is list:
+        return [*_decode_tuple((args[0], Ellipsis), data, where)]
     if origin in (dict, Mapping, typing.get_origin(Mapping[str, int])):
         _expect(isinstance(data, dict), where, data, "an object")
         return {key: _decode(args[1], item, f"{where}.{key}") for key, item in data.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,8 +48,10 @@ def main() -> None:
             whole_tensor = b.full_tensor()  # type: ignore[attr-defined]
             assert torch.allclose(a, whole_tensor, rtol=1e-3, atol=1e-4), (name, key)
     if dist.get_rank() == 0:
-        print("equal")
+        print("equal", flush=True)
+    dist.barrier()  # a process that ends while the other still talks to it aborts now and then
     dist.destroy_process_group()
+    os._exit(0)  # as do threads of gloo that outlive the interpreter
 
 
 if __name__ == "__main__":
