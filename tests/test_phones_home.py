@@ -39,8 +39,9 @@ print("SOCKETS", len(seen), "CODE", code, file=sys.stderr)
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    """The user's, with a home that is empty and no switch of a library."""
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("ORT_", "XDG_", "HF_"))}
+    """The user's, with a home that is empty and no switch of a library: `CI` is one too."""
+    needed = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
+    plain = {name: os.environ[name] for name in needed if name in os.environ}
     return plain | {"HOME": str(home), "WAIT": "0.5"} | more
 
 
