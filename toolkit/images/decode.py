@@ -205,22 +205,24 @@ def _check_png(file: BinaryIO, name: str) -> None:
     """Raise InputError if a checksum of the pixels is wrong: Pillow compares those of other chunks
     only, and shows the damage. (PNG specification, 13.2: such an error is fatal.)
     """
-    at = file.tell()
+    at, size = file.tell(), file.seek(0, os.SEEK_END)
     file.seek(8)  # behind the signature
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         if kind == b"IEND":
             break
-        if kind not in (b"IDAT", b"PLTE"):
+        if length <= size and kind not in (b"IDAT", b"PLTE"):
             file.seek(length + 4, os.SEEK_CUR)
             continue
         check, left = zlib.crc32(kind), length
         while left and (piece := file.read(min(left, _PIECE))):
             check, left = zlib.crc32(piece, check), left - len(piece)
         stated = file.read(4)
-        if not left and len(stated) == 4 and struct.unpack(">I", stated)[0] != check:
+        differs = not left and len(stated) == 4 and struct.unpack(">I", stated)[0] != check
+        if differs or length > size:  # for which Pillow would make room
+            reason = "its checksum differs" if differs else "a part is longer than the file"
             raise InputError(
-                f"image {name} cannot be decoded: its checksum differs, the file is damaged",
+                f"image {name} cannot be decoded: {reason}, the file is damaged",
                 hint="fetch the file again",
             )
     file.seek(at)

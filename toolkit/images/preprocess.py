@@ -6,7 +6,6 @@ after LLaVA's own aspect handling).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _BAND = 1 << 20  # pixels of a padded band
+_BEYOND = 1e30  # no colour's mean or spread; an integer may be too large for a float
 Colour = tuple[float, float, float]  # one number per channel
 
 _RESAMPLE: dict[int, Resample] = {
@@ -229,9 +229,9 @@ def _side(value: Any, where: str) -> int:
 
 def _three(value: Any, where: str) -> Colour:
     numbers = value if isinstance(value, list) else [value] * 3
-    valid = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+    valid = all(type(n) in (int, float) and abs(n) < _BEYOND for n in numbers)  # NaN is not
     if len(numbers) != 3 or not valid:
-        raise ConfigError(f"{where} = {value!r}, expected three numbers, or one for all")
+        raise ConfigError(f"{where} = {value!r:.200}, expected three numbers, or one for all")
     return float(numbers[0]), float(numbers[1]), float(numbers[2])
 
 

@@ -417,3 +417,13 @@ def test_a_picture_that_became_a_pipe_is_not_waited_for(
     monkeypatch.setattr(Path, "stat", lambda self, **_: looked)
     with pytest.raises(InputError, match="is a device or a pipe"):
         load(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize("kind", [b"IDAT", b"tEXt", b"zzZZ"])
+def test_a_part_that_is_longer_than_the_file_gets_no_memory(kind: bytes) -> None:
+    """Pillow would make room for as many bytes as a part states."""
+    whole = stored(Image.fromarray(PIXELS), "PNG")
+    behind = len(whole) - 12  # IEND
+    data = whole[:behind] + struct.pack(">I4s", 0x7FFFFFFF, kind) + b"x" + whole[behind:]
+    with pytest.raises(InputError, match="a part is longer than the file"):
+        load(data)

@@ -238,3 +238,10 @@ def test_what_is_implemented_is_read() -> None:
     rule = read_preprocess(reader)
     reader.done()
     assert (rule.short_edge, rule.crop, rule.resample) == (56, (56, 56), "bicubic")
+
+
+@pytest.mark.parametrize("odd", [10**400, -(10**31), float("nan"), float("inf"), True, "0.5"])
+def test_a_mean_that_is_no_number_of_a_colour_is_refused(odd: Any) -> None:
+    data = {"image_processor_type": "CLIPImageProcessor", "image_mean": [0.5, odd, 0.5]}
+    with pytest.raises(ConfigError, match="expected three numbers"):
+        read_preprocess(Reader(data, "preprocessor_config.json"))
