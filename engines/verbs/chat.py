@@ -11,10 +11,16 @@ from edgevlm.toolkit.terminal.flags import (
     AllowBanned,
     Debug,
     Json,
+    LongestAnswer,
     NoRepeatNgram,
     Quiet,
     RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
     Threads,
+    TopK,
+    TopP,
     opened_console,
 )
 
@@ -24,20 +30,16 @@ def chat(
     image: Annotated[
         Optional[list[str]], typer.Option(help="An image for the first turn. Repeatable.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens of this total probability.")
-    ] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the K likeliest tokens; 0 is off.")] = 0,
-    seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")] = None,
+    max_tokens: LongestAnswer = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
     repetition_penalty: RepetitionPenalty = None,
     no_repeat_ngram: NoRepeatNgram = None,
     allow_banned: AllowBanned = False,
     template: Annotated[str, typer.Option(help="auto, or a template's name.")] = "auto",
-    stop: Annotated[
-        Optional[list[str]], typer.Option(help="End answers before this text. Repeatable.")
-    ] = None,
+    stop: Stop = None,
     speculate: Annotated[
         bool, typer.Option("--speculate", help="Guess tokens from the text so far.")
     ] = False,

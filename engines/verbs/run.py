@@ -14,13 +14,19 @@ from edgevlm.toolkit.terminal.flags import (
     Input,
     Json,
     Literal,
+    LongestAnswer,
     Masks,
     NoRepeatNgram,
     Output,
     Overlay,
     Quiet,
     RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
     Threads,
+    TopK,
+    TopP,
     Verify,
     opened_console,
 )
@@ -30,22 +36,18 @@ def run(
     engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
     prompt: Annotated[Optional[str], typer.Argument(help="The question.")] = None,
     image: Annotated[Optional[list[str]], typer.Option(help="An image file. Repeatable.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens of this total probability.")
-    ] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the K likeliest tokens; 0 is off.")] = 0,
-    seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")] = None,
+    max_tokens: LongestAnswer = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
     repetition_penalty: RepetitionPenalty = None,
     no_repeat_ngram: NoRepeatNgram = None,
     allow_banned: AllowBanned = False,
     template: Annotated[
         str, typer.Option(help="auto, none (PROMPT is raw text with <image>) or a name.")
     ] = "auto",
-    stop: Annotated[
-        Optional[list[str]], typer.Option(help="End the answer before this text. Repeatable.")
-    ] = None,
+    stop: Stop = None,
     literal: Literal = False,
     input_file: Input = None,
     output: Output = None,

@@ -7,7 +7,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from edgevlm.toolkit.terminal.flags import Debug, Json, Quiet, Threads, opened_console
+from edgevlm.toolkit.terminal.flags import (
+    Debug,
+    Json,
+    LongestAnswer,
+    Quiet,
+    Threads,
+    opened_console,
+)
 
 
 def serve(
@@ -23,7 +30,7 @@ def serve(
     ] = None,
     slots: Annotated[int, typer.Option(help="Answers at a time.")] = 8,
     queue: Annotated[int, typer.Option(help="Requests that may wait for a slot.")] = 64,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 2048,
+    max_tokens: LongestAnswer = 2048,
     max_images: Annotated[int, typer.Option(help="Images of a request.")] = 16,
     max_image_bytes: Annotated[int, typer.Option(help="Bytes of an image's file.")] = 16 << 20,
     max_image_pixels: Annotated[int, typer.Option(help="Pixels of an image.")] = 25_000_000,

@@ -68,6 +68,16 @@ RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="Random weights for a preset, drawn from --seed.")
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+LongestAnswer = Annotated[int, typer.Option("--max-tokens", help="Longest answer.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[
+    float, typer.Option(help="Draw from the likeliest tokens of this total probability.")
+]
+TopK = Annotated[int, typer.Option(help="Draw from the K likeliest tokens; 0 is off.")]
+Seed = Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")]
+Stop = Annotated[
+    Optional[list[str]], typer.Option(help="End the answer before this text. Repeatable.")
+]
 RepetitionPenalty = Annotated[
     Optional[float],
     typer.Option(help="Divide the scores of tokens seen by this; default: the model's; 1 is off."),
