@@ -317,7 +317,12 @@ def main() -> None:
     unwritten = streams.flush()
     if unwritten:
         code = failures.fail(unwritten, "", 1)
-    sys.exit(code if unwritten is None else code or 1)
+    code = code if unwritten is None else code or 1
+    if "torch.distributed" in sys.modules:
+        from edgevlm.training.processes import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def _guarded(debug: bool, came: Callable[[], bool] = lambda: False) -> int:

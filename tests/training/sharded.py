@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from edgevlm.training.processes import leave
 from edgevlm.training.vlm import VLM
 from tests.training.test_original_training import loss_of, model_of, stored_batch
 
@@ -49,9 +48,8 @@ def main() -> None:
             assert torch.allclose(a, whole_tensor, rtol=1e-3, atol=1e-4), (name, key)
     if dist.get_rank() == 0:
         print("equal", flush=True)
-    dist.barrier()  # a process that ends while the other still talks to it aborts now and then
-    dist.destroy_process_group()
-    os._exit(0)  # as do threads of gloo that outlive the interpreter
+    dist.barrier()  # no process ends while another still talks to it
+    leave(0)
 
 
 if __name__ == "__main__":

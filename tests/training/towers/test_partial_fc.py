@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
+from edgevlm.training.processes import leave
 from edgevlm.training.towers.class_matrix import load_classes, save_classes
 from edgevlm.training.towers.mlcd_loss import MlcdHead, mlcd_loss
 from edgevlm.training.towers.partial_fc import Margin, PartialFC, margin_logits, sample_classes
@@ -111,7 +112,8 @@ def work(rank: int, folder: str) -> None:
     found["averaged"] = trained_tower(half, DistributedDataParallel)
     found["sharded"] = trained_tower(half, sharded)
     torch.save(found, place / f"{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    leave(0)
 
 
 def learn(head: PartialFC, optimizer: torch.optim.Optimizer, part: slice, steps: int) -> None:
