@@ -103,6 +103,11 @@ def _stream(session: Session, question: Question, console: Console) -> Answer:
     console.stream("\n")
     for note in reply.answer.notes:
         console.note(note)
+    if reply.answer.token_ids and not reply.answer.text:
+        console.note(
+            f"the answer has no text: its {len(reply.answer.token_ids)} tokens stand for no "
+            "characters, as random weights choose them (--json shows them)"
+        )
     return reply.answer
 
 

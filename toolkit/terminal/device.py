@@ -55,8 +55,8 @@ def device_context(said: Said | None = None, root: Path = Path("/")) -> dict[str
     }
 
 
-def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The same as rows of a table for people."""
+def rows(found: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """The same for people: what each fact is called, and the fact, None if absent."""
     jetson, own = found["jetson"] or {}, found["card"] or {}
     memory = own.get("memory_gb")
     known = {
@@ -74,7 +74,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         "power mode": _mode(found),
         "clocks": _clock_text(found["clocks"]),
     }
-    return [(name, value or "absent") for name, value in known.items()]
+    return list(known.items())
 
 
 # -- what tools print -------------------------------------------------------------------------

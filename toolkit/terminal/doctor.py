@@ -7,6 +7,7 @@ import platform
 import shutil
 from importlib import metadata
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from edgevlm.toolkit.errors import MissingExtra
@@ -164,6 +165,14 @@ def _problems(packages: dict[str, str | None]) -> list[dict[str, str]]:
     return problems
 
 
+def _device_lines(found: dict[str, Any]) -> list[str]:
+    facts = device.rows(found)
+    known = [(name, value) for name, value in facts if value]
+    lines = table(("of cards and Jetsons", "here"), known) if known else []
+    absent = [name for name, value in facts if not value]
+    return lines + wrap(f"not here: {', '.join(absent)}", 98) if absent else lines
+
+
 def _card_lines(data: dict[str, Any]) -> list[str]:
     found, providers = data["card"], data["onnxruntime_providers"]
     lines = []
@@ -197,7 +206,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
         for name, version in data["packages"].items()
     ]
     lines += table(("package", "version", "comes with"), rows)
-    lines += ["", *table(("of cards and Jetsons", "here"), device.rows(data["device"]))]
+    lines += ["", *_device_lines(data["device"])]
     for item in data["problems"]:
         lines += ["", f"problem: {item['problem']}", f"fix:     {item['fix']}"]
     return lines
