@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from edgevlm.engines.runtime import session
+from edgevlm.toolkit import target
 from edgevlm.toolkit.errors import (
     MissingExtra,
     ToolkitError,
@@ -226,7 +226,8 @@ def test_threads_have_a_bound_and_a_warning(ready: Path, tmp_path: Path) -> None
     ran = edgevlm(*words, cores + 1)
     assert ran.code == 0
     assert f"note: --threads {cores + 1} is more than the {cores} processor(s)" in ran.err
-    assert session.notes_on_threads(cores) == ()
+    assert target.note_on_threads(cores) == ""
+    assert edgevlm(*words, 5000).err.startswith("error: ")  # and no note before it
 
 
 def test_a_defect_of_a_foreign_panic_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

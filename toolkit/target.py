@@ -15,11 +15,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgevlm.toolkit import card as card
-from edgevlm.toolkit.errors import ConfigError, TargetMismatch, needing
+from edgevlm.toolkit.errors import ConfigError, InputError, TargetMismatch, needing
 
 Version = tuple[int, ...]
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "reference")
 CUDA = "onnxruntime-cuda"
+_MOST_THREADS = 4  # per processor
 _ERRORS_ONLY = 3  # of the levels of ONNX Runtime's log
 CUDA_PACKAGE = "onnxruntime-gpu"
 # Cards that have machine code in the wheels of onnxruntime-gpu 1.31.1, which hold no PTX, by the
@@ -288,6 +289,30 @@ def threads_here() -> int:
     processors = len(affinity(0)) if affinity else (os.cpu_count() or 1)
     quota = processor_quota()
     return processors if quota is None else max(1, min(processors, math.ceil(quota)))
+
+
+def asked_threads(threads: int) -> int:
+    """The threads of --threads, 0 being one per processor. Raises InputError for absurd ones."""
+    cores = threads_here()
+    if threads < 0:
+        raise InputError(f"--threads {threads} is negative", hint="0 takes all there are")
+    if threads > _MOST_THREADS * cores:
+        raise InputError(
+            f"--threads {threads} is far beyond the {cores} processor(s) that this process may use",
+            hint=f"at most {_MOST_THREADS * cores} are accepted; 0 takes one per processor",
+        )
+    return threads or cores
+
+
+def note_on_threads(threads: int) -> str:
+    """A note where --threads asks for more threads than run at once here; else empty."""
+    cores = threads_here()
+    if not cores < threads <= _MOST_THREADS * cores:
+        return ""
+    return (
+        f"--threads {threads} is more than the {cores} processor(s) that this process may use: "
+        "they will wait for one another"
+    )
 
 
 def processor_quota(

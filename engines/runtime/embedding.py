@@ -23,7 +23,7 @@ from edgevlm.toolkit.images import decode
 from edgevlm.toolkit.images.decode import ImageSource
 from edgevlm.toolkit.images.preprocess import preprocess
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.target import threads_here
+from edgevlm.toolkit.target import asked_threads, threads_here
 from edgevlm.toolkit.vlm.components import EMBEDDING
 from edgevlm.toolkit.vlm.towers import TowerConfig
 
@@ -71,8 +71,7 @@ class Embedder:
         batch = memory.images_at_a_time(engine) if batch is None else batch
         if not 1 <= batch <= MOST:
             raise InputError(f"--batch {batch} is not from 1 to {MOST}")
-        if threads < 0:
-            raise InputError(f"--threads {threads} is negative", hint="0 takes all there are")
+        cores = asked_threads(threads)
         manifest.check(folder, engine)
         manifest.check_verified(folder, engine)
         needed, target = memory.of_engine(engine, batch), engine.parsed_target()
@@ -80,7 +79,7 @@ class Embedder:
         (record,) = engine.components
         options = {record.name: RunnerOptions(engine.context, threads, profile)}
         with ExitStack() as opened:
-            runners = open_components(folder, engine, options, threads or threads_here(), opened)
+            runners = open_components(folder, engine, options, cores, opened)
             made = cls(folder, engine, model, runners[record.name], batch)
             made.load_ms = 1000 * (time.perf_counter() - started)
             opened.pop_all()

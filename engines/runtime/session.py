@@ -36,14 +36,13 @@ from edgevlm.toolkit.bundle.manifest import TOKENIZER
 from edgevlm.toolkit.errors import BundleError, InputError
 from edgevlm.toolkit.images.decode import LoadedImage
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.target import threads_here
+from edgevlm.toolkit.target import asked_threads, threads_here
 from edgevlm.toolkit.text.prompts import PromptSequence
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm import towers
 from edgevlm.toolkit.vlm.config import ModelConfig
 
 REPLIES = 8  # the most that one session has open at once by default
-_MOST_THREADS = 4  # per processor
 _SCORED = 128  # positions whose logits are in memory at once
 
 
@@ -102,7 +101,7 @@ class Session:
         one component cannot be opened, the others are closed. Raises BundleError, TargetMismatch,
         MissingExtra, OutOfMemory, BuildError or InputError.
         """
-        cores = _threads(threads)
+        cores = asked_threads(threads)
         if replies < 1:
             raise InputError(f"a session with {replies} replies answers nothing")
         started, folder = time.perf_counter(), Path(folder)
@@ -331,27 +330,3 @@ def _require_state(engine: Engine, held: int) -> None:
     if held:
         needed = replace(memory.of_engine(engine), weights_bytes=0, activations_bytes=0)
         memory.require(needed, f"the KV cache of reply {held + 1}", engine.parsed_target())
-
-
-def notes_on_threads(threads: int) -> tuple[str, ...]:
-    """A note where --threads asks for more threads than there are processors to run them."""
-    cores = threads_here()
-    if threads <= cores:
-        return ()
-    return (
-        f"--threads {threads} is more than the {cores} processor(s) that this process may use: "
-        "they will wait for one another",
-    )
-
-
-def _threads(threads: int) -> int:
-    """The threads that a component runs on; 0 is one per processor."""
-    cores = threads_here()
-    if threads < 0:
-        raise InputError(f"--threads {threads} is negative", hint="0 takes all there are")
-    if threads > _MOST_THREADS * cores:
-        raise InputError(
-            f"--threads {threads} is far beyond the {cores} processor(s) that this process may use",
-            hint=f"at most {_MOST_THREADS * cores} are accepted; 0 takes one per processor",
-        )
-    return threads or cores

@@ -56,5 +56,5 @@ def chat(
     penalties = (repetition_penalty, no_repeat_ngram, allow_banned)
     sampling = Sampling(temperature, top_k, top_p, seed, *penalties)
     settings = Settings(max_tokens, sampling, template, stop or ())
-    console = opened_console(as_json, quiet)
+    console = opened_console(as_json, quiet, threads=threads)
     chat(engine, settings, image or [], console, threads=threads, speculate=speculate)

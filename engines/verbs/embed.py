@@ -38,7 +38,7 @@ def embed(
     """Write one embedding for each image; a killed run goes on when it is started again."""
     from edgevlm.engines.runtime import embed_files, feature_file, image_list
 
-    console = opened_console(as_json, quiet, context)
+    console = opened_console(as_json, quiet, context, threads)
     feature_file.check_output(output, force=force)
     files = image_list.gather(images or [], input_file)
     with console.bar("images", len(files)) as done:

@@ -89,7 +89,7 @@ def evaluate(
 
     for name in ("context", "task", "out", "as_json", "quiet", "debug"):
         del given[name]
-    console = opened_console(as_json, quiet, context)
+    console = opened_console(as_json, quiet, context, threads)
     if task == "list":
         console.result(*tasks.listing())
         return

@@ -36,16 +36,13 @@ def profile(
     """Measure an engine: every stage and layer, compared with the machine's limits."""
     from edgevlm.engines.profiling import report, tower
     from edgevlm.engines.profiling.profile import ProfileRequest, profile_all
-    from edgevlm.engines.runtime.session import notes_on_threads
 
-    console = opened_console(as_json, quiet, context)
+    console = opened_console(as_json, quiet, context, threads)
     request = ProfileRequest(
         image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
     )
     files = report.Files(html, trace, csv, markdown)
     report.check_files(layers, files)
-    for note in notes_on_threads(threads):
-        console.note(note)
     if tower.is_tower(engine):
         report.refuse_pages(files)
         measured = tower.profile_all([engine, *(compare or [])], request, console.step)

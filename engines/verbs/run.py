@@ -64,11 +64,9 @@ def run(
     from edgevlm.engines.runtime import batch, request_file
     from edgevlm.engines.runtime.mask_files import Wanted
     from edgevlm.engines.runtime.sampling import Sampling
-    from edgevlm.engines.runtime.session import Question, Session, notes_on_threads
+    from edgevlm.engines.runtime.session import Question, Session
 
-    console = opened_console(as_json, quiet)
-    for note in notes_on_threads(threads):
-        console.note(note)
+    console = opened_console(as_json, quiet, threads=threads)
     penalties = (repetition_penalty, no_repeat_ngram, allow_banned)
     sampling = Sampling(temperature, top_k, top_p, seed, *penalties)
     given = Question(

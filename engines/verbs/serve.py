@@ -73,4 +73,4 @@ def serve(
         image_cache_mb << 20,
     )
     serving = Serving(host, port, api_key, name, grace, threads, strict, speculate)
-    serve(engine, limits, serving, opened_console(as_json, quiet))
+    serve(engine, limits, serving, opened_console(as_json, quiet, threads=threads))

@@ -174,11 +174,18 @@ Bisect = Annotated[
 ]
 
 
-def opened_console(as_json: bool, quiet: bool, context: typer.Context | None = None) -> Console:
-    """context: of a verb with steps; closing it restores the terminal, after an error too."""
+def opened_console(
+    as_json: bool, quiet: bool, context: typer.Context | None = None, threads: int = 0
+) -> Console:
+    """context: of a verb with steps; closing it restores the terminal, after an error too.
+    threads: those that were asked for; too many for this machine are told.
+    """
+    from edgevlm.toolkit.target import note_on_threads
     from edgevlm.toolkit.terminal.console import Console
 
     console = Console(quiet=quiet or as_json, as_json=as_json)
     if context is not None:
         context.call_on_close(console.close)
+    if note := note_on_threads(threads):
+        console.note(note)
     return console

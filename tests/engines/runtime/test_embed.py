@@ -188,6 +188,9 @@ def test_what_cannot_be_is_refused(engine: Path, ready: Path, photos: Path, tmp_
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no images"):
         image_list.gather([tmp_path / "empty"], None)
+    for threads, why in ((-1, "is negative"), (5000, "is far beyond")):
+        with pytest.raises(InputError, match=f"--threads {threads} {why}"):
+            Embedder.open(engine, threads=threads)
     bad = [str(photos / "a/5.jpg"), str(tmp_path / "missing.png")]
     with pytest.raises(InputError, match="none of 2 images can be read"):
         embed_files.embed_files(
