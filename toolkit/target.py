@@ -30,6 +30,19 @@ CUDA_CARDS: Mapping[str, tuple[str, ...]] = {
     "aarch64": ("sm_89", "sm_90", "sm_120", "sm_121"),
 }
 _VNNI = {"avx512_vnni", "avx_vnni"}  # flags of processors that add 8-bit products in 32 bits
+_NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU revision")
+# ARM's Linux states numbers for a name: those of Jetson Orin, Xavier and Thor, and of servers
+_ARM_CORES: Mapping[str, str] = {
+    "0x41 0xd42": "Cortex-A78AE",
+    "0x4e 0x004": "NVIDIA Carmel",
+    "0x41 0xd83": "Neoverse-V3AE",
+    "0x41 0xd08": "Cortex-A72",
+    "0x41 0xd0b": "Cortex-A76",
+    "0x41 0xd0c": "Neoverse-N1",
+    "0x41 0xd40": "Neoverse-V1",
+    "0x41 0xd49": "Neoverse-N2",
+    "0x41 0xd4f": "Neoverse-V2",
+}
 # x86, then ARM: asimddp and i8mm are its 8-bit products
 _INSTRUCTION_SETS = (
     *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
@@ -140,16 +153,20 @@ def machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
-def processor_name() -> str:
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """What this machine's processor calls itself; some share a name, see processor_kind."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+    info = _cpuinfo(cpuinfo)
+    part = " ".join(info.get(key, "") for key in ("CPU implementer", "CPU part"))
+    own = info.get("model name") or _ARM_CORES.get(part)
+    return own or platform.processor() or platform.machine()
 
 
-def processor_kind() -> str:
+def processor_kind(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Name, family and model of this processor, and which 8-bit products it has."""
-    info = _cpuinfo()
-    numbers = [info[key] for key in ("cpu family", "model", "stepping") if key in info]
-    return " ".join([processor_name(), "/".join(numbers), f"saturates={saturates_int8()}"])
+    info = _cpuinfo(cpuinfo)
+    numbers = [info[key] for key in _NUMBERS if key in info]
+    name = processor_name(cpuinfo)
+    return " ".join([name, "/".join(numbers), f"saturates={saturates_int8()}"])
 
 
 def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:

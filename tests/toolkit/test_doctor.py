@@ -77,11 +77,15 @@ def test_the_versions_are_those_of_this_machine() -> None:
 
 
 def test_8_bit_products_are_those_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    for arch, saturates, expected in (
-        ("x86_64", False, "signed weights (VNNI)"),
-        ("x86_64", True, "unsigned weights"),
-        ("aarch64", False, "unsigned weights; never measured on this architecture"),
+    here = "never measured on this architecture"
+    for arch, saturates, sets, expected in (
+        ("x86_64", False, (), "signed weights (VNNI)"),
+        ("x86_64", True, (), "unsigned weights"),
+        ("aarch64", False, ("asimd",), f"unsigned weights; {here}"),
+        ("aarch64", False, ("asimddp",), f"unsigned weights (UDOT); {here}"),
+        ("aarch64", False, ("asimddp", "i8mm"), f"unsigned weights (UMMLA); {here}"),
     ):
+        monkeypatch.setattr(doctor, "instruction_sets", lambda sets=sets: sets)
         monkeypatch.setattr(doctor, "machine", lambda arch=arch: arch)
         monkeypatch.setattr(doctor, "saturates_int8", lambda saturates=saturates: saturates)
         _, lines = doctor.report("9.9")

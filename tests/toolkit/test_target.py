@@ -192,6 +192,22 @@ def test_all_processors_must_have_it(tmp_path: Path) -> None:
     assert saturates_int8("x86_64", tmp_path / "cpuinfo") is True
 
 
+def test_arm_states_numbers_for_a_name(tmp_path: Path) -> None:
+    """As on a Jetson Orin; two kinds of cores never share what was timed."""
+    file = tmp_path / "cpuinfo"
+
+    def of(part: str) -> str:
+        file.write_text(
+            "processor\t: 0\nFeatures\t: asimd asimddp\nCPU implementer\t: 0x41\n"
+            f"CPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: {part}\nCPU revision\t: 1\n"
+        )
+        return target.processor_kind(file)
+
+    assert of("0xd42").startswith("Cortex-A78AE 0x41/0xd42/1 ")
+    assert target.processor_name(file) == "Cortex-A78AE"
+    assert of("0xfff") != of("0xffe")  # without names
+
+
 # -- processors ---------------------------------------------------------------------------------
 
 GROUPS: dict[str, tuple[dict[str, str], str, float | None]] = {

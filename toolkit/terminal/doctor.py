@@ -96,7 +96,10 @@ def _int8_products() -> str:
     """How engines built here multiply 8-bit numbers."""
     if machine() == "x86_64":
         return "unsigned weights" if saturates_int8() else "signed weights (VNNI)"
-    return "unsigned weights; never measured on this architecture"
+    dots = {"i8mm": "UMMLA", "asimddp": "UDOT"}
+    own = [name for flag, name in dots.items() if flag in instruction_sets()]
+    how = f" ({own[0]})" if own else ""
+    return f"unsigned weights{how}; never measured on this architecture"
 
 
 def _version(name: str) -> str | None:
