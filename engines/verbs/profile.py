@@ -34,7 +34,7 @@ def profile(
     debug: Debug = False,
 ) -> None:
     """Measure an engine: every stage and layer, compared with the machine's limits."""
-    from edgevlm.engines.profiling import report, tower
+    from edgevlm.engines.profiling import report, tower, tower_report
     from edgevlm.engines.profiling.profile import ProfileRequest, profile_all
     from edgevlm.engines.runtime.session import notes_on_threads
 
@@ -47,10 +47,9 @@ def profile(
     for note in notes_on_threads(threads):
         console.note(note)
     if tower.is_tower(engine):
-        report.refuse_pages(files)
         measured = tower.profile_all([engine, *(compare or [])], request, console.step)
-        report.write_trace(measured[0], trace)
-        console.result(*tower.result(measured, layers))
+        tower_report.write_files(measured, files)
+        console.result(*tower_report.result(measured, layers))
         return
     profiles = profile_all([engine, *(compare or [])], request, console.step)
     report.write_files(profiles, files)
