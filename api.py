@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgevlm.calibration.calibrate import Calibration
-    from edgevlm.calibration.static import StaticCalibration
+    from edgevlm.calibration import calibrate as calibrating
     from edgevlm.engines.build.build import Request
     from edgevlm.engines.lowering.capabilities import Decision
     from edgevlm.engines.manifest import Engine
@@ -276,7 +275,7 @@ def calibrate(
     force: bool = False,
     progress: Progress | None = None,
     **settings: Any,
-) -> Calibration | StaticCalibration:
+) -> calibrating.Result:
     """Quantize a float bundle with samples, as `edgevlm calibrate` does.
 
     settings: see edgevlm.calibration.samples.Settings. Writes the bundle `out`; what was found.

@@ -227,13 +227,14 @@ def plan(
     ignore_key: flags.IgnoreKey = None,
     revision: Annotated[Optional[str], typer.Option(help="Revision of a model id.")] = None,
     offline: flags.Offline = False,
+    heads: flags.Heads = None,
+    pooling: flags.Pooling = None,
     as_json: flags.Json = False,
     quiet: flags.Quiet = False,
     debug: flags.Debug = False,
 ) -> None:
     """Predict memory and speed on devices that are not at hand."""
     from edgevlm import api, sizing
-    from edgevlm.engines.sizing.predict import report
     from edgevlm.engines.sizing.question import Question
 
     console = flags.opened_console(as_json, quiet)
@@ -243,10 +244,12 @@ def plan(
         base=base,
         ignore_keys=ignore_key or (),
         offline=offline,
+        heads=heads,
+        pooling=pooling,
     )
     asked = Question(max_context, prompt_tokens, max_tokens, image_size)
     found = sizing.plan(source, target, precision, asked, reading, revision)
-    console.result(*report(source, found))
+    console.result(*sizing.report(source, found))
 
 
 @app.command()

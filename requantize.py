@@ -121,9 +121,11 @@ def _prompts_alone(
     from edgevlm.toolkit import systems
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import Options
+    from edgevlm.toolkit.vlm.towers import language_model
 
-    tuned = how.tune and _runs_here(target)
-    if not tuned or "int4_weights" not in Bundle.open(bundle).manifest.plan.precisions:
+    tuned, opened = how.tune and _runs_here(target), Bundle.open(bundle)
+    decodes = language_model(opened.model) is not None
+    if not (tuned and decodes and "int4_weights" in opened.manifest.plan.precisions):
         return Tuning(how.options)
     available.check()
     from edgevlm.export import probe

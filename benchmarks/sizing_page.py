@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.common import RESULTS, ROOT
 from edgevlm import sizing
 from edgevlm.engines.sizing.predict import Prediction
+from edgevlm.engines.sizing.towers import TowerPrediction
 from edgevlm.toolkit.target import DEVICES
 from edgevlm.toolkit.terminal.console import human_bytes
 
@@ -24,7 +25,10 @@ PRESETS = (
     "mmfuser-7b",
     "mlcd-embodied-7b",
     "mlcd-bigg-448-7b",
+    "mlcd-seg-7b",
 )
+TOWERS = ("clip-l14-336", "unicom-b32", "unicom-l14-336", "mlcd-bigg-448")
+IN_TOWERS = "fp16,int8-static,int4"
 SOURCES = {
     "jetson-orin-nano": "Jetson Orin Nano 8 GB, 25 W mode (Jetson Orin Nano Super data sheet)",
     "jetson-agx-orin": "Jetson AGX Orin 64 GB, MAXN (Jetson AGX Orin Series technical brief)",
@@ -47,6 +51,7 @@ and bundle, and any image size, length and context:
 ```
 edgevlm plan preset:llava-1.5-7b --target jetson-orin-nano,h100 --precision fp16,int4
 edgevlm plan path/to/checkpoint --target cpu --precision int8,int4
+edgevlm plan preset:unicom-l14-336 --target all --precision fp16,int8-static
 ```
 
 This page is written by `python -m benchmarks.sizing --page`; a test compares it.
@@ -74,7 +79,7 @@ This page is written by `python -m benchmarks.sizing --page`; a test compares it
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD, devices(), checked(), *map(section, PRESETS)]
+    parts = [HEAD, devices(), checked(), *map(section, PRESETS), towers()]
     return "\n".join(parts)
 
 
@@ -97,7 +102,8 @@ def devices() -> str:
 
 def section(preset: str) -> str:
     """The predictions for one preset."""
-    found = sizing.plan(f"preset:{preset}", sizing.ALL, PRECISIONS)
+    planned = sizing.plan(f"preset:{preset}", sizing.ALL, PRECISIONS)
+    found = [p for p in planned if isinstance(p, Prediction)]
     first = found[0]
     columns = ("device", *(f"{name}: {what}" for name in PRECISIONS.split(",") for what in WHAT))
     names = dict.fromkeys(p.device for p in found)
@@ -106,10 +112,46 @@ def section(preset: str) -> str:
         for name in names
     ]
     prompt = f"{first.prompt_tokens:,} prompt tokens, {first.image_tokens:,} of them image."
-    limits = _limits(found)
-    return f"## {preset}\n\n{prompt}{limits}\n\n{markdown(columns, rows)}"
+    text = f"{prompt}{_limits(found)}{_masks(found)}"
+    return f"## {preset}\n\n{text}\n\n{markdown(columns, rows)}"
 
 
+def _masks(found: Sequence[Prediction]) -> str:
+    """What a mask takes behind the answer, by device, where the model makes any."""
+    told = [
+        f"`{p.device}` {_digits(p.mask_ms)} ms"
+        for p in found
+        if p.mask_ms is not None and p.precision == "fp16"
+    ]
+    shown = "One mask behind the answer (SAM ViT-H sees 1024 x 1024 pixels), in fp16"
+    return f" {shown}: {', '.join(told)}." if told else ""
+
+
+def towers() -> str:
+    """Images a second of towers by themselves."""
+    text = (
+        "## Towers by themselves\n\nImages a second of the tower alone, in batches of 8, and the "
+        "memory that they take. `int8-static` and `int4` are those of [calibrate](cli.md#calibrate)"
+        ".\n"
+    )
+    return "\n".join([text, *(f"### {name}\n\n{_tower(name)}" for name in TOWERS)])
+
+
+def _tower(preset: str) -> str:
+    found = sizing.plan(f"preset:{preset}", sizing.ALL, IN_TOWERS)
+    columns = ("device", *(f"{n}: {what}" for n in IN_TOWERS.split(",") for what in OF_TOWERS))
+    rows = []
+    for name in dict.fromkeys(p.device for p in found):
+        cells = [
+            (human_bytes(round(p.total_bytes, -6)), _digits(p.images_per_s))
+            for p in found
+            if isinstance(p, TowerPrediction) and p.device == name
+        ]
+        rows.append((f"`{name}`", *(cell for pair in cells for cell in pair)))
+    return markdown(columns, rows)
+
+
+OF_TOWERS = ("memory", "images/s")
 WHAT = ("memory", "first token", "tokens/s")
 
 

@@ -1,4 +1,5 @@
-"""Vision towers and mergers beside torch and OpenVINO: ConvLLaVA's, COMM's and MMFuser's shapes.
+"""Vision towers and mergers beside torch and OpenVINO: ConvLLaVA's, COMM's and MMFuser's shapes,
+and SAM ViT-H's image encoder beside transformers.
 
 Makes each preset with random weights and a language model of one layer, builds it in float32 and
 with `--precision int8`, and runs encoders and merger on the same pixels: our engines, torch with
@@ -6,7 +7,9 @@ the model's own functions (float32; bfloat16, eager and compiled), and OpenVINO 
 graphs (bfloat16, its default; float32; weights in int8 with inputs rounded in groups of 128). Each
 run is a process of its own, all programs in turn. Wall seconds are of two threads; CPU seconds are
 the process's own time when it has one thread, which other programs hardly change. Every program's
-features are compared with those of our float32 engine.
+features are compared with those of our float32 engine. SAM's encoder is that of MLCD-Seg by
+itself; transformers' SamVisionModel gets the same weights. It takes a minute and more a run on one
+thread: `--towers SAM --only edgevlm,transformers --runs 1 --cpu-alone`.
 
 Needs torch beside edgevlm, and the network the first time: OpenVINO is installed into an
 environment of its own below --work, as `benchmarks.compare` does, and its folder may be the same.
@@ -37,11 +40,14 @@ GROUP = {"weights": "int8", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}
 
 @dataclass(frozen=True)
 class Tower:
-    """A row of the table: what it is called, the preset, pixels of a side."""
+    """A row of the table: what it is called, the preset, pixels of a side; part: one component
+    alone, in place of all in front of the language model.
+    """
 
     name: str
     preset: str
     side: int
+    part: str = ""
 
 
 TOWERS = (
@@ -49,6 +55,7 @@ TOWERS = (
     Tower("ConvLLaVA 1536", "convllava-0.5b-768", 1536),  # the same tower takes any size
     Tower("COMM", "comm-0.5b", 336),
     Tower("MMFuser", "mmfuser-0.5b", 336),
+    Tower("SAM ViT-H", "mlcd-seg-0.5b", 1024, "segmenter.encoder"),
 )
 
 
@@ -80,7 +87,11 @@ OPENVINO = (
     Side("openvino", "f32 hint", "openvino_side", {"INFERENCE_PRECISION_HINT": "f32"}, True),
     Side("openvino", "int8, group 128", "openvino_side", GROUP, True),
 )
-SIDES = (*OURS, *TORCH, *OPENVINO)
+TRANSFORMERS = tuple(  # of SAM alone
+    Side("transformers", dtype, "transformers_side", {"dtype": dtype})
+    for dtype in ("bfloat16", "float32")
+)
+SIDES = (*OURS, *TORCH, *TRANSFORMERS, *OPENVINO)
 
 
 # -- preparing -----------------------------------------------------------------------------------
@@ -160,10 +171,11 @@ def measure(place: Place, options: Namespace, lines: Lines, notes: list[str]) ->
     if any(side.program == "openvino" for side in sides):
         programs.install_openvino(place)
     for tower in [t for t in TOWERS if t.name.startswith(tuple(options.towers.split(",")))]:
-        folders = prepare(place, tower, sides)
+        own = [s for s in sides if tower.part or s not in TRANSFORMERS]
+        folders = prepare(place, tower, own)
         runs = max(options.runs // (2 if tower.side > 1000 else 1), 1)
         for number in range(options.rounds):
-            for side in sides:
+            for side in own:
                 for threads in (1,) if options.cpu_alone else (1, options.threads):
                     if len(lines.of(tower, side, threads)) > number:
                         continue
@@ -192,6 +204,7 @@ def child(
     command += [f"benchmarks.tower_sides.{side.module}", where[0], *where[1]]
     numbers = {"side": tower.side, "threads": threads, "runs": runs, "patience": options.patience}
     command += [f"--{name}={value}" for name, value in numbers.items()]
+    command += [f"--part={tower.part}"] if tower.part else []
     out = place.run(command, {"OMP_NUM_THREADS": str(threads)}).splitlines()
     line: dict[str, Any] = json.loads(out[-1])
     return line
@@ -203,7 +216,7 @@ def child(
 def report(lines: Lines, options: Namespace, notes: list[str]) -> Report:
     """Medians, features beside ours in float32, bars; the table for docs/performance.md."""
     columns = ("tower", "program", "CPU s", "wall s", "peak MB")
-    result = Report("towers", columns, ("edgevlm", "onnxruntime", "torch", "numpy"))
+    result = Report("towers", columns, ("edgevlm", "onnxruntime", "torch", "transformers", "numpy"))
     for tower in TOWERS:
         rows = lines.rows(tower, options.threads)
         alike, cpu = summary.likeness(rows), dict[str, float]()
@@ -236,6 +249,7 @@ def bars(tower: Tower, cpu: dict[str, float]) -> list[Bar]:
     found, ours = [], cpu.get("edgevlm int8")
     best = {
         "torch bfloat16": [cpu[key] for key in BFLOAT16 if key in cpu],
+        "transformers": [cpu[s.key] for s in TRANSFORMERS if s.key in cpu],
         "OpenVINO's default": [cpu[s.key] for s in OPENVINO[:1] if s.key in cpu],
         "OpenVINO's int8": [cpu[s.key] for s in OPENVINO[2:] if s.key in cpu],
     }
@@ -271,7 +285,8 @@ def command_line() -> ArgumentParser:
     options = parser(__doc__)
     names = ",".join(tower.name for tower in TOWERS)
     options.add_argument("--towers", default=names, help="what their names begin with")
-    options.add_argument("--only", default="edgevlm,torch,openvino", help="what sides begin with")
+    every = "edgevlm,torch,transformers,openvino"
+    options.add_argument("--only", default=every, help="what sides begin with")
     options.add_argument("--without", default="", help="parts of names of sides to leave out")
     options.add_argument("--runs", type=int, default=3, help="of a process; half at 1536 pixels")
     options.add_argument("--rounds", type=int, default=2, help="processes of each setting")

@@ -14,9 +14,11 @@ from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.quantization.quantize import Quantize
+from edgevlm.toolkit.vlm.components import EMBEDDING
 
 _PIECE = 1 << 22  # values that are compared at a time
 _CENTERED = "logits"  # a constant added to a row means nothing
+_MASKS = "masks"  # logits: a mask is where they are above 0
 
 
 @dataclass
@@ -128,7 +130,9 @@ class Whole:
     kl, same: sums over `scored` positions of logits; losses: sums of the negative log-likelihood
     of the tokens that follow `read` of them, which are of texts, in float and rounded. answers: of
     the float model that both read; same_answers: those that the rounded one gives; same_tokens:
-    those before it would say something else, in all.
+    those before it would say something else, in all. mask_both, mask_either: pixels of masks, as
+    the decoder gives them, that both models have, and that one of them has. embeddings: of a tower
+    by itself; turned: the sum of 1 - cosine of each to the float model's; most_turned: the largest.
     """
 
     layers: dict[str, LayerError] = field(default_factory=dict)
@@ -141,6 +145,11 @@ class Whole:
     answers: int = 0
     same_answers: int = 0
     same_tokens: int = 0
+    mask_both: int = 0
+    mask_either: int = 0
+    embeddings: int = 0
+    turned: float = 0.0
+    most_turned: float = 0.0
 
     def add(
         self,
@@ -155,6 +164,11 @@ class Whole:
                 if port == ANSWER:
                     self._answer(a[0].argmax(-1), b[0].argmax(-1))
                     continue
+                if port == _MASKS:
+                    self.mask_both += int(((a > 0) & (b > 0)).sum())
+                    self.mask_either += int(((a > 0) | (b > 0)).sum())
+                if port == EMBEDDING:
+                    self._embedding(a, b)
                 if port == _CENTERED:
                     self._logits(a[0], b[0], following)
                     a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
@@ -165,6 +179,16 @@ class Whole:
         """By how much perplexity grows on text like the float model's own: exp(KL) - 1."""
         return float(np.expm1(self.kl / max(self.scored, 1)))
 
+    @property
+    def mask_iou(self) -> float | None:
+        """Of the masks of both models, all together; None without any."""
+        return self.mask_both / self.mask_either if self.mask_either else None
+
+    @property
+    def cost(self) -> float:
+        """What budgets limit: the growth, or of a tower by itself the mean of 1 - cosine."""
+        return self.turned / self.embeddings if self.embeddings else self.growth
+
     def arrays(self) -> dict[str, Array]:
         """All of it, see unfinished.Found."""
         found = {"component " + name: np.array(c.sums) for name, c in self.components.items()}
@@ -173,7 +197,9 @@ class Whole:
             found["shift " + path] = error.shift
         said = (self.answers, self.same_answers, self.same_tokens)
         sums = (self.kl, *self.losses, *map(float, (self.same, self.scored, self.read, *said)))
-        return {**found, "logits": np.array(sums)}
+        masks = np.array([self.mask_both, self.mask_either], np.int64)
+        turned = np.array([float(self.embeddings), self.turned, self.most_turned])
+        return {**found, "logits": np.array(sums), "masks": masks, "embeddings": turned}
 
     def fill(self, arrays: Mapping[str, Array]) -> None:
         """The inverse, in place: wrappers hold `layers`."""
@@ -188,6 +214,17 @@ class Whole:
         self.kl, before, after, *counts = (float(x) for x in arrays["logits"])
         self.losses, (self.same, self.scored, self.read, *said) = (before, after), map(int, counts)
         self.answers, self.same_answers, self.same_tokens = said
+        self.mask_both, self.mask_either = (int(x) for x in arrays["masks"])
+        count, self.turned, self.most_turned = (float(x) for x in arrays["embeddings"])
+        self.embeddings = int(count)
+
+    def _embedding(self, plain: Array, rounded: Array) -> None:
+        for a, b in zip(plain, rounded, strict=True):
+            pair = Compared()
+            pair.add(a, b)
+            self.embeddings += 1
+            self.turned += 1 - pair.cosine
+            self.most_turned = max(self.most_turned, 1 - pair.cosine)
 
     def _answer(self, plain: Array, rounded: Array) -> None:
         until = greedy.same_until(plain, rounded)

@@ -18,20 +18,30 @@ from edgevlm.calibration.many import Many, ManyOps, hidden
 from edgevlm.calibration.pictures import Given
 from edgevlm.calibration.quality import Quality, compare
 from edgevlm.calibration.rounding import Rounded
-from edgevlm.calibration.samples import BLOCKS, STATIC, Settings, budget_of, check, windows_of
+from edgevlm.calibration.samples import (
+    STATIC,
+    Settings,
+    block_of,
+    budget_of,
+    check,
+    windows_of,
+)
 from edgevlm.calibration.static import Interpreter, StaticCalibration
+from edgevlm.calibration.towers import calibrate as towers
+from edgevlm.calibration.towers.calibrate import TowerCalibration
 from edgevlm.calibration.unfinished import Unfinished
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle.atomic import refuse_existing, refuse_source
 from edgevlm.toolkit.bundle.manifest import Bundle
-from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
+from edgevlm.toolkit.checkpoints.layouts.source import AnySource, Options
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization import blockwise
 from edgevlm.toolkit.quantization.blockwise import LINEAR, TABLE, StorageFormat
 from edgevlm.toolkit.quantization.coded import Coded, Codes
-from edgevlm.toolkit.quantization.plan import Block, PrecisionPlan, Rule
+from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
 from edgevlm.toolkit.vlm.components import Component, lm_component
+from edgevlm.toolkit.vlm.towers import TowerConfig
 
 Progress = Callable[[str], None]
 Makers = Mapping[str, Callable[[], Codes]]
@@ -70,6 +80,9 @@ class Calibration:
     dtype: str = "fp32"
 
 
+Result = Calibration | StaticCalibration | TowerCalibration
+
+
 def of_bundle(
     path: Path,
     out: Path,
@@ -79,12 +92,15 @@ def of_bundle(
     progress: Progress,
     force: bool,
     kept: Unfinished,
-) -> tuple[Source, Calibration | StaticCalibration]:
+) -> tuple[AnySource, Result]:
     """A float bundle's model with calibrated weights, to be written to `out`.
 
-    interpreter: for static INT8; None for NumPy's. kept: what an earlier run found. Raises
-    ToolkitError before any work where that cannot be.
+    interpreter: for static INT8 and towers; None for NumPy's. kept: what an earlier run found.
+    Raises ToolkitError before any work where that cannot be.
     """
+    if isinstance(Bundle.open(path).model, TowerConfig):
+        given_to = (path, out, given, settings, interpreter, progress, force, kept)
+        return towers.of_bundle(*given_to)
     check(settings)
     if settings.to == STATIC:
         return static.of_bundle(path, out, given, settings, interpreter, progress, force, kept)
@@ -129,7 +145,7 @@ def calibrate(
     fit = _until_it_fits(lm, weights, kept, windows, settings, progress, unfinished or Unfinished())
     found, in_8 = fit.rounded(), set(fit.in_8)
     codes = _with_ends(found, kept)
-    block, zero_points = _block(settings.block), settings.zero_points
+    block, zero_points = block_of(settings), settings.zero_points
     without = [
         Rule(_path(key, lm), "int4_weights", block)
         for key in linears
@@ -216,11 +232,14 @@ def _until_it_fits(
     """
     rounds = _Rounds(lm, weights, kept, windows, settings, progress, unfinished)
     in_4 = [key for key in lm.shapes if _is_layer(key, lm)]
-    total, best = sum(_size(lm, key) for key in in_4), None
+    sizes = {key: _size(lm, key) for key in in_4}
+    total, best = sum(sizes.values()), None
     errors: Mapping[str, float] = {}
     for step in range(_STEPS + 1):
         worst = sorted(in_4, key=lambda key: -errors.get(key, 0))
-        found = rounds.run(step, _up_to(worst, lm, MOST_IN_8_BITS * step / _STEPS * total))
+        found = rounds.run(
+            step, weight_only.up_to(worst, sizes, MOST_IN_8_BITS * step / _STEPS * total)
+        )
         errors = errors or found.errors
         if best is None or found.quality.growth < best.quality.growth:
             best, found = found, best
@@ -249,7 +268,11 @@ class _Rounds:
         """What comes of it; an earlier run's round is not run again."""
         lm, settings, progress = self.lm, self.settings, self.progress
         storage = StorageFormat(4, True, LINEAR[4].suffix, settings.block, settings.zero_points)
-        in_4 = {k: fitting(storage, shape[0]) for k, shape in lm.shapes.items() if _is_layer(k, lm)}
+        in_4 = {
+            k: weight_only.fitting(storage, shape[0])
+            for k, shape in lm.shapes.items()
+            if _is_layer(k, lm)
+        }
         storages = in_4 | dict.fromkeys(in_8, LINEAR[8])
         weights, part = Coded(self.weights, Made(self.kept)), self.unfinished.part(f"round {step}")
         given = (lm, weights, self.windows[0], storages, settings.method, progress, part)
@@ -289,22 +312,6 @@ def _scaled(
     return smooth.smoothed(weights, found.scales, linked) if linked else weights
 
 
-def _up_to(worst: list[str], lm: Component, most: float) -> tuple[str, ...]:
-    """The first of `worst` that have at most so many weights together."""
-    taken, size = list[str](), 0
-    for key in worst:
-        if size + _size(lm, key) > most:
-            continue
-        taken.append(key)
-        size += _size(lm, key)
-    return tuple(taken)
-
-
-def fitting(storage: StorageFormat, inputs: int) -> StorageFormat:
-    """The storage for a weight of so many inputs: without zero points if they cannot be packed."""
-    return storage if storage.block_in(inputs) else replace(storage, zero_points=False)
-
-
 def _is_layer(key: str, lm: Component) -> bool:
     shape = lm.shapes[key]
     return (
@@ -340,7 +347,3 @@ def _sha256(ids: Array) -> str:
 
 def _size(lm: Component, key: str) -> int:
     return math.prod(lm.shapes[key])
-
-
-def _block(size: int) -> Block:
-    return next(block for block in BLOCKS if block == size)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from edgevlm.calibration import chain as chains
-from edgevlm.calibration import smooth
+from edgevlm.calibration import reads, smooth
 from edgevlm.calibration.appraise import Appraise, Whole
 from edgevlm.calibration.chain import Arithmetic, Chain, Passage
 from edgevlm.calibration.histogram import ranges_of
@@ -21,8 +20,9 @@ from edgevlm.calibration.observed import Channels, Ranges
 from edgevlm.calibration.pictures import Chosen, Progress, Sample
 from edgevlm.calibration.samples import Settings
 from edgevlm.calibration.static_plan import FLOAT_STEPS, layers_of, without_worst
+from edgevlm.calibration.towers.chain import TowerChain
 from edgevlm.calibration.unfinished import Found, Unfinished
-from edgevlm.toolkit.checkpoints.layouts.source import Source
+from edgevlm.toolkit.checkpoints.layouts.source import Source, TowerSource
 from edgevlm.toolkit.errors import CalibrationError
 from edgevlm.toolkit.ops.vocabulary import Array, Ops
 from edgevlm.toolkit.ops.wrappers import Observe
@@ -30,22 +30,26 @@ from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.quantization.quantize import Quantize
 from edgevlm.toolkit.vlm.components import Component
 from edgevlm.toolkit.vlm.cost import image_axes
+from edgevlm.toolkit.vlm.towers import language_model
 
 TOGETHER = 4  # samples: more gain little speed, and take memory
 AIM = 0.8  # of the budget: the samples that choose favour what they choose
 _CORRECTED_ON = 16  # samples that bias correction takes
+_ROUNDED_INPUTS = ("int8", "int8_rows")
 
 Store = Mapping[str, Mapping[str, Array]]
 Biases = Mapping[str, Mapping[str, Array]]
+AnyChain = Chain | TowerChain
+S = TypeVar("S", bound=Source | TowerSource)
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Generic[S]):
     """The source with its plan and changed weights. first: what all layers in INT8 cost; whole:
     what the plan costs; ranges: of all layers.
     """
 
-    source: Source
+    source: S
     first: Whole
     whole: Whole
     ranges: Mapping[str, float]
@@ -58,7 +62,7 @@ class Calibrator:
 
     def __init__(
         self,
-        chain: Chain,
+        chain: AnyChain,
         arithmetic: Arithmetic,
         settings: Settings,
         progress: Progress,
@@ -71,12 +75,12 @@ class Calibrator:
         self._kept = kept or Unfinished()
         self._said: dict[int, Array] = {}  # the float model's answers, by the sample's id
 
-    def run(self, source: Source, plan: PrecisionPlan, chosen: Chosen) -> Measured:
+    def run(self, source: S, plan: PrecisionPlan, chosen: Chosen) -> Measured[S]:
         """Ranges, changed weights, and what that costs on samples that it was not made from."""
         weights: Store = source.weights
         smoothed = 0
         if self._settings.smooth is not None:
-            weights, smoothed = self._smooth(weights, plan, chosen.calibrating)
+            weights, smoothed = self.smoothed(weights, plan, chosen.calibrating)
         plan = replace(plan, ranges=self.ranges(weights, plan, chosen.calibrating))
         biases: Biases = {}
         if self._settings.bias_correction:
@@ -145,7 +149,7 @@ class Calibrator:
             run(some)
             self._kept.keep(what, found, end, last=end == len(given))
 
-    def _smooth(
+    def smoothed(
         self, weights: Store, plan: PrecisionPlan, given: Sequence[Sample]
     ) -> tuple[Store, int]:
         """The weights with outliers moved into them, and how many places changed."""
@@ -157,7 +161,7 @@ class Calibrator:
             link.paths[0]
             for links in linked.values()
             for link in links
-            if any(plan.at(path) == "int8" for path in link.paths)
+            if any(plan.at(path) in _ROUNDED_INPUTS for path in link.paths)
         }
         seen = Channels(wanted, self._arithmetic.read)
         self._observe("channels", weights, plan, given, seen)
@@ -228,7 +232,7 @@ class Calibrator:
             answers = self._answers(weights, some)
             both = (self._chain.run_all(some, by, answers=answers) for by in (plain, rounded))
             for sample, a, b in zip(some, *both, strict=True):
-                whole.add(a, b, chains.following(sample))
+                whole.add(a, b, reads.following(sample))
 
         self._each(what, held, whole, run)
         return whole
@@ -252,21 +256,22 @@ class Calibrator:
         best, budget = (plan, first), self._settings.budget
         worst = sorted(first.layers, key=lambda path: -first.layers[path].compared.relative_rms)
         for step in range(1, FLOAT_STEPS + 1):
-            if budget is None or best[1].growth <= AIM * budget:
+            if budget is None or best[1].cost <= AIM * budget:
                 break
             mixed = without_worst(plan, worst, layers_of(self._chain.model), step)
             spared = len(plan.ranges) - len(mixed.ranges)
             what = f"errors {step + 1}, {spared} layers in float"
             own = _in_int8(biases, mixed)
             whole = self._measured(what, weights, own, mixed, held, layers=False)
-            if whole.growth < best[1].growth:
+            if whole.cost < best[1].cost:
                 best = (mixed, whole)
         return best
 
 
-def _reaches(plan: PrecisionPlan, chain: Chain) -> bool:
+def _reaches(plan: PrecisionPlan, chain: AnyChain) -> bool:
     """Whether a layer of the language model is in the plan."""
-    name = chain.model.lm.name
+    lm = language_model(chain.model)
+    name = lm.name if lm else None
     paths = layers_of(chain.model).flops
     return any(plan.at(path) == "int8" for path in paths if path.split("/")[0] == name)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from edgevlm.calibration import greedy
+from edgevlm.calibration import greedy, pieces
 from edgevlm.calibration.pictures import Sample
+from edgevlm.calibration.pieces import InPieces
+from edgevlm.calibration.reads import SCORED, SCORED_IN_TEXT, Read, groups, read
 from edgevlm.toolkit.errors import CalibrationError, InputError
 from edgevlm.toolkit.images import decode, longest_side, views
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
@@ -25,14 +26,11 @@ from edgevlm.toolkit.text import prompts
 from edgevlm.toolkit.text.prompts import Prompt, PromptSequence
 from edgevlm.toolkit.text.tokenizer import Tokenizer
 from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm.components import MASK_ENCODER, Component, no_states
+from edgevlm.toolkit.vlm.components import MASK_DECODER, MASK_ENCODER, Component, no_states
 from edgevlm.toolkit.vlm.config import ModelConfig
 
 ANSWER = "answer"  # the port of logits at an answer's tokens
-SCORED = 16  # positions of a prompt whose logits are compared
-SCORED_IN_TEXT = 64
-_PIXELS = 4 * 336 * 336  # of views that go through an encoder together; one may be larger
-_TOKENS = 4096  # of prompts that go through the language model together; one may be longer
+PIXELS = 4 * 336 * 336  # of views that go through an encoder together; one may be larger
 
 Found = dict[str, dict[str, Array]]  # what components give, by component and port
 
@@ -57,12 +55,18 @@ def in_numpy() -> Arithmetic:
 
 @dataclass(frozen=True)
 class Loaded(Mapping[str, Any]):
-    """The weights of a component as tensors of the ops, each made when it is used."""
+    """The weights of a component as tensors of the ops, each made when it is used.
+
+    in_pieces: whether very large ones are pieces.Large, for ops inside pieces.InPieces.
+    """
 
     weights: Mapping[str, Array]
     load: Callable[[Array], Any]
+    in_pieces: bool = False
 
     def __getitem__(self, key: str) -> Any:
+        if self.in_pieces:
+            return pieces.loaded(self.weights, key, self.load)
         return self.load(self.weights[key])
 
     def __contains__(self, key: object) -> bool:
@@ -98,9 +102,10 @@ class Passage:
     def run(self, part: Component, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs of one component, states aside."""
         load, read = self.arithmetic.load, self.arithmetic.read
-        loaded: Weights[Any] = Weights(Loaded(self.weights.get(part.name, {}), load))
+        loaded: Weights[Any] = Weights(Loaded(self.weights.get(part.name, {}), load, True))
         if part.name not in self._made:
-            plain: Any = Uncached(self.arithmetic.ops, part.name)
+            inner: Any = InPieces(self.arithmetic.ops, part.name)
+            plain: Any = Uncached(inner, part.name)
             self._made[part.name] = self.wrap(plain, part)
         ops = self._made[part.name]
         outputs = part.forward(ops, loaded, {name: load(x) for name, x in inputs.items()})
@@ -143,16 +148,36 @@ class Chain:
         if not language:
             return found
         reads = self._reads(samples, asked, found)
-        ends = [read.score.size for read in reads]
+        ends = [one.score.size for one in reads]
         if answers is not None:
-            reads = [read.answering(said) for read, said in zip(reads, answers, strict=True)]
-        for group in _groups(reads):
-            logits = self._language([reads[i] for i in group], by)
-            for i, own in zip(group, logits, strict=True):
+            reads = [one.answering(said) for one, said in zip(reads, answers, strict=True)]
+        last = [one.score.size for one in reads]
+        if answers is not None:
+            reads = [self._asking(one, own) for one, own in zip(reads, found, strict=True)]
+        for group in groups(reads):
+            logits, hidden = self._language([reads[i] for i in group], by)
+            for i, own, states in zip(group, logits, hidden, strict=True):
                 found[i][self.model.lm.name] = {"logits": own[:, : ends[i]]}
-                if own.shape[1] > ends[i]:
-                    found[i][self.model.lm.name][ANSWER] = own[:, ends[i] :]
+                if last[i] > ends[i]:
+                    found[i][self.model.lm.name][ANSWER] = own[:, ends[i] : last[i]]
+                if own.shape[1] > last[i]:
+                    found[i][MASK_DECODER] = self._mask(states[:, -1], found[i], by)
         return found
+
+    def _asking(self, one: Read, found: Found) -> Read:
+        """What is read, with the token that asks for a mask where an image has features for one."""
+        segmenter = self.model.segmenter
+        full = one.ids.shape[1] >= self.model.lm.config.context
+        if segmenter is None or MASK_ENCODER not in found or full:
+            return one
+        token = self._tokenizer.id_of(segmenter.token)
+        return one if token is None else one.closing_with(token)
+
+    def _mask(self, state: Array, found: Found, by: Passage) -> dict[str, Array]:
+        """The mask of a state [1, hidden_size]."""
+        part = next(p for p in self.parts if p.name == MASK_DECODER)
+        features = found[MASK_ENCODER]["features.0"]
+        return by.run(part, {"hidden": state, "features": features})
 
     def answered(self, samples: Sequence[Sample], by: Passage) -> list[Array]:
         """Greedy answers to all samples, of greedy.ANSWER tokens, or none where these do not fit;
@@ -162,7 +187,7 @@ class Chain:
         reads, part = self._reads(samples, asked, found), self._lm
         said, by_ops = [np.zeros(0, np.int64)] * len(reads), by.arithmetic
         weights = Loaded(by.weights.get(part.name, {}), by_ops.load)
-        for group in _groups(reads):
+        for group in groups(reads):
             inputs = self._inputs([reads[i] for i in group])
             if inputs["ids"].shape[1] + greedy.ANSWER > self.model.lm.config.context:
                 continue
@@ -189,7 +214,7 @@ class Chain:
         samples: Sequence[Sample],
         asked: Sequence[tuple[Prompt, bool] | None],
         found: Sequence[Found],
-    ) -> list[_Read]:
+    ) -> list[Read]:
         return [
             self._read(sample, prompt[0] if prompt else None, outputs)
             for sample, prompt, outputs in zip(samples, asked, found, strict=True)
@@ -234,7 +259,7 @@ class Chain:
 
     def _for_masks(self, samples: Sequence[Sample], found: Sequence[Found], by: Passage) -> None:
         """Add what the encoder of masks gives for each image. Their decoder stays in float: it has
-        a hundredth of the work, and masks are where its logits change sign.
+        a hundredth of the work, and masks are where its logits change sign. It runs for the report.
         """
         segmenter = self.model.segmenter
         for sample, own in zip(samples, found, strict=True):
@@ -253,7 +278,7 @@ class Chain:
         pixels = [view for views_of_one in each for view in views_of_one]
         if not pixels:
             return [{} for _ in seen]
-        step = max(_PIXELS // math.prod(pixels[0].shape[-2:]), 1)
+        step = max(PIXELS // math.prod(pixels[0].shape[-2:]), 1)
         runs = [
             by.run(part, {"pixels": np.stack(pixels[start : start + step])})
             for start in range(0, len(pixels), step)
@@ -290,12 +315,12 @@ class Chain:
         rows = found.pop("arrangement", {}).get("rows")
         return features, np.arange(len(features)) if rows is None else rows
 
-    def _read(self, sample: Sample, prompt: Prompt | None, found: Found) -> _Read:
+    def _read(self, sample: Sample, prompt: Prompt | None, found: Found) -> Read:
         """What the language model reads of a sample."""
         if prompt is None:
             assert sample.ids is not None
             ids = sample.ids[None]
-            return _read(ids, np.full_like(ids, -1), None, SCORED_IN_TEXT)
+            return read(ids, np.full_like(ids, -1), None, SCORED_IN_TEXT)
         features, indices = None, list[Array]()
         if sample.image is not None:
             features, order = self._features(found)
@@ -303,77 +328,32 @@ class Chain:
         sequence: PromptSequence = prompts.assemble(prompt, indices)
         longest = min(self.model.prompts.cut or sequence.length, self.model.lm.config.context)
         sequence = sequence.first(longest)
-        return _read(sequence.ids, sequence.rows, features, SCORED)
+        return read(sequence.ids, sequence.rows, features, SCORED)
 
-    def _language(self, reads: Sequence[_Read], by: Passage) -> list[Array]:
-        """Logits [1, scored, vocabulary] of each."""
+    def _language(self, reads: Sequence[Read], by: Passage) -> tuple[list[Array], list[Array]]:
+        """Logits [1, scored, vocabulary] of each; states [1, scored, hidden_size] where masks are
+        made of them.
+        """
         part, inputs = self._lm, self._inputs(reads)
         axes = {"batch": len(reads), "context": reads[0].ids.shape[1]}
         states = no_states(part.inputs, part.outputs, axes)
-        return list(by.run(part, {**inputs, **states})["logits"][:, None])
+        outputs = by.run(part, {**inputs, **states})
+        logits = outputs["logits"][:, None]
+        return list(logits), list(outputs["hidden"][:, None] if "hidden" in outputs else logits)
 
-    def _inputs(self, reads: Sequence[_Read]) -> dict[str, Array]:
+    def _inputs(self, reads: Sequence[Read]) -> dict[str, Array]:
         """What the language model gets of samples of one length, states aside."""
         width = int(self.model.lm.config.hidden_size)
         rows, features, first = list[Array](), [np.zeros((1, width), np.float32)], 1
-        for read in reads:
-            rows.append(np.where(read.rows < 0, -1, read.rows + first))
-            if read.features is not None:
-                features.append(np.asarray(read.features, np.float32))
-                first += len(read.features)
+        for one in reads:
+            rows.append(np.where(one.rows < 0, -1, one.rows + first))
+            if one.features is not None:
+                features.append(np.asarray(one.features, np.float32))
+                first += len(one.features)
         return {
-            "ids": np.concatenate([read.ids for read in reads]),
+            "ids": np.concatenate([one.ids for one in reads]),
             "rows": np.concatenate(rows),
             "features": np.concatenate(features),
             "start": np.zeros(len(reads), np.int64),
-            "score": np.stack([read.score for read in reads]),
+            "score": np.stack([one.score for one in reads]),
         }
-
-
-@dataclass(frozen=True)
-class _Read:
-    """ids and rows [1, S], features or None as the language model takes them; score [P]."""
-
-    ids: Array
-    rows: Array
-    features: Array | None
-    score: Array
-
-    def answering(self, answer: Array) -> _Read:
-        """With an answer behind it; scored too: the positions at which its tokens are chosen."""
-        if not len(answer):
-            return self
-        first = self.ids.shape[1] - 1
-        ids = np.concatenate([self.ids, answer[None, :-1]], 1)
-        rows = np.concatenate([self.rows, np.full((1, len(answer) - 1), -1)], 1)
-        score = np.concatenate([self.score, np.arange(first, first + len(answer))])
-        return _Read(ids, rows, self.features, score)
-
-
-def _read(ids: Array, rows: Array, features: Array | None, scored: int) -> _Read:
-    texts = np.flatnonzero(rows[0] < 0)  # after an image token, logits mean nothing
-    if not len(texts):
-        raise CalibrationError("a prompt has no text that the model sees", hint="leave it out")
-    return _Read(ids, rows, features, texts[_spread(len(texts), scored)])
-
-
-def following(sample: Sample) -> Array | None:
-    """The token behind each scored position of a text, -1 behind its last; None for a prompt."""
-    if sample.ids is None:
-        return None
-    at = _spread(len(sample.ids), SCORED_IN_TEXT)
-    return np.asarray(np.append(sample.ids, -1)[at + 1])
-
-
-def _spread(count: int, most: int) -> Array:
-    """At most so many of the first `count` numbers."""
-    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))
-
-
-def _groups(reads: Sequence[_Read]) -> Iterator[list[int]]:
-    """Numbers of those that go together: neighbours of one length that score as many tokens."""
-    alike = groupby(range(len(reads)), lambda i: (reads[i].ids.shape[1], len(reads[i].score)))
-    for (length, _), run in alike:
-        numbers, most = list(run), max(_TOKENS // length, 1)
-        for start in range(0, len(numbers), most):
-            yield numbers[start : start + most]

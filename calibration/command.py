@@ -18,11 +18,19 @@ _Prompts = Annotated[
     Optional[Path],
     typer.Option(help='int8-static: a file of lines {"image": ..., "prompt": ...}.'),
 ]
+_Images = Annotated[
+    Optional[Path],
+    typer.Option(help="int8-static, and all of a tower by itself: a folder of images."),
+]
+_Smooth = Annotated[
+    Optional[float],
+    typer.Option(help="int8-static, and int8 of a tower: SmoothQuant's alpha, such as 0.5."),
+]
 _Budget = Annotated[
     Optional[float],
     typer.Option(
         help="How much perplexity may grow: 0.05 is 5 %, the default in int4 and int8. "
-        "int8-static: leave layers in float for it."
+        "int8-static: leave layers in float for it. Of a tower by itself: 1 - cosine of embeddings."
     ),
 ]
 _Method = Annotated[str, typer.Option(help="4 bits: rtn, awq, gptq or awq+gptq.")]
@@ -40,9 +48,7 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
         text: Annotated[
             Optional[Path], typer.Option(help="A text file (UTF-8) like what the model will see.")
         ] = None,
-        images: Annotated[
-            Optional[Path], typer.Option(help="int8-static: a folder of images.")
-        ] = None,
+        images: _Images = None,
         prompts: _Prompts = None,
         to: Annotated[
             str,
@@ -53,9 +59,7 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
         range: Annotated[
             str, typer.Option(help="int8-static: minmax, percentile, entropy or mse.")
         ] = "mse",
-        smooth: Annotated[
-            Optional[float], typer.Option(help="int8-static: SmoothQuant's alpha, such as 0.5.")
-        ] = None,
+        smooth: _Smooth = None,
         bias_correction: Annotated[
             bool, typer.Option("--bias-correction", help="int8-static: mend the mean error.")
         ] = False,
@@ -63,7 +67,7 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
             Optional[list[str]],
             typer.Option(help="int8-static: layers to leave in float, lm/layers.0/*. Repeatable."),
         ] = None,
-        samples: Annotated[int, typer.Option(help="int8-static: the most images or prompts.")] = 64,
+        samples: Annotated[int, typer.Option(help="The most images or prompts.")] = 64,
         budget: _Budget = None,
         method: _Method = "awq+gptq",
         block: Annotated[
@@ -108,6 +112,8 @@ def summary(
 
 def _summary(result: Any, bundle: Path, out: Path) -> tuple[dict[str, Any], list[str], str]:
     from edgevlm.calibration import drift, static_report
+    from edgevlm.calibration.towers import report
+    from edgevlm.calibration.towers.calibrate import TowerCalibration
     from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.strict import to_plain
     from edgevlm.toolkit.terminal.console import human_bytes, table
@@ -118,6 +124,8 @@ def _summary(result: Any, bundle: Path, out: Path) -> tuple[dict[str, Any], list
         for c in before.components
     }
     following = shlex.join(["edgevlm", "build", str(out), f"{out}-engine"])
+    if isinstance(result, TowerCalibration):
+        return *report.summary(result, out, sizes, following), following
     if not hasattr(result, "quality"):
         return *static_report.summary(result, out, sizes, following), following
     quality, drifts = result.quality, drift.of(written)

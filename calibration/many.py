@@ -6,7 +6,7 @@ layer before the next one runs. Memory is that of one op's inputs and outputs fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, R, Step, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
-from edgevlm.toolkit.vlm.components import Component, no_states
+from edgevlm.toolkit.vlm.components import EMBEDDING, Component, no_states
 
 
 class Many(tuple[Array, ...]):
@@ -35,8 +35,8 @@ class Many(tuple[Array, ...]):
 class ManyOps:
     """Runs every op for each sample; those with large weights for all at once.
 
-    The language model only: what leaves it is the output of its last norm (`hidden`), and KV
-    caches are not kept.
+    Language models and towers: what leaves the former is the output of its last norm (`hidden`),
+    and KV caches are not kept.
     """
 
     def __init__(self, inner: Ops[Array] | None = None) -> None:
@@ -46,9 +46,10 @@ class ManyOps:
         run = getattr(self.inner, op)
 
         def each(*args: Any, **options: Any) -> Any:
-            if not isinstance(args[0], Many):
+            count = _samples(args)
+            if count is None:
                 return run(*args, **options)
-            return Many(run(*_at(args, i), **options) for i in range(len(args[0])))
+            return Many(run(*_at(args, i), **options) for i in range(count))
 
         return each
 
@@ -88,6 +89,16 @@ class Rows(Wrapper[Array]):
         return y.reshape(*x.shape[:-1], -1)
 
 
+def _samples(values: Sequence[Any]) -> int | None:
+    """How many samples the first Many among `values`, or lists of them, has; None without any."""
+    for value in values:
+        if isinstance(value, Many):
+            return len(value)
+        if isinstance(value, (list, tuple)) and (found := _samples(value)) is not None:
+            return found
+    return None
+
+
 def _at(value: Any, i: int) -> Any:
     """What sample `i` has in place of each Many in `value`."""
     if isinstance(value, Many):
@@ -99,8 +110,13 @@ def _at(value: Any, i: int) -> Any:
     return value
 
 
-def hidden(lm: Component, ops: Any, weights: Any, windows: Array) -> Many:
-    """The output of the last norm for each window of token ids [N, S]: N of [1, S, D]."""
+def hidden(lm: Component, ops: Any, weights: Any, windows: Array | Many) -> Many:
+    """The output of the last norm for each window of token ids [N, S]: N of [1, S, D]. Of a tower
+    by itself the embedding [1, channels] of each image [1, 3, height, width].
+    """
+    if isinstance(windows, Many):
+        embedded: Many = lm.forward(ops, Weights(weights), {"pixels": windows})[EMBEDDING]
+        return embedded
     count, length = windows.shape
     width = next(port.shape[1] for port in lm.inputs if port.name == "features")
     states = no_states(lm.inputs, lm.outputs, {"batch": 1, "context": length})

@@ -1,4 +1,4 @@
-"""Samples go through a language model, and its linears are rounded as they are reached.
+"""Samples go through a language model or a tower, and its linears are rounded as they are reached.
 
 Each linear gets the inputs that the rounded ones before it give, so layers make up for errors
 before them as well as for their own. Beside them goes the float model, one layer at a time, which
@@ -45,27 +45,30 @@ class Rounded:
 def rounded(
     lm: Component,
     weights: Mapping[str, Array],
-    windows: Array,
+    windows: Array | Many,
     storages: Mapping[str, StorageFormat],
     method: Method,
     progress: _Passed,
     kept: Unfinished | None = None,
+    axes: Mapping[str, int] = _SIZES,
 ) -> Rounded:
-    """The linears `storages` names, rounded by `method` with windows of ids [N, S].
+    """The linears `storages` names, rounded by `method` with windows of ids [N, S], or the pixels
+    of images. axes: any sizes that the component can run with.
 
     kept: where everything that is found is kept, and what an earlier run found with the same
     arguments. Raises CalibrationError naming a linear whose inputs say nothing.
     """
-    linked = links(lm, storages) if "awq" in method else []
-    ops = _Round(storages, method, linked, progress, kept or Unfinished())
+    linked = links(lm, storages, axes) if "awq" in method else []
+    tower = isinstance(windows, Many)
+    ops = _Round(storages, method, linked, progress, kept or Unfinished(), tower=tower)
     if not ops.complete:
         hidden(lm, ops, weights, windows)
     return ops.found
 
 
-def links(lm: Component, linears: Collection[str]) -> list[Link]:
+def links(lm: Component, linears: Collection[str], axes: Mapping[str, int] = _SIZES) -> list[Link]:
     """Where scales can go: inputs that nothing but such linears read."""
-    found = smooth.links(lm, _SIZES)
+    found = smooth.links(lm, axes)
     return [link for link in found if all(key in linears for key in link.linears)]
 
 
@@ -95,8 +98,11 @@ class _Round(ManyOps):
         linked: Sequence[Link],
         progress: _Passed,
         kept: Unfinished,
+        *,
+        tower: bool,
     ) -> None:
         super().__init__()
+        self._tower = tower
         self._storages, self._method, self._links = storages, method, linked
         self._progress, self._kept = progress, kept
         self._codes, self._layers = KeptCodes(kept), KeptLayers(kept)
@@ -106,6 +112,7 @@ class _Round(ManyOps):
             for source, name in names.items()
             if kept.has(name)
         }
+        self._left: Many | None = None  # what the layer before gave
         self._plain: Many | None = None  # what the float model has where a layer begins
         self._wanted: dict[str, Many] = {}  # inputs of this layer's linears in the float model
         self._seen: tuple[Many, gptq.Inputs] | None = None
@@ -123,21 +130,27 @@ class _Round(ManyOps):
         return Rounded(codes, errors, self._scales)
 
     def block(self, function: Callable[..., Any], w: Weights[Any], *args: Any) -> Any:
-        """A layer: from the first argument, which goes through all of them, to the next, and its
-        part of the KV cache, which nobody reads.
+        """A layer: from the first argument, which goes through all of them, to the next; that of a
+        decoder gives its part of the KV cache too, which nobody reads.
+
+        What stands between two blocks of a tower (a new stage) is rounded, and where it did
+        anything the float model begins again with what that gave.
         """
+        if args[0] is not self._left:
+            self._plain = None
         plain = [] if self._method == "rtn" else [self._plain or args[0]]
         passed = self._layers.passed([args[0], *plain])
         if passed is not None:
-            self._plain = passed[-1]
-            return passed[0], (None, None)
+            self._left, self._plain = passed[0], passed[-1]
+            return passed[0] if self._tower else (passed[0], (None, None))
         if plain:
             see = _See()
-            plain[0], *_ = function(see, w, plain[0], *args[1:])
+            plain[0] = _stream(function(see, w, plain[0], *args[1:]))
             self._plain, self._wanted = plain[0], see.inputs
             w = self._scaled(w)
         found = function(self, w, *args)
-        self._layers.leaves([found[0], *plain])
+        self._left = _stream(found)
+        self._layers.leaves([self._left, *plain])
         return found
 
     def _scaled(self, w: Weights[Any]) -> Weights[Any]:
@@ -202,3 +215,9 @@ class _Round(ManyOps):
             shifted = None if wanted is None else gptq.shift(x, wanted)
             self._seen = x, gptq.Inputs(gptq.second_moments(x, w.path), w.path, shifted)
         return self._seen[1]
+
+
+def _stream(found: Any) -> Many:
+    """What goes on to the next layer, of what one gives."""
+    stream: Many = found if isinstance(found, Many) else found[0]
+    return stream

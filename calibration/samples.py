@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -20,6 +21,11 @@ from edgevlm.toolkit.quantization.plan import Block
 STATIC = "int8-static"
 _STATIC = ("range", "smooth", "bias_correction", "keep_float", "samples")
 _IN_4_BITS = ("method", "block", "zero_points")
+# What a tower by itself takes where weights are calibrated: it sees images then too.
+_OF_TOWERS: Mapping[str, tuple[str, ...]] = {
+    "int8": ("samples", "keep_float", "smooth"),
+    "int4": ("samples", "keep_float"),
+}
 BUDGET = 0.05  # of weights alone, unless another is given
 BLOCKS: tuple[Block, ...] = (32, 64, 128)
 _HELD_OUT = 8  # windows, a quarter of the text at most
@@ -33,7 +39,8 @@ class Settings:
     Of weights alone: method, how 4 bits are chosen (rounding.py); block, inputs that share a scale
     in 4 bits; zero_points, whether such blocks have zero points of their own. Of static INT8:
     range, the method (histogram.py); smooth, SmoothQuant's alpha; keep_float, globs over paths of
-    layers; samples, the most images or prompts.
+    layers; samples, the most images or prompts. Of a tower by itself the budget is how much
+    embeddings may turn, the mean of 1 - cosine.
     """
 
     to: str = "int4"
@@ -55,12 +62,12 @@ def budget_of(settings: Settings) -> float:
     return BUDGET if settings.budget is None else settings.budget
 
 
-def check(settings: Settings) -> None:
-    """Raise ConfigError for settings that cannot be."""
+def check(settings: Settings, *, tower: bool = False) -> None:
+    """Raise ConfigError for settings that cannot be; tower: of a vision tower by itself."""
     known = (*weight_only.KINDS, STATIC)
     if settings.to not in known:
         raise ConfigError(f"--to {settings.to!r} is unknown", hint=f"known: {', '.join(known)}")
-    _refuse_others(settings)
+    _refuse_others(settings, _OF_TOWERS.get(settings.to, ()) if tower else ())
     if settings.range not in METHODS:
         raise ConfigError(
             f"--range {settings.range!r} is unknown", hint=f"known: {', '.join(METHODS)}"
@@ -81,10 +88,10 @@ def check(settings: Settings) -> None:
             raise ConfigError(f"--{name} {getattr(settings, name)} is less than 2")
 
 
-def _refuse_others(settings: Settings) -> None:
-    """Raise ConfigError for options that have no meaning for what is asked."""
+def _refuse_others(settings: Settings, known: Collection[str]) -> None:
+    """Raise ConfigError for options that have no meaning for what is asked, unless `known`."""
     static, in_4_bits = settings.to == STATIC, settings.to == "int4"
-    foreign = {*(() if static else _STATIC), *(() if in_4_bits else _IN_4_BITS)}
+    foreign = {*(() if static else _STATIC), *(() if in_4_bits else _IN_4_BITS)} - {*known}
     for option in fields(Settings):
         name = option.name
         if name in foreign and getattr(settings, name) != option.default:
@@ -100,6 +107,11 @@ def check_bundle(bundle: Bundle) -> None:
         raise ConfigError(
             f"{bundle.path} is quantized already", hint="calibrate the float bundle that it is of"
         )
+
+
+def block_of(settings: Settings) -> Block:
+    """The block of weights in 4 bits, as plans have it."""
+    return next(block for block in BLOCKS if block == settings.block)
 
 
 def windows_of(bundle: Bundle, text: Path, settings: Settings) -> tuple[Array, Array]:

@@ -62,8 +62,9 @@ class StaticCalibration:
 
     layers: those that cost most first. kl, same_top_1: of the logits, at `scored` positions of
     held-out samples; growth: of perplexity, as far as kl says. perplexity_float, perplexity: on
-    `tokens` tokens of held-out texts, None without any. answers: to held-out samples. smoothed: how
-    many inputs were; corrected: how many biases. dtype: of what the bundle has in float.
+    `tokens` tokens of held-out texts, None without any. answers: to held-out samples. mask_iou: of
+    masks of the two models, as their decoder gives them, None without any. smoothed: how many
+    inputs were; corrected: how many biases. dtype: of what the bundle has in float.
     """
 
     plan: PrecisionPlan
@@ -79,6 +80,7 @@ class StaticCalibration:
     perplexity_float: float | None
     perplexity: float | None
     answers: Agreement
+    mask_iou: float | None = None
     smoothed: int = 0
     corrected: int = 0
     dtype: str = "fp32"
@@ -115,14 +117,14 @@ def of_bundle(
         chain.check(sample)
     used = chosen.calibrating, chosen.held_out
     computes = type(arithmetic.ops).__name__
-    kept.begin(progress, bundle.sha256, settings, *map(_sha256, used), computes)
-    plan = replace(plan, samples=len(used[0]), samples_sha256=_sha256(used[0]))
+    kept.begin(progress, bundle.sha256, settings, *map(samples_sha256, used), computes)
+    plan = replace(plan, samples=len(used[0]), samples_sha256=samples_sha256(used[0]))
     found = Calibrator(chain, arithmetic, settings, progress, kept).run(source, plan, chosen)
     return found.source, _result(found, bundle, settings, len(chosen.held_out))
 
 
 def _result(
-    found: Measured, bundle: Bundle, settings: Settings, held_out: int
+    found: Measured[Source], bundle: Bundle, settings: Settings, held_out: int
 ) -> StaticCalibration:
     plan, whole = found.source.plan, found.whole
     layers = layers_of(bundle.vlm)
@@ -150,6 +152,7 @@ def _result(
         before,
         after,
         _answers(whole),
+        whole.mask_iou,
         found.smoothed,
         found.corrected,
         bundle.manifest.dtype,
@@ -183,7 +186,7 @@ def _check_reach(model: ModelConfig, plan: PrecisionPlan, chosen: Chosen) -> Non
             )
 
 
-def _sha256(given: Sequence[Sample]) -> str:
+def samples_sha256(given: Sequence[Sample]) -> str:
     """Of all samples: the images' bytes, prompts, token ids."""
     digest = hashlib.sha256()
     for sample in given:

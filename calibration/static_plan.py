@@ -11,8 +11,8 @@ from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.components import MASK_DECODER
-from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.cost import count, image_axes
+from edgevlm.toolkit.vlm.towers import Model
 
 MOST_IN_FLOAT = 0.3  # of the layers' arithmetic, to keep within the budget
 FLOAT_STEPS = 3  # from none to that many, as each takes a measurement
@@ -30,7 +30,7 @@ class Layers:
     totals: Mapping[str, int]
 
 
-def layers_of(model: ModelConfig) -> Layers:
+def layers_of(model: Model) -> Layers:
     """Every layer that static INT8 is about."""
     axes = image_axes(model, 1, 1) | {"sequence": 1, "context": 1}
     flops, made, totals = dict[str, int](), list[str](), dict[str, int]()
@@ -45,7 +45,7 @@ def layers_of(model: ModelConfig) -> Layers:
     return Layers(flops, tuple(made), totals)
 
 
-def plan_of(model: ModelConfig, settings: Settings) -> PrecisionPlan:
+def plan_of(model: Model, settings: Settings) -> PrecisionPlan:
     """All linears and convolutions in INT8, but the output layer and what is to stay in float.
 
     Raises ConfigError for a glob that no layer matches.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgevlm.calibration.static import StaticCalibration
+from edgevlm.calibration.static import ComponentCost, StaticCalibration
 from edgevlm.toolkit.strict import to_plain
 from edgevlm.toolkit.terminal.console import human_bytes, table
 
@@ -40,6 +40,7 @@ def summary(
         "same_top_1": result.same_top_1,
         "scored": result.scored,
         "answers": to_plain(result.answers),
+        "mask_iou": result.mask_iou,
         "growth": result.growth,
         "within_budget": result.within_budget,
         "tokens": result.tokens,
@@ -50,6 +51,15 @@ def summary(
         "layers": to_plain(result.layers),
         "next": following,
     }
+    return data, _lines(result, sizes, costs)
+
+
+def _lines(
+    result: StaticCalibration,
+    sizes: Mapping[str, tuple[int, int]],
+    costs: Mapping[str, ComponentCost],
+) -> list[str]:
+    plan = result.plan
     columns = ("component", "weights before", "after", "in int8", "cosine", "relative rms")
     rows = [
         (name, human_bytes(before), human_bytes(after), *_figures(costs.get(name)))
@@ -66,12 +76,20 @@ def summary(
         f"greedy           {result.answers.text}",
         f"calibrated       {plan.samples} samples, {plan.method}",
         f"changed          {result.smoothed} inputs smoothed, {result.corrected} biases corrected",
+        *_masks(result),
         *_text(result),
         *table(("layers that cost most", "range", "relative rms", "in"), worst),
     ]
     if not result.within_budget:
         lines.append("the budget does not hold: this is the best that was found")
-    return data, lines
+    return lines
+
+
+def _masks(result: StaticCalibration) -> list[str]:
+    """How far masks are those of the float model."""
+    if result.mask_iou is None:
+        return []
+    return [f"masks            IoU with those of the float model {result.mask_iou:.4f}"]
 
 
 def _text(result: StaticCalibration) -> list[str]:

@@ -36,7 +36,7 @@ from edgevlm.toolkit.errors import CheckpointError, OutputError, ToolkitError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.strict import to_plain
 
-FORMAT = 3  # of what is kept; another one is thrown away
+FORMAT = 4  # of what is kept; another one is thrown away
 _SECONDS = 5.0  # between two times that a pass over samples is kept
 _KEY, _LOCK, _DONE, _CHECKSUM = "key", "lock", "done", "crc32"
 _MARK = "an unfinished calibration of edgevlm; while it runs it holds a lock on this file\n"

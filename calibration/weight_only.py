@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from edgevlm.toolkit.errors import ConfigError
+from edgevlm.toolkit.quantization.blockwise import StorageFormat
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan, Rule
 from edgevlm.toolkit.strict import from_plain, read_json
 from edgevlm.toolkit.vlm import towers
@@ -116,3 +117,19 @@ def plan_of(given: str, option: str) -> PrecisionPlan:
     if given in KINDS or not Path(given).exists():
         return plan(given, option)
     return from_plain(PrecisionPlan, read_json(Path(given)), given)
+
+
+def fitting(storage: StorageFormat, inputs: int) -> StorageFormat:
+    """The storage for a weight of so many inputs: without zero points if they cannot be packed."""
+    return storage if storage.block_in(inputs) else replace(storage, zero_points=False)
+
+
+def up_to(worst: Sequence[str], sizes: Mapping[str, int], most: float) -> tuple[str, ...]:
+    """The first of the weights `worst` that have at most so many elements together."""
+    taken, size = list[str](), 0
+    for key in worst:
+        if size + sizes[key] > most:
+            continue
+        taken.append(key)
+        size += sizes[key]
+    return tuple(taken)

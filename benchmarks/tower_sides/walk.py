@@ -37,15 +37,18 @@ class Model:
 
     parts: tuple[Part, ...]
     sources: dict[str, str]
+    alone: str = ""
 
     @property
     def features(self) -> str:
-        """What the language model reads."""
-        return self.sources["lm:features"]
+        """What the language model reads; of a component alone its first output."""
+        return f"{self.alone}:features.0" if self.alone else self.sources["lm:features"]
 
     def pixels(self) -> list[str]:
         """The sources that are images."""
-        return sorted({s for s in self.sources.values() if s.startswith("images.")})
+        names = {part.name for part in self.parts}
+        read = {s for t, s in self.sources.items() if t.partition(":")[0] in names}
+        return sorted(s for s in read if s.startswith("images."))
 
     def run(self, run: Run, pixels: Mapping[str, Any]) -> Any:
         """All parts one after another; the features."""
@@ -57,8 +60,8 @@ class Model:
         return values[self.features]
 
 
-def read(bundle: Path) -> Model:
-    """The model of a bundle."""
+def read(bundle: Path, alone: str = "") -> Model:
+    """The model of a bundle: all in front of the language model, or one component alone."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
 
     def ports(described: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -67,9 +70,10 @@ def read(bundle: Path) -> Model:
     parts = [
         Part(c["name"], c["graph"], ports(c["inputs"]), ports(c["outputs"]))
         for c in manifest["components"]
-        if c["name"] != "lm"
+        if (c["name"] == alone if alone else c["name"] != "lm")
     ]
-    return Model(tuple(parts), {edge["target"]: edge["source"] for edge in manifest["edges"]})
+    sources = {edge["target"]: edge["source"] for edge in manifest["edges"]}
+    return Model(tuple(parts), sources, alone)
 
 
 def tokens(model: Model, side: int) -> int:
@@ -90,6 +94,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--part", default="", help="one component alone")
     parser.add_argument("--side", type=int, default=336)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
@@ -106,7 +111,7 @@ Opening = Callable[[Model, argparse.Namespace], tuple[Encode, dict[str, str]]]
 def measure(opening: Opening) -> None:
     """The `main` of a side: open, run once to warm up, then time; prints one line of JSON."""
     options = arguments()
-    model = read(options.bundle)
+    model = read(options.bundle, options.part)
     lap = Lap()
     encode, versions = opening(model, options)
     load = lap.take()

@@ -30,9 +30,10 @@ from edgevlm.toolkit.bundle.manifest import Bundle, ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import STORAGE
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import Target, this_cpu
+from edgevlm.toolkit.vlm import towers
 from edgevlm.toolkit.vlm.components import Port
-from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.cost import image_axes
+from edgevlm.toolkit.vlm.towers import Model
 
 Calls = Sequence[Mapping[str, Array]]
 _SECONDS = 6.0  # of one call of a component, in both bundles
@@ -75,7 +76,7 @@ def measured(before: Path, after: Path, progress: Callable[[str], None]) -> tupl
             for runner in runners:
                 opened.callback(runner.close)
             states = [runner.new_state() for runner in runners]
-            for name, calls in _calls(bundles[0].vlm, record):
+            for name, calls in _calls(bundles[0].model, record):
                 both = _medians(runners, states, calls)
                 found.append(Latency(record.name, name, *(round(1000 * s, 3) for s in both)))
     return tuple(found)
@@ -96,24 +97,24 @@ def _require(bundles: Sequence[Bundle], name: str, target: Target, shown: Path) 
 
 def _open(bundle: Bundle, name: str, folder: Path, target: Target) -> Runner:
     folder.mkdir()
-    backend, context = backends.backend(target), _context(bundle.vlm)
-    record, sizes = bundle.manifest.component(name), shapes.of(name, bundle.vlm, context)
+    backend, context = backends.backend(target), _context(bundle.model)
+    record, sizes = bundle.manifest.component(name), shapes.of(name, bundle.model, context)
     dtype = bundle.manifest.dtype
     compiled = backend.compile(bundle.path, dtype, record, folder, target, sizes)
     options = RunnerOptions(context=context)
     return backend.open(folder, compiled.record, bundle.manifest.model, options)
 
 
-def _context(model: ModelConfig) -> int:
-    longest: int = model.lm.config.context
-    return min(question(model).prompt_tokens + 1, longest)
+def _context(model: Model) -> int:
+    return min(question(model).prompt_tokens + 1, towers.context_of(model))
 
 
-def _calls(model: ModelConfig, record: ComponentRecord) -> Iterator[tuple[str, Calls]]:
+def _calls(model: Model, record: ComponentRecord) -> Iterator[tuple[str, Calls]]:
     """The calls of a component in one question, by name."""
     work = question(model)
     axes = image_axes(model, work.views, work.image_tokens)
-    if record.name != model.lm.name:
+    lm = towers.language_model(model)
+    if lm is None or record.name != lm.name:
         encoders = {f"encoder.{encoder.name}" for encoder in model.encoders}
         views = {"tiles": 1} if record.name in encoders else {}
         yield "view", [{port.name: _values(port, {**axes, **views}) for port in record.inputs}]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from edgevlm.engines.profiling import drawings
 from edgevlm.engines.profiling.profile import Profile
 from edgevlm.engines.profiling.tables import COMPARED, compared, plain, totals
+from edgevlm.engines.profiling.tower import TowerProfile
 
+Shown = Profile | TowerProfile
 HEAD = "<!doctype html><meta charset=utf-8><title>edgevlm</title>"
 _STYLE = (
     "body{font:15px/1.45 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;"
@@ -26,42 +27,50 @@ _STYLE = (
 )
 
 
-def write_html(path: Path, profiles: Sequence[Profile], layers: int = 40) -> None:
-    """One file with everything in it: figures, waterfall, latencies, roofline, memory, layers."""
-    body = "".join(_section(p, layers) for p in profiles)
+def as_html(profiles: Sequence[Profile], count: int = 40) -> str:
+    """One page with everything in it: figures, waterfall, latencies, roofline, memory, layers."""
+    body = "".join(_section(p, count) for p in profiles)
     if len(profiles) > 1:
-        together = _html_table(COMPARED, compared(profiles))
-        body = f"<h2>Comparison</h2>{together}{_bars(profiles)}{body}"
-    head = f"{HEAD}<style>{_STYLE}</style>"
-    path.write_text(f"{head}<h1>edgevlm profile</h1>{body}", encoding="utf-8")
+        together = html_table(COMPARED, compared(profiles))
+        values = {
+            "time to first token": [p.time_to_first_token_ms for p in profiles],
+            "inter-token latency": [p.inter_token_latency_ms for p in profiles],
+        }
+        drawn = bars([p.engine for p in profiles], values, "ms")
+        body = f"<h2>Comparison</h2>{together}{drawn}{body}"
+    return document(body)
 
 
-def _section(p: Profile, layers: int) -> str:
+def document(body: str) -> str:
+    """A whole page."""
+    return f"{HEAD}<style>{_STYLE}</style><h1>edgevlm profile</h1>{body}"
+
+
+def _section(p: Profile, count: int) -> str:
     device = ", ".join(f"{key} {value}" for key, value in p.device.items())
     parts = [
         f"<h2>{html.escape(p.engine)}</h2><p class=muted>{html.escape(device)}</p>",
         f"<pre>{html.escape(chr(10).join(totals(p)))}</pre>",
-        f"<h3>One question, stage by stage</h3>{drawings.waterfall(p)}{_stages(p)}",
+        f"<h3>One question, stage by stage</h3>{drawings.waterfall(p)}{stages(p)}",
         f"<h3>Milliseconds per token, in order</h3>{drawings.timeline(p.samples['decode'])}",
         f"<h3>How often each latency</h3>{drawings.histogram(p.samples['decode'])}",
-        _metrics(p),
-        f"<h3>Against the machine's limits (measured: {p.roofline.peak_gflop_s:.0f} GFLOP/s, "
-        f"{p.roofline.peak_int8_gop_s:.0f} GOP/s in 8 bits, "
-        f"{p.roofline.peak_gb_s:.1f} GB/s)</h3>{drawings.roofline([p])}{_roofs(p)}",
+        metrics(p),
+        limits(p),
     ]
     if picture := drawings.memory(p):
         parts.append(f"<h3>Memory over time</h3>{picture}")
     if p.layers:
-        parts.append(f"<h3>Slowest layers</h3>{_layers(p, layers)}")
-    return "".join([*parts, _context(p.context)])
+        parts.append(f"<h3>Slowest layers</h3>{layers(p, count)}")
+    return "".join([*parts, context(p.context)])
 
 
-def _stages(p: Profile) -> str:
+def stages(p: Shown) -> str:
+    """A table of the stages."""
     rows = [(n, s.p50_ms, s.p90_ms, s.p99_ms, s.mean_ms) for n, s in p.stages.items()]
-    return _html_table(("stage", "p50 ms", "p90 ms", "p99 ms", "mean ms"), rows)
+    return html_table(("stage", "p50 ms", "p90 ms", "p99 ms", "mean ms"), rows)
 
 
-def _metrics(p: Profile) -> str:
+def metrics(p: Shown) -> str:
     """AIPerf's names; the stages have a table of their own."""
     if not p.metrics:
         return ""
@@ -71,19 +80,28 @@ def _metrics(p: Profile) -> str:
         for name, d in p.metrics.items()
         if name not in p.stages
     ]
-    return f"<h3>Metrics</h3><div class=wide>{_html_table(columns, rows)}</div>"
+    return f"<h3>Metrics</h3><div class=wide>{html_table(columns, rows)}</div>"
 
 
-def _roofs(p: Profile) -> str:
+def limits(p: Shown) -> str:
+    """The roofline, drawn and as a table."""
+    return (
+        f"<h3>Against the machine's limits (measured: {p.roofline.peak_gflop_s:.0f} GFLOP/s, "
+        f"{p.roofline.peak_int8_gop_s:.0f} GOP/s in 8 bits, "
+        f"{p.roofline.peak_gb_s:.1f} GB/s)</h3>{drawings.roofline([p])}{_roofs(p)}"
+    )
+
+
+def _roofs(p: Shown) -> str:
     rows = [
         (b.stage, b.gflops, b.gbytes, b.kv_gbytes, b.floor_ms, b.limited_by, f"{b.reached:.0%}")
         for b in p.roofline.stages
     ]
     columns = ("stage", "GFLOP", "GB moved", "of it KV cache", "floor ms", "limited by", "reached")
-    return _html_table(columns, rows)
+    return html_table(columns, rows)
 
 
-def _layers(p: Profile, count: int) -> str:
+def layers(p: Shown, count: int) -> str:
     """The slowest nodes, and all time by kind of op."""
     whole = sum(layer.ms for layer in p.layers) or 1.0
     kinds: dict[tuple[str, str], float] = {}
@@ -94,20 +112,21 @@ def _layers(p: Profile, count: int) -> str:
     by_kind = [(component, op, ms, f"{ms / whole:.0%}") for (component, op), ms in top]
     rows = [(s.component, s.name, s.op, s.calls, s.ms, f"{s.ms / whole:.1%}") for s in p.layers]
     return (
-        _html_table(("component", "kind of op", "ms", "share"), by_kind)
+        html_table(("component", "kind of op", "ms", "share"), by_kind)
         + "<div class=wide>"
-        + _html_table(("component", "layer", "op", "calls", "ms", "share"), rows[:count])
+        + html_table(("component", "layer", "op", "calls", "ms", "share"), rows[:count])
         + "</div>"
     )
 
 
-def _context(context: Mapping[str, object]) -> str:
-    if not context:
+def context(given: Mapping[str, object]) -> str:
+    """What figures depend on, as a table."""
+    if not given:
         return ""
-    rows = [(key, _told(value)) for key, value in context.items()]
+    rows = [(key, _told(value)) for key, value in given.items()]
     return (
         "<details open><summary>What these figures depend on</summary>"
-        f"{_html_table(('what', 'value'), rows)}</details>"
+        f"{html_table(('what', 'value'), rows)}</details>"
     )
 
 
@@ -117,22 +136,19 @@ def _told(value: object) -> str:
     return "unknown" if value is None else str(value)
 
 
-def _bars(profiles: Sequence[Profile]) -> str:
-    """First token and token of each engine beside the others."""
+def bars(engines: Sequence[str], figures: Mapping[str, Sequence[float]], unit: str) -> str:
+    """Figures of each engine beside the others', by what they are."""
     parts = []
-    for what, values in (
-        ("time to first token", [p.time_to_first_token_ms for p in profiles]),
-        ("inter-token latency", [p.inter_token_latency_ms for p in profiles]),
-    ):
+    for what, values in figures.items():
         longest = max(values) or 1.0
-        bars = [
-            f"<text x='0' y='{24 * i + 16}'>{html.escape(_short(p.engine))}</text>"
+        drawn = [
+            f"<text x='0' y='{24 * i + 16}'>{html.escape(_short(engine))}</text>"
             f"<rect x='220' y='{24 * i + 3}' width='{600 * v / longest:.1f}' height='17' "
             f"fill='{drawings.colour(i)}'/>"
-            f"<text x='{228 + 600 * v / longest:.1f}' y='{24 * i + 16}'>{v:.4g} ms</text>"
-            for i, (p, v) in enumerate(zip(profiles, values, strict=True))
+            f"<text x='{228 + 600 * v / longest:.1f}' y='{24 * i + 16}'>{v:.4g} {unit}</text>"
+            for i, (engine, v) in enumerate(zip(engines, values, strict=True))
         ]
-        parts.append(f"<h3>{what}</h3>{drawings.svg(970, 24 * len(profiles) + 6, bars)}")
+        parts.append(f"<h3>{what}</h3>{drawings.svg(970, 24 * len(values) + 6, drawn)}")
     return "".join(parts)
 
 
@@ -140,7 +156,8 @@ def _short(name: str, most: int = 28) -> str:
     return name if len(name) <= most else f"...{name[3 - most :]}"
 
 
-def _html_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table; values are escaped."""
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
     cells = "".join("<tr>" + "".join(_html_cell(value) for value in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>"

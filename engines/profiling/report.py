@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgevlm.engines.profiling import tables
-from edgevlm.engines.profiling.page import HEAD, write_html
+from edgevlm.engines.profiling.page import HEAD, as_html
 from edgevlm.engines.profiling.profile import Profile
 from edgevlm.toolkit.errors import InputError, OutputError
 from edgevlm.toolkit.strict import to_plain
@@ -64,38 +64,22 @@ def _begins(file: Path, begin: str) -> bool:
 
 def write_files(profiles: Sequence[Profile], files: Files) -> None:
     """Write the files that have a path. Raises OutputError if one cannot be written."""
-    texts: list[tuple[Path | None, Callable[[], str]]] = [
-        (files.trace, lambda: tables.trace(profiles[0])),
-        (files.csv, lambda: tables.as_csv(profiles)),
-        (files.markdown, lambda: tables.as_markdown(profiles)),
-    ]
+    write_texts({
+        files.html: lambda: as_html(profiles),
+        files.trace: lambda: tables.trace(profiles[0]),
+        files.csv: lambda: tables.as_csv(profiles),
+        files.markdown: lambda: tables.as_markdown(profiles),
+    })  # fmt: skip
+
+
+def write_texts(texts: Mapping[Path | None, Callable[[], str]]) -> None:
+    """Write each text that has a path. Raises OutputError if one cannot be written."""
     try:
-        if files.html is not None:
-            write_html(files.html, profiles)
-        for path, text in texts:
+        for path, text in texts.items():
             if path is not None:
                 path.write_text(text(), encoding="utf-8")
     except OSError as refused:
         raise OutputError(f"{refused.filename} cannot be written: {refused.strerror}") from None
-
-
-def refuse_pages(files: Files) -> None:
-    """Raise InputError for what is not made of a tower by itself: it would have a single bar."""
-    for name in ("html", "csv", "markdown"):
-        if file := getattr(files, name):
-            raise InputError(
-                f"--{name} {file} is for engines with a language model",
-                hint="a tower by itself: --layers N, --trace FILE, --json",
-            )
-
-
-def write_trace(p: tables.Traced, file: Path | None) -> None:
-    """Write the trace, if it has a path. Raises OutputError if it cannot be written."""
-    if file is not None:
-        try:
-            file.write_text(tables.trace(p), encoding="utf-8")
-        except OSError as refused:
-            raise OutputError(f"{file} cannot be written: {refused.strerror}") from None
 
 
 def result(profiles: Sequence[Profile], layers: int) -> tuple[Any, list[str]]:
@@ -116,7 +100,7 @@ def lines(p: Profile, layers: int) -> list[str]:
         floor = ("", "")
         if bound:
             floor = (f"{bound.floor_ms:.3g}", f"{bound.reached:.0%} ({bound.limited_by})")
-        share = "" if stage == "decode" else f"{spread.p50_ms / p.time_to_first_token_ms:.0%}"
+        share = tables.of_first_token(stage, spread.p50_ms, p)
         rows.append((stage, spread.p50_ms, spread.p90_ms, spread.p99_ms, share, *floor))
     text = table(
         ("stage", "p50 ms", "p90 ms", "p99 ms", "of first token", "floor ms", "reached"), rows

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from edgevlm.engines.profiling.metrics import Distribution
 from edgevlm.engines.profiling.profile import Profile
 from edgevlm.engines.runtime.clock import Span
 from edgevlm.toolkit.terminal.console import human_bytes
@@ -23,6 +24,8 @@ TRACE_BEGINS = json.dumps(_TRACE)[:-1]
 CSV_BEGINS = ",".join(_CSV)
 MARKDOWN_BEGINS = f"| {' | '.join(COMPARED)} |"
 _FIGURES = ("mean", "std", "min", "p50", "p90", "p95", "p99", "max", "count")
+CSV_COLUMNS = (*_CSV, *_FIGURES)
+AFTER_ANSWER = "segmenter."  # what stages behind an answer begin with
 
 
 def totals(p: Profile) -> list[str]:
@@ -34,6 +37,7 @@ def totals(p: Profile) -> list[str]:
         f"inter-token latency    {p.inter_token_latency_ms:.2f} ms "
         f"({p.output_token_throughput_per_user:.1f} tokens/s)",
         f"prefill                {p.prefill_tokens_per_s:.0f} tokens/s",
+        *_masks(p),
         f"load / peak memory     {p.load_ms:.0f} ms / {p.peak_rss_mb:.0f} MB",
         f"speed of light         {decode.gbytes:.3g} GB of weights and KV cache a token "
         f"at the measured {p.roofline.peak_gb_s:.3g} GB/s: "
@@ -42,6 +46,20 @@ def totals(p: Profile) -> list[str]:
         f"{p.device['threads']} threads, "
         f"{p.device['target']}, {p.device['precision']}",
     ]
+
+
+def of_first_token(stage: str, ms: float, p: Profile) -> str:
+    """The share of the first token's time that a stage takes; nothing of a later one."""
+    if stage == "decode" or stage.startswith(AFTER_ANSWER):
+        return ""
+    return f"{ms / p.time_to_first_token_ms:.0%}"
+
+
+def _masks(p: Profile) -> list[str]:
+    """A line on what a mask takes behind the answer, if the model makes any."""
+    stages = [s.p50_ms for name, s in p.stages.items() if name.startswith(AFTER_ANSWER)]
+    line = f"one mask               {sum(stages):.1f} ms, behind the answer"
+    return [line] if stages else []
 
 
 def _rate(value: float) -> str:
@@ -75,19 +93,26 @@ def as_csv(profiles: Sequence[Profile]) -> str:
     """A line per engine and metric, for spreadsheets."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow((*_CSV, *_FIGURES))
+    writer.writerow(CSV_COLUMNS)
     for p in profiles:
-        for name, found in p.metrics.items():
-            figures = [getattr(found, figure) for figure in _FIGURES]
-            writer.writerow((p.engine, p.device["precision"], name, found.unit, *figures))
-        for name, unit, value in (
+        single = (
             ("load", "ms", p.load_ms),
             ("peak_rss", "MB", p.peak_rss_mb),
             ("engine_size", "bytes", p.size_bytes),
-        ):
-            single = (value, 0, *([value] * 6), 1)
-            writer.writerow((p.engine, p.device["precision"], name, unit, *single))
+        )
+        for row in csv_rows(p.metrics, single):
+            writer.writerow((p.engine, p.device["precision"], *row))
     return text.getvalue()
+
+
+def csv_rows(
+    found: Mapping[str, Distribution], single: Iterable[tuple[str, str, float]]
+) -> Iterator[tuple[object, ...]]:
+    """Metric, unit and figures of each metric, and of single values, (name, unit, value)."""
+    for name, metric in found.items():
+        yield (name, metric.unit, *(getattr(metric, figure) for figure in _FIGURES))
+    for name, unit, value in single:
+        yield (name, unit, value, 0, *([value] * 6), 1)
 
 
 def as_markdown(profiles: Sequence[Profile]) -> str:
@@ -99,27 +124,29 @@ def as_markdown(profiles: Sequence[Profile]) -> str:
             plain(s.p50_ms),
             plain(s.p90_ms),
             plain(s.p99_ms),
-            "" if name == "decode" else f"{s.p50_ms / first.time_to_first_token_ms:.0%}",
+            of_first_token(name, s.p50_ms, first),
         )
         for name, s in first.stages.items()
     ]
     rows = [tuple(plain(value) for value in row) for row in compared(profiles)]
     parts = [
-        _markdown(COMPARED, rows),
-        f"Stages of {_escaped(first.engine)}: {first.prompt_tokens} prompt tokens, "
+        markdown(COMPARED, rows),
+        f"Stages of {escaped(first.engine)}: {first.prompt_tokens} prompt tokens, "
         f"{first.generated_tokens} generated.\n",
-        _markdown(("stage", "p50 ms", "p90 ms", "p99 ms", "of first token"), stages),
-        f"{_escaped(', '.join(f'{key} {value}' for key, value in first.device.items()))}\n",
+        markdown(("stage", "p50 ms", "p90 ms", "p99 ms", "of first token"), stages),
+        f"{escaped(', '.join(f'{key} {value}' for key, value in first.device.items()))}\n",
     ]
     return "\n".join(parts)
 
 
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *([_escaped(c) for c in row] for row in rows)]
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [columns, ["---"] * len(columns), *([escaped(c) for c in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text in a cell of a table."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 

@@ -86,9 +86,9 @@ def of_engine(engine: Engine, images: int = 1) -> Estimate:
     return _with_weights(engine.parsed_model(), weights, engine.context, size, images)
 
 
-def of_model(model: Model, weights: int, context: int, size: int) -> Estimate:
+def of_model(model: Model, weights: int, context: int, size: int, images: int = 1) -> Estimate:
     """The same for a model of `weights` bytes; size: bytes of a float that it computes with."""
-    return _with_weights(model, weights, context, size)
+    return _with_weights(model, weights, context, size, images)
 
 
 def images_at_a_time(engine: Engine) -> int:
@@ -98,10 +98,14 @@ def images_at_a_time(engine: Engine) -> int:
     an image on one core alone, 1.66 in pairs, 2.03 in sixes. A card has its own, and many cores.
     """
     target = engine.parsed_target()
+    return images_together(engine.parsed_model(), target, element_bytes(target, engine.dtype))
+
+
+def images_together(model: Model, target: Target, size: int) -> int:
+    """The same for a tower that is not built; size: bytes of a float that it computes with."""
     if target.of_tensorrt or target.backend == CUDA:
         return _ON_CARDS
-    size = element_bytes(target, engine.dtype) * _largest(engine.parsed_model(), 0)
-    return max(1, min(_CACHED_BYTES // size, _MOST_AT_A_TIME))
+    return max(1, min(_CACHED_BYTES // (size * _largest(model, 0)), _MOST_AT_A_TIME))
 
 
 def _with_weights(model: Model, weights: int, context: int, size: int, images: int = 1) -> Estimate:

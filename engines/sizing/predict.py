@@ -6,7 +6,7 @@ each op takes at the rates of rates.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from edgevlm.engines.lowering import capabilities
@@ -17,6 +17,7 @@ from edgevlm.engines.sizing.rates import Machine
 from edgevlm.engines.sizing.work import Time
 from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
+from edgevlm.toolkit.vlm.components import after_answer
 from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.cost import stored_bytes
 
@@ -57,8 +58,9 @@ class Prediction:
     """The result for one device and number format; the keys of `plans[]` in --json.
 
     fits: whether everything is held at once; largest_context, largest_tiles: the most that fit,
-    0 for none, tiles None where images are not cut. stages: ms by name. first_token_limited_by:
-    the longest stage, and what limits it.
+    0 for none, tiles None where images are not cut. stages: ms by name. mask_ms: of one mask behind
+    the answer, None where a model makes none. first_token_limited_by: the longest stage, and what
+    limits it.
     """
 
     target: str
@@ -76,6 +78,7 @@ class Prediction:
     output_token_throughput_per_user: float
     prefill_tokens_per_s: float
     stages: Mapping[str, float]
+    mask_ms: float | None
     first_token_limited_by: str
     token_limited_by: str
     prompt_tokens: int
@@ -125,7 +128,8 @@ class Planner:
 
         needed, work = held(self._asked.context), self._work
         times = self.stages(given, machine)
-        token = times.pop("decode")
+        token, behind = times.pop("decode"), after_answer(self._model)
+        masks = [times.pop(name) for name in list(times) if name in behind]
         slowest = max(times, key=lambda name: times[name].seconds)
         first = sum(time.seconds for time in times.values())
         return Prediction(
@@ -144,6 +148,7 @@ class Planner:
             output_token_throughput_per_user=round(1 / token.seconds, 2),
             prefill_tokens_per_s=round(work.prompt_tokens / times["prefill"].seconds, 1),
             stages={name: round(1000 * time.seconds, 3) for name, time in times.items()},
+            mask_ms=round(1000 * sum(t.seconds for t in masks), 3) if masks else None,
             first_token_limited_by=f"{slowest}: {times[slowest].limited_by}",
             token_limited_by=token.limited_by,
             prompt_tokens=work.prompt_tokens,
@@ -152,7 +157,7 @@ class Planner:
             largest_context=self._largest_context(fits),
             largest_tiles=self._largest_tiles(fits),
             peaks_measured=machine.measured,
-            notes=_notes(given, machine),
+            notes=notes_of(given, machine),
         )
 
     def stages(self, given: Format, machine: Machine) -> dict[str, Time]:
@@ -227,7 +232,8 @@ def _weights_bytes(model: ModelConfig, given: Format, machine: Machine, size: in
     return sum(sizes.values()) + lm
 
 
-def _notes(given: Format, machine: Machine) -> tuple[str, ...]:
+def notes_of(given: Format, machine: Machine) -> tuple[str, ...]:
+    """What a prediction rests on."""
     notes = []
     if not machine.measured:
         notes.append("peaks are the vendor's, the shares of them that kernels reach are assumed")
@@ -283,12 +289,17 @@ def lines(found: Sequence[Prediction]) -> list[str]:
     ]
     if len(found) == 1:
         text += ["", *_detail(p)]
+    return [*text, *told((p.device, p.notes) for p in found)]
+
+
+def told(notes_of_devices: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """A line for each note with its devices, behind an empty one."""
     notes: dict[str, list[str]] = {}
-    for p in found:
-        for note in p.notes:
-            notes.setdefault(note, []).append(p.device)
-    told = [f"note: {note}: {', '.join(dict.fromkeys(n))}" for note, n in notes.items()]
-    return [*text, *([""] if told else []), *told]
+    for device, own in notes_of_devices:
+        for note in own:
+            notes.setdefault(note, []).append(device)
+    found = [f"note: {note}: {', '.join(dict.fromkeys(n))}" for note, n in notes.items()]
+    return ["", *found] if found else []
 
 
 def _detail(p: Prediction) -> list[str]:
@@ -300,6 +311,7 @@ def _detail(p: Prediction) -> list[str]:
         "activations": p.activations_bytes,
         "runtime": p.runtime_bytes,
     }
-    stages = table(("stage", "ms"), list(p.stages.items()))
+    behind = [] if p.mask_ms is None else [("a mask, behind the answer", p.mask_ms)]
+    stages = table(("stage", "ms"), [*p.stages.items(), *behind])
     held = ", ".join(f"{name} {human_bytes(size)}" for name, size in parts.items())
     return [*stages, f"memory: {held}, of {human_bytes(p.memory_bytes)}"]

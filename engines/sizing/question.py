@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NoReturn
+from dataclasses import dataclass, fields
 
 from edgevlm.engines.profiling.roofline import question
 from edgevlm.engines.sizing.predict import Asked
-from edgevlm.toolkit.errors import ConfigError, InputError, UnsupportedError
+from edgevlm.toolkit.errors import ConfigError, InputError
 from edgevlm.toolkit.vlm.config import ModelConfig
 
 CONTEXT = 4096  # positions that are planned for unless the question needs more
@@ -24,12 +23,15 @@ class Question:
     image_size: str = "640x480"
 
 
-def refuse_tower(source: str) -> NoReturn:
-    """Raise UnsupportedError for a vision tower by itself, which answers nothing."""
-    raise UnsupportedError(
-        f"{source} is a vision tower by itself: plans are for models with a language model",
-        hint="edgevlm profile ENGINE measures one",
-    )
+def refuse_for_tower(asked: Question, source: str) -> None:
+    """Raise ConfigError for what has no meaning for a vision tower by itself."""
+    for option in fields(Question):
+        if getattr(asked, option.name) != option.default:
+            flag = "--" + option.name.replace("_", "-")
+            raise ConfigError(
+                f"{source} is a vision tower by itself; {flag} is for models with a language model",
+                hint="leave it out: a tower sees images of one size, and answers with embeddings",
+            )
 
 
 def settled(model: ModelConfig, asked: Question) -> Asked:

@@ -32,15 +32,16 @@ class Call:
 def calls(model: ModelConfig, work: Work, answer: int) -> list[Call]:
     """The calls of one question; of decode one, with the mean number of tokens before it.
 
-    An encoder sees one view at a time; a prompt is read in pieces.
+    An encoder sees one view at a time; a prompt is read in pieces. What makes masks runs once.
     """
     axes = image_axes(model, work.views, work.image_tokens)
-    encoders = {f"encoder.{encoder.name}" for encoder in model.encoders}
+    single, behind = components.one_image_each(model), components.after_answer(model)
     found = []
     for component in components.components(model):
-        if component.name in encoders:
+        if component.name in single:
             counted = count(component, axes | {"tiles": 1})
-            found.append(Call(component.name, work.views, tuple(counted.costs)))
+            times = 1 if component.name in behind else work.views
+            found.append(Call(component.name, times, tuple(counted.costs)))
         elif component.name != model.lm.name:
             found.append(Call(component.name, 1, tuple(count(component, axes).costs)))
     lm = components.lm_component(model.lm)

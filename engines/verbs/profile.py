@@ -34,7 +34,7 @@ def profile(
     debug: Debug = False,
 ) -> None:
     """Measure an engine: every stage and layer, compared with the machine's limits."""
-    from edgevlm.engines.profiling import report, tower
+    from edgevlm.engines.profiling import report, tower, tower_report
     from edgevlm.engines.profiling.profile import ProfileRequest, profile_all
 
     console = opened_console(as_json, quiet, context, threads)
@@ -44,10 +44,9 @@ def profile(
     files = report.Files(html, trace, csv, markdown)
     report.check_files(layers, files)
     if tower.is_tower(engine):
-        report.refuse_pages(files)
         measured = tower.profile_all([engine, *(compare or [])], request, console.step)
-        report.write_trace(measured[0], trace)
-        console.result(*tower.result(measured, layers))
+        tower_report.write_files(measured, files)
+        console.result(*tower_report.result(measured, layers))
         return
     profiles = profile_all([engine, *(compare or [])], request, console.step)
     report.write_files(profiles, files)

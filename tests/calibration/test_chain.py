@@ -15,7 +15,7 @@ from edgevlm.calibration.samples import Settings
 from edgevlm.calibration.static import StaticCalibration
 from edgevlm.calibration.static_plan import layers_of, plan_of
 from edgevlm.engines.runtime.clock import Clock
-from edgevlm.engines.runtime.session import Session
+from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle.goldens import relative_difference
 from edgevlm.toolkit.bundle.manifest import Bundle
@@ -107,3 +107,34 @@ def test_the_encoder_of_masks_sees_its_own_pixels_and_their_decoder_stays_in_flo
     kinds = {path.split("/")[0]: plan.at(path) for path in layers.flops if "head" not in path}
     assert kinds[MASK_ENCODER] == kinds["encoder.mlcd"] == "int8"
     assert kinds[MASK_DECODER] == "float"
+
+
+def test_masks_of_int8_are_those_of_float_where_logits_are_clear(
+    with_masks: Path, tmp_path: Path
+) -> None:
+    """Static INT8 and 8-bit rows, through SAM's windows and neck: masks of a forced answer."""
+    folder, image = draw(tmp_path / "images", 9), tmp_path / "images/03.png"
+    bundle = with_masks / "bundle"
+    found = api.calibrate(bundle, tmp_path / "q", images=folder, to="int8-static", smooth=0.5)
+    assert isinstance(found, StaticCalibration)
+    assert found.mask_iou is not None
+    assert found.mask_iou > 0.9
+    named = {cost.name: cost for cost in found.components}
+    assert named[MASK_ENCODER].share_int8 > 0.8
+    assert named[MASK_DECODER].share_int8 == 0
+    assert named[MASK_DECODER].cosine > 0.99
+    assert f"{MASK_ENCODER}/neck/2" in found.plan.ranges
+    api.build_engine(tmp_path / "q", tmp_path / "static", accept_loss=0.5)
+    api.build_engine(bundle, tmp_path / "rows", precision="int8-rows", keep_slower=True)
+    question = Question("Where is it?", [image], answer="[SEG]")
+    masks = []
+    for engine in (with_masks / "engine-cpu", tmp_path / "static", tmp_path / "rows"):
+        with Session.open(engine) as session:
+            answer = session.answer(question)
+            masks.append((answer.logits[0], answer.masks[0]))
+    (plain, whole), *others = masks
+    clear = np.abs(plain) > 0.1 * np.abs(plain).max()
+    assert clear.mean() > 0.3
+    for _, mask in others:
+        assert np.array_equal(mask[clear], whole[clear])
+        assert (mask & whole).sum() / (mask | whole).sum() > 0.9

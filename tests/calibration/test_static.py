@@ -256,7 +256,7 @@ def test_ranges_are_those_of_a_brute_force_run(bundle: Path, images: Path) -> No
     by = Passage(weights, in_numpy(), lambda ops, part: Observe(ops, part.name, see))
     made = calibrator(bundle, range="minmax")
     for sample in samples:
-        made._chain.run(sample, by)
+        made._chain.run_all([sample], by)
     del every["lm/head"]
     plan = plan_of(made._chain.model, Settings("int8-static"))
     assert made.ranges(weights, plan, samples) == every
@@ -396,7 +396,7 @@ def test_bias_correction_takes_the_mean_error_away(bundle: Path, images: Path) -
         whole = Whole()
         by = made._errors(source.weights, corrected, plan, whole)
         for sample in samples:
-            made._chain.run(sample, by)
+            made._chain.run_all([sample], by)
         means.append({path: np.abs(e.shift / e.rows).max() for path, e in whole.layers.items()})
     for key in biases["encoder.clip"]:
         path = "encoder.clip/" + key.removesuffix(".bias")

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 
 from edgevlm import api
 from edgevlm.engines.build.build import lint
@@ -31,9 +32,11 @@ from edgevlm.toolkit.vlm.tower_presets import PRESETS
 from edgevlm.toolkit.vlm.towers import TowerConfig
 from edgevlm.training.torch_files import TorchFile
 from edgevlm.training.towers.tower import KINDS
+from tests.calibration.test_static import draw
 from tests.conftest import ROOT, golden_case
 from tests.systems.test_huggingface import scatter
 from tests.towers.alone import embedded, engine_of, near, state_dict
+from tests.towers.test_native_mlcd import native
 
 hf: Any = transformers
 BASE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 7}
@@ -242,9 +245,12 @@ def tiny(kind: str) -> TowerConfig:
 def original(kind: str, work: Path) -> None:
     """Read a tower's own weight file."""
     golden = golden_case("unireplknet5")
-    files = {"unicom": work / "ViT.pt", "unireplknet": golden / "weights.safetensors"}
+    files = {"unicom": work / "ViT.pt", "unireplknet": golden / "weights.safetensors",
+             "mlcd": work / "MLCD.pt"}  # fmt: skip
     if kind == "unicom":
         torch.save(state_dict(48, 1, 7, 2, 20, seed=1), files[kind])
+    if kind == "mlcd":
+        native(56, work, load_file(golden_case("mlcd_vit_rope2d") / "native.safetensors"))
     source = systems.load_any(files[kind], Options(torch_reader=TorchFile, heads=HEADS.get(kind)))
     assert source.model.system == kind
 
@@ -283,7 +289,8 @@ def test_every_tower_lowers_everywhere_and_builds_in_int8(kind: str, tmp_path: P
     recorded = graphs(source)
     loads = (tried(lambda: original(kind, tmp_path)), tried(lambda: published(kind, tmp_path)))
     trains = kind in KINDS
-    cells = (*loads, True, True, trains, True, True)  # what follows fails where one is not true
+    # what follows fails where one is not true
+    cells = (*loads, True, True, trains, True, True, True, True)
     assert row_of(kind) == (kind, *("yes" if cell else "-" for cell in cells))
     for target in ("jetson-agx-orin", "tensorrt-rtx@1.7/sm_89", "onnxruntime-cuda@1.31.1/sm_89"):
         assert lint(recorded, parse(target))
@@ -303,6 +310,13 @@ def test_every_tower_lowers_everywhere_and_builds_in_int8(kind: str, tmp_path: P
         near(together[1:], alone, 1e-4)  # an image does not see those beside it
     with pytest.raises(ConfigError, match="--precision int4 is for the layers of a language model"):
         api.build_engine(tmp_path / "bundle", tmp_path / "other", precision="int4")
+    draw(tmp_path / "images", 6)
+    for to in ("int8-static", "int4"):
+        out = tmp_path / to
+        api.calibrate(tmp_path / "bundle", out, images=tmp_path / "images", to=to, samples=6)
+        assert api.lint(systems.load_any(out, Options()), "fp32", "jetson-agx-orin")
+        engine = api.build_engine(out, tmp_path / f"{to}-engine", accept_loss=0.5)
+        assert 0 < next(iter(engine.build.precision_losses.values())) < 0.5
 
 
 def test_int8_is_timed_and_a_tower_says_so(tmp_path: Path) -> None:

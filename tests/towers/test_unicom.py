@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -178,7 +179,7 @@ def test_heads_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--vision-tower is for models"):
         api.export_bundle(file, tmp_path / "bundle", heads=4, vision_tower="x")
     torch.save({"conv1.weight": torch.zeros(4, 3, 2, 2)}, file)
-    with pytest.raises(CheckpointError, match="CLIP or MLCD in its native names"):
+    with pytest.raises(ConfigError, match="MLCD in its native names"):
         api.export_bundle(file, tmp_path / "bundle")
     torch.save({"weight": torch.zeros(4)}, file)
     with pytest.raises(CheckpointError, match="no tower file that is known: it holds weight"):
@@ -214,4 +215,9 @@ def test_a_training_reads_the_same_sizes(tmp_path: Path) -> None:
     checkpoint = Checkpoint(dict.fromkeys(stored.keys(), stored), "ViT.pt")
     from edgevlm.training.towers.models import open_tower
 
-    assert open_tower(str(tmp_path / "ViT.pt")).config == unicom_file.config_of(checkpoint, "", 2)
+    with pytest.raises(ConfigError, match="128 channels, and does not say how many heads"):
+        open_tower(str(tmp_path / "ViT.pt"))
+    config = unicom_file.config_of(checkpoint, "", 4)
+    described = {"model_type": "unicom", **vars(config)}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert open_tower(str(tmp_path / "ViT.pt")).config == config

@@ -58,10 +58,12 @@ def _pieces(weight: Array) -> Iterator[Array]:
 
 
 def dequantize(stored: Array, steps: Array) -> Array:
-    """The float32 weight that codes and steps stand for."""
+    """The float32 weight that codes and steps stand for; no second one in memory beside it."""
     shape = [1] * stored.ndim
     shape[channel_axis(stored.shape)] = -1
-    return np.asarray(stored.astype(np.float32) * steps.astype(np.float32).reshape(shape))
+    weight = stored.astype(np.float32)
+    weight *= steps.astype(np.float32).reshape(shape)
+    return np.asarray(weight)
 
 
 def input_step(ranges: Mapping[str, float], path: str) -> Array:

@@ -193,8 +193,10 @@ def inspect_bundle(path: Path) -> tuple[Any, list[str]]:
 def inspect_profile(path: Path) -> tuple[Any, list[str]]:
     """The figures of a saved profile. Raises BundleError if it is none."""
     data = read_json(path)
-    keys = ("engine", "time_to_first_token_ms", "inter_token_latency_ms", "peak_rss_mb")
-    if not all(key in data for key in keys):
+    of_models = ("engine", "time_to_first_token_ms", "inter_token_latency_ms", "peak_rss_mb")
+    of_towers = ("engine", "image_ms", "images_per_s", "peak_rss_mb")
+    keys = next((k for k in (of_models, of_towers) if all(key in data for key in k)), None)
+    if keys is None:
         raise BundleError(f"{path} is not a profile")
     rows = [(key, data[key]) for key in keys]
     return {"kind": "profile"} | data, table(("profile", "value"), rows)

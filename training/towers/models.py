@@ -21,7 +21,6 @@ from edgevlm.training.towers.sizes import resized
 from edgevlm.training.towers.tower import KINDS, Tower
 
 RANDOM = "random:"
-_HEAD = 64  # channels of a head in every published UNICOM
 PRESETS: Mapping[str, tuple[str, Any]] = {
     **{name: ("unicom", config) for name, config in unicom.PUBLISHED.items()},
     **{name: ("clip", c) for name, c in tower_presets.CLIP.items() if name.startswith("clip")},
@@ -112,9 +111,9 @@ def _unicom_config(checkpoint: Checkpoint, path: Path) -> unicom.Config:
             hint="CLIP and MLCD towers are read from their folders",
         )
     hidden = checkpoint.shape(f"{prefix}patch_embed.proj.weight")[0]
-    if hidden % _HEAD:
+    if hidden not in unicom_file.HEADS:
         raise ConfigError(
             f"{path} has {hidden} channels, and does not say how many heads",
             hint="put the config.json of a UNICOM that was saved here beside it",
         )
-    return unicom_file.config_of(checkpoint, prefix, hidden // _HEAD)
+    return unicom_file.config_of(checkpoint, prefix)

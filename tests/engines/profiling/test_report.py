@@ -74,7 +74,7 @@ class Page(HTMLParser):
 
 
 def page_of(profiles: list[Profile], folder: Path) -> Page:
-    pages.write_html(folder / "page.html", profiles)
+    (folder / "page.html").write_text(pages.as_html(profiles), encoding="utf-8")
     return Page((folder / "page.html").read_text(encoding="utf-8"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import subprocess
@@ -241,11 +242,40 @@ def test_a_profile_has_the_tower_s_stages(engine: Path, tmp_path: Path) -> None:
     assert found["layers"][0]["component"] == "encoder.clip"
     spans = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
     assert [span["name"] for span in spans] == list(found["stages"])
-    with pytest.raises(InputError, match="--html"):
+    assert [mark[1] for mark in found["memory_marks"]][:2] == ["opening", "warm-up"]
+    assert found["metrics"]["image"]["p50"] == pytest.approx(found["image_ms"], abs=0.01)
+    assert found["context"]["versions"]["onnxruntime"]
+    assert found["drift"] is None
+
+
+def test_towers_are_compared_on_paper(engine: Path, tmp_path: Path) -> None:
+    """A page, a table for spreadsheets and one for comments, of an engine and one in 8 bits."""
+    other = tmp_path / "<int8>"
+    api.build_engine(engine.parent / "bundle", other, precision="int8-rows", keep_slower=True)
+    files = {name: tmp_path / f"p.{name}" for name in ("html", "csv", "markdown")}
+    words = [word for name, file in files.items() for word in (f"--{name}", file)]
+    found = called("profile", engine, "--runs", "2", "--compare", other, *words)
+    (compared,) = found["compared"]
+    assert found["drift"]["cosine"] == 1
+    assert 0.9 < compared["drift"]["lowest_cosine"] <= compared["drift"]["cosine"] < 1
+    assert compared["size_bytes"] < found["size_bytes"]
+    page = files["html"].read_text()
+    assert "<int8>" not in page
+    assert page.count("<svg") >= 8  # for each: waterfall, timeline, roofline, memory; then bars
+    assert "images/s" in page
+    with files["csv"].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    metrics = {row["metric"] for row in rows if row["engine"] == str(engine)}
+    assert {"image", "encoder.clip", "throughput", "peak_rss", "engine_size"} <= metrics
+    assert {row["engine"] for row in rows} == {str(engine), str(other)}
+    text = files["markdown"].read_text()
+    assert "cosine to the first" in text
+    assert "&lt;int8>" in text
+    (tmp_path / "saved.json").write_text(json.dumps(found))
+    assert called("inspect", tmp_path / "saved.json")["kind"] == "profile"
+    with pytest.raises(OutputError, match="no such report of ours"):
         CliRunner().invoke(
-            cli.app,
-            ["profile", str(engine), "--html", str(trace.with_suffix(".html"))],
-            catch_exceptions=False,
+            cli.app, ["profile", str(engine), "--html", str(files["csv"])], catch_exceptions=False
         )
 
 

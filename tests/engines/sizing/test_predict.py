@@ -163,6 +163,67 @@ def test_this_processor_is_measured() -> None:
     assert any("second form" in note for note in int4["notes"])
 
 
+def test_masks_are_behind_the_first_token() -> None:
+    """SAM's encoder sees one image, whatever the views of the tower, and only behind an answer."""
+    from edgevlm.engines.profiling.roofline import question
+
+    shapes = model("mlcd-seg-0.5b")
+    planner = Planner(shapes, Asked(8192))
+    found = planner.predict(Format("fp32", "fp32"), UNIT)
+    plain = Planner(model("mlcd-embodied-0.5b"), Asked(8192)).predict(Format("fp32", "fp32"), UNIT)
+    assert found.time_to_first_token_ms == pytest.approx(plain.time_to_first_token_ms, rel=1e-3)
+    assert plain.mask_ms is None
+    assert found.mask_ms is not None
+    calls = {c.stage: c for c in work.calls(shapes, question(shapes), 1)}
+    flops = sum(cost.flops for cost in calls["segmenter.encoder"].costs)
+    assert calls["segmenter.encoder"].times == 1
+    assert 5.0e12 < flops < 6.0e12  # SAM ViT-H at 1024 pixels
+    assert found.mask_ms > flops / 1e6
+
+
+def test_a_tower_has_images_a_second() -> None:
+    found = planned("preset:clip-l14-336", "--target", "h100,jetson-orin-nano", "--precision",
+                    "fp16,int8-static,int4")  # fmt: skip
+    assert [p["device"] for p in found] == ["h100"] * 3 + ["jetson-orin-nano"] * 3
+    for p in found:
+        assert p["fits"]
+        assert p["limited_by"] in ("arithmetic", "memory", "starting ops")
+        assert p["images_per_s"] >= 0.99 * 1000 / p["image_ms"]  # batches are no slower
+    sizes = [p["weights_bytes"] for p in found[:3]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == pytest.approx(2 * 304e6, rel=0.01)
+    assert found[0]["images_per_s"] > 10 * found[3]["images_per_s"]
+
+
+def test_memory_of_a_tower_is_what_embedding_asks_for() -> None:
+    from edgevlm.engines.sizing.towers import TowerPlanner
+    from edgevlm.toolkit.vlm.tower_presets import PRESETS
+
+    shapes = PRESETS["unicom-l14-336"]
+    found = TowerPlanner(shapes).predict(Format("fp32", "fp32"), UNIT)
+    weights = memory.weights_bytes(shapes, PrecisionPlan(), 4)
+    assert found.batch == memory.images_together(shapes, UNIT.target, 4)
+    expected = memory.of_model(shapes, weights, 0, 4, found.batch)
+    assert found.total_bytes == expected.total_bytes
+    tight = replace(UNIT, memory_bytes=memory.of_model(shapes, weights, 0, 4, 3).total_bytes)
+    assert TowerPlanner(shapes).predict(Format("fp32", "fp32"), tight).largest_batch == 3
+    none = replace(UNIT, memory_bytes=weights)
+    assert TowerPlanner(shapes).predict(Format("fp32", "fp32"), none).largest_batch == 0
+
+
+def test_a_tower_s_plan_in_words_and_what_it_refuses() -> None:
+    ran = edgevlm("plan", "preset:unicom-b32", "--target", "l4,orin", "--quiet")
+    assert ran.code == 1
+    ran = edgevlm("plan", "preset:unicom-b32", "--target", "l4,jetson-agx-orin")
+    assert ran.code == 0, ran.err
+    assert "embeddings of 512 channels" in ran.out
+    assert "images/s" in ran.out
+    for words in (("--max-context", 64), ("--image-size", "64x64"), ("--prompt-tokens", 3)):
+        ran = edgevlm("plan", "preset:unicom-b32", "--target", "l4", *words)
+        assert ran.code == 1
+        assert f"{words[0]} is for models with a language model" in check_contract(ran.err)[0]
+
+
 REFUSED = {
     "no such target": (("--target", "h1000"), "h1000"),
     "no figures": (("--target", "tensorrt@11.1/sm_70"), "sm_70"),
@@ -188,6 +249,9 @@ def test_the_page_is_current() -> None:
         assert part in page
     assert sizing_page.section("llava-qwen2-0.5b") in page
     assert [name for name in sizing_page.PRESETS if f"\n## {name}\n" not in page] == []
+    assert f"### unicom-b32\n\n{sizing_page._tower('unicom-b32')}" in page
+    assert [name for name in sizing_page.TOWERS if f"\n### {name}\n" not in page] == []
+    assert "One mask behind the answer" in page
     assert set(sizing_page.SOURCES) == set(DEVICES)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,10 @@ def clip_tower(out: Path) -> Path:
 
 
 def unicom_file(out: Path) -> Path:
-    """A .pt file in the names of UNICOM's."""
+    """A .pt file in the names of UNICOM's; its heads stand in a config.json beside it."""
     torch.save(published(Tower("unicom", UNICOM, seed=3)), out)
+    described = {"model_type": "unicom", **asdict(UNICOM)}
+    out.with_name("config.json").write_text(json.dumps(described))
     return out
 
 

@@ -113,6 +113,9 @@ def test_towers_are_opened_by_folder_file_and_name(kind: str, tmp_path: Path) ->
 def test_a_file_of_unicom_states_its_sizes(tmp_path: Path) -> None:
     path = tower_runs.unicom_file(tmp_path / "ViT.pt")
     assert open_tower(str(path)).config == tower_runs.UNICOM
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match="64 channels, and does not say how many heads"):
+        open_tower(str(path))
     small = Tower("unicom", tiny("unicom"))
     torch.save(published(small), path)
     with pytest.raises(ConfigError, match="does not say how many heads"):

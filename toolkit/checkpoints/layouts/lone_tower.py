@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints import hub
-from edgevlm.toolkit.checkpoints.layouts import towers, unicom_file
+from edgevlm.toolkit.checkpoints.layouts import native_mlcd, towers, unicom_file
 from edgevlm.toolkit.checkpoints.layouts.source import (
     ComponentTensors,
     Options,
@@ -21,7 +21,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
 from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint, open_file
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess
-from edgevlm.toolkit.models.encoders import unicom, unireplknet
+from edgevlm.toolkit.models.encoders import mlcd, unicom, unireplknet
 from edgevlm.toolkit.strict import from_plain, read_json
 from edgevlm.toolkit.vlm import presets
 from edgevlm.toolkit.vlm.config import ComponentConfig
@@ -47,12 +47,13 @@ def load(path: Path, options: Options) -> TowerSource:
     """The tower in a folder or in a weight file. Raises ConfigError or CheckpointError."""
     _refuse_foreign(path, options)
     tower = _of_file(path, options) if path.is_file() else _of_folder(path, options)
-    kind, config, rule, checkpoint, prefix = tower
+    kind, config, rule, checkpoint, prefix, native = tower
     file = models.tower(kind)
     pooling = _pooling(kind, checkpoint, prefix, options)
-    table = below(file.embed_names(config, pooling), prefix)
-    tensors = ComponentTensors(table, file.embed_shapes(config, pooling), checkpoint)
-    unused = [prefix + glob for glob in file.embed_unused(config, pooling)]
+    names = mlcd.native_embed_names(config) if native else file.embed_names(config, pooling)
+    tensors = ComponentTensors(below(names, prefix), file.embed_shapes(config, pooling), checkpoint)
+    others = native_mlcd.UNUSED if native else file.embed_unused(config, pooling)
+    unused = [prefix + glob for glob in others]
     check([tensors], (*unused, *(() if path.is_file() else _BESIDE)))
     name = path.stem if path.is_file() else hub.name_of(path)
     model = TowerConfig(
@@ -66,7 +67,15 @@ def load(path: Path, options: Options) -> TowerSource:
     return TowerSource(model, {f"encoder.{kind}": tensors.weights()}, origin)
 
 
-_Read = tuple[str, Any, Preprocess, Checkpoint, str]  # kind, configuration, images, tensors, prefix
+class _Read(NamedTuple):
+    """A tower that was recognised. native: in MLCD's own names, not those of transformers."""
+
+    kind: str
+    config: Any
+    rule: Preprocess
+    checkpoint: Checkpoint
+    prefix: str
+    native: bool = False
 
 
 def _of_folder(folder: Path, options: Options) -> _Read:
@@ -90,7 +99,7 @@ def _of_folder(folder: Path, options: Options) -> _Read:
     towers.check_size(rule, encoder, str(folder))
     file = models.tower(kind)
     prefix = find_prefix(file.embed_names(config, file.POOLINGS[-1]), checkpoint, *_PREFIXES)
-    return kind, config, rule, checkpoint, prefix
+    return _Read(kind, config, rule, checkpoint, prefix)
 
 
 def _published(kind: str, reader: Any, rule: Preprocess) -> Any:
@@ -112,27 +121,33 @@ def _of_file(path: Path, options: Options) -> _Read:
     prefix = unicom_file.prefix_in(checkpoint)
     if prefix is not None:
         config = unicom_file.config_of(checkpoint, prefix, options.heads)
-        return "unicom", config, presets.unicom_pixels(config.image_size), checkpoint, prefix
+        rule = presets.unicom_pixels(config.image_size)
+        return _Read("unicom", config, rule, checkpoint, prefix)
     if options.heads is not None:
         raise ConfigError(f"--heads {options.heads} has no effect: {path} is no UNICOM")
     if any(key.startswith("stages.0.0.dwconv") for key in checkpoint.keys()):  # noqa: SIM118
         rule = towers.read_rule(path.parent, options)
         found = unireplknet.Config.of(_shapes(checkpoint), str(path))
-        return "unireplknet", found, rule, checkpoint, ""
+        return _Read("unireplknet", found, rule, checkpoint, "")
+    prefix = native_mlcd.prefix_in(checkpoint)
+    if prefix is not None:
+        if not (path.parent / "preprocessor_config.json").exists():
+            raise ConfigError(
+                f"{path} is an MLCD in its native names, which state no size of images",
+                hint="put the preprocessor_config.json of the published tower beside it",
+            )
+        rule = towers.read_rule(path.parent, options)
+        mlcd_config = native_mlcd.config_of(checkpoint, prefix, rule.size)
+        return _Read("mlcd", mlcd_config, rule, checkpoint, prefix, native=True)
     raise _unknown(path, checkpoint)
 
 
 def _unknown(path: Path, checkpoint: Checkpoint) -> CheckpointError:
-    if "conv1.weight" in checkpoint:
-        return CheckpointError(
-            f"{path} is a CLIP or MLCD in its native names, which state no size of images",
-            hint="take the folder that Hugging Face's transformers reads",
-        )
     first = ", ".join(sorted(checkpoint.keys())[:3]) or "nothing"
     return CheckpointError(
         f"{path} is no tower file that is known: it holds {first}",
-        hint="files: UNICOM's .pt, UniRepLKNet's; other towers are folders with config.json and "
-        "preprocessor_config.json",
+        hint="files: UNICOM's .pt, MLCD's, UniRepLKNet's; other towers are folders with "
+        "config.json and preprocessor_config.json",
     )
 
 

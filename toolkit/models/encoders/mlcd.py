@@ -196,6 +196,12 @@ def embed_names(c: Config, pooling: str = "class") -> Mapping[str, Recipe]:
     return {**names(_whole(c)), **vit.clip_pooled_names()}
 
 
+def native_embed_names(c: Config) -> Mapping[str, Recipe]:
+    """Where they stand in the native file."""
+    norm = {f"norm_post.{leaf}": keep(f"ln_post.{leaf}") for leaf in ("weight", "bias")}
+    return {**native_names(_whole(c)), **norm}
+
+
 def embed_unused(c: Config, pooling: str = "class") -> tuple[str, ...]:
     """What else a tower's file may hold."""
     return ("embeddings.position_ids",)
