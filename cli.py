@@ -278,10 +278,12 @@ def doctor(
     """Show what this machine can do, or whether PATH is damaged."""
     from edgevlm import __version__
     from edgevlm.engines.build.summary import examined
+    from edgevlm.engines.native import library
     from edgevlm.toolkit.terminal.doctor import report
 
     console = flags.opened_console(as_json, quiet)
-    console.result(*(report(__version__) if path is None else examined(path)))
+    found = report(__version__, library.described()) if path is None else examined(path)
+    console.result(*found)
 
 
 # Those that need an engine alone.

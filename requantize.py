@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgevlm.toolkit.checkpoints.layouts.source import AnySource, Source
     from edgevlm.toolkit.quantization.plan import PrecisionPlan
     from edgevlm.toolkit.target import Target
+    from edgevlm.toolkit.vlm.towers import Model
 
 Progress = Callable[[str], None]
 
@@ -56,15 +57,17 @@ def chosen(
     """
     from edgevlm.calibration import weight_only
     from edgevlm.engines.build.build import Requantization, Tuning
+    from edgevlm.toolkit.bundle.manifest import Bundle
 
     if precision is None:
         weight_only.refuse_keeping(how.keep_float)
-        return None, _prompts_alone(bundle, target, progress, made_by, how)
+        tuning = _prompts_alone(bundle, target, progress, made_by, how)
+        given = Bundle.open(bundle)
+        return None, _with_kernels(given.model, given.manifest.plan, tuning, target, how)
     from edgevlm.calibration import unsampled
     from edgevlm.engines.lowering import capabilities
     from edgevlm.export import available
     from edgevlm.toolkit import systems
-    from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import Options
 
     available.check()
@@ -85,7 +88,8 @@ def chosen(
         smooth = unsampled.smoothed(source)
         write.write_bundle(smooth, folder, made_by=made_by, progress=progress, dtype=dtype)
 
-    return Requantization(precision, plan, writing, partial(write.graphs, source, dtype)), tuning
+    again = Requantization(precision, plan, writing, partial(write.graphs, source, dtype))
+    return again, _with_kernels(source.model, plan, tuning, target, how)
 
 
 def latency(before: Path, after: Path, progress: Progress) -> tuple[Latency, ...]:
@@ -147,6 +151,24 @@ def _tuning(source: AnySource, found: Choice, how: How, made_by: str, progress: 
         plan = replace(plan, rules=(*plan.rules, *(Rule(x, "float") for x in how.keep_float)))
         prompts = _second_form(replace(source, plan=plan), plan, made_by, progress)
     return Tuning(how.options, found.trials, found.notes, prompts)
+
+
+def _with_kernels(
+    model: Model, plan: PrecisionPlan, tuning: Tuning, target: Target, how: How
+) -> Tuning:
+    """The same with our own kernels; for attention where they are faster, if that is measured."""
+    if not plan.precisions or not _runs_here(target):
+        return tuning
+    from edgevlm.engines.build import native
+    from edgevlm.engines.build.timings import Timings
+    from edgevlm.export import available
+
+    available.check()
+    from edgevlm.export import probe
+
+    timings = Timings(target, probe.linears) if how.tune else None
+    kernels, trials = native.chosen(model, plan, timings)
+    return replace(tuning, native=kernels, trials=(*tuning.trials, *trials))
 
 
 def _second_form(

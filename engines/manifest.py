@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.engines import backends
-from edgevlm.engines.backends import BuildOptions, PlanReport, Plugin
+from edgevlm.engines.backends import BuildOptions, PlanReport, Plugin, native
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.toolkit.bundle import checksums, sealed
 from edgevlm.toolkit.bundle.atomic import sha256_of
@@ -57,7 +57,8 @@ class Trial:
     """A component in one number format: what the linears of a call take on this machine.
 
     call: "view" of an image, "prompt" of the usual length, or "token". ms: milliseconds of all
-    its linears together. chosen: whether the engine runs such calls in this format.
+    its linears together; of the "attention" of a view, that of all of them, in ONNX Runtime's
+    kernel ("float") and in ours. chosen: whether the engine runs such calls in this format.
     """
 
     component: str
@@ -86,7 +87,7 @@ class Engine:
     single tokens. trials: what was timed to choose. plans: of TensorRT, by component. verified:
     whether the engine was compared with the reference; one for a card that the machine that built
     it lacks was not, until `edgevlm verify` runs on a machine that has it. checksums: of the files,
-    compared whenever the engine is opened. plugins: of TensorRT, that compute calls of it.
+    compared whenever the engine is opened. plugins: kernels of ours that compute calls of it.
     stripped: whether its plans get their weights when they are opened.
     """
 
@@ -118,7 +119,8 @@ class Engine:
     @property
     def options(self) -> BuildOptions:
         """What TensorRT's build was asked for."""
-        return BuildOptions(tuple(sorted({p.op for p in self.plugins})), self.stripped)
+        asked = {p.op for p in self.plugins if not native.is_ours(p)}
+        return BuildOptions(tuple(sorted(asked)), self.stripped)
 
     def parsed_target(self) -> Target:
         """The target as a value."""

@@ -20,7 +20,10 @@ def open_engine(model: walk.Model, options: Namespace) -> tuple[walk.Encode, dic
     folder = Path(options.settings["engine"])
     engine = manifest.read(folder)
     backend = backends.backend(engine.parsed_target())
-    wanted, how = {part.name for part in model.parts}, RunnerOptions(1, options.threads)
+    wanted, how = (
+        {part.name for part in model.parts},
+        RunnerOptions(1, options.threads, plugins=engine.plugins),
+    )
     runners = {
         record.name: backend.open(folder, record, engine.model, how)
         for record in engine.components

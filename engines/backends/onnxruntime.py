@@ -22,6 +22,7 @@ from edgevlm.engines.backends import (
     Peaks,
     RunnerOptions,
     Shapes,
+    native,
     onnx_files,
     probes,
     sessions,
@@ -160,7 +161,7 @@ def open(
     stateful = any(port.updates for port in record.outputs)
     settings = _session_options(options, stateful=stateful)
     try:
-        session = sessions.open_session(folder / record.graph, settings)
+        session = native.open_session(folder, record, options, settings)
     except Exception as refused:  # ONNX Runtime raises many types of its own
         raise BuildError(
             f"ONNX Runtime cannot load {record.graph}: {refused}",

@@ -7,14 +7,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends import Backend, BuildOptions, Compiled, PlanReport, Plugin, Shapes
-from edgevlm.engines.build import check, plugins, second_form, shapes
+from edgevlm.engines.build import check, native, plugins, second_form, shapes
 from edgevlm.engines.build.kept import existing
 from edgevlm.engines.build.second_form import SecondForm
 from edgevlm.engines.lowering import capabilities
@@ -65,13 +65,14 @@ class Tuning:
     """How the number formats of an engine were chosen.
 
     options: that say so, as given; trials: what was timed; notes: what came of it, for the user.
-    prompts: the language model a second time.
+    prompts: the language model a second time. native: kernels of ours by component.
     """
 
     options: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
     notes: tuple[str, ...] = ()
     prompts: SecondForm | None = None
+    native: Mapping[str, tuple[Plugin, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -220,15 +221,22 @@ def _parts(
 
     elsewhere: they cannot run here; the goldens go with them, to be compared where they can.
     """
-    compiled, files = _compile(source, backend, folder, request.target, sizes, progress)
+    ours = request.tuning.native
+    compiled, files = _compile(source, backend, folder, request.target, sizes, ours, progress)
     plugins.check_used(request.options.plugins, compiled)
     if elsewhere:
         (folder / GOLDENS).write_bytes((source.path / GOLDENS).read_bytes())
         files[GOLDENS] = record_file(folder / GOLDENS)
         return _Parts(compiled, files, check.Errors({}, {}), None, verified=False)
-    errors = check.check(
-        source, compiled, backend, folder, allowed, progress, bisect=request.bisect
+    compiled, errors = native.checked(
+        compiled,
+        folder,
+        lambda parts: check.check(
+            source, parts, backend, folder, allowed, progress, bisect=request.bisect
+        ),
+        progress,
     )
+    files = {name: record for name, record in files.items() if (folder / name).exists()}
     wanted = request.tuning.prompts
     if wanted is None:
         return _Parts(compiled, files, errors, None)
@@ -367,6 +375,7 @@ def _compile(
     folder: Path,
     target: Target,
     sizes: Callable[[str], Shapes],
+    ours: Mapping[str, tuple[Plugin, ...]],
     progress: Progress,
 ) -> tuple[list[Compiled], dict[str, FileRecord]]:
     components, files = [], {}
@@ -375,6 +384,7 @@ def _compile(
         dtype, shape = bundle.manifest.dtype, sizes(record.name)
         with of_bundle(str(bundle.path / record.graph)):
             compiled = backend.compile(bundle.path, dtype, record, folder, target, shape)
+            compiled = native.added(compiled, folder, ours.get(record.name, ()))
         for note in compiled.notes:
             progress(f"{record.name}: {note}")
         components.append(compiled)

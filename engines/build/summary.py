@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.engines import manifest
+from edgevlm.engines.backends import Plugin, native
 from edgevlm.engines.build import build as builder
 from edgevlm.engines.build import check
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.engines.manifest import Engine, Trial
+from edgevlm.engines.native import library as libraries
 from edgevlm.engines.profiling.roofline import Floors, floors, floors_of_devices
 from edgevlm.engines.runtime.memory import estimate
 from edgevlm.toolkit.bundle import trained
@@ -147,8 +149,20 @@ def _planned(engine: Engine) -> list[str]:
     lines = ["", *table(heads, rows)] if rows else []
     for plugin in engine.plugins:
         where = "our library" if plugin.library else "the plan"
+        if native.is_ours(plugin):
+            lines.append(f"{plugin.op}: {_kernel_here(plugin)}")
+            continue
         lines.append(f"{plugin.op}: plugin {plugin.namespace}::{plugin.name}, kernel in {where}")
     return lines
+
+
+def _kernel_here(plugin: Plugin) -> str:
+    """Whether a kernel of ours for processors runs on this machine."""
+    library = libraries.native()
+    name = f"our kernel {plugin.name}"
+    if library.path is None:
+        return f"ONNX Runtime's kernel here, not {name}: {library.why}"
+    return name
 
 
 def _engine_data(engine: Engine, out: Path) -> dict[str, Any]:

@@ -55,10 +55,19 @@ class Timings:
 
     def ms(self, product: Product, precisions: Sequence[Precision]) -> dict[Precision, float]:
         """Of one linear in each precision; all measured in turn unless all are known."""
-        keys = {p: self._key(product, p) for p in precisions}
+        sizes = f"{product.rows} x {product.inputs} x {product.outputs}"
+        return self.of_op(sizes, precisions, lambda: self._measure(product, precisions))
+
+    def of_op(
+        self,
+        op: str,
+        precisions: Sequence[Precision],
+        measure: Callable[[], dict[Precision, float]],
+    ) -> dict[Precision, float]:
+        """Of anything that `op` tells apart, measured by `measure` unless all are known."""
+        keys = {p: f"{self._machine}: {op} {p}" for p in precisions}
         if not all(key in self._known for key in keys.values()):
-            for precision, ms in self._measure(product, precisions).items():
-                self._known[keys[precision]] = ms
+            self._known |= {keys[p]: ms for p, ms in measure().items()}
         return {p: self._known[key] for p, key in keys.items()}
 
     def save(self) -> None:
@@ -68,10 +77,6 @@ class Timings:
             part = self._file.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(self._known, indent=0, sort_keys=True), encoding="utf-8")
             part.replace(self._file)
-
-    def _key(self, product: Product, precision: Precision) -> str:
-        sizes = f"{product.rows} x {product.inputs} x {product.outputs}"
-        return f"{self._machine}: {sizes} {precision}"
 
     def _measure(self, product: Product, precisions: Sequence[Precision]) -> dict[Precision, float]:
         """A part of the inputs stands for all of them where the weight is far beyond any cache."""

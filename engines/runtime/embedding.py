@@ -77,7 +77,9 @@ class Embedder:
         needed, target = memory.of_engine(engine, batch), engine.parsed_target()
         memory.require(needed, f"opening {folder} for {batch} images at a time", target)
         (record,) = engine.components
-        options = {record.name: RunnerOptions(engine.context, threads, profile)}
+        options = {
+            record.name: RunnerOptions(engine.context, threads, profile, plugins=engine.plugins)
+        }
         with ExitStack() as opened:
             runners = open_components(folder, engine, options, cores, opened)
             made = cls(folder, engine, model, runners[record.name], batch)

@@ -44,8 +44,8 @@ _PACKAGES = {
 }
 
 
-def report(version: str) -> tuple[dict[str, Any], list[str]]:
-    """The data and the lines of `edgevlm doctor`."""
+def report(version: str, kernels: str | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The data and the lines of `edgevlm doctor`. kernels: what engines/native says of itself."""
     packages = {name: _version(name) for name in _PACKAGES}
     data: dict[str, Any] = {
         "edgevlm": version,
@@ -54,6 +54,7 @@ def report(version: str) -> tuple[dict[str, Any], list[str]]:
         "processor": processor_name(),
         "instruction_sets": instruction_sets(),
         "int8_products": _int8_products(),
+        "native_kernels": kernels,
         "processor_threads": threads_here(),
         "memory_gb": round(_memory_gb(), 1),
         "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
@@ -195,6 +196,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
         f"edgevlm {data['edgevlm']}, Python {data['python']}, {data['system']}",
         f"{data['processor']}: {' '.join(data['instruction_sets']) or 'instruction sets unknown'}",
         f"8-bit products: {data['int8_products']}",
+        *([f"kernels of our own: {kernels}"] if (kernels := data["native_kernels"]) else []),
         f"an engine uses {data['processor_threads']} threads, unless --threads says otherwise; its "
         "components share them, each with an arena of its own",
         f"{data['memory_gb']} GB memory, "

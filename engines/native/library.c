@@ -1,0 +1,277 @@
+/* The library that ONNX Runtime loads: our kernels as ops of the domain edgevlm.native.
+ *
+ * RoundedAttention: q, k, v -> y; num_heads.
+ * RoundRows: x -> codes, steps.
+ * ActivateAndRound: x, scales, bias -> codes, steps; activation, alpha.
+ */
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention.h"
+#include "onnxruntime.h"
+#include "rows.h"
+
+#define EXPORTED __attribute__((visibility("default")))
+#define MOST_AXES 8
+#define ROWS_AT_A_TIME 16
+#define SMALLEST 1e-30f
+#define TRY(call)                      \
+  do {                                 \
+    status *failed = (call);           \
+    if (failed != NULL) return failed; \
+  } while (0)
+
+struct kernel {
+  const entry *api;
+  int64_t number; /* heads, or the activation */
+  float alpha;
+};
+
+struct tensor {
+  void *data;
+  int64_t sizes[MOST_AXES];
+  size_t rank;
+};
+
+static const entry *used_api;
+
+static size_t elements(const struct tensor *x) {
+  size_t count = 1;
+  for (size_t i = 0; i < x->rank; i++) count *= (size_t)x->sizes[i];
+  return count;
+}
+
+static status *sizes_of(const entry *api, const shape_info *info, struct tensor *x) {
+  TRY(RANK(api)(info, &x->rank));
+  if (x->rank == 0 || x->rank > MOST_AXES) return CREATE_STATUS(api)(INVALID_ARGUMENT, "odd rank");
+  return DIMENSIONS(api)(info, x->sizes, x->rank);
+}
+
+static status *input(const entry *api, kernel_context *context, size_t i, struct tensor *x) {
+  const value *tensor = NULL;
+  shape_info *info = NULL;
+  TRY(INPUT(api)(context, i, &tensor));
+  TRY(TENSOR_SHAPE(api)(tensor, &info));
+  status *failed = sizes_of(api, info, x);
+  RELEASE_SHAPE(api)(info);
+  return failed != NULL ? failed : TENSOR_DATA(api)(tensor, &x->data);
+}
+
+static status *output(const entry *api, kernel_context *context, size_t i, struct tensor *x) {
+  value *tensor = NULL;
+  TRY(OUTPUT(api)(context, i, x->sizes, x->rank, &tensor));
+  return TENSOR_DATA(api)(tensor, &x->data);
+}
+
+static void fail(int *failed) { __atomic_store_n(failed, 1, __ATOMIC_RELAXED); }
+
+/* -- attention -- */
+
+struct attention_job {
+  struct attention call;
+  enum attention_form form;
+  int failed;
+};
+
+static void attend_part(void *job, size_t part) {
+  struct attention_job *j = job;
+  if (attention_part(&j->call, j->form, part) != 0) fail(&j->failed);
+}
+
+static status *attend(void *kernel, kernel_context *context) {
+  const struct kernel *self = kernel;
+  const entry *api = self->api;
+  struct tensor q, k, v;
+  TRY(input(api, context, 0, &q));
+  TRY(input(api, context, 1, &k));
+  TRY(input(api, context, 2, &v));
+  int fits = q.rank == 3 && k.rank == 3 && v.rank == 3 &&
+             memcmp(k.sizes, v.sizes, 3 * sizeof *k.sizes) == 0 && q.sizes[0] == k.sizes[0] &&
+             q.sizes[2] == k.sizes[2] && q.sizes[2] % self->number == 0;
+  if (!fits) return CREATE_STATUS(api)(INVALID_ARGUMENT, "q, k and v do not go together");
+  struct tensor y = q;
+  TRY(output(api, context, 0, &y));
+  struct attention_job job = {
+      .call = {q.data, k.data, v.data, y.data, (size_t)q.sizes[0], (size_t)q.sizes[1],
+               (size_t)k.sizes[1], (size_t)self->number, (size_t)(q.sizes[2] / self->number)},
+      .form = attention_best_form()};
+  TRY(PARALLEL_FOR(api)(context, attend_part, attention_parts(&job.call), 0, &job));
+  return job.failed ? CREATE_STATUS(api)(FAILED, "no memory for attention") : NULL;
+}
+
+/* -- rows -- */
+
+struct rows_job {
+  struct rows call;
+  int failed;
+};
+
+static void round_part(void *job, size_t part) {
+  struct rows_job *j = job;
+  size_t first = part * ROWS_AT_A_TIME, last = first + ROWS_AT_A_TIME;
+  if (last > j->call.count) last = j->call.count;
+  if (round_rows(&j->call, first, last) != 0) fail(&j->failed);
+}
+
+static status *rounded(const struct kernel *self, kernel_context *context, const struct tensor *x,
+                       const float *scales, const float *bias) {
+  const entry *api = self->api;
+  struct tensor codes = *x, steps = *x;
+  steps.sizes[x->rank - 1] = 1;
+  TRY(output(api, context, 0, &codes));
+  TRY(output(api, context, 1, &steps));
+  size_t width = (size_t)x->sizes[x->rank - 1], count = elements(&steps);
+  struct rows_job job = {.call = {x->data, scales, bias, codes.data, steps.data, count, width,
+                                  (enum activation)self->number, self->alpha, SMALLEST}};
+  size_t parts = (count + ROWS_AT_A_TIME - 1) / ROWS_AT_A_TIME;
+  if (parts > 0) TRY(PARALLEL_FOR(api)(context, round_part, parts, 0, &job));
+  return job.failed ? CREATE_STATUS(api)(FAILED, "no memory for rows") : NULL;
+}
+
+static status *round_only(void *kernel, kernel_context *context) {
+  const struct kernel *self = kernel;
+  struct tensor x;
+  TRY(input(self->api, context, 0, &x));
+  return rounded(self, context, &x, NULL, NULL);
+}
+
+static status *activate(void *kernel, kernel_context *context) {
+  const struct kernel *self = kernel;
+  struct tensor x, scales, bias;
+  TRY(input(self->api, context, 0, &x));
+  TRY(input(self->api, context, 1, &scales));
+  TRY(input(self->api, context, 2, &bias));
+  size_t width = (size_t)x.sizes[x.rank - 1];
+  if (elements(&bias) != width || elements(&scales) * width != elements(&x))
+    return CREATE_STATUS(self->api)(INVALID_ARGUMENT, "rows, scales and bias do not go together");
+  return rounded(self, context, &x, scales.data, bias.data);
+}
+
+/* -- kernels -- */
+
+static status *made(const entry *api, int64_t number, float alpha, void **kernel) {
+  struct kernel *self = malloc(sizeof *self);
+  if (self == NULL) return CREATE_STATUS(api)(FAILED, "no memory for a kernel");
+  *self = (struct kernel){api, number, alpha};
+  *kernel = self;
+  return NULL;
+}
+
+static status *create_attention(const struct custom_op *op, const entry *api,
+                                const kernel_info *info, void **kernel) {
+  int64_t heads = 0;
+  (void)op;
+  TRY(INT_ATTRIBUTE(api)(info, "num_heads", &heads));
+  if (heads < 1) return CREATE_STATUS(api)(INVALID_ARGUMENT, "num_heads is below 1");
+  return made(api, heads, 0.0f, kernel);
+}
+
+static status *create_rounding(const struct custom_op *op, const entry *api,
+                               const kernel_info *info, void **kernel) {
+  (void)op, (void)info;
+  return made(api, NO_ACTIVATION, 0.0f, kernel);
+}
+
+static status *create_activation(const struct custom_op *op, const entry *api,
+                                 const kernel_info *info, void **kernel) {
+  int64_t activation = 0;
+  float alpha = 0.0f;
+  (void)op;
+  TRY(INT_ATTRIBUTE(api)(info, "activation", &activation));
+  TRY(FLOAT_ATTRIBUTE(api)(info, "alpha", &alpha));
+  if (activation < NO_ACTIVATION || activation > QUICK_GELU)
+    return CREATE_STATUS(api)(INVALID_ARGUMENT, "there is no such activation");
+  return made(api, activation, alpha, kernel);
+}
+
+/* -- shapes, before anything runs -- */
+
+static status *infer_same(const struct custom_op *op, shape_context *context) {
+  shape_info *x = NULL;
+  (void)op;
+  TRY(INFERRED_INPUT(used_api)(context, 0, &x));
+  return INFER_OUTPUT(used_api)(context, 0, x);
+}
+
+static status *fill_steps(const struct tensor *x, const char **names, shape_info *steps) {
+  TRY(SET_DIMENSIONS(used_api)(steps, x->sizes, x->rank));
+  return SET_NAMES(used_api)(steps, names, x->rank);
+}
+
+static status *infer_rows(const struct custom_op *op, shape_context *context) {
+  shape_info *x = NULL, *steps = NULL;
+  const char *names[MOST_AXES] = {0};
+  struct tensor sizes;
+  TRY(infer_same(op, context));
+  TRY(INFERRED_INPUT(used_api)(context, 0, &x));
+  if (sizes_of(used_api, x, &sizes) != NULL) return NULL; /* of a rank that is not known */
+  TRY(NAMES(used_api)(x, names, sizes.rank));
+  sizes.sizes[sizes.rank - 1] = 1;
+  names[sizes.rank - 1] = "";
+  TRY(NEW_SHAPE(used_api)(&steps));
+  status *failed = fill_steps(&sizes, names, steps);
+  if (failed == NULL) failed = INFER_OUTPUT(used_api)(context, 1, steps);
+  RELEASE_SHAPE(used_api)(steps);
+  return failed;
+}
+
+/* -- ops -- */
+
+static const char *attention_name(const struct custom_op *op) { return (void)op, "RoundedAttention"; }
+static const char *rounding_name(const struct custom_op *op) { return (void)op, "RoundRows"; }
+static const char *activation_name(const struct custom_op *op) { return (void)op, "ActivateAndRound"; }
+static const char *provider(const struct custom_op *op) { return (void)op, "CPUExecutionProvider"; }
+static int floats(const struct custom_op *op, size_t i) { return (void)op, (void)i, FLOAT32; }
+static int codes_first(const struct custom_op *op, size_t i) { return (void)op, i ? FLOAT32 : UINT8; }
+static size_t one(const struct custom_op *op) { return (void)op, (size_t)1; }
+static size_t two(const struct custom_op *op) { return (void)op, (size_t)2; }
+static size_t three(const struct custom_op *op) { return (void)op, (size_t)3; }
+static int required(const struct custom_op *op, size_t i) { return (void)op, (void)i, 0; }
+static int none(const struct custom_op *op) { return (void)op, 0; }
+static int first_version(const struct custom_op *op) { return (void)op, 1; }
+static int last_version(const struct custom_op *op) { return (void)op, 0x7fffffff; }
+
+#define OP(called, in, out, kinds, creates, computes, infers)                                    \
+  {                                                                                              \
+    .version = API_VERSION, .name = called, .provider = provider, .input_type = floats,         \
+    .inputs = in, .output_type = kinds, .outputs = out, .destroy = free, .input_kind = required, \
+    .output_kind = required, .input_memory = required, .least_variadic_inputs = none,           \
+    .alike_variadic_inputs = none, .least_variadic_outputs = none,                               \
+    .alike_variadic_outputs = none, .create_or_fail = creates, .compute_or_fail = computes,      \
+    .infer = infers, .since = first_version, .until = last_version                               \
+  }
+
+static const struct custom_op ops[] = {
+    OP(attention_name, three, one, floats, create_attention, attend, infer_same),
+    OP(rounding_name, one, two, codes_first, create_rounding, round_only, infer_rows),
+    OP(activation_name, three, two, codes_first, create_activation, activate, infer_rows),
+};
+
+/* What ONNX Runtime calls for each session; the domain outlives them all. */
+EXPORTED status *RegisterCustomOps(options *session, const struct api_base *base) {
+  static domain *known;
+  const entry *api = base->get_api(API_VERSION);
+  if (api == NULL) return CREATE_STATUS(base->get_api(1))(FAILED, "ONNX Runtime is before 1.17");
+  domain *found = __atomic_load_n(&known, __ATOMIC_ACQUIRE);
+  if (found == NULL) {
+    __atomic_store_n(&used_api, api, __ATOMIC_RELEASE);
+    TRY(CREATE_DOMAIN(api)("edgevlm.native", &found));
+    for (size_t i = 0; i < sizeof ops / sizeof *ops; i++) TRY(ADD_OP(api)(found, &ops[i]));
+    __atomic_store_n(&known, found, __ATOMIC_RELEASE); /* two at once: each uses its own */
+  }
+  return ADD_DOMAIN(api)(session, found);
+}
+
+/* -- for tests, and to tell what this processor has -- */
+
+EXPORTED int edgevlm_attention_form(void) { return (int)attention_best_form(); }
+
+EXPORTED int edgevlm_attend(const float *q, const float *k, const float *v, float *out,
+                            const size_t *sizes, int form) {
+  struct attention call = {q, k, v, out, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+  size_t parts = attention_parts(&call);
+  for (size_t part = 0; part < parts; part++)
+    if (attention_part(&call, (enum attention_form)form, part) != 0) return -1;
+  return 0;
+}

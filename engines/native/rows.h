@@ -1,0 +1,27 @@
+/* Rows of activations made of what a product of integers gives, and rounded to 8 bits. */
+
+#ifndef EDGEVLM_ROWS_H
+#define EDGEVLM_ROWS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* gelu's two forms; x * sigmoid(alpha * x) */
+enum activation { NO_ACTIVATION, GELU, GELU_TANH, QUICK_GELU };
+
+/* codes[r] = round(y / steps[r]) + 128 of y = activation(x[r] * scales[r] + bias), and
+ * steps[r] = max(|y|, smallest) / 127. scales and bias may be NULL. A row that holds a NaN or an
+ * infinity gets such a step. */
+struct rows {
+  const float *x, *scales, *bias;
+  uint8_t *codes;
+  float *steps;
+  size_t count, width;
+  enum activation activation;
+  float alpha, smallest;
+};
+
+/* Rows first..last. -1 where there is no memory. Needs AVX-512. */
+int round_rows(const struct rows *call, size_t first, size_t last);
+
+#endif

@@ -1,0 +1,174 @@
+"""Engines with a second graph for our own kernels: built, opened with and without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgevlm import api
+from edgevlm.engines import manifest
+from edgevlm.engines.backends import RunnerOptions, native, onnxruntime
+from edgevlm.engines.build import check
+from edgevlm.engines.build import native as building
+from edgevlm.engines.build.timings import Timings
+from edgevlm.engines.native import library
+from edgevlm.engines.runtime.session import Session
+from edgevlm.toolkit.bundle import goldens
+from edgevlm.toolkit.bundle.goldens import relative_rms
+from edgevlm.toolkit.bundle.manifest import GOLDENS, Bundle
+from edgevlm.toolkit.errors import AccuracyError
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
+from tests.conftest import HERE
+from tests.pipeline import ask, engine_of
+
+GOLDEN = HERE / "goldens/e2e_llava15"
+ROWS = PrecisionPlan("int8_rows")
+pytestmark = pytest.mark.skipif(
+    library.native().path is None, reason="there are no kernels of ours here"
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("native")
+    engine_of(GOLDEN / "llava-v1.5-tiny", work)
+    return work / "bundle"
+
+
+@pytest.fixture(scope="module")
+def engine(bundle: Path) -> Path:
+    out = bundle.parent / "rows"
+    api.build_engine(bundle, out, precision="int8-rows", tune=False)
+    return out
+
+
+def encoded(engine: Path, bundle: Path) -> tuple[Array, set[str]]:
+    """The features of a golden call of the encoder, and the ops that made them."""
+    described = manifest.read(engine)
+    record = next(c for c in described.components if c.name == "encoder.clip")
+    options = RunnerOptions(1, 1, profile=True, plugins=described.plugins)
+    runner = onnxruntime.open(engine, record, {}, options)
+    calls = goldens.calls_of(
+        goldens.load(bundle / GOLDENS), record.name, record.inputs, record.outputs
+    )
+    (features,) = (value.copy() for value in runner.run(calls[0].inputs).values())
+    return features, {layer.op for layer in runner.layers()}
+
+
+def test_an_engine_has_both_graphs_and_says_so(engine: Path) -> None:
+    described = manifest.read(engine)
+    assert described.plugins == (native.ATTENTION, native.ROWS)
+    assert described.options.plugins == () and "--plugins" not in described.rebuild_command(engine)
+    graphs = {name for name in described.files if name.endswith(".native.onnx")}
+    assert graphs == {"encoder.clip.native.onnx", "merger.native.onnx"}
+    assert not [f for f in engine.iterdir() if f.suffix == ".so"]
+    lines = {(d.component, d.op, d.into, d.count) for d in described.lowering}
+    assert ("encoder.clip", "edgevlm.Attention", "edgevlm.native.RoundedAttention", 3) in lines
+    assert ("merger", "edgevlm.RowQuantize", "edgevlm.native.RoundRows", 2) in lines
+
+
+def test_it_answers_the_same_without_the_library(
+    engine: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, made = encoded(engine, bundle)
+    assert {"RoundedAttention", "RoundRows", "ActivateAndRound"} <= made
+    answer = ask(engine, "<image>\nWhat?", [GOLDEN / "image.png"], 6).token_ids
+    monkeypatch.setenv(library.SWITCH, "0")
+    plain, made = encoded(engine, bundle)
+    assert "MultiHeadAttention" in made and not made & {"RoundedAttention", "RoundRows"}
+    assert 0 < relative_rms([(ours, plain)]) < 0.03
+    assert ask(engine, "<image>\nWhat?", [GOLDEN / "image.png"], 6).token_ids == answer
+
+
+def test_a_graph_that_the_description_does_not_name_is_not_run(engine: Path, bundle: Path) -> None:
+    described = manifest.read(engine)
+    record = next(c for c in described.components if c.name == "encoder.clip")
+    runner = onnxruntime.open(engine, record, {}, RunnerOptions(1, 1, profile=True))
+    size = described.parsed_vlm().encoders[0].config.pixels
+    runner.run({record.inputs[0].name: np.zeros((1, 3, *size), np.float32)})
+    assert "RoundedAttention" not in {layer.op for layer in runner.layers()}
+
+
+def test_a_library_that_is_refused_is_done_without(
+    engine: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd.so").write_bytes(b"no library")
+    odd = library.Native(tmp_path / "odd.so", form="8-bit")
+    monkeypatch.setattr(native, "native", lambda: odd)
+    _, made = encoded(engine, bundle)
+    assert "MultiHeadAttention" in made
+
+
+def test_a_build_that_is_not_to_have_them_has_one_graph(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(library.SWITCH, "0")
+    built = api.build_engine(bundle, tmp_path / "plain", precision="int8-rows", tune=False)
+    assert built.plugins == () and not any("native" in name for name in built.files)
+
+
+def test_kernels_beyond_the_limit_are_left_out(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = check.check
+
+    def strict(source: Any, parts: list[Any], *rest: Any, **more: Any) -> Any:
+        if any(part.plugins for part in parts):
+            raise AccuracyError("encoder.clip differs from the reference")
+        return checked(source, parts, *rest, **more)
+
+    monkeypatch.setattr(check, "check", strict)
+    said: list[str] = []
+    built = api.build_engine(
+        bundle, tmp_path / "strict", precision="int8-rows", tune=False, progress=said.append
+    )
+    assert built.plugins == () and not any("native" in name for name in built.files)
+    assert not any("native" in d.into for d in built.lowering)
+    assert "without our own kernels: encoder.clip differs from the reference" in said
+    assert manifest.faults(tmp_path / "strict", built) == []
+    Session.open(tmp_path / "strict").close()
+
+
+class Prescribed(Timings):
+    """Times by precision alone."""
+
+    def __init__(self, ours: float) -> None:
+        self.ours, self.asked = ours, list[str]()
+
+    def of_op(
+        self,
+        op: str,
+        precisions: Sequence[Precision],
+        measure: Callable[[], dict[Precision, float]],
+    ) -> dict[Precision, float]:
+        self.asked.append(op)
+        assert set(measured := measure()) == set(precisions) and min(measured.values()) > 0
+        return {p: 1.0 if p == "float" else self.ours for p in precisions}
+
+    def save(self) -> None:
+        """Nothing was measured."""
+
+
+@pytest.mark.parametrize(("ours", "taken"), [(0.5, True), (0.99, False), (2.0, False)])
+def test_attention_runs_in_the_kernel_that_is_faster(
+    bundle: Path, ours: float, taken: bool
+) -> None:
+    timings = Prescribed(ours)
+    found, trials = building.chosen(Bundle.open(bundle).model, ROWS, timings)
+    attention = (native.ATTENTION,) if taken else ()
+    assert found == {"encoder.clip": (*attention, native.ROWS), "merger": (native.ROWS,)}
+    assert [(t.component, t.call, t.precision, t.ms, t.chosen) for t in trials] == [
+        ("encoder.clip", "attention", "float", 3.0, not taken),
+        ("encoder.clip", "attention", "int8_rows", round(3 * ours, 3), taken),
+    ]
+    assert len(timings.asked) == 1 and "Attention(queries=" in timings.asked[0]
+
+
+@pytest.mark.parametrize("plan", ["float", "int8_weights"])
+def test_what_does_not_round_its_inputs_keeps_its_kernels(bundle: Path, plan: Precision) -> None:
+    assert building.chosen(Bundle.open(bundle).model, PrecisionPlan(plan), None) == ({}, ())
