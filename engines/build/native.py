@@ -24,7 +24,7 @@ from edgevlm.engines.manifest import Trial
 from edgevlm.engines.native.library import native as library
 from edgevlm.engines.profiling.roofline import question
 from edgevlm.engines.runtime import memory
-from edgevlm.toolkit.errors import AccuracyError
+from edgevlm.toolkit.errors import AccuracyError, BuildError
 from edgevlm.toolkit.ops.shape_ops import ShapeOps, Spec
 from edgevlm.toolkit.ops.vocabulary import Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
@@ -37,7 +37,7 @@ from edgevlm.toolkit.vlm.towers import Model
 
 _WHY = {
     native.ATTENTION: "products of q and k in 8 bits, all of a head in the cache",
-    native.ROWS: "one pass over memory, with the activation before it",
+    native.ROWS: "rows scaled, activated or normed, and rounded in one pass over memory",
 }
 _ROUNDED: tuple[Precision, ...] = ("int8_rows", "int8")
 _RUNS = 5  # of each form, in turn; the shortest counts
@@ -206,10 +206,12 @@ def checked(
     check: Callable[[list[Compiled]], Errors],
     progress: Callable[[str], None],
 ) -> tuple[list[Compiled], Errors]:
-    """What `check` finds; where it raises AccuracyError, once more without our kernels."""
+    """What `check` finds; where it raises AccuracyError, or a graph cannot run, once more without
+    our kernels.
+    """
     try:
         return compiled, check(compiled)
-    except AccuracyError as beyond:
+    except (AccuracyError, BuildError) as beyond:
         if not any(map(native.is_ours, (p for c in compiled for p in c.plugins))):
             raise
         progress(f"without our own kernels: {beyond.message}")
