@@ -7,6 +7,7 @@
  * ScaleRows: x, scales, bias -> y. ScaleRowsOnto: x, scales, bias, other -> y.
  */
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -256,33 +257,53 @@ static status *create_activation(const struct custom_op *op, const entry *api,
 
 /* -- shapes, before anything runs -- */
 
-static status *infer_same(const struct custom_op *op, shape_context *context) {
-  shape_info *x = NULL;
-  (void)op;
-  TRY(INFERRED_INPUT(used_api)(context, 0, &x));
-  return INFER_OUTPUT(used_api)(context, 0, x);
+static status *fill(const struct tensor *x, const char **names, shape_info *shape) {
+  TRY(SET_DIMENSIONS(used_api)(shape, x->sizes, x->rank));
+  return SET_NAMES(used_api)(shape, names, x->rank);
 }
 
-static status *fill_steps(const struct tensor *x, const char **names, shape_info *steps) {
-  TRY(SET_DIMENSIONS(used_api)(steps, x->sizes, x->rank));
-  return SET_NAMES(used_api)(steps, names, x->rank);
+/* An output has the shape of the first input; `last`, unless 0, is its last size. Sizes that are
+ * not known have names; one without gets a new one, as ONNX Runtime would read -1 as a size. */
+static status *infer(shape_context *context, size_t index, int64_t last) {
+  static unsigned count;
+  shape_info *x = NULL, *shape = NULL;
+  const char *names[MOST_AXES] = {0};
+  char made[MOST_AXES][32];
+  struct tensor sizes;
+  TRY(INFERRED_INPUT(used_api)(context, 0, &x));
+  status *odd = sizes_of(used_api, x, &sizes);
+  if (odd != NULL) { /* nothing is known of it */
+    RELEASE_STATUS(used_api)(odd);
+    return NULL;
+  }
+  TRY(NAMES(used_api)(x, names, sizes.rank));
+  if (last != 0) sizes.sizes[sizes.rank - 1] = last;
+  for (size_t i = 0; i < sizes.rank; i++) {
+    int named = names[i] != NULL && names[i][0] != 0;
+    if (sizes.sizes[i] >= 0) {
+      names[i] = "";
+    } else if (!named) {
+      unsigned number = __atomic_add_fetch(&count, 1, __ATOMIC_RELAXED);
+      snprintf(made[i], sizeof made[i], "edgevlm.native.%u", number);
+      names[i] = made[i];
+    }
+  }
+  TRY(NEW_SHAPE(used_api)(&shape));
+  status *failed = fill(&sizes, names, shape);
+  if (failed == NULL) failed = INFER_OUTPUT(used_api)(context, index, shape);
+  RELEASE_SHAPE(used_api)(shape);
+  return failed;
+}
+
+static status *infer_same(const struct custom_op *op, shape_context *context) {
+  (void)op;
+  return infer(context, 0, 0);
 }
 
 static status *infer_rows(const struct custom_op *op, shape_context *context) {
-  shape_info *x = NULL, *steps = NULL;
-  const char *names[MOST_AXES] = {0};
-  struct tensor sizes;
-  TRY(infer_same(op, context));
-  TRY(INFERRED_INPUT(used_api)(context, 0, &x));
-  if (sizes_of(used_api, x, &sizes) != NULL) return NULL; /* of a rank that is not known */
-  TRY(NAMES(used_api)(x, names, sizes.rank));
-  sizes.sizes[sizes.rank - 1] = 1;
-  names[sizes.rank - 1] = "";
-  TRY(NEW_SHAPE(used_api)(&steps));
-  status *failed = fill_steps(&sizes, names, steps);
-  if (failed == NULL) failed = INFER_OUTPUT(used_api)(context, 1, steps);
-  RELEASE_SHAPE(used_api)(steps);
-  return failed;
+  (void)op;
+  TRY(infer(context, 0, 0));
+  return infer(context, 1, 1);
 }
 
 /* -- ops -- */
