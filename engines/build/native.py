@@ -24,7 +24,7 @@ from edgevlm.engines.manifest import Trial
 from edgevlm.engines.native.library import native as library
 from edgevlm.engines.profiling.roofline import question
 from edgevlm.engines.runtime import memory
-from edgevlm.toolkit.errors import AccuracyError
+from edgevlm.toolkit.errors import AccuracyError, BuildError
 from edgevlm.toolkit.ops.shape_ops import ShapeOps, Spec
 from edgevlm.toolkit.ops.vocabulary import Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
@@ -37,7 +37,7 @@ from edgevlm.toolkit.vlm.towers import Model
 
 _WHY = {
     native.ATTENTION: "products of q and k in 8 bits, all of a head in the cache",
-    native.ROWS: "one pass over memory, with the activation before it",
+    native.ROWS: "rows scaled, activated or normed, and rounded in one pass over memory",
 }
 _ROUNDED: tuple[Precision, ...] = ("int8_rows", "int8")
 _RUNS = 5  # of each form, in turn; the shortest counts
@@ -63,6 +63,7 @@ class _Attentions(Wrapper[Spec]):
         super().__init__(cast(Any, ShapeOps()), component)
         self.found: list[tuple[str, Attention]] = []
         self.linears = [component]
+        self.plain = True
 
     def linear(self, x: Spec, w: Weights[Spec]) -> Spec:
         self.linears.append(self.path_of(w))
@@ -77,6 +78,11 @@ class _Attentions(Wrapper[Spec]):
     ) -> Spec:
         self._add(q, k, num_heads)
         return self.inner.attention_rotary(q, k, v, angles, num_heads=num_heads, head_dim=head_dim)
+
+    def attention_relative(self, q: Spec, *rest: Any, **more: Any) -> Spec:
+        """Not for our kernel: its q and k have more channels than v once it is lowered."""
+        self.plain = False
+        return self.inner.attention_relative(q, *rest, **more)
 
     def _add(self, q: Spec, k: Spec, heads: int) -> None:
         size = q.shape[2] // heads
@@ -124,7 +130,9 @@ def _calls(
     seen = _Attentions(component.name)
     weights = Weights({key: Spec(shape) for key, shape in component.shapes.items()})
     component.forward(cast(Any, seen), weights, inputs(component, axes))
-    fits = all(plan.at(path) in _ROUNDED and _suits(call) for path, call in seen.found)
+    fits = seen.plain and all(
+        plan.at(path) in _ROUNDED and _suits(call) for path, call in seen.found
+    )
     calls = Counter(call for _, call in seen.found) if fits else Counter[Attention]()
     return calls, any(plan.at(path) == "int8_rows" for path in seen.linears)
 
@@ -206,10 +214,12 @@ def checked(
     check: Callable[[list[Compiled]], Errors],
     progress: Callable[[str], None],
 ) -> tuple[list[Compiled], Errors]:
-    """What `check` finds; where it raises AccuracyError, once more without our kernels."""
+    """What `check` finds; where it raises AccuracyError, or a graph cannot run, once more without
+    our kernels.
+    """
     try:
         return compiled, check(compiled)
-    except AccuracyError as beyond:
+    except (AccuracyError, BuildError) as beyond:
         if not any(map(native.is_ours, (p for c in compiled for p in c.plugins))):
             raise
         progress(f"without our own kernels: {beyond.message}")

@@ -45,6 +45,7 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
     on_card = request.target.arch.startswith("sm_")
     times = floors_of_devices(*what) if on_card else {"this machine": floors(*what)}
     decisions = builder.lowering(bundle, request)
+    native_kernels = {c: [k.name for k in ours] for c, ours in request.tuning.native.items()}
     data = {
         "bundle": str(path),
         "target": str(request.target),
@@ -52,6 +53,7 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
         "memory": asdict(memory) | {"total_bytes": memory.total_bytes},
         "time": {name: to_plain(time) for name, time in times.items()},
         "lowering": [to_plain(d) for d in decisions],
+        "native": native_kernels,
     }
     rows = [
         ("weights", human_bytes(memory.weights_bytes)),
@@ -67,6 +69,7 @@ def planned_engine(path: Path, request: builder.Request, explain: bool) -> Resul
     lines += [line for name, time in times.items() for line in _floor_lines(name, time)]
     if explain:
         lines += [*_explained(decisions), *_timed(request.tuning.trials)]
+    lines += [f"{name}: our kernels {', '.join(k)}" for name, k in native_kernels.items()]
     return data, lines, ""
 
 

@@ -12,6 +12,7 @@ from edgevlm.engines.lowering.graph import CONTRIB, attribute
 from edgevlm.engines.native.library import DOMAIN
 
 ATTENTION, ROUND, ACTIVATE = "RoundedAttention", "RoundRows", "ActivateAndRound"
+NORM, SCALE, ONTO = "NormAndRound", "ScaleRows", "ScaleRowsOnto"
 _INPUTS = 3  # of attention: q, k, v; no bias, mask or past
 _FINDS_STEPS = "high low minus span rows step shape zeros".split()  # as rewrites.row_quantize names
 _GELU, _GELU_TANH, _QUICK_GELU = 1, 2, 3  # of rows.h
@@ -30,12 +31,14 @@ def call_attention(model: onnx.ModelProto) -> int:
 
 
 def call_rows(model: onnx.ModelProto) -> int:
-    """Have our kernels round rows, and with them compute the activations before; how many calls.
+    """Have our kernels round rows and scale those of products; how many calls it has of them.
 
-    The steps of the product before an activation, and its bias, are applied on the way.
+    A norm or an activation before the rounding goes into the same call, with an activation the
+    steps of the product before and its bias too; what is added to scaled rows goes into theirs.
     """
     graph = _Graph(model)
     made = {node.name: call for node in model.graph.node if (call := graph.rounding(node))}
+    made |= dict(found for node in model.graph.node if (found := graph.scaling(node)))
     if not made:
         return 0
     nodes = [made.get(node.name, node) for node in model.graph.node if node.name not in graph.gone]
@@ -59,7 +62,7 @@ class _Graph:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.gone: set[str] = set()
         self._makers = {name: node for node in model.graph.node for name in node.output}
-        self._stored = {tensor.name for tensor in model.graph.initializer}
+        self._vectors = {t.name for t in model.graph.initializer if len(t.dims) == 1}
         self._users: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in model.graph.node:
             for name in node.input:
@@ -76,33 +79,69 @@ class _Graph:
         if step not in self._makers or self._makers[step].name != f"{node.name}/step":
             return None
         self.gone |= set(parts)
-        inputs, attributes = self._activated(x, {node.name, *parts}) or ([x], {})
-        op = ACTIVATE if attributes else ROUND
+        maker = self._makers.get(x)
+        alone = all(user.name in {node.name, *parts} for user in self._users[x])
+        found = self._joined(maker) if maker is not None and alone else None
+        op, inputs, attributes = found or (ROUND, [x], {})
         outputs = [node.output[0], step]
         return helper.make_node(op, inputs, outputs, node.name, domain=DOMAIN, **attributes)
 
-    def _activated(self, x: str, readers: set[str]) -> tuple[list[str], dict[str, Any]] | None:
-        """Product, steps of its rows and bias, if x, for `readers` alone, is made of them."""
-        activation = self._makers.get(x)
-        if activation is None or any(user.name not in readers for user in self._users[x]):
+    def _joined(self, maker: onnx.NodeProto) -> tuple[str, list[str], dict[str, Any]] | None:
+        """The call for rounded rows and the op that makes them; None for one that stays."""
+        attributes = _activation(maker)
+        if attributes is not None:
+            scaled = self._biased(maker.input[0])
+            if scaled is None or len(self._users[maker.input[0]]) > 1:
+                return None
+            self.gone |= {maker.name, *(node.name for node in scaled)}
+            return ACTIVATE, self._of(*scaled), attributes
+        if maker.op_type != "LayerNormalization" or len(maker.input) != 3:
             return None
-        attributes = _activation(activation)
-        bias = self._only(activation.input[0], "Add") if attributes else None
-        scaled = self._only(bias.input[0], "Mul") if bias is not None else None
-        if attributes is None or bias is None or scaled is None:
+        if not self._vectors.issuperset(maker.input[1:]) or attribute(maker, "axis") != -1:
+            return None
+        self.gone.add(maker.name)
+        return NORM, list(maker.input), {"epsilon": float(attribute(maker, "epsilon"))}
+
+    def scaling(self, node: onnx.NodeProto) -> tuple[str, onnx.NodeProto] | None:
+        """The name of the last node of a product's scaling, and the call in place of them all."""
+        scaled = self._biased(node.output[0]) if node.op_type == "Add" else None
+        if scaled is None or node.name in self.gone or scaled[1].name != node.name:
+            return None
+        users, last, inputs = self._users[node.output[0]], node, self._of(*scaled)
+        self.gone.add(scaled[0].name)
+        if len(users) == 1 and (users[0].domain, users[0].op_type) == ("", "Add"):
+            (other,) = [name for name in users[0].input if name != node.output[0]] or [""]
+            if other and other in self._makers and not self._is_vector(other):
+                last, inputs = users[0], [*inputs, other]
+                self.gone.add(node.name)
+        op = SCALE if len(inputs) == 3 else ONTO
+        return last.name, helper.make_node(op, inputs, last.output, last.name, domain=DOMAIN)
+
+    def _biased(self, tensor: str) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
+        """A product's Mul by the steps of its rows and the Add of its bias behind it, which makes
+        the tensor, each for nobody else but for the last.
+        """
+        bias = self._makers.get(tensor)
+        if bias is None or bias.op_type != "Add" or not self._is_vector(bias.input[1]):
+            return None
+        scaled = self._makers.get(bias.input[0])
+        if scaled is None or scaled.op_type != "Mul" or len(self._users[bias.input[0]]) > 1:
             return None
         product = self._makers.get(scaled.input[0])
         of_integers = product is not None and product.op_type == "MatMulIntegerToFloat"
-        if not of_integers or bias.input[1] not in self._stored:
-            return None
-        self.gone |= {activation.name, bias.name, scaled.name}
-        return [*scaled.input, bias.input[1]], attributes
+        return (scaled, bias) if of_integers else None
 
-    def _only(self, tensor: str, op: str) -> onnx.NodeProto | None:
-        """What makes a tensor, if it is such an op and has one user."""
-        maker = self._makers.get(tensor)
-        alone = len(self._users[tensor]) == 1
-        return maker if maker is not None and maker.op_type == op and alone else None
+    def _is_vector(self, name: str) -> bool:
+        """Whether it is stored, or the product of two that are."""
+        maker = self._makers.get(name)
+        if maker is None:
+            return name in self._vectors
+        return maker.op_type == "Mul" and self._vectors.issuperset(maker.input)
+
+    @staticmethod
+    def _of(scaled: onnx.NodeProto, bias: onnx.NodeProto) -> list[str]:
+        """Product, steps of its rows, and bias."""
+        return [*scaled.input, bias.input[1]]
 
 
 def _activation(node: onnx.NodeProto) -> dict[str, Any] | None:

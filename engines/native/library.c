@@ -3,8 +3,11 @@
  * RoundedAttention: q, k, v -> y; num_heads.
  * RoundRows: x -> codes, steps.
  * ActivateAndRound: x, scales, bias -> codes, steps; activation, alpha.
+ * NormAndRound: x, weight, bias -> codes, steps; epsilon.
+ * ScaleRows: x, scales, bias -> y. ScaleRowsOnto: x, scales, bias, other -> y.
  */
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -25,7 +28,7 @@
 struct kernel {
   const entry *api;
   int64_t number; /* heads, or the activation */
-  float alpha;
+  float alpha;    /* or a norm's epsilon */
 };
 
 struct tensor {
@@ -115,15 +118,16 @@ static void round_part(void *job, size_t part) {
 }
 
 static status *rounded(const struct kernel *self, kernel_context *context, const struct tensor *x,
-                       const float *scales, const float *bias) {
+                       const float *scales, const float *bias, const float *weight) {
   const entry *api = self->api;
   struct tensor codes = *x, steps = *x;
   steps.sizes[x->rank - 1] = 1;
   TRY(output(api, context, 0, &codes));
   TRY(output(api, context, 1, &steps));
   size_t width = (size_t)x->sizes[x->rank - 1], count = elements(&steps);
-  struct rows_job job = {.call = {x->data, scales, bias, codes.data, steps.data, count, width,
-                                  (enum activation)self->number, self->alpha, SMALLEST}};
+  struct rows_job job = {.call = {x->data, scales, bias, weight, codes.data, steps.data, count,
+                                  width, (enum activation)self->number, self->alpha, self->alpha,
+                                  SMALLEST}};
   size_t parts = (count + ROWS_AT_A_TIME - 1) / ROWS_AT_A_TIME;
   if (parts > 0) TRY(PARALLEL_FOR(api)(context, round_part, parts, 0, &job));
   return job.failed ? CREATE_STATUS(api)(FAILED, "no memory for rows") : NULL;
@@ -133,7 +137,19 @@ static status *round_only(void *kernel, kernel_context *context) {
   const struct kernel *self = kernel;
   struct tensor x;
   TRY(input(self->api, context, 0, &x));
-  return rounded(self, context, &x, NULL, NULL);
+  return rounded(self, context, &x, NULL, NULL, NULL);
+}
+
+static status *norm(void *kernel, kernel_context *context) {
+  const struct kernel *self = kernel;
+  struct tensor x, weight, bias;
+  TRY(input(self->api, context, 0, &x));
+  TRY(input(self->api, context, 1, &weight));
+  TRY(input(self->api, context, 2, &bias));
+  size_t width = (size_t)x.sizes[x.rank - 1];
+  if (elements(&weight) != width || elements(&bias) != width)
+    return CREATE_STATUS(self->api)(INVALID_ARGUMENT, "rows, weight and bias do not go together");
+  return rounded(self, context, &x, NULL, bias.data, weight.data);
 }
 
 static status *activate(void *kernel, kernel_context *context) {
@@ -145,7 +161,53 @@ static status *activate(void *kernel, kernel_context *context) {
   size_t width = (size_t)x.sizes[x.rank - 1];
   if (elements(&bias) != width || elements(&scales) * width != elements(&x))
     return CREATE_STATUS(self->api)(INVALID_ARGUMENT, "rows, scales and bias do not go together");
-  return rounded(self, context, &x, scales.data, bias.data);
+  return rounded(self, context, &x, scales.data, bias.data, NULL);
+}
+
+static void scale_part(void *call, size_t part) {
+  const struct scaling *c = call;
+  size_t first = part * ROWS_AT_A_TIME, last = first + ROWS_AT_A_TIME;
+  scale_rows(c, first, last < c->count ? last : c->count);
+}
+
+/* Rows of `other` before they are taken again: 0 unless it has x's shape but for axes in front. */
+static size_t others_of(const struct tensor *x, const struct tensor *other) {
+  size_t in_front = 0;
+  if (other->rank > x->rank) return 0;
+  in_front = x->rank - other->rank;
+  for (size_t i = 0, same = 0; i < other->rank; i++) {
+    same |= other->sizes[i] == x->sizes[in_front + i];
+    if (other->sizes[i] != (same ? x->sizes[in_front + i] : 1)) return 0;
+  }
+  return elements(other) / (size_t)other->sizes[other->rank - 1];
+}
+
+static status *scale(const entry *api, kernel_context *context, const struct tensor *other) {
+  struct tensor x, scales, bias;
+  TRY(input(api, context, 0, &x));
+  TRY(input(api, context, 1, &scales));
+  TRY(input(api, context, 2, &bias));
+  size_t width = (size_t)x.sizes[x.rank - 1], others = 1;
+  if (elements(&x) > 0 && other != NULL) others = others_of(&x, other);
+  if (elements(&bias) != width || elements(&scales) * width != elements(&x) || others == 0)
+    return CREATE_STATUS(api)(INVALID_ARGUMENT, "rows and what scales them do not go together");
+  struct tensor y = x;
+  TRY(output(api, context, 0, &y));
+  struct scaling call = {x.data, scales.data, bias.data, other != NULL ? other->data : NULL,
+                         y.data, elements(&scales), width, others};
+  size_t parts = (call.count + ROWS_AT_A_TIME - 1) / ROWS_AT_A_TIME;
+  return parts > 0 ? PARALLEL_FOR(api)(context, scale_part, parts, 0, &call) : NULL;
+}
+
+static status *scale_alone(void *kernel, kernel_context *context) {
+  return scale(((const struct kernel *)kernel)->api, context, NULL);
+}
+
+static status *scale_onto(void *kernel, kernel_context *context) {
+  const entry *api = ((const struct kernel *)kernel)->api;
+  struct tensor other;
+  TRY(input(api, context, 3, &other));
+  return scale(api, context, &other);
 }
 
 /* -- kernels -- */
@@ -165,6 +227,14 @@ static status *create_attention(const struct custom_op *op, const entry *api,
   TRY(INT_ATTRIBUTE(api)(info, "num_heads", &heads));
   if (heads < 1) return CREATE_STATUS(api)(INVALID_ARGUMENT, "num_heads is below 1");
   return made(api, heads, 0.0f, kernel);
+}
+
+static status *create_norm(const struct custom_op *op, const entry *api, const kernel_info *info,
+                           void **kernel) {
+  float epsilon = 0.0f;
+  (void)op;
+  TRY(FLOAT_ATTRIBUTE(api)(info, "epsilon", &epsilon));
+  return made(api, NO_ACTIVATION, epsilon, kernel);
 }
 
 static status *create_rounding(const struct custom_op *op, const entry *api,
@@ -187,39 +257,62 @@ static status *create_activation(const struct custom_op *op, const entry *api,
 
 /* -- shapes, before anything runs -- */
 
-static status *infer_same(const struct custom_op *op, shape_context *context) {
-  shape_info *x = NULL;
-  (void)op;
-  TRY(INFERRED_INPUT(used_api)(context, 0, &x));
-  return INFER_OUTPUT(used_api)(context, 0, x);
+static status *fill(const struct tensor *x, const char **names, shape_info *shape) {
+  TRY(SET_DIMENSIONS(used_api)(shape, x->sizes, x->rank));
+  return SET_NAMES(used_api)(shape, names, x->rank);
 }
 
-static status *fill_steps(const struct tensor *x, const char **names, shape_info *steps) {
-  TRY(SET_DIMENSIONS(used_api)(steps, x->sizes, x->rank));
-  return SET_NAMES(used_api)(steps, names, x->rank);
+/* An output has the shape of the first input; `last`, unless 0, is its last size. Sizes that are
+ * not known have names; one without gets a new one, as ONNX Runtime would read -1 as a size. */
+static status *infer(shape_context *context, size_t index, int64_t last) {
+  static unsigned count;
+  shape_info *x = NULL, *shape = NULL;
+  const char *names[MOST_AXES] = {0};
+  char made[MOST_AXES][32];
+  struct tensor sizes;
+  TRY(INFERRED_INPUT(used_api)(context, 0, &x));
+  status *odd = sizes_of(used_api, x, &sizes);
+  if (odd != NULL) { /* nothing is known of it */
+    RELEASE_STATUS(used_api)(odd);
+    return NULL;
+  }
+  TRY(NAMES(used_api)(x, names, sizes.rank));
+  if (last != 0) sizes.sizes[sizes.rank - 1] = last;
+  for (size_t i = 0; i < sizes.rank; i++) {
+    int named = names[i] != NULL && names[i][0] != 0;
+    if (sizes.sizes[i] >= 0) {
+      names[i] = "";
+    } else if (!named) {
+      unsigned number = __atomic_add_fetch(&count, 1, __ATOMIC_RELAXED);
+      snprintf(made[i], sizeof made[i], "edgevlm.native.%u", number);
+      names[i] = made[i];
+    }
+  }
+  TRY(NEW_SHAPE(used_api)(&shape));
+  status *failed = fill(&sizes, names, shape);
+  if (failed == NULL) failed = INFER_OUTPUT(used_api)(context, index, shape);
+  RELEASE_SHAPE(used_api)(shape);
+  return failed;
+}
+
+static status *infer_same(const struct custom_op *op, shape_context *context) {
+  (void)op;
+  return infer(context, 0, 0);
 }
 
 static status *infer_rows(const struct custom_op *op, shape_context *context) {
-  shape_info *x = NULL, *steps = NULL;
-  const char *names[MOST_AXES] = {0};
-  struct tensor sizes;
-  TRY(infer_same(op, context));
-  TRY(INFERRED_INPUT(used_api)(context, 0, &x));
-  if (sizes_of(used_api, x, &sizes) != NULL) return NULL; /* of a rank that is not known */
-  TRY(NAMES(used_api)(x, names, sizes.rank));
-  sizes.sizes[sizes.rank - 1] = 1;
-  names[sizes.rank - 1] = "";
-  TRY(NEW_SHAPE(used_api)(&steps));
-  status *failed = fill_steps(&sizes, names, steps);
-  if (failed == NULL) failed = INFER_OUTPUT(used_api)(context, 1, steps);
-  RELEASE_SHAPE(used_api)(steps);
-  return failed;
+  (void)op;
+  TRY(infer(context, 0, 0));
+  return infer(context, 1, 1);
 }
 
 /* -- ops -- */
 
 static const char *attention_name(const struct custom_op *op) { return (void)op, "RoundedAttention"; }
 static const char *rounding_name(const struct custom_op *op) { return (void)op, "RoundRows"; }
+static const char *norm_name(const struct custom_op *op) { return (void)op, "NormAndRound"; }
+static const char *scale_name(const struct custom_op *op) { return (void)op, "ScaleRows"; }
+static const char *onto_name(const struct custom_op *op) { return (void)op, "ScaleRowsOnto"; }
 static const char *activation_name(const struct custom_op *op) { return (void)op, "ActivateAndRound"; }
 static const char *provider(const struct custom_op *op) { return (void)op, "CPUExecutionProvider"; }
 static int floats(const struct custom_op *op, size_t i) { return (void)op, (void)i, FLOAT32; }
@@ -227,6 +320,7 @@ static int codes_first(const struct custom_op *op, size_t i) { return (void)op, 
 static size_t one(const struct custom_op *op) { return (void)op, (size_t)1; }
 static size_t two(const struct custom_op *op) { return (void)op, (size_t)2; }
 static size_t three(const struct custom_op *op) { return (void)op, (size_t)3; }
+static size_t four(const struct custom_op *op) { return (void)op, (size_t)4; }
 static int required(const struct custom_op *op, size_t i) { return (void)op, (void)i, 0; }
 static int none(const struct custom_op *op) { return (void)op, 0; }
 static int first_version(const struct custom_op *op) { return (void)op, 1; }
@@ -246,6 +340,9 @@ static const struct custom_op ops[] = {
     OP(attention_name, three, one, floats, create_attention, attend, infer_same),
     OP(rounding_name, one, two, codes_first, create_rounding, round_only, infer_rows),
     OP(activation_name, three, two, codes_first, create_activation, activate, infer_rows),
+    OP(norm_name, three, two, codes_first, create_norm, norm, infer_rows),
+    OP(scale_name, three, one, floats, create_rounding, scale_alone, infer_same),
+    OP(onto_name, four, one, floats, create_rounding, scale_onto, infer_same),
 };
 
 /* What ONNX Runtime calls for each session; the domain outlives them all. */

@@ -5,6 +5,7 @@
 #if defined(__x86_64__)
 
 #include <immintrin.h>
+#include <math.h>
 #include <stdlib.h>
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
@@ -60,6 +61,48 @@ AVX512 INLINE __m512 gelu_tanh(__m512 x) {
   return gated(x, _mm512_mul_ps(inner, _mm512_set1_ps(1.59576912f)));
 }
 
+AVX512 INLINE __mmask16 lanes_left(size_t n) {
+  return n >= LANES ? (__mmask16)0xffff : (__mmask16)((1u << n) - 1);
+}
+
+AVX512 INLINE __m512i magnitude_bits(__m512 x) {
+  return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+}
+
+AVX512 INLINE float largest_of(__m512i bits) {
+  union { int32_t bits; float value; } largest = {_mm512_reduce_max_epi32(bits)};
+  return largest.value;
+}
+
+/* A row less its mean, over its standard deviation, by weight and bias; otherwise as below. */
+AVX512 static float normed(const struct rows *call, size_t r, float *row) {
+  const float *x = call->x + r * call->width;
+  size_t width = call->width;
+  float share = 1.0f / (float)width;
+  __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+  __m512i most = _mm512_setzero_si512();
+  for (size_t i = 0; i < width; i += LANES)
+    sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes_left(width - i), x + i));
+  __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) * share);
+  for (size_t i = 0; i < width; i += LANES) {
+    __mmask16 mask = lanes_left(width - i);
+    __m512 y = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + i), mean);
+    squares = _mm512_fmadd_ps(y, y, squares);
+    _mm512_storeu_ps(row + i, y);
+  }
+  __m512 inverse =
+      _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) * share + call->epsilon));
+  for (size_t i = 0; i < width; i += LANES) {
+    __mmask16 mask = lanes_left(width - i);
+    __m512 y = _mm512_mul_ps(_mm512_loadu_ps(row + i), inverse);
+    y = _mm512_fmadd_ps(y, _mm512_maskz_loadu_ps(mask, call->weight + i),
+                        _mm512_maskz_loadu_ps(mask, call->bias + i));
+    _mm512_storeu_ps(row + i, y);
+    most = _mm512_max_epi32(most, magnitude_bits(y));
+  }
+  return largest_of(most);
+}
+
 /* y of a row in `row`, and its largest magnitude; a NaN counts as the largest. */
 AVX512 INLINE float activated(const struct rows *call, size_t r, float *row,
                               const enum activation activation) {
@@ -68,8 +111,7 @@ AVX512 INLINE float activated(const struct rows *call, size_t r, float *row,
   __m512 alpha = _mm512_set1_ps(call->alpha);
   __m512i most = _mm512_setzero_si512();
   for (size_t i = 0; i < call->width; i += LANES) {
-    size_t left = call->width - i;
-    __mmask16 mask = left >= LANES ? (__mmask16)0xffff : (__mmask16)((1u << left) - 1);
+    __mmask16 mask = lanes_left(call->width - i);
     __m512 y = _mm512_maskz_loadu_ps(mask, x + i);
     __m512 bias = call->bias != NULL ? _mm512_maskz_loadu_ps(mask, call->bias + i)
                                      : _mm512_setzero_ps();
@@ -78,18 +120,15 @@ AVX512 INLINE float activated(const struct rows *call, size_t r, float *row,
     if (activation == GELU_TANH) y = gelu_tanh(y);
     if (activation == QUICK_GELU) y = gated(y, _mm512_mul_ps(y, alpha));
     _mm512_storeu_ps(row + i, y);
-    __m512i size = _mm512_and_si512(_mm512_castps_si512(y), _mm512_set1_epi32(0x7fffffff));
-    most = _mm512_max_epi32(most, size);
+    most = _mm512_max_epi32(most, magnitude_bits(y));
   }
-  union { int32_t bits; float value; } largest = {_mm512_reduce_max_epi32(most)};
-  return largest.value;
+  return largest_of(most);
 }
 
 AVX512 INLINE void codes_of(const float *row, float step, uint8_t *codes, size_t width) {
   __m512 inverse = _mm512_set1_ps(1.0f / step);
   for (size_t i = 0; i < width; i += LANES) {
-    size_t left = width - i;
-    __mmask16 mask = left >= LANES ? (__mmask16)0xffff : (__mmask16)((1u << left) - 1);
+    __mmask16 mask = lanes_left(width - i);
     __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(row + i), inverse));
     code = _mm512_add_epi32(code, _mm512_set1_epi32(128));
     code = _mm512_max_epi32(code, _mm512_setzero_si512());
@@ -107,7 +146,9 @@ AVX512 int round_rows(const struct rows *call, size_t first, size_t last) {
       case GELU: most = activated(call, r, row, GELU); break;
       case GELU_TANH: most = activated(call, r, row, GELU_TANH); break;
       case QUICK_GELU: most = activated(call, r, row, QUICK_GELU); break;
-      default: most = activated(call, r, row, NO_ACTIVATION);
+      default:
+        most = call->weight != NULL ? normed(call, r, row)
+                                    : activated(call, r, row, NO_ACTIVATION);
     }
     if (most < call->smallest) most = call->smallest;
     call->steps[r] = most / LARGEST;
@@ -117,10 +158,31 @@ AVX512 int round_rows(const struct rows *call, size_t first, size_t last) {
   return 0;
 }
 
+AVX512 void scale_rows(const struct scaling *call, size_t first, size_t last) {
+  size_t width = call->width;
+  for (size_t r = first; r < last; r++) {
+    const float *x = call->x + r * width;
+    const float *other = call->other != NULL ? call->other + r % call->others * width : NULL;
+    float *y = call->y + r * width;
+    __m512 scale = _mm512_set1_ps(call->scales[r]);
+    for (size_t i = 0; i < width; i += LANES) {
+      __mmask16 mask = lanes_left(width - i);
+      __m512 sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, x + i), scale,
+                                   _mm512_maskz_loadu_ps(mask, call->bias + i));
+      if (other != NULL) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, other + i));
+      _mm512_mask_storeu_ps(y + i, mask, sum);
+    }
+  }
+}
+
 #else
 
 int round_rows(const struct rows *call, size_t first, size_t last) {
   return (void)call, (void)first, (void)last, -1;
+}
+
+void scale_rows(const struct scaling *call, size_t first, size_t last) {
+  (void)call, (void)first, (void)last;
 }
 
 #endif

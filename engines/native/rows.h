@@ -10,18 +10,29 @@
 enum activation { NO_ACTIVATION, GELU, GELU_TANH, QUICK_GELU };
 
 /* codes[r] = round(y / steps[r]) + 128 of y = activation(x[r] * scales[r] + bias), and
- * steps[r] = max(|y|, smallest) / 127. scales and bias may be NULL. A row that holds a NaN or an
- * infinity gets such a step. */
+ * steps[r] = max(|y|, smallest) / 127. scales and bias may be NULL. With a norm's weight, y is
+ * (x[r] - mean) / sqrt(variance + epsilon) * weight + bias. A row that holds a NaN or an infinity
+ * gets such a step. */
 struct rows {
-  const float *x, *scales, *bias;
+  const float *x, *scales, *bias, *weight;
   uint8_t *codes;
   float *steps;
   size_t count, width;
   enum activation activation;
-  float alpha, smallest;
+  float alpha, epsilon, smallest;
 };
 
 /* Rows first..last. -1 where there is no memory. Needs AVX-512. */
 int round_rows(const struct rows *call, size_t first, size_t last);
+
+/* y[r] = x[r] * scales[r] + bias, and of another tensor, unless NULL, row r % others. */
+struct scaling {
+  const float *x, *scales, *bias, *other;
+  float *y;
+  size_t count, width, others;
+};
+
+/* Rows first..last. Needs AVX-512. */
+void scale_rows(const struct scaling *call, size_t first, size_t last);
 
 #endif

@@ -15,7 +15,7 @@ from edgevlm.engines.backends import sessions
 from edgevlm.engines.lowering import native as calls
 from edgevlm.engines.native import library
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
-from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.ops.vocabulary import Array, Weights
 from edgevlm.toolkit.quantization.channels import round_rows
 
 # batch, queries, keys, heads, channels of a head: one token, parts of vectors and of blocks of six
@@ -174,26 +174,30 @@ ACTIVATIONS: dict[int, Callable[[Array], Array]] = {
 }
 
 
-def rows(path: str, x: Array, **more: Any) -> tuple[Array, Array]:
-    """Codes and steps: of x alone, or of an activation of it (scales, bias, activation)."""
-    inputs = {"x": x} | {name: more[name] for name in ("scales", "bias") if name in more}
-    attributes = {"activation": more["activation"], "alpha": 1.702} if "scales" in more else {}
-    op = calls.ACTIVATE if attributes else calls.ROUND
-    outputs = ["codes", "steps"]
-    node = helper.make_node(op, list(inputs), outputs, "n", domain=library.DOMAIN, **attributes)
+def called(
+    path: str, op: str, outputs: list[str], *inputs: Array, **attributes: Any
+) -> list[Array]:
+    """What a kernel makes of its inputs, in a graph of its own, whose shapes are not known."""
+    names = [f"in.{i}" for i in range(len(inputs))]
+    node = helper.make_node(op, names, outputs, "n", domain=library.DOMAIN, **attributes)
     ports = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * value.ndim)
-        for name, value in inputs.items()
+        for name, value in zip(names, inputs, strict=True)
     ]
-    kinds = (TensorProto.UINT8, TensorProto.FLOAT)
+    kinds = {"codes": TensorProto.UINT8}
     results = [
-        helper.make_tensor_value_info(n, kind, [None] * x.ndim)
-        for n, kind in zip(outputs, kinds, strict=True)
+        helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), [None] * inputs[0].ndim)
+        for n in outputs
     ]
     graph = helper.make_graph([node], "rows", ports, results)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(library.DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    codes, steps = session(model, path, 2).run(outputs, inputs)
+    return list(session(model, path, 2).run(outputs, dict(zip(names, inputs, strict=True))))
+
+
+def rows(path: str, op: str, *inputs: Array, **attributes: Any) -> tuple[Array, Array]:
+    """Codes and steps."""
+    codes, steps = called(path, op, ["codes", "steps"], *inputs, **attributes)
     return codes, steps
 
 
@@ -201,7 +205,7 @@ def rows(path: str, x: Array, **more: Any) -> tuple[Array, Array]:
 def test_rows_are_rounded_as_the_reference_rounds(path: str, shape: tuple[int, ...]) -> None:
     x = np.random.default_rng(0).standard_normal(shape, np.float32)
     x.reshape(-1, shape[-1])[0] = 0
-    codes, steps = rows(path, x)
+    codes, steps = rows(path, calls.ROUND, x)
     assert codes.dtype == np.uint8 and steps.shape == (*shape[:-1], 1)
     values = (codes.astype(np.float32) - 128) * steps
     np.testing.assert_allclose(values, round_rows(x), atol=1e-5 + 1.01 * float(steps.max()))
@@ -215,7 +219,8 @@ def test_activations_are_those_of_the_reference(path: str, activation: int) -> N
     x[::7] *= 20
     scales = random.uniform(0.5, 2, (50, 1)).astype(np.float32)
     bias = random.standard_normal(41, np.float32)
-    codes, steps = rows(path, x, scales=scales, bias=bias, activation=activation)
+    how = {"activation": activation, "alpha": 1.702}
+    codes, steps = rows(path, calls.ACTIVATE, x, scales, bias, **how)
     wanted = ACTIVATIONS[activation](x * scales + bias)
     largest = np.abs(wanted).max(-1, keepdims=True)
     np.testing.assert_allclose(127 * steps, largest, rtol=1e-5, atol=1e-6)
@@ -226,6 +231,39 @@ def test_activations_are_those_of_the_reference(path: str, activation: int) -> N
 def test_a_row_with_no_number_says_so_in_its_step(path: str) -> None:
     x = np.ones((4, 20), np.float32)
     x[1, 3], x[2, 4] = np.nan, np.inf
-    codes, steps = rows(path, x)
+    codes, steps = rows(path, calls.ROUND, x)
     assert np.isfinite(steps[[0, 3]]).all() and not np.isfinite(steps[[1, 2]]).any()
     assert (codes[[0, 3]] == 255).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 16), (2, 5, 37), (40, 200)])
+def test_norms_are_those_of_the_reference(path: str, shape: tuple[int, ...]) -> None:
+    random = np.random.default_rng(0)
+    x = 3 * random.standard_normal(shape, np.float32) + 50
+    x.reshape(-1, shape[-1])[0] = 7  # of a row of equal values nothing but the bias is left
+    weight, bias = random.standard_normal((2, shape[-1]), np.float32)
+    codes, steps = rows(path, calls.NORM, x, weight, bias, epsilon=1e-5)
+    w = Weights({"n.weight": weight, "n.bias": bias}, ("n",))
+    wanted = NumpyOps().layer_norm(x, w, 1e-5)
+    values = (codes.astype(np.float32) - 128) * steps
+    np.testing.assert_allclose(127 * steps, np.abs(wanted).max(-1, keepdims=True), rtol=1e-4)
+    assert (np.abs(values - wanted) <= 0.51 * steps).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 16), (2, 5, 37), (3, 40, 200)])
+def test_rows_are_scaled_and_added(path: str, shape: tuple[int, ...]) -> None:
+    random = np.random.default_rng(1)
+    x, other = random.standard_normal((2, *shape), np.float32)
+    scales, bias = random.random((*shape[:-1], 1), np.float32), random.random(shape[-1], np.float32)
+    (y,) = called(path, calls.SCALE, ["y"], x, scales, bias)
+    np.testing.assert_allclose(y, x * scales + bias, atol=1e-6)
+    for others in (other, other[:1]):
+        (y,) = called(path, calls.ONTO, ["y"], x, scales, bias, others)
+        np.testing.assert_allclose(y, x * scales + bias + others, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8), (2, 4, 1), (2, 3, 8), (1, 2, 4, 8)])
+def test_what_is_no_tensor_of_such_rows_is_not_added(path: str, shape: tuple[int, ...]) -> None:
+    x = np.ones((2, 4, 8), np.float32)
+    with pytest.raises(Exception, match="do not go together"):
+        called(path, calls.ONTO, ["y"], x, x[..., :1], x[0, 0], np.ones(shape, np.float32))

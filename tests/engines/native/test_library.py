@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,21 +23,31 @@ def compiler(folder: Path, script: str) -> str:
     return str(program)
 
 
+def kept(folder: Path) -> Path:
+    """A folder with what was made before; the library there."""
+    made = library.native().path
+    assert made is not None
+    folder.mkdir(0o700, parents=True)
+    for file in (made, made.with_suffix(".sha256")):
+        shutil.copy(file, folder)
+    return folder / made.name
+
+
 @pytest.mark.skipif(NOT_HERE, reason="there are no kernels of ours here")
 def test_it_is_kept_for_its_owner_and_made_once(tmp_path: Path) -> None:
-    folder = tmp_path / "a" / "native"
-    made = library._made(folder, "cc")
-    assert folder.stat().st_mode & 0o777 == 0o700 and made.stat().st_mode & 0o777 == 0o600
-    assert sorted(p.suffix for p in folder.iterdir()) == [".sha256", ".so"]
-    first = made.stat().st_ino
-    assert library._made(folder, "cc").stat().st_ino == first
+    first = library.native().path
+    assert first is not None
+    assert first.parent.stat().st_mode & 0o777 == 0o700 and first.stat().st_mode & 0o777 == 0o600
+    assert sorted(p.suffix for p in first.parent.iterdir()) == [".sha256", ".so"]
+    made = kept(tmp_path / "native")
+    before = made.stat().st_ino
+    assert library._made(made.parent, "cc") == made and made.stat().st_ino == before
     # A part of a library would end the process that loads it.
     made.write_bytes(made.read_bytes()[:5000])
-    again = library._made(folder, "cc")
-    assert again == made and again.stat().st_ino != first
+    assert library._made(made.parent, "cc") == made and made.stat().st_ino != before
     seal = made.with_suffix(".sha256").read_text()
-    assert seal == hashlib.sha256(again.read_bytes()).hexdigest()
-    assert library._loaded(again).form
+    assert seal == hashlib.sha256(made.read_bytes()).hexdigest()
+    assert library._loaded(made).form
 
 
 @pytest.mark.skipif(NOT_HERE, reason="this processor has no use for the kernels")
@@ -65,8 +76,7 @@ def test_without_a_compiler_there_are_none(tmp_path: Path) -> None:
 @pytest.mark.skipif(NOT_HERE, reason="this processor has no use for the kernels")
 def test_what_others_may_write_is_not_loaded(tmp_path: Path) -> None:
     folder = tmp_path / "native"
-    made = library._made(folder, "cc")
-    made.chmod(0o666)
+    kept(folder).chmod(0o666)
     assert "others" in library._native(folder, "cc").why
     open_to_all = tmp_path / "open"
     open_to_all.mkdir()
