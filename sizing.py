@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from edgevlm.toolkit.target import Target
 
 FLOATS = ("fp32", "fp16", "bf16")
-STATIC = "int8-static"
 ALL = "all"
 
 
@@ -71,15 +70,15 @@ def _format(opened: Source, target: Target, name: str, usual: str) -> Format:
     language model in 4 bits with a second form for prompts; on cards with one form.
     """
     from edgevlm.calibration import static_plan, weight_only
-    from edgevlm.calibration.samples import Settings
+    from edgevlm.calibration.samples import STATICS, Settings
     from edgevlm.engines.build import tune
     from edgevlm.engines.sizing.predict import Format
 
     model = opened.model
     if name in FLOATS:
         return Format(name, name)
-    if name == STATIC:
-        return Format(name, usual, static_plan.plan_of(model, Settings(STATIC)))
+    if name in STATICS:
+        return Format(name, usual, static_plan.plan_of(model, Settings(name)))
     if name not in weight_only.KINDS:
         return Format(name, usual, weight_only.plan(name))
     plan = weight_only.chosen(model, tune.untuned(model, name, target).forms)

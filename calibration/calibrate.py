@@ -18,7 +18,7 @@ from edgevlm.calibration.many import Many, ManyOps, hidden
 from edgevlm.calibration.pictures import Given
 from edgevlm.calibration.quality import Quality, compare
 from edgevlm.calibration.rounding import Rounded
-from edgevlm.calibration.samples import BLOCKS, STATIC, Settings, budget_of, check, windows_of
+from edgevlm.calibration.samples import BLOCKS, STATICS, Settings, budget_of, check, windows_of
 from edgevlm.calibration.static import Interpreter, StaticCalibration
 from edgevlm.calibration.unfinished import Unfinished
 from edgevlm.toolkit import systems
@@ -82,11 +82,11 @@ def of_bundle(
 ) -> tuple[Source, Calibration | StaticCalibration]:
     """A float bundle's model with calibrated weights, to be written to `out`.
 
-    interpreter: for static INT8; None for NumPy's. kept: what an earlier run found. Raises
+    interpreter: for static INT8 and FP8; None for NumPy's. kept: what an earlier run found. Raises
     ToolkitError before any work where that cannot be.
     """
     check(settings)
-    if settings.to == STATIC:
+    if settings.to in STATICS:
         return static.of_bundle(path, out, given, settings, interpreter, progress, force, kept)
     if given.text is None or given.images or given.prompts:
         raise ConfigError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.profiling.asked import ProfileRequest, image
+from edgevlm.engines.profiling.context import device_part, processor_context, warnings
 from edgevlm.engines.profiling.profile import LayerShare, Progress, Spread, device, spread
 from edgevlm.engines.profiling.roofline import Roofline, Work, roofline
 from edgevlm.engines.runtime import memory
@@ -29,7 +30,7 @@ class TowerProfile:
     """The result; the keys of `edgevlm profile --json` for a tower.
 
     image_ms: of one image by itself, from its file to its embedding. images_per_s: of the engine
-    alone, in batches of `batch`.
+    alone, in batches of `batch`. context: what figures depend on besides.
     """
 
     engine: str
@@ -47,6 +48,7 @@ class TowerProfile:
     spans: tuple[Span, ...]
     memory: tuple[tuple[float, float], ...] = ()
     memory_marks: tuple[tuple[float, str], ...] = ()
+    context: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_tower(folder: Path) -> bool:
@@ -68,11 +70,13 @@ def profile_all(
 
 def _profile(folder: Path, request: ProfileRequest, progress: Progress) -> TowerProfile:
     memory.forget_peak()
+    context = processor_context()
     with Embedder.open(folder, threads=request.threads) as tower:
         progress(f"opened in {tower.load_ms:.0f} ms; {request.runs} timed runs")
         runs = [_run(tower, request, n) for n in range(request.warmup + request.runs)]
         runs = runs[request.warmup :]
         rate = _rate(tower, request)
+        context |= device_part()
         resident = memory.peak_rss_mb()
         peaks = backends.backend(tower.engine.parsed_target()).peaks(folder)
     samples: dict[str, list[float]] = {}
@@ -98,6 +102,7 @@ def _profile(folder: Path, request: ProfileRequest, progress: Progress) -> Tower
         samples,
         _layers(folder, request) if request.layers else (),
         tuple(runs[-1].spans),
+        context=context,
     )
 
 
@@ -161,6 +166,7 @@ def lines(p: TowerProfile, layers: int) -> list[str]:
         f"load / peak memory     {p.load_ms:.0f} ms / {p.peak_rss_mb:.0f} MB",
         f"device                 {p.device.get('card') or p.device['processor']}, "
         f"{p.device['threads']} threads, {p.device['target']}, {p.device['precision']}",
+        *(f"warning                {line}" for line in warnings(p.context)),
     ]
     if layers and p.layers:
         top = [(s.component, s.name, s.op, s.calls, s.ms) for s in p.layers[:layers]]

@@ -18,6 +18,7 @@ from edgevlm.engines.backends import (
     BuildOptions,
     Compiled,
     Peaks,
+    PlanReport,
     Runner,
     RunnerOptions,
     Shapes,
@@ -99,11 +100,13 @@ class TensorRT:
         notes = [
             f"{report.kernels} kernels; of {report.attentions} attentions "
             f"{report.fused_attentions} have kernels of their own",
+            *_rounded(report, builder.products_in_8_bits(model)),
             *(f"{p.op} is computed by the plugin {p.namespace}::{p.name}" for p in wanted),
         ]
         kept = (record.graph, record.weights) if self._options.strip else ()
         made = replace(record, graph=plan, weights=record.weights if kept else plan)
-        precision = _precision(dtype, [decision.op for decision in lowered.decisions])
+        formats = set(builder.products_in_8_bits(model).values())
+        precision = _precision(dtype, [d.op for d in lowered.decisions], formats)
         return Compiled(
             made,
             (plan, listing, *kept),
@@ -198,10 +201,28 @@ class TensorRT:
         return probes.peaks(self._cards, trt, self._flavour.module, _capabilities(here))
 
 
-def _precision(dtype: str, ops: list[str]) -> str:
+def _rounded(report: PlanReport, sites: Mapping[str, str]) -> list[str]:
+    """What became of products of inputs in 8 bits, where the builder's log lists kernels."""
+    if not sites or not report.kernels:
+        return []
+    formats = " and ".join(sorted({kind.upper() for kind in sites.values()}))
+    if report.rounded_kernels == report.rounded:
+        return [f"all {report.rounded} products of inputs in {formats} are computed in it"]
+    lost = report.rounded - report.rounded_kernels
+    return [
+        f"the builder made floats of {lost} of {report.rounded} products of inputs in {formats}: "
+        "they cost their rounding and gain no speed"
+    ]
+
+
+def _precision(dtype: str, ops: list[str], formats: set[str]) -> str:
     """What a component computes in, which sets its tolerance: the reference rounds the inputs of
     weights by channel, which stay in float here; those of static INT8 may round the other way.
+
+    formats: of products, see builder.products_in_8_bits.
     """
+    if "FP8" in formats:
+        return "fp8"
     if "QuantizeLinear" in ops:
         return "int8"
     return "int8_rows" if "edgevlm.RowQuantizedLinear" in ops else dtype
