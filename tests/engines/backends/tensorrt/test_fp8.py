@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from edgevlm import api
-from edgevlm.engines.backends import PlanReport
 from edgevlm.engines.backends import tensorrt as backend
 from edgevlm.engines.backends.tensorrt.kernels import Kernel, products
 from edgevlm.engines.build.check import TOLERANCE
@@ -78,11 +77,8 @@ def test_what_the_builder_made_floats_of_is_told() -> None:
     assert products(kernels, sites, 1) == ["q", "k", "up"]
     assert products(kernels, sites, 2) == ["q", "k"]  # the other profile has none of up
 
-    def report(rounded: int, found: int) -> PlanReport:
-        return PlanReport(9, 4, 0, 0, 1, 1, 1, 1, 1.0, 1.0, rounded, found)
-
-    (whole,) = backend._rounded(report(4, 4), sites)
+    (whole,) = backend._rounded(sites, list(sites))
     assert whole == "all 4 products of inputs in FP8 are computed in it"
-    (part,) = backend._rounded(report(4, 2), sites)
-    assert "made floats of 2 of 4 products of inputs in FP8" in part
-    assert backend._rounded(report(0, 0), {}) == []
+    (part,) = backend._rounded(sites, ["q", "k"])
+    assert "made floats of 2 of 4 products of inputs in FP8 (down)" in part
+    assert backend._rounded({}, []) == []
