@@ -18,7 +18,14 @@ _AGAIN = "export or calibrate it again"
 
 
 def names(file: SafetensorsFile) -> frozenset[str]:
-    """The tensors of a file that are parts of such weights."""
+    """The tensors of a file that are parts of such weights.
+
+    Raises BundleError for any other tensor in FP8: codes without a step are no weights.
+    """
+    for name, entry in file.entries.items():
+        parts = static.split(name)
+        if entry.dtype == "fp8" and (parts is None or parts[1:] != (static.FP8, "")):
+            raise BundleError(f"{file.path}: {name} is stored in FP8 without a step", hint=_AGAIN)
     return frozenset(name for name in file.entries if static.split(name))
 
 

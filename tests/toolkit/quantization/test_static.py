@@ -158,6 +158,10 @@ def other_codes(tensors: Written) -> None:
     tensors["a.weight.fp8_static"] = ("uint8", np.ones((4, 3), np.uint8))
 
 
+def stray(tensors: Written) -> None:
+    tensors["b.weight"] = ("fp8", np.ones((4, 3), np.uint8))
+
+
 def no_scale(tensors: Written) -> None:
     del tensors["a.weight.fp8_static.scale"]
 
@@ -170,6 +174,7 @@ def no_scale(tensors: Written) -> None:
         (infinite_step, r"a\.weight\.fp8_static\.input .* no numbers above 0"),
         (wide_scale, r"a\.weight\.fp8_static\.scale \(3,\)"),
         (other_codes, r"a\.weight\.fp8_static is not stored as fp8"),
+        (stray, r"b\.weight is stored in FP8 without a step"),
         (no_scale, r"lacks a\.weight\.fp8_static\.scale"),
     ],
 )
@@ -180,6 +185,6 @@ def test_what_is_no_weight_is_refused_by_name(
     spoil(tensors)
     with pytest.raises(BundleError, match=message):
         Tensors(file_of(tmp_path / "w", tensors))["a.weight"]  # the step is read at once
-    if spoil not in (other_codes, no_scale):  # which no graph of ours would read
+    if spoil not in (other_codes, no_scale, stray):  # which no graph of ours would read
         with pytest.raises(BundleError, match=message):
             static_weights.check(SafetensorsFile(tmp_path / "w"))
