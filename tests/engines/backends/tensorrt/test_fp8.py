@@ -11,6 +11,7 @@ from edgevlm.engines.backends import tensorrt as backend
 from edgevlm.engines.backends.tensorrt.kernels import Kernel, products
 from edgevlm.engines.build.check import TOLERANCE
 from edgevlm.engines.runtime.session import Question, Session
+from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from edgevlm.toolkit.errors import UnsupportedError
 from tests.calibration.test_static import draw
 from tests.engines.backends.tensorrt.conftest import GOLDEN
@@ -54,6 +55,20 @@ def test_engines_answer_as_the_reference_does(
         api.build_engine(in_fp8 / "q", reference, target="reference")
     images = in_fp8 / "images"
     assert answered(tmp_path / "e", images) == answered(reference, images)
+
+
+def test_codes_lie_beside_a_plan_without_weights(
+    in_fp8: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    machine = installed("11.4.0.106", monkeypatch, tmp_path / "packages")
+    made = api.build_engine(
+        in_fp8 / "q", tmp_path / "e", target=str(machine.target), strip_weights=True
+    )
+    assert made.verified
+    for part in made.components:
+        stored = SafetensorsFile(tmp_path / "e" / part.weights)
+        assert "fp8" in {entry.dtype for entry in stored.entries.values()}
 
 
 def test_a_card_without_fp8_refuses_it(
