@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from edgevlm.toolkit.target import Target
 
 FLOATS = ("fp32", "fp16", "bf16")
-STATIC = "int8-static"
 ALL = "all"
 
 
@@ -88,7 +87,7 @@ def _format(opened: AnySource, target: Target, name: str, usual: str) -> Format:
     language model in 4 bits with a second form for prompts; on cards with one form.
     """
     from edgevlm.calibration import static_plan, weight_only
-    from edgevlm.calibration.samples import Settings
+    from edgevlm.calibration.samples import STATICS, Settings
     from edgevlm.calibration.towers import rounds
     from edgevlm.engines.build import tune
     from edgevlm.engines.sizing.predict import Format
@@ -97,8 +96,8 @@ def _format(opened: AnySource, target: Target, name: str, usual: str) -> Format:
     model, lm = opened.model, towers.language_model(opened.model)
     if name in FLOATS:
         return Format(name, name)
-    if name == STATIC:
-        return Format(name, usual, static_plan.plan_of(model, Settings(STATIC)))
+    if name in STATICS:
+        return Format(name, usual, static_plan.plan_of(model, Settings(name)))
     if lm is None and name == "int4":
         return Format(name, usual, rounds.plan_in_4_bits(model))
     if name not in weight_only.KINDS:

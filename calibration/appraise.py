@@ -93,13 +93,13 @@ class Appraise(Wrapper[Any]):
 
     def linear(self, x: Any, w: Weights[Any]) -> Any:
         y = self.inner.linear(x, w)
-        if self._plan.at(self.path_of(w)) == "int8":
+        if self._plan.at(self.path_of(w)) != "float":
             self._add(w, y, self._rounded.linear(x, self._corrected(w)), axis=-1)
         return y
 
     def conv(self, x: Any, w: Weights[Any], **sizes: int) -> Any:
         y = self.inner.conv(x, w, **sizes)
-        if self._plan.at(self.path_of(w)) == "int8":
+        if self._plan.at(self.path_of(w)) != "float":
             self._add(w, y, self._rounded.conv(x, self._corrected(w), **sizes), axis=1)
         return y
 

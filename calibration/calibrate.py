@@ -19,7 +19,7 @@ from edgevlm.calibration.pictures import Given
 from edgevlm.calibration.quality import Quality, compare
 from edgevlm.calibration.rounding import Rounded
 from edgevlm.calibration.samples import (
-    STATIC,
+    STATICS,
     Settings,
     block_of,
     budget_of,
@@ -95,14 +95,14 @@ def of_bundle(
 ) -> tuple[AnySource, Result]:
     """A float bundle's model with calibrated weights, to be written to `out`.
 
-    interpreter: for static INT8 and towers; None for NumPy's. kept: what an earlier run found.
+    interpreter: for static INT8, FP8 and towers; None for NumPy's. kept: what an earlier run found.
     Raises ToolkitError before any work where that cannot be.
     """
     if isinstance(Bundle.open(path).model, TowerConfig):
         given_to = (path, out, given, settings, interpreter, progress, force, kept)
         return towers.of_bundle(*given_to)
     check(settings)
-    if settings.to == STATIC:
+    if settings.to in STATICS:
         return static.of_bundle(path, out, given, settings, interpreter, progress, force, kept)
     if given.text is None or given.images or given.prompts:
         raise ConfigError(

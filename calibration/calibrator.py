@@ -1,4 +1,4 @@
-"""Passes over samples that static INT8 needs: channels, ranges, biases, errors.
+"""Passes over samples that static INT8 and FP8 need: channels, ranges, biases, errors.
 
 A few samples at a time go through the float model and leave sums: memory grows neither with their
 number nor with the model's layers, and what was found is kept between two runs of them.
@@ -18,7 +18,7 @@ from edgevlm.calibration.chain import Arithmetic, Chain, Passage
 from edgevlm.calibration.histogram import ranges_of
 from edgevlm.calibration.observed import Channels, Ranges
 from edgevlm.calibration.pictures import Chosen, Progress, Sample
-from edgevlm.calibration.samples import Settings
+from edgevlm.calibration.samples import STATICS, Settings
 from edgevlm.calibration.static_plan import FLOAT_STEPS, layers_of, without_worst
 from edgevlm.calibration.towers.chain import TowerChain
 from edgevlm.calibration.unfinished import Found, Unfinished
@@ -26,6 +26,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import Source, TowerSource
 from edgevlm.toolkit.errors import CalibrationError
 from edgevlm.toolkit.ops.vocabulary import Array, Ops
 from edgevlm.toolkit.ops.wrappers import Observe
+from edgevlm.toolkit.quantization import static
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.quantization.quantize import Quantize
 from edgevlm.toolkit.vlm.components import Component
@@ -35,7 +36,7 @@ from edgevlm.toolkit.vlm.towers import language_model
 TOGETHER = 4  # samples: more gain little speed, and take memory
 AIM = 0.8  # of the budget: the samples that choose favour what they choose
 _CORRECTED_ON = 16  # samples that bias correction takes
-_ROUNDED_INPUTS = ("int8", "int8_rows")
+_ROUNDED_INPUTS = ("int8", "int8_rows", "fp8")
 
 Store = Mapping[str, Mapping[str, Array]]
 Biases = Mapping[str, Mapping[str, Array]]
@@ -45,7 +46,7 @@ S = TypeVar("S", bound=Source | TowerSource)
 
 @dataclass(frozen=True)
 class Measured(Generic[S]):
-    """The source with its plan and changed weights. first: what all layers in INT8 cost; whole:
+    """The source with its plan and changed weights. first: what all layers rounded cost; whole:
     what the plan costs; ranges: of all layers.
     """
 
@@ -58,7 +59,7 @@ class Measured(Generic[S]):
 
 
 class Calibrator:
-    """Runs samples through a model, and finds out what static INT8 needs to know."""
+    """Runs samples through a model, and finds out what static INT8 or FP8 needs to know."""
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class Calibrator:
             biases = self._biases(weights, plan, chosen.calibrating)
         first = self._measured("errors", weights, biases, plan, chosen.held_out, layers=True)
         best, whole = self._within_budget(weights, biases, plan, chosen.held_out, first)
-        biases = _in_int8(biases, best)
+        biases = _rounded(biases, best)
         final = {name: _with(own, biases.get(name, {})) for name, own in weights.items()}
         corrected = sum(map(len, biases.values()))
         made = replace(source, plan=best, weights=final)
@@ -96,12 +97,12 @@ class Calibrator:
     def ranges(
         self, weights: Store, plan: PrecisionPlan, given: Sequence[Sample]
     ) -> dict[str, float]:
-        """The range of each layer that the plan has in INT8.
+        """The range of each layer that the plan rounds.
 
         Raises CalibrationError naming a layer whose input is never reached, always zero, or no
         number.
         """
-        expected = [p for p in layers_of(self._chain.model).flops if plan.at(p) == "int8"]
+        expected = [p for p in layers_of(self._chain.model).flops if plan.at(p) != "float"]
         found = Ranges(frozenset(expected), self._arithmetic.read)
         self._observe("ranges", weights, plan, given, found)
         histograms = found.histograms()
@@ -110,7 +111,9 @@ class Calibrator:
                 raise CalibrationError(
                     f"no sample reaches {path}", hint="give samples with images and prompts"
                 )
-        return ranges_of({path: histograms[path] for path in expected}, self._settings.range)
+        form = static.FORMS[STATICS[self._settings.to]]
+        found_by = {path: histograms[path] for path in expected}
+        return ranges_of(found_by, self._settings.range, form)
 
     def _observe(
         self,
@@ -261,7 +264,7 @@ class Calibrator:
             mixed = without_worst(plan, worst, layers_of(self._chain.model), step)
             spared = len(plan.ranges) - len(mixed.ranges)
             what = f"errors {step + 1}, {spared} layers in float"
-            own = _in_int8(biases, mixed)
+            own = _rounded(biases, mixed)
             whole = self._measured(what, weights, own, mixed, held, layers=False)
             if whole.cost < best[1].cost:
                 best = (mixed, whole)
@@ -273,11 +276,11 @@ def _reaches(plan: PrecisionPlan, chain: AnyChain) -> bool:
     lm = language_model(chain.model)
     name = lm.name if lm else None
     paths = layers_of(chain.model).flops
-    return any(plan.at(path) == "int8" for path in paths if path.split("/")[0] == name)
+    return any(plan.at(path) != "float" for path in paths if path.split("/")[0] == name)
 
 
-def _in_int8(biases: Biases, plan: PrecisionPlan) -> dict[str, dict[str, Array]]:
-    """Those of layers that the plan has in INT8: the others make no error."""
+def _rounded(biases: Biases, plan: PrecisionPlan) -> dict[str, dict[str, Array]]:
+    """Those of layers that the plan rounds: the others make no error."""
     found: dict[str, dict[str, Array]] = {}
     paths = {path.replace("/", "."): path for path in plan.ranges}
     for name, own in biases.items():

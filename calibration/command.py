@@ -16,21 +16,29 @@ from edgevlm.toolkit.terminal.flags import Debug, Force, Json, Quiet
 _SHOWN = 5  # of the linears
 _Prompts = Annotated[
     Optional[Path],
-    typer.Option(help='int8-static: a file of lines {"image": ..., "prompt": ...}.'),
+    typer.Option(help='int8-static, fp8: a file of lines {"image": ..., "prompt": ...}.'),
 ]
 _Images = Annotated[
     Optional[Path],
-    typer.Option(help="int8-static, and all of a tower by itself: a folder of images."),
+    typer.Option(help="int8-static, fp8, and all of a tower by itself: a folder of images."),
 ]
 _Smooth = Annotated[
     Optional[float],
-    typer.Option(help="int8-static, and int8 of a tower: SmoothQuant's alpha, such as 0.5."),
+    typer.Option(help="int8-static, fp8, and int8 of a tower: SmoothQuant's alpha, such as 0.5."),
+]
+_To = Annotated[
+    str,
+    typer.Option(
+        help="Weights: int4 (the worst layers in 8 bits) or int8. With inputs: int8-static, or fp8 "
+        "for cards from sm_89 on."
+    ),
 ]
 _Budget = Annotated[
     Optional[float],
     typer.Option(
         help="How much perplexity may grow: 0.05 is 5 %, the default in int4 and int8. "
-        "int8-static: leave layers in float for it. Of a tower by itself: 1 - cosine of embeddings."
+        "int8-static, fp8: leave layers in float for it. Of a tower by itself: 1 - cosine of "
+        "embeddings."
     ),
 ]
 _Method = Annotated[str, typer.Option(help="4 bits: rtn, awq, gptq or awq+gptq.")]
@@ -50,22 +58,17 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
         ] = None,
         images: _Images = None,
         prompts: _Prompts = None,
-        to: Annotated[
-            str,
-            typer.Option(
-                help="Weights: int4 (the worst layers in 8 bits) or int8. With inputs: int8-static."
-            ),
-        ] = "int4",
+        to: _To = "int4",
         range: Annotated[
-            str, typer.Option(help="int8-static: minmax, percentile, entropy or mse.")
+            str, typer.Option(help="int8-static, fp8: minmax, percentile, entropy or mse.")
         ] = "mse",
         smooth: _Smooth = None,
         bias_correction: Annotated[
-            bool, typer.Option("--bias-correction", help="int8-static: mend the mean error.")
+            bool, typer.Option("--bias-correction", help="int8-static, fp8: mend the mean error.")
         ] = False,
         keep_float: Annotated[
             Optional[list[str]],
-            typer.Option(help="int8-static: layers to leave in float, lm/layers.0/*. Repeatable."),
+            typer.Option(help="int8-static, fp8: leave these in float, lm/layers.0/*. Repeatable."),
         ] = None,
         samples: Annotated[int, typer.Option(help="The most images or prompts.")] = 64,
         budget: _Budget = None,

@@ -15,11 +15,11 @@ import numpy as np
 
 from edgevlm.toolkit.errors import CalibrationError
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.quantization.static import LARGEST
+from edgevlm.toolkit.quantization.static import INT8, LARGEST, Form
 
 BINS = 2048
 PERCENTILE = 0.9999
-_LEVELS = LARGEST + 1  # steps of |x|, zero included
+_LEVELS = LARGEST + 1  # steps of |x|, zero included; E4M3 has 127
 _FEWEST = 128  # bins below which a range would have finer steps than the histogram
 _CANDIDATES = 128  # ranges that mse and entropy try
 _PIECE = 1 << 22  # values counted at a time: early layers of large images have 10^8
@@ -73,11 +73,11 @@ class Histogram:
             self.limit *= 2
 
 
-def _minmax(h: Histogram) -> float:
+def _minmax(h: Histogram, form: Form = INT8) -> float:
     return h.largest
 
 
-def _percentile(h: Histogram) -> float:
+def _percentile(h: Histogram, form: Form = INT8) -> float:
     """The upper edge of the bin that PERCENTILE of all values, zeros included, do not exceed."""
     below = h.zeros + np.cumsum(h.counts)
     at = int(np.searchsorted(below, PERCENTILE * below[-1]))
@@ -91,7 +91,7 @@ def _candidates(h: Histogram) -> Array:
     return np.unique(np.linspace(first, used, _CANDIDATES).astype(np.int64))
 
 
-def _mse(h: Histogram) -> float:
+def _mse(h: Histogram, form: Form = INT8) -> float:
     """The range with the smallest squared error of what is rounded in it and clipped to it."""
     width = h.limit / BINS / _POINTS
     centres = (np.arange(BINS * _POINTS) + 0.5) * width
@@ -101,15 +101,31 @@ def _mse(h: Histogram) -> float:
     best, found = np.inf, h.largest
     for bins in _candidates(h):
         largest = min(bins / BINS * h.limit, h.largest)
-        step = largest / LARGEST
-        rounded = np.minimum(np.rint(centres / step), LARGEST) * step
+        rounded = _rounded(centres, largest, form)
         error = float((np.square(centres - rounded) * counts).sum())
         if error < best:
             best, found = error, largest
     return found
 
 
-def _entropy(h: Histogram) -> float:
+def _rounded(sizes: Array, largest: float, form: Form) -> Array:
+    """|x| rounded in the range up to `largest`, and clipped to it."""
+    if form.to == "int8":
+        step = largest / LARGEST
+        return np.asarray(np.minimum(np.rint(sizes / step), LARGEST) * step)
+    steps = form.steps(np.asarray(largest))
+    return np.asarray(form.values(form.codes(sizes / steps)) * steps)
+
+
+def _levels(bins: int, largest: float, form: Form) -> Array:
+    """Which of the steps of |x| each of so many bins up to `largest` is rounded to."""
+    if form.to == "int8":
+        return np.arange(bins) * _LEVELS // bins
+    centres = (np.arange(bins) + 0.5) / bins * largest
+    return form.codes(centres / form.steps(np.asarray(largest))).astype(np.int64)
+
+
+def _entropy(h: Histogram, form: Form = INT8) -> float:
     """The range whose rounded histogram diverges least from the clipped one (Kullback-Leibler).
 
     Migacz, 8-bit inference with TensorRT (GTC 2017): what is beyond the range counts as its last
@@ -123,14 +139,15 @@ def _entropy(h: Histogram) -> float:
             continue
         clipped = inside.copy()
         clipped[-1] += counts[bins:].sum()
-        level = np.arange(bins) * _LEVELS // bins
+        largest = min(bins / BINS * h.limit, h.largest)
+        level = _levels(bins, largest, form)
         filled = inside > 0
         sums = np.bincount(level, inside, _LEVELS)
         shared = np.bincount(level, filled, _LEVELS)
         rounded = np.where(filled, (sums / np.maximum(shared, 1))[level], 0.0)
         divergence = _divergence(clipped, rounded)
         if divergence < best:
-            best, found = divergence, min(bins / BINS * h.limit, h.largest)
+            best, found = divergence, largest
     return found
 
 
@@ -141,7 +158,7 @@ def _divergence(p: Array, q: Array) -> float:
     return float((p[held] * np.log(p[held] / q[held])).sum())
 
 
-METHODS: Mapping[str, Callable[[Histogram], float]] = {
+METHODS: Mapping[str, Callable[..., float]] = {
     "minmax": _minmax,
     "percentile": _percentile,
     "entropy": _entropy,
@@ -149,7 +166,9 @@ METHODS: Mapping[str, Callable[[Histogram], float]] = {
 }
 
 
-def ranges_of(histograms: Mapping[str, Histogram], method: str) -> dict[str, float]:
+def ranges_of(
+    histograms: Mapping[str, Histogram], method: str, form: Form = INT8
+) -> dict[str, float]:
     """The range of each layer, by path. Raises CalibrationError for inputs that were always 0."""
     dead = [path for path, histogram in histograms.items() if histogram.largest == 0]
     if dead:
@@ -158,4 +177,4 @@ def ranges_of(histograms: Mapping[str, Histogram], method: str) -> dict[str, flo
             f"the input of {dead[0]}{more} is zero for every sample",
             hint=f"calibrate with other samples, or leave it in float: --keep-float {dead[0]}",
         )
-    return {path: float(METHODS[method](histogram)) for path, histogram in histograms.items()}
+    return {path: float(METHODS[method](h, form)) for path, h in histograms.items()}

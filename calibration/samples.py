@@ -16,9 +16,11 @@ from edgevlm.calibration.rounding import Method
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.errors import CalibrationError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.quantization.plan import Block
+from edgevlm.toolkit.quantization.plan import Block, Precision
 
 STATIC = "int8-static"
+# What has inputs in 8 bits too, in steps known beforehand: the precision in plans.
+STATICS: Mapping[str, Precision] = {STATIC: "int8", "fp8": "fp8"}
 _STATIC = ("range", "smooth", "bias_correction", "keep_float", "samples")
 _IN_4_BITS = ("method", "block", "zero_points")
 # What a tower by itself takes where weights are calibrated: it sees images then too.
@@ -35,11 +37,11 @@ _HELD_OUT = 8  # windows, a quarter of the text at most
 class Settings:
     """window: tokens of a sample of text; windows: the most of them.
 
-    budget: how much perplexity may grow, 0.05 for 5 %; None for BUDGET, and none in static INT8.
-    Of weights alone: method, how 4 bits are chosen (rounding.py); block, inputs that share a scale
-    in 4 bits; zero_points, whether such blocks have zero points of their own. Of static INT8:
-    range, the method (histogram.py); smooth, SmoothQuant's alpha; keep_float, globs over paths of
-    layers; samples, the most images or prompts. Of a tower by itself the budget is how much
+    budget: how much perplexity may grow, 0.05 for 5 %; None for BUDGET, and none in static INT8
+    and FP8. Of weights alone: method, how 4 bits are chosen (rounding.py); block, inputs that share
+    a scale in 4 bits; zero_points, whether such blocks have zero points of their own. Of the other
+    two: range, the method (histogram.py); smooth, SmoothQuant's alpha; keep_float, globs over paths
+    of layers; samples, the most images or prompts. Of a tower by itself the budget is how much
     embeddings may turn, the mean of 1 - cosine.
     """
 
@@ -64,7 +66,7 @@ def budget_of(settings: Settings) -> float:
 
 def check(settings: Settings, *, tower: bool = False) -> None:
     """Raise ConfigError for settings that cannot be; tower: of a vision tower by itself."""
-    known = (*weight_only.KINDS, STATIC)
+    known = (*weight_only.KINDS, *STATICS)
     if settings.to not in known:
         raise ConfigError(f"--to {settings.to!r} is unknown", hint=f"known: {', '.join(known)}")
     _refuse_others(settings, _OF_TOWERS.get(settings.to, ()) if tower else ())
@@ -90,7 +92,7 @@ def check(settings: Settings, *, tower: bool = False) -> None:
 
 def _refuse_others(settings: Settings, known: Collection[str]) -> None:
     """Raise ConfigError for options that have no meaning for what is asked, unless `known`."""
-    static, in_4_bits = settings.to == STATIC, settings.to == "int4"
+    static, in_4_bits = settings.to in STATICS, settings.to == "int4"
     foreign = {*(() if static else _STATIC), *(() if in_4_bits else _IN_4_BITS)} - {*known}
     for option in fields(Settings):
         name = option.name

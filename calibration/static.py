@@ -1,4 +1,4 @@
-"""Static INT8 of a bundle: its samples, its plan, and what the plan costs."""
+"""Static INT8 or FP8 of a bundle: its samples, its plan, and what the plan costs."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Interpreter = tuple[Ops[Any], Callable[[Array], Any], Callable[[Any], Array]]
 @dataclass(frozen=True)
 class ComponentCost:
     """A component on held-out samples: cosine and relative rms error of its outputs to the float
-    model's, errors of earlier components included; which share of its arithmetic is in INT8.
+    model's, errors of earlier components included; which share of its arithmetic is rounded.
     """
 
     name: str
     cosine: float
     relative_rms: float
-    share_int8: float
+    share: float
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def of_bundle(
     force: bool,
     kept: Unfinished,
 ) -> tuple[Source, StaticCalibration]:
-    """A float bundle's model with a plan for static INT8, to be written to `out`.
+    """A float bundle's model with a plan for static INT8 or FP8, to be written to `out`.
 
     interpreter: ops, from an array to their tensors, and back; None for NumPy's. kept: what an
     earlier run found. Raises ToolkitError before any work where that cannot be.
@@ -129,7 +129,7 @@ def _result(
     plan, whole = found.source.plan, found.whole
     layers = layers_of(bundle.vlm)
     costs = [
-        LayerCost(path, found.ranges[path], e.compared.relative_rms, plan.at(path) != "int8")
+        LayerCost(path, found.ranges[path], e.compared.relative_rms, plan.at(path) == "float")
         for path, e in found.first.layers.items()
     ]
     components = tuple(
@@ -172,14 +172,14 @@ def _perplexities(whole: Whole) -> tuple[float | None, float | None]:
 
 
 def _check_reach(model: ModelConfig, plan: PrecisionPlan, chosen: Chosen) -> None:
-    """Raise CalibrationError naming a component that is to be in INT8 and sees no sample."""
+    """Raise CalibrationError naming a component that is to be rounded and sees no sample."""
     if any(sample.image is not None for sample in chosen.calibrating):
         return
     if not chosen.calibrating:
         raise CalibrationError("there are no samples", hint="give --images, --prompts or --text")
     for path in layers_of(model).flops:
         name = path.split("/")[0]
-        if name != model.lm.name and plan.at(path) == "int8":
+        if name != model.lm.name and plan.at(path) != "float":
             raise CalibrationError(
                 f"no sample reaches {name}: none has an image",
                 hint=f"give --images FOLDER, or leave it in float: --keep-float '{name}/*'",

@@ -1,4 +1,4 @@
-"""Which layers static INT8 is about, and which of them stay in float."""
+"""Which layers static INT8 and FP8 are about, and which of them stay in float."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from edgevlm.calibration.samples import Settings
+from edgevlm.calibration.samples import STATICS, Settings
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
 from edgevlm.toolkit.vlm import components
@@ -31,7 +31,7 @@ class Layers:
 
 
 def layers_of(model: Model) -> Layers:
-    """Every layer that static INT8 is about."""
+    """Every layer that static INT8 and FP8 are about."""
     axes = image_axes(model, 1, 1) | {"sequence": 1, "context": 1}
     flops, made, totals = dict[str, int](), list[str](), dict[str, int]()
     for part in components.components(model):
@@ -46,7 +46,7 @@ def layers_of(model: Model) -> Layers:
 
 
 def plan_of(model: Model, settings: Settings) -> PrecisionPlan:
-    """All linears and convolutions in INT8, but the output layer and what is to stay in float.
+    """All linears and convolutions in 8 bits, but the output layer and what is to stay in float.
 
     Raises ConfigError for a glob that no layer matches.
     """
@@ -61,7 +61,7 @@ def plan_of(model: Model, settings: Settings) -> PrecisionPlan:
     masks = (f"{MASK_DECODER}/*",) if model.segmenter else ()
     globs = (*head, *masks, *layers.made, *settings.keep_float)
     rules = tuple(Rule(glob, "float") for glob in dict.fromkeys(globs))
-    return PrecisionPlan("int8", rules, method=settings.range)
+    return PrecisionPlan(STATICS[settings.to], rules, method=settings.range)
 
 
 def without_worst(
@@ -82,7 +82,7 @@ def without_worst(
 
 
 def share(name: str, layers: Layers, plan: PrecisionPlan) -> float:
-    """Of a component's arithmetic, what its layers in INT8 do."""
+    """Of a component's arithmetic, what its rounded layers do."""
     own = [path for path in layers.flops if path.split("/")[0] == name]
-    in_int8 = sum(layers.flops[path] for path in own if plan.at(path) == "int8")
-    return in_int8 / max(layers.totals[name], 1)
+    rounded = sum(layers.flops[path] for path in own if plan.at(path) != "float")
+    return rounded / max(layers.totals[name], 1)

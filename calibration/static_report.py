@@ -1,4 +1,4 @@
-"""What is printed of a calibration for static INT8."""
+"""What is printed of a calibration for static INT8 or FP8."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def summary(
     """Data and lines; sizes: bytes of each component's weights before and after."""
     costs = {cost.name: cost for cost in result.components}
     plan = result.plan
+    to = plan.default
     data = {
         "kind": "calibration",
         "bundle": str(out),
@@ -30,7 +31,7 @@ def summary(
                 "name": name,
                 "bytes_before": before,
                 "bytes_after": after,
-                "share_int8": costs[name].share_int8 if name in costs else 0.0,
+                f"share_{to}": costs[name].share if name in costs else 0.0,
                 "cosine": costs[name].cosine if name in costs else None,
                 "relative_rms": costs[name].relative_rms if name in costs else None,
             }
@@ -51,22 +52,23 @@ def summary(
         "layers": to_plain(result.layers),
         "next": following,
     }
-    return data, _lines(result, sizes, costs)
+    return data, _lines(result, sizes, costs, to)
 
 
 def _lines(
     result: StaticCalibration,
     sizes: Mapping[str, tuple[int, int]],
     costs: Mapping[str, ComponentCost],
+    to: str,
 ) -> list[str]:
     plan = result.plan
-    columns = ("component", "weights before", "after", "in int8", "cosine", "relative rms")
+    columns = ("component", "weights before", "after", f"in {to}", "cosine", "relative rms")
     rows = [
         (name, human_bytes(before), human_bytes(after), *_figures(costs.get(name)))
         for name, (before, after) in sizes.items()
     ]
     worst = [
-        (cost.path, cost.range, cost.error, "float" if cost.in_float else "int8")
+        (cost.path, cost.range, cost.error, "float" if cost.in_float else to)
         for cost in result.layers[:_SHOWN]
     ]
     lines = [
@@ -109,4 +111,4 @@ def _text(result: StaticCalibration) -> list[str]:
 def _figures(cost: Any) -> tuple[str, str, str]:
     if cost is None:
         return "-", "-", "-"
-    return f"{cost.share_int8:.0%}", f"{cost.cosine:.5f}", f"{cost.relative_rms:.3f}"
+    return f"{cost.share:.0%}", f"{cost.cosine:.5f}", f"{cost.relative_rms:.3f}"

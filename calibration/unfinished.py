@@ -41,7 +41,7 @@ _SECONDS = 5.0  # between two times that a pass over samples is kept
 _KEY, _LOCK, _DONE, _CHECKSUM = "key", "lock", "done", "crc32"
 _MARK = "an unfinished calibration of edgevlm; while it runs it holds a lock on this file\n"
 _OURS = re.compile(rf"{_KEY}|{_LOCK}|.*\.safetensors|.*\.part")
-_DTYPES = {dtype: name for name, dtype in STORAGE.items() if name != "bf16"}
+_DTYPES = {dtype: name for name, dtype in STORAGE.items() if name not in ("bf16", "fp8")}
 
 
 class Found(Protocol):

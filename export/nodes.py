@@ -19,6 +19,7 @@ ELEMENT = {
     "int64": onnx.TensorProto.INT64,
     "uint8": onnx.TensorProto.UINT8,
     "int8": onnx.TensorProto.INT8,
+    "fp8": onnx.TensorProto.FLOAT8E4M3FN,
     "bool": onnx.TensorProto.BOOL,
 }
 

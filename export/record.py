@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 from edgevlm.export import blocked, rows, static
 from edgevlm.export.nodes import DOMAIN, ELEMENT
 from edgevlm.toolkit.ops import decompositions
-from edgevlm.toolkit.ops.vocabulary import Array, R, Step, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, EightBits, R, Step, Weights
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 
 
@@ -385,11 +385,11 @@ class OnnxOps:
 
     # -- precision -------------------------------------------------------------------------
 
-    def fake_quant(self, x: str, scale: Array, *, axis: int | None, path: str) -> str:
+    def fake_quant(
+        self, x: str, scale: Array, *, axis: int | None, path: str, to: EightBits = "int8"
+    ) -> str:
         label = f"{self._component}/{path}"
-        steps = self._floats(f"{label}/scale", scale)
-        zeros = self._inline(f"{label}/zero", np.zeros(scale.shape, np.int8))
+        inputs = [self._floats(f"{label}/scale", scale), static.zeros(self, to, scale.shape)]
         along = {} if axis is None else {"axis": axis}
-        inputs = [steps, zeros]
         stored = self.one("QuantizeLinear", [x, *inputs], f"{label}/quantize", **along)
         return self.one("DequantizeLinear", [stored, *inputs], f"{label}/dequantize", **along)

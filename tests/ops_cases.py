@@ -344,4 +344,10 @@ CASES: dict[str, Case] = {
         ),
         {"p": (8, 6)},
     ),
+    "fake_quant to fp8": Case(
+        lambda op, w, x: op.fake_quant(
+            x["x"], np.asarray(2.0**-8, np.float32), axis=None, path="s", to="fp8"
+        ),
+        inputs={"x": (2, 3, 50)},
+    ),
 }

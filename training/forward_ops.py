@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.ops import float8
+from edgevlm.toolkit.ops.vocabulary import Array, EightBits, Weights
 from edgevlm.training.torch_ops import TorchOps
 
 
@@ -24,8 +25,13 @@ class ForwardOps(TorchOps):
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         return torch.nn.functional.silu(gate).mul_(up)
 
-    def fake_quant(self, x: Tensor, scale: Array, *, axis: int | None, path: str) -> Tensor:
+    def fake_quant(
+        self, x: Tensor, scale: Array, *, axis: int | None, path: str, to: EightBits = "int8"
+    ) -> Tensor:
         step = torch.from_numpy(scale).to(x.dtype)
         if axis is not None:
             step = step.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+        if to == "fp8":
+            inside = (x / step).clamp_(-float8.LARGEST, float8.LARGEST)
+            return inside.to(torch.float8_e4m3fn).to(x.dtype).mul_(step)
         return (x / step).clamp_(-128, 127).round_().mul_(step)

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgevlm.toolkit.errors import CalibrationError
-from edgevlm.toolkit.ops.vocabulary import Ops, Weights
+from edgevlm.toolkit.ops.vocabulary import EightBits, Ops, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
+from edgevlm.toolkit.quantization import static
 from edgevlm.toolkit.quantization.blockwise import ZERO_POINT, Bits, block_of
 from edgevlm.toolkit.quantization.plan import TABLES_IN_8_BITS, WEIGHT_BITS, PrecisionPlan
+from edgevlm.toolkit.quantization.static import Form
 from edgevlm.toolkit.vlm.components import Component
+from edgevlm.training.torch_ops import to_8_bits
 from edgevlm.training.train_ops import TrainOps
 
 
@@ -52,9 +54,11 @@ class FakeQuantize(Wrapper[Tensor]):
         down = w.get("lora_a")
         if down is not None:
             matrix = matrix + self.inner.lora_scale * (down @ w["lora_b"])
-        if precision in ("int8", "int8_rows"):
-            x = self._input(x, w) if precision == "int8" else _by_row(x)
-            rounded = _by_channel(matrix, 1)
+        form = static.form_at(self._plan, self.path_of(w))
+        if form is not None:
+            x, rounded = self._input(x, w, form), _static(matrix, 1, form)
+        elif precision == "int8_rows":
+            x, rounded = _by_row(x), _by_channel(matrix, 1)
         else:
             block = self._plan.block_at(self.path_of(w))
             rounded = round_blocks(matrix.t(), WEIGHT_BITS[precision], block).t()
@@ -62,8 +66,9 @@ class FakeQuantize(Wrapper[Tensor]):
         return result
 
     def conv(self, x: Tensor, w: Weights[Tensor], **sizes: int) -> Tensor:
-        if self._plan.at(self.path_of(w)) == "int8":
-            x, w = self._input(x, w), _with(w, _by_channel(w["weight"], 0))
+        form = static.form_at(self._plan, self.path_of(w))
+        if form is not None:
+            x, w = self._input(x, w, form), _with(w, _static(w["weight"], 0, form))
         result: Tensor = self.inner.conv(x, w, **sizes)
         return result
 
@@ -77,7 +82,7 @@ class FakeQuantize(Wrapper[Tensor]):
 
     def layer_merge(self, xs: Sequence[Tensor], w: Weights[Tensor], eps: float) -> Tensor:
         """Its matrix is stored in float by every plan of weights alone."""
-        if self._plan.at(self.path_of(w / "linear")) == "int8":
+        if static.form_at(self._plan, self.path_of(w / "linear")) is not None:
             return super().layer_merge(xs, w, eps)
         result: Tensor = self.inner.layer_merge(xs, w, eps)
         return result
@@ -88,14 +93,9 @@ class FakeQuantize(Wrapper[Tensor]):
             return w
         return _with(w, round_blocks(w["weight"], 8))
 
-    def _input(self, x: Tensor, w: Weights[Tensor]) -> Tensor:
-        path = self.path_of(w)
-        if path not in self._plan.ranges:
-            raise CalibrationError(
-                f"the plan has no range for the input of {path}",
-                hint="calibrate with samples that reach every component",
-            )
-        return _rounded(x, x.new_tensor(max(self._plan.ranges[path], 1e-8) / 127))
+    def _input(self, x: Tensor, w: Weights[Tensor], form: Form) -> Tensor:
+        step = static.input_step(self._plan.ranges, self.path_of(w), form)
+        return _rounded(x, x.new_tensor(float(step)), form.to)
 
 
 def round_blocks(rows: Tensor, bits: Bits, most: int | None = None) -> Tensor:
@@ -128,15 +128,22 @@ def _by_channel(weight: Tensor, axis: int) -> Tensor:
     return _rounded(weight, (largest.clamp(min=1e-8) / 127).to(weight.dtype))
 
 
+def _static(weight: Tensor, axis: int, form: Form) -> Tensor:
+    """As quantization/static.py stores it."""
+    if form.by_channel:
+        return _by_channel(weight, axis)
+    step = form.steps(weight.detach().float().abs().amax().cpu().numpy())
+    return _rounded(weight, weight.new_tensor(float(step)), form.to)
+
+
 def _by_row(x: Tensor) -> Tensor:
     """8 bits with one scale for each row of the last axis."""
     return _rounded(x, x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127)
 
 
-def _rounded(x: Tensor, step: Tensor) -> Tensor:
+def _rounded(x: Tensor, step: Tensor, to: EightBits = "int8") -> Tensor:
     """To 8 bits; the gradient passes where nothing was clipped."""
-    inside = (x / step).clamp(-128, 127)
-    return (inside + (inside.round() - inside).detach()) * step
+    return to_8_bits(x / step, to) * step
 
 
 def _with(w: Weights[Tensor], weight: Tensor) -> Weights[Tensor]:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from edgevlm.toolkit.ops import decompositions
-from edgevlm.toolkit.ops.vocabulary import Array, R, Step, Weights
+from edgevlm.toolkit.ops import decompositions, float8
+from edgevlm.toolkit.ops.vocabulary import Array, EightBits, R, Step, Weights
 
 
 class TorchOps:
@@ -229,13 +229,23 @@ class TorchOps:
     def to_float32(self, x: Tensor) -> Tensor:
         return x.float()
 
-    def fake_quant(self, x: Tensor, scale: Array, *, axis: int | None, path: str) -> Tensor:
+    def fake_quant(
+        self, x: Tensor, scale: Array, *, axis: int | None, path: str, to: EightBits = "int8"
+    ) -> Tensor:
         """The gradient passes where nothing was clipped (straight-through estimator)."""
         step = torch.from_numpy(scale).to(x.device, x.dtype)
         if axis is not None:
             step = step.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-        inside = (x / step).clamp(-128, 127)
-        return (inside + (inside.round() - inside).detach()) * step
+        return to_8_bits(x / step, to) * step
+
+
+def to_8_bits(steps: Tensor, to: EightBits) -> Tensor:
+    """Steps rounded to what 8 bits hold; the gradient passes where nothing was clipped."""
+    low, high = (-128.0, 127.0) if to == "int8" else (-float8.LARGEST, float8.LARGEST)
+    inside = steps.clamp(low, high)
+    plain = inside.detach()
+    whole = plain.round() if to == "int8" else plain.to(torch.float8_e4m3fn).to(plain.dtype)
+    return inside + (whole - plain)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -17,7 +17,7 @@ from edgevlm.calibration.appraise import Whole
 from edgevlm.calibration.calibrator import TOGETHER, Calibrator
 from edgevlm.calibration.chain import Arithmetic, Passage, in_numpy
 from edgevlm.calibration.pictures import Chosen, Given, Progress, gather
-from edgevlm.calibration.samples import STATIC, Settings
+from edgevlm.calibration.samples import STATICS, Settings
 from edgevlm.calibration.static import Interpreter, LayerCost, samples_sha256
 from edgevlm.calibration.static_plan import layers_of, plan_of, share
 from edgevlm.calibration.towers.chain import FEATURES, TowerChain
@@ -111,7 +111,11 @@ def of_bundle(
     kept.begin(progress, bundle.sha256, settings, *map(samples_sha256, used), computes)
     plan = replace(plan, samples=len(used[0]), samples_sha256=samples_sha256(used[0]))
     work = _Work(TowerChain(model), arithmetic, settings, progress, kept)
-    make = {STATIC: work.static, "int8": work.by_rows, "int4": work.in_4_bits}[settings.to]
+    make = {
+        **dict.fromkeys(STATICS, work.static),
+        "int8": work.by_rows,
+        "int4": work.in_4_bits,
+    }[settings.to]
     made, found = make(source, plan, chosen)
     return made, replace(found, dtype=bundle.manifest.dtype)
 
@@ -135,7 +139,7 @@ def _check_given(given: Given, model: TowerConfig) -> None:
 
 def _plan(model: TowerConfig, settings: Settings) -> PrecisionPlan:
     """The plan that is begun with. Raises ConfigError for a glob that matches no layer."""
-    if settings.to == STATIC:
+    if settings.to in STATICS:
         return plan_of(model, settings)
     by_rows = PrecisionPlan("int8_rows", method="round to nearest")
     return weight_only.keeping(by_rows, model, settings.keep_float)
@@ -166,7 +170,7 @@ class _Work:
         found = self._calibrator(self.settings).run(source, plan, chosen)
         best = found.source.plan
         layers = tuple(
-            LayerCost(path, found.ranges[path], e.compared.relative_rms, best.at(path) != "int8")
+            LayerCost(path, found.ranges[path], e.compared.relative_rms, best.at(path) == "float")
             for path, e in found.first.layers.items()
         )
         result = replace(

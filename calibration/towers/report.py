@@ -91,7 +91,6 @@ def _worst(result: TowerCalibration) -> list[str]:
     if not result.layers:
         return []
     rows = [
-        (one.path, one.range, one.error, "float" if one.in_float else "int8")
-        for one in result.layers[:_SHOWN]
+        (one.path, one.range, one.error, result.plan.at(one.path)) for one in result.layers[:_SHOWN]
     ]
     return table(("layers that cost most", "range", "relative rms", "in"), rows)

@@ -99,7 +99,9 @@ class PlanReport:
 
     layers: of the parsed network. kernels: of the plan, all profiles together. attentions: in the
     graph; fused_attentions: those with a kernel of their own, the others run in simpler ops.
-    Weights, activations and plan in bytes; peak_rss_mb, seconds: of the build.
+    Weights, activations and plan in bytes; peak_rss_mb, seconds: of the build. rounded: products
+    whose inputs the graph has in INT8 or FP8; rounded_kernels: those that a kernel of that format
+    computes, the others have become floats.
     """
 
     layers: int
@@ -112,6 +114,8 @@ class PlanReport:
     plan_bytes: int
     peak_rss_mb: float
     seconds: float
+    rounded: int = 0
+    rounded_kernels: int = 0
 
 
 class Runner(Protocol):

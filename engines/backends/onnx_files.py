@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgevlm.engines.backends.common import place
 from edgevlm.engines.lowering.given import of_bundle
+from edgevlm.toolkit.bundle import static_weights
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     Blocks,
@@ -49,8 +50,12 @@ def read_graph(file: Path, weights: Path | None = None) -> onnx.ModelProto:
 
 
 def _check_weights(model: onnx.ModelProto, weights: Path) -> None:
-    """Raise ValueError for a tensor that is not one of this file."""
-    spans = {(e.offset, e.nbytes) for e in SafetensorsFile(weights).entries.values()}
+    """Raise ValueError for a tensor that is not one of this file, BundleError for FP8 that holds
+    what is no number: an engine for a card elsewhere is not compared with anything here.
+    """
+    file = SafetensorsFile(weights)
+    static_weights.check(file)
+    spans = {(e.offset, e.nbytes) for e in file.entries.values()}
     for tensor in _external(model):
         where = {item.key: item.value for item in tensor.external_data}
         location = where.get("location", "")

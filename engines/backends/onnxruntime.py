@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -33,6 +34,7 @@ from edgevlm.toolkit.bundle.manifest import ComponentRecord
 from edgevlm.toolkit.checkpoints.safetensors_io import Blocks, SafetensorsFile, row_blocks
 from edgevlm.toolkit.errors import BuildError
 from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.quantization import static
 from edgevlm.toolkit.target import (
     Target,
     load_onnxruntime,
@@ -79,7 +81,11 @@ def compile(
     if (computed := capabilities.of(target).computes_in(dtype)) != dtype and lower.upcast(model):
         notes.append(f"{dtype} upcast to {computed}: this processor has no half kernels")
     flipped = frozenset[str]() if _unsigned_is_best() else signed.sign_weights(model)
-    changes = _changes(source, record, flipped) if notes or flipped else {}
+    file = SafetensorsFile(source / record.weights)
+    in_fp8 = frozenset(name for name, entry in file.entries.items() if entry.dtype == "fp8")
+    if in_fp8:
+        notes.append("FP8 is multiplied as float32: neither smaller nor faster here than float32")
+    changes = _changes(file, flipped, in_fp8) if notes or flipped else {}
     onnx_files.write(source, folder, record, model, changes)
     return Compiled(
         record,
@@ -95,6 +101,8 @@ def _precision(model: onnx.ModelProto, computed: str) -> str:
     kinds = {node.op_type for node in model.graph.node}
     if "MatMulNBits" in kinds:  # its kernel rounds the inputs, which the reference does not
         return "int8"
+    if any(t.data_type == t.FLOAT8E4M3FN for t in model.graph.initializer):
+        return "fp8"
     rounds = {"MatMulInteger", "MatMulIntegerToFloat", "QuantizeLinear"}  # as the reference does
     return "int8_rows" if kinds & rounds else computed
 
@@ -105,16 +113,23 @@ def _unsigned_is_best() -> bool:
 
 
 def _changes(
-    source: Path, record: ComponentRecord, signed: frozenset[str]
+    file: SafetensorsFile, signed: frozenset[str], in_fp8: frozenset[str]
 ) -> dict[str, onnx_files.Change]:
-    """Floats as float32, and the codes of `signed` as int8."""
+    """Floats as float32, the codes of `signed` as int8, and those in FP8 as their values."""
     changes = dict[str, onnx_files.Change]()
-    for name, entry in SafetensorsFile(source / record.weights).entries.items():
+    for name, entry in file.entries.items():
         if name in signed:
             changes[name] = onnx_files.Change("int8", entry.shape, _flipped)
+        elif name in in_fp8:
+            step = file.read(name + static.SCALE)
+            changes[name] = onnx_files.Change("fp32", entry.shape, partial(_values, step))
         elif entry.dtype in ("fp16", "bf16"):
             changes[name] = onnx_files.Change("fp32", entry.shape)
     return changes
+
+
+def _values(step: Array, codes: Array) -> Blocks:
+    return (static.dequantize(block, step, static.FP8) for block in row_blocks(codes))
 
 
 def _flipped(codes: Array) -> Blocks:

@@ -16,6 +16,9 @@ from edgevlm.toolkit.target import load_onnxruntime, saturates_int8
 _EXACT_PRODUCTS = "session.x64quantprecision"
 # Merges the Q/DQ of layers with one input; a product is of integers only if it has its own.
 _MERGING = "CommonSubexpressionElimination"
+# What takes FP8 for integers: the first makes MatMulIntegerToFloat of its products and refuses the
+# graph then; the others drop a Relu or Clip in front of QuantizeLinear, as if codes began at 0.
+_OF_INTEGERS = ("QDQSelectorActionTransformer", "ReluQuantRewrite", "ClipQuantRewrite")
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _ERRORS_ONLY = 3
 
@@ -43,11 +46,17 @@ def open_session(
         model if isinstance(model, bytes) else str(model),
         options or session_options(),
         providers=[provider],
-        disabled_optimizers=[_MERGING] if static.SUFFIX.encode() in graph else None,
+        disabled_optimizers=_disabled(graph),
         # A failure is told as it is: not printed on stdout, and not tried again elsewhere.
         enable_fallback=0,
         read_config_from_model=0,
     )
+
+
+def _disabled(graph: bytes) -> list[str] | None:
+    marks = {(_MERGING,): static.SUFFIX, _OF_INTEGERS: static.zero_name("fp8")}
+    found = [name for names, mark in marks.items() if mark.encode() in graph for name in names]
+    return found or None
 
 
 def read_weights_from(options: Any, folder: Path) -> Any:

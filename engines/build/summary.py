@@ -141,6 +141,7 @@ def _planned(engine: Engine) -> list[str]:
             plan.layers,
             plan.kernels,
             f"{plan.fused_attentions} of {plan.attentions}",
+            f"{plan.rounded_kernels} of {plan.rounded}" if plan.rounded else "-",
             f"{human_bytes(plan.held_weights_bytes)} of {human_bytes(plan.given_weights_bytes)}",
             human_bytes(plan.plan_bytes),
             f"{plan.peak_rss_mb:.0f} MB",
@@ -148,7 +149,10 @@ def _planned(engine: Engine) -> list[str]:
         )
         for name, plan in engine.plans.items()
     ]
-    heads = ("plan of", "layers", "kernels", "attentions fused", "weights held", "plan", "peak", "")
+    heads = (
+        *("plan of", "layers", "kernels", "attentions fused", "in 8 bits", "weights held"),
+        *("plan", "peak", ""),
+    )
     lines = ["", *table(heads, rows)] if rows else []
     for plugin in engine.plugins:
         where = "our library" if plugin.library else "the plan"

@@ -41,8 +41,8 @@ _DECOMPOSE = Row("decompose", "no kernel of its own; the standard body runs")
 _RELATIVE = Row("decompose", "biases become channels of q and k, so that Attention stays plain")
 _STATIC = Row(
     "refuse",
-    "it has no products of 8-bit integers, so inputs in 8 bits would only take time; build with "
-    "--precision int8 or int4, or for TensorRT",
+    "it has no products of inputs in INT8 or FP8, so rounding them would only take time; build the "
+    "float bundle with --precision int8 or int4, or this one for TensorRT",
 )
 
 

@@ -93,8 +93,27 @@ _ATTENTION = Row(
     otherwise=_KEEP["Attention"],
 )
 
+# No processor multiplies FP8, and ONNX Runtime has no such kernel: floats are multiplied.
+_FP8_INPUT = Row(
+    "keep",
+    "rounds inputs to FP8 as a card would and multiplies floats: takes longer than float32",
+    since=_OPSET_24,
+    fits=rewrites.rounds_to_fp8,
+)
+_FP8_WEIGHT = Row(
+    "swap",
+    "FP8 weights are written as the floats that they stand for, four bytes each",
+    rewrites.weight_in_floats,
+    "Identity",
+    since=_OPSET_24,
+    fits=rewrites.weight_in_fp8,
+    otherwise=replace(_FP8_INPUT, otherwise=_KEEP["DequantizeLinear"]),
+)
+
 ROWS: dict[str, Row] = {
     **_KEEP,
+    "QuantizeLinear": replace(_FP8_INPUT, otherwise=_KEEP["QuantizeLinear"]),
+    "DequantizeLinear": _FP8_WEIGHT,
     "Attention": _ATTENTION,
     "edgevlm.QuickGelu": _rewrite(
         rewrites.quick_gelu, "com.microsoft.QuickGelu", "one pass over memory"

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 
 from edgevlm.engines.lowering.graph import CONTRIB, Rewriter, attribute
+from edgevlm.toolkit.quantization import static
 from edgevlm.toolkit.quantization.channels import LARGEST, SMALLEST, ZERO_POINT
 
 
@@ -128,6 +129,22 @@ def row_quantized_linear(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodePro
         r.node("Mul", [columns, step], outputs, node.name),
         *behind,
     ]
+
+
+def rounds_to_fp8(node: onnx.NodeProto) -> bool:
+    """Whether a QuantizeLinear or DequantizeLinear is of FP8."""
+    return len(node.input) > 2 and str(node.input[2]).startswith(static.zero_name("fp8"))
+
+
+def weight_in_fp8(node: onnx.NodeProto) -> bool:
+    """Whether a DequantizeLinear makes floats of a stored weight in FP8."""
+    return str(node.input[0]).endswith(static.FP8.suffix)
+
+
+def weight_in_floats(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """The weight itself, declared as the floats that its codes stand for: a backend writes them."""
+    r.tensor(node.input[0]).data_type = r.float_type
+    return [r.node("Identity", node.input[:1], node.output, node.name)]
 
 
 def plain_attention(node: onnx.NodeProto) -> bool:

@@ -9,10 +9,13 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from edgevlm.toolkit.errors import UnsupportedError
+from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import Target
 
-_CODES = {TensorProto.INT8, TensorProto.INT4}
-_UNSIGNED: dict[int, str] = {TensorProto.UINT8: "UINT8", TensorProto.UINT4: "UINT4"}
+_CODES = {TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN}
+# Codes that the parser refuses, but for UINT8, which it clips.
+_OTHERS = ("UINT8", "UINT4", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ")
+_REFUSED: dict[int, str] = {TensorProto.DataType.Value(name): name for name in _OTHERS}
 _NAMES = {
     TensorProto.FLOAT: "fp32",
     TensorProto.BFLOAT16: "bf16",
@@ -26,16 +29,25 @@ _LACKING = {
     "sm_86": ("FP8",),
     "sm_87": ("FP8",),
 }
+_MENDED = {
+    "FP8 does not": "cards have FP8 from sm_89 on; for others: edgevlm calibrate BUNDLE OUT --to "
+    "int8-static",
+    "bf16 does not": "edgevlm export SOURCE BUNDLE --dtype fp16",
+    "INT4 does not": "edgevlm build BUNDLE ENGINE --precision int8",
+}
 _REDUCING = ("ReduceMax", "ReduceMin", "ReduceMean", "ReduceSum", "ReduceL2")
 _AXES_AT = {**dict.fromkeys(_REDUCING, 1), "Squeeze": 1, "Unsqueeze": 1}
 
 
 def check(component: str, model: onnx.ModelProto, target: Target) -> None:
     """Raise UnsupportedError naming everything in a lowered graph that would fail or be wrong."""
-    found = [*_nodes(model), *_functions(model), *_formats(model, target)]
+    lacking = [*_formats(model, target)]
+    found = [*_nodes(model), *_functions(model), *lacking]
     if found:
+        hints = (hint for words, hint in _MENDED.items() if any(words in x for x in lacking))
         raise UnsupportedError(
-            f"{component} cannot become an engine for {target}: {'; '.join(sorted(set(found)))}"
+            f"{component} cannot become an engine for {target}: {'; '.join(sorted(set(found)))}",
+            hint="; ".join(hints),
         )
 
 
@@ -58,18 +70,18 @@ def _rounding(node: onnx.NodeProto, stored: dict[str, TensorProto]) -> Iterator[
     zeros = stored.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
     codes = stored.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
     for tensor in (zeros, codes):
-        if tensor is not None and tensor.data_type in _UNSIGNED:
-            yield f"{node.name}: codes of type {_UNSIGNED[tensor.data_type]}"
+        if tensor is not None and tensor.data_type in _REFUSED:
+            yield f"{node.name}: codes of type {_REFUSED[tensor.data_type]}"
     if zeros is None and codes is None:
         yield f"{node.name}: without a zero point, codes are UINT8"
     if zeros is not None and zeros.data_type in _CODES and np.any(_values(zeros)):
         yield f"{node.name}: a zero point other than 0"
 
 
-def _values(tensor: TensorProto) -> np.ndarray[tuple[int, ...], np.dtype[np.int8]]:
+def _values(tensor: TensorProto) -> Array:
     if tensor.data_location == TensorProto.EXTERNAL:
-        return np.ones(1, np.int8)  # a stored zero point is one that differs
-    return np.asarray(numpy_helper.to_array(tensor)).astype(np.int8)
+        return np.ones(1, np.float32)  # a stored zero point is one that differs
+    return np.asarray(numpy_helper.to_array(tensor)).astype(np.float32)
 
 
 def _caches(model: onnx.ModelProto) -> Iterator[str]:

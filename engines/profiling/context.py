@@ -1,12 +1,15 @@
-"""What the figures of a profile depend on besides the engine: clocks, load, versions."""
+"""What the figures of a profile depend on besides the engine: device, clocks, load, versions."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from edgevlm.toolkit.terminal.device import device_context
 
 _PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tokenizers", "pillow")
 _CORE = "sys/devices/system/cpu/cpu0/cpufreq"
@@ -16,6 +19,7 @@ def processor_context(root: Path = Path("/")) -> dict[str, Any]:
     """Of this machine now; None for what the system does not say. root: of the file system.
 
     clock_mhz: of the first processor; load_average: of the last minute, with this process in it.
+    Call it before anything is measured, as that is a load too.
     """
     return {
         "processors": os.cpu_count(),
@@ -26,6 +30,26 @@ def processor_context(root: Path = Path("/")) -> dict[str, Any]:
         "memory_gb": _memory_gb(root),
         "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
     }
+
+
+def device_part(found: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The graphics card, or the Jetson, with its power mode and clocks, as "device"; {} elsewhere.
+
+    Call it behind the last run, as clocks fall within seconds. found: what device_context gives.
+    """
+    told = device_context() if found is None else found
+    return {"device": dict(told)} if told["card"] or told["jetson"] else {}
+
+
+def warnings(context: Mapping[str, Any]) -> list[str]:
+    """Why figures of such a context are not the engine's alone."""
+    load, processors = context.get("load_average"), context.get("processors")
+    if not load or not processors or load <= processors:
+        return []
+    return [
+        f"the machine was loaded when this began: {load:.1f} runnable programs on {processors} "
+        "processors; times and limits are those of a loaded machine"
+    ]
 
 
 def _clock_mhz(root: Path) -> float | None:

@@ -17,7 +17,7 @@ from edgevlm.engines.backends.state import State
 from edgevlm.engines.manifest import Engine
 from edgevlm.engines.profiling import asked, metrics
 from edgevlm.engines.profiling.asked import ProfileRequest as ProfileRequest
-from edgevlm.engines.profiling.context import processor_context
+from edgevlm.engines.profiling.context import device_part, processor_context
 from edgevlm.engines.profiling.drift import Drift, Followed
 from edgevlm.engines.profiling.metrics import Distribution
 from edgevlm.engines.profiling.residence import MemoryRecorder
@@ -122,6 +122,7 @@ def profile(
                 f"run {number + 1}: first token {runs[-1].first_ms:.0f} ms, "
                 f"then {runs[-1].latency_ms:.2f} ms a token"
             )
+        context |= device_part()
         resident = memory.peak_rss_mb()
         drift = None if followed is None else followed.drift(session, request)
         held.mark("limits")

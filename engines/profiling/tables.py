@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from edgevlm.engines.profiling.context import warnings
 from edgevlm.engines.profiling.metrics import Distribution
 from edgevlm.engines.profiling.profile import Profile
 from edgevlm.engines.runtime.clock import Span
@@ -45,6 +46,7 @@ def totals(p: Profile) -> list[str]:
         f"device                 {p.device.get('card') or p.device['processor']}, "
         f"{p.device['threads']} threads, "
         f"{p.device['target']}, {p.device['precision']}",
+        *(f"warning                {line}" for line in warnings(p.context)),
     ]
 
 
@@ -135,6 +137,7 @@ def as_markdown(profiles: Sequence[Profile]) -> str:
         f"{first.generated_tokens} generated.\n",
         markdown(("stage", "p50 ms", "p90 ms", "p99 ms", "of first token"), stages),
         f"{escaped(', '.join(f'{key} {value}' for key, value in first.device.items()))}\n",
+        *(f"Warning: {line}.\n" for line in warnings(first.context)),
     ]
     return "\n".join(parts)
 

@@ -13,7 +13,7 @@ import numpy as np
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends import Peaks
 from edgevlm.engines.profiling.asked import ProfileRequest, image
-from edgevlm.engines.profiling.context import processor_context
+from edgevlm.engines.profiling.context import device_part, processor_context
 from edgevlm.engines.profiling.metrics import Distribution, distribution
 from edgevlm.engines.profiling.profile import LayerShare, Progress, Spread, device, spread
 from edgevlm.engines.profiling.residence import MemoryRecorder
@@ -44,8 +44,9 @@ class TowerProfile:
     """The result; the keys of `edgevlm profile --json` for a tower.
 
     image_ms: of one image by itself, from its file to its embedding. images_per_s: of the engine
-    alone, in batches of `batch`. metrics: "image", of whole images, and the stages. memory: (ms,
-    MB) over the whole time, memory_marks: (ms, what began). drift: None without another engine.
+    alone, in batches of `batch`. metrics: "image", of whole images, and the stages. context: what
+    figures depend on besides. memory: (ms, MB) over the whole time, memory_marks: (ms, what began).
+    drift: None without another engine.
     """
 
     engine: str
@@ -110,6 +111,7 @@ def _profile(
                 vectors.append(vector)
         held.mark("batches")
         rate = _rate(tower, request)
+        context |= device_part()
         resident = memory.peak_rss_mb()
         held.mark("limits")
         peaks = backends.backend(tower.engine.parsed_target()).peaks(folder)

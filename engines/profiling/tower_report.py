@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgevlm.engines.profiling import drawings, page, tables
+from edgevlm.engines.profiling.context import warnings
 from edgevlm.engines.profiling.report import Files, write_texts
 from edgevlm.engines.profiling.tower import TowerProfile
 from edgevlm.toolkit.strict import to_plain
@@ -56,6 +57,7 @@ def totals(p: TowerProfile) -> list[str]:
         f"load / peak memory     {p.load_ms:.0f} ms / {p.peak_rss_mb:.0f} MB",
         f"device                 {p.device.get('card') or p.device['processor']}, "
         f"{p.device['threads']} threads, {p.device['target']}, {p.device['precision']}",
+        *(f"warning                {line}" for line in warnings(p.context)),
     ]
 
 
@@ -120,6 +122,7 @@ def as_markdown(profiles: Sequence[TowerProfile]) -> str:
         f"Stages of {tables.escaped(first.engine)}: one image, {first.channels} channels.\n",
         tables.markdown(("stage", "p50 ms", "p90 ms", "p99 ms"), stages),
         f"{tables.escaped(device)}\n",
+        *(f"Warning: {line}.\n" for line in warnings(first.context)),
     ]
     return "\n".join(parts)
 

@@ -240,6 +240,12 @@ def notes_of(given: Format, machine: Machine) -> tuple[str, ...]:
     computed = capabilities.of(machine.target).computes_in(given.dtype)
     if computed != given.dtype:
         notes.append(f"{given.dtype} is computed in {computed} there")
+    if "fp8" in given.plan.precisions and not machine.fp8_gflop_s:
+        notes.append(
+            "it multiplies FP8 as floats"
+            if machine.measured
+            else f"{machine.target.arch} has no FP8, builds for it refuse: take int8-static"
+        )
     if given.prompts is not None:
         notes.append("the language model has a second form for prompts")
     if _two_caches(machine):

@@ -48,7 +48,7 @@ class Efficiency:
 
 
 FEW = 16  # rows below which a product is limited by reading and unpacking its weights
-FORMATS = ("float", "int8_rows", "int8_weights", "int4_weights", "int8")
+FORMATS = ("float", "int8_rows", "int8_weights", "int4_weights", "int8", "fp8")
 # One thread of an AMD EPYC with AVX-512 VNNI (Zen 4), ONNX Runtime 1.31.1, processor time of whole
 # stages: benchmarks/sizing.py compares.
 PROCESSOR = Efficiency(
@@ -58,6 +58,7 @@ PROCESSOR = Efficiency(
         "int8_weights": 0.75,
         "int4_weights": 0.95,
         "int8": 0.70,
+        "fp8": 1.08,  # multiplied as floats
     },
     few={
         "float": 0.105,
@@ -65,6 +66,7 @@ PROCESSOR = Efficiency(
         "int8_weights": 0.42,
         "int4_weights": 0.70,
         "int8": 0.28,
+        "fp8": 0.105,
     },
     reading=dict.fromkeys(FORMATS, 0.92),
     depthwise=0.2,
@@ -83,6 +85,7 @@ CARD = Efficiency(
         "int8_weights": 0.45,
         "int4_weights": 0.45,
         "int8": 0.4,
+        "fp8": 0.4,
     },
     few=dict.fromkeys(FORMATS, 0.1),
     reading={
@@ -91,6 +94,7 @@ CARD = Efficiency(
         "int8_weights": 0.7,
         "int4_weights": 0.6,
         "int8": 0.7,
+        "fp8": 0.7,
     },
     depthwise=0.02,
     attention=0.3,
@@ -106,7 +110,7 @@ _SYSTEM_BYTES = 1_500_000_000  # of a Jetson's memory, which it shares with the 
 @dataclass(frozen=True)
 class Machine:
     """A device to predict for. memory_bytes: of a device, of this machine what is free; measured:
-    whether the peaks were.
+    whether the peaks were. fp8_gflop_s: the peak of products in FP8, 0 where there are none.
     """
 
     name: str
@@ -115,6 +119,7 @@ class Machine:
     memory_bytes: int
     efficiency: Efficiency
     measured: bool
+    fp8_gflop_s: float = 0.0
 
 
 def machines(target: Target, name: str, dtype: str) -> list[Machine]:
@@ -157,7 +162,8 @@ def _card(name: str, device: Device, target: Target, dtype: str) -> Machine:
     peaks = Peaks(1000 * tops["fp16"] / slower, 1000 * tops["int8"], device.bandwidth_gb_s)
     shared = name.startswith("jetson")
     found = replace(CARD, reserved_bytes=_SYSTEM_BYTES) if shared else CARD
-    return Machine(name, target, peaks, round(1e9 * device.memory_gb), found, measured=False)
+    size, fp8 = round(1e9 * device.memory_gb), 1000 * tops.get("fp8", 0.0)
+    return Machine(name, target, peaks, size, found, measured=False, fp8_gflop_s=fp8)
 
 
 def product_rate(machine: Machine, precision: str, rows: int) -> float:
@@ -165,6 +171,8 @@ def product_rate(machine: Machine, precision: str, rows: int) -> float:
     share, peaks = machine.efficiency, machine.peaks
     if rows < FEW:
         return share.few[precision] * peaks.gflop_s
+    if precision == "fp8" and machine.fp8_gflop_s:
+        return share.products[precision] * machine.fp8_gflop_s
     integer = precision == "int8" or (precision == "int8_rows" and not _on_card(machine))
     return share.products[precision] * (peaks.int8_gop_s if integer else peaks.gflop_s)
 

@@ -120,8 +120,8 @@ def test_masks_of_int8_are_those_of_float_where_logits_are_clear(
     assert found.mask_iou is not None
     assert found.mask_iou > 0.9
     named = {cost.name: cost for cost in found.components}
-    assert named[MASK_ENCODER].share_int8 > 0.8
-    assert named[MASK_DECODER].share_int8 == 0
+    assert named[MASK_ENCODER].share > 0.8
+    assert named[MASK_DECODER].share == 0
     assert named[MASK_DECODER].cosine > 0.99
     assert f"{MASK_ENCODER}/neck/2" in found.plan.ranges
     api.build_engine(tmp_path / "q", tmp_path / "static", accept_loss=0.5)

@@ -238,7 +238,7 @@ def test_bundle_reference_and_engine_agree(
         assert sizes[part.name] == sum(entry.nbytes for entry in entries.values())
     for cost in found.components:
         assert cost.cosine > 0.99
-        assert cost.share_int8 > (0.5 if cost.name == "lm" else 0.8)
+        assert cost.share > (0.5 if cost.name == "lm" else 0.8)
     assert [c.error for c in found.layers] == sorted((c.error for c in found.layers), reverse=True)
     assert {c.path for c in found.layers} == set(found.plan.ranges)
     assert found.same_top_1 > 0.8

@@ -114,28 +114,54 @@ def test_weights_stay_in_codes(precision: str, types: str, export: Export, tmp_p
     assert engine.plans["lm"].fused_attentions == engine.plans["lm"].attentions
 
 
-def test_static_int8_multiplies_codes(export: Export, tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    images.mkdir()
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from PIL import Image
 
-    generator = np.random.default_rng(0)
+    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for number in range(4):
         pixels = generator.integers(0, 256, (64, 64, 3), np.uint8)
-        Image.fromarray(pixels).save(images / f"{number}.png")
-    bundle = tmp_path / "static"
-    api.calibrate(
-        export("llava", "fp16"),
-        bundle,
-        images=images,
-        to="int8-static",
-        keep_float=("lm/*",),
-    )
-    engine = api.build_engine(bundle, tmp_path / "e", target=f"{HERE_RTX}/sm_89", accept_loss=0.9)
-    kernels = json.loads((tmp_path / "e/encoder.clip.kernels.json").read_text())
-    products = [k for k in kernels if k["kind"] == "gemm" and "Int8" in k["types"]]
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("to", "kind", "cards", "keep"),
+    [("int8-static", "Int8", "sm_89", ("lm/*",)), ("fp8", "FP8", "sm_89+sm_120", ())],
+)
+def test_products_of_rounded_inputs_are_computed_in_8_bits(
+    to: str,
+    kind: str,
+    cards: str,
+    keep: tuple[str, ...],
+    export: Export,
+    images: Path,
+    shell: Shell,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    bundle, out = tmp_path / "static", tmp_path / "e"
+    api.calibrate(export("llava", "fp16"), bundle, images=images, to=to, keep_float=keep)
+    target = f"{HERE_RTX}/{cards}"
+    shell("build", bundle, out, "--target", target, "--accept-loss", "0.9")
+    engine = manifest.read(out)
+    kernels = json.loads((out / "encoder.clip.kernels.json").read_text())
+    products = [k for k in kernels if k["kind"] == "gemm" and kind in k["types"]]
     assert len(products) >= 3  # a layer's q, k and v are one
     assert engine.plans["encoder.clip"].fused_attentions == 3
+    for name, plan in engine.plans.items():
+        assert bool(plan.rounded) == (name != "lm" or not keep)
+        assert plan.rounded_kernels == plan.rounded
+    said = f"all {engine.plans['merger'].rounded} products of inputs in {kind.upper()}"
+    assert said in shell.errors
+
+
+def test_cards_without_fp8_are_refused(export: Export, images: Path, tmp_path: Path) -> None:
+    bundle, keep = tmp_path / "static", ("lm/*", "encoder.*")
+    api.calibrate(export("llava", "fp16"), bundle, images=images, to="fp8", keep_float=keep)
+    with pytest.raises(UnsupportedError, match="FP8 does not exist on sm_86") as caught:
+        build(bundle, tmp_path / "e", "sm_86+sm_89")
+    assert "int8-static" in caught.value.hint
+    assert not (tmp_path / "e").exists()
 
 
 def test_an_engine_for_another_card_is_not_run(

@@ -1,4 +1,6 @@
-"""NVIDIA's parser and builder take every op that our models use, in three number formats."""
+"""NVIDIA's parser and builder take every op that our models use, in three number formats, for every
+kind of card that has them.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,19 @@ from tests.ops_cases import CASES, Case
 
 CARDS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120")
 ELEMENTS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+FP8_CARDS = ("sm_89", "sm_120")
 # Heads of 12 channels: Myelin fails on them in fp16 and bf16 (a CHECK of its tiled layouts).
 BROKEN = {("attention_cached heads of any width", dtype) for dtype in ("fp16", "bf16")}
 # Before 1.5 a builder without a card cannot round.
-NEEDS_A_CARD = ("fake_quant", "fake_quant per channel") if RTX.installed() < (1, 5) else ()
+ROUNDING = ("fake_quant", "fake_quant per channel", "fake_quant to fp8")
+NEEDS_A_CARD = ROUNDING if RTX.installed() < (1, 5) else ()
+
+
+def cards_of(name: str, dtype: str) -> tuple[str, ...]:
+    """Those that have the number formats of a case: sm_75 has no bf16, and no products in fp32."""
+    if "fp8" in name:
+        return FP8_CARDS
+    return CARDS if dtype == "fp16" else CARDS[1:]
 
 
 def graph_of(case: Case, dtype: str, target: Target) -> onnx.ModelProto:
@@ -72,9 +83,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str], 
     for name, case in sorted(CASES.items()):
         for dtype in ELEMENTS:
             graph = folder / f"{len(jobs)}.onnx"
-            target = Target("tensorrt-rtx", RTX.installed()[:2], "sm_89")
+            cards = cards_of(name, dtype)
+            target = Target("tensorrt-rtx", RTX.installed()[:2], "+".join(cards))
             graph.write_bytes(graph_of(case, dtype, target).SerializeToString())
-            jobs.append(job(graph, ("sm_89",)))
+            jobs.append(job(graph, cards))
             keys.append((name, dtype))
     (folder / "jobs.json").write_text(json.dumps(jobs))
     subprocess.run([sys.executable, "-m", "tests.rtx.many", str(folder)], check=True)

@@ -16,10 +16,11 @@ from edgevlm.export import write
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.errors import CalibrationError
+from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Weights
-from edgevlm.toolkit.quantization import blockwise, channels
+from edgevlm.toolkit.quantization import blockwise, channels, static
 from edgevlm.toolkit.quantization.blockwise import Bits
-from edgevlm.toolkit.quantization.plan import PrecisionPlan
+from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
 from edgevlm.training import qat
 from edgevlm.training.torch_ops import TorchOps
 from tests.training import runs
@@ -52,6 +53,28 @@ def test_rows_are_rounded_as_the_reference_rounds_them() -> None:
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=1e-5)
     torch.autograd.backward(found.sum())
     assert given.grad is not None and bool((given.grad != 0).all())
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_inputs_in_known_steps_are_rounded_as_a_bundle_does(precision: Precision) -> None:
+    generator = np.random.default_rng(0)
+    x, weight = (generator.standard_normal(n).astype(np.float32) for n in ((3, 16), (16, 4)))
+    form = static.FORMS[precision]
+    inner: Any = TorchOps()
+    plan = PrecisionPlan(precision, ranges={"lm/a": 2.0})
+    ops: Any = qat.FakeQuantize(inner, "lm", plan)
+    given = torch.from_numpy(x).requires_grad_()
+    found = ops.linear(given, Weights({"a.weight": torch.from_numpy(weight)}) / "a")
+    steps = static.scales(weight, form)
+    codes = np.concatenate(list(static.codes(weight, steps, form)))
+    step = static.input_step(plan.ranges, "lm/a", form)
+    inputs = NumpyOps().fake_quant(x, step, axis=None, path="", to=form.to)
+    expected = inputs @ static.dequantize(codes, steps, form)
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=1e-5)
+    torch.autograd.backward(found.sum())
+    clipped = np.abs(x) > (127.5 if form.to == "int8" else 448) * step
+    assert given.grad is not None
+    np.testing.assert_array_equal(given.grad.numpy() == 0, clipped)
 
 
 def test_gradients_pass_through_the_rounding() -> None:

@@ -14,16 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from edgevlm.toolkit.bundle import sealed
+from edgevlm.toolkit.bundle import sealed, static_weights
 from edgevlm.toolkit.bundle.atomic import sha256_of
 from edgevlm.toolkit.checkpoints import inside
 from edgevlm.toolkit.checkpoints.inside import is_plain
 from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from edgevlm.toolkit.errors import BundleError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
-from edgevlm.toolkit.quantization import blockwise, channels, static
+from edgevlm.toolkit.quantization import blockwise, channels
 from edgevlm.toolkit.quantization.coded import Codes
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.strict import from_plain, read_json
@@ -38,7 +36,6 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 GOLDENS = "golden.npz"
 DTYPES = ("fp32", "fp16", "bf16")
-_INPUT = static.SUFFIX + static.INPUT
 _CHANGED = "the manifest was changed; export it again"
 
 
@@ -106,7 +103,7 @@ class Tensors(Mapping[str, Array]):
 
     Weights in 8 or 4 bits come back under their own names, as the floats that they stand for.
     by_channel: those whose inputs are rounded too (toolkit/quantization/channels.py). input_steps:
-    the same of inputs in steps known beforehand (static.py), and those steps.
+    the same of inputs in steps known beforehand (static.py), those steps and forms.
     """
 
     def __init__(self, path: Path) -> None:
@@ -126,12 +123,8 @@ class Tensors(Mapping[str, Array]):
         found = [n for n in stored if n.endswith(suffix) and n + blockwise.SCALE in stored]
         self.by_channel = frozenset(name.removesuffix(suffix) for name in found)
         packed = {key + storage.suffix for key, storage in self._formats.items()} | {*found}
-        steps = {n.removesuffix(static.INPUT): n for n in stored if n.endswith(_INPUT)}
-        packed |= {*steps, *steps.values()}
-        self.input_steps = {
-            name.removesuffix(static.SUFFIX): self._file.read(n).astype(np.float32)
-            for name, n in steps.items()
-        }
+        self.input_steps = static_weights.input_steps(self._file)
+        packed |= static_weights.names(self._file)
         packed |= {name + tail for name in packed for tail in blockwise.TAILS}
         plain = (name for name in stored if name not in packed)
         by_channel = (n.removesuffix(suffix) for n in found)
@@ -142,8 +135,7 @@ class Tensors(Mapping[str, Array]):
             name = key + channels.SUFFIX
             return channels.dequantize(*map(self._file.read, (name, name + blockwise.SCALE)))
         if key in self.input_steps:
-            name = key + static.SUFFIX
-            return static.dequantize(*map(self._file.read, (name, name + blockwise.SCALE)))
+            return static_weights.weight(self._file, key, self.input_steps[key][1])
         coded = self.codes(key)
         if coded is not None:
             return coded.floats()
@@ -167,7 +159,7 @@ class Tensors(Mapping[str, Array]):
         if key in self.by_channel:
             return self._file.shape(key + channels.SUFFIX)
         if key in self.input_steps:
-            return self._file.shape(key + static.SUFFIX)
+            return self._file.shape(key + self.input_steps[key][1].suffix)
         storage = self._formats.get(key)
         if storage is None:
             return self._file.shape(key)

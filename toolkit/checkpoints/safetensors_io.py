@@ -24,7 +24,9 @@ from edgevlm.toolkit.checkpoints.inside import require_regular
 from edgevlm.toolkit.errors import CheckpointError
 from edgevlm.toolkit.ops.vocabulary import Array
 
-# safetensors name -> (our name, NumPy storage type); bfloat16 is stored as its upper 16 bits
+FP8 = "fp8"
+# safetensors name -> (our name, NumPy storage type); bfloat16 is stored as its upper 16 bits, FP8
+# as the codes of float8.py
 _TYPES = {
     "F64": ("fp64", "<f8"),
     "F32": ("fp32", "<f4"),
@@ -35,6 +37,7 @@ _TYPES = {
     "I8": ("int8", "|i1"),
     "U8": ("uint8", "|u1"),
     "BOOL": ("bool", "|b1"),
+    "F8_E4M3": (FP8, "|u1"),
 }
 STORAGE = {ours: np.dtype(numpy) for ours, numpy in _TYPES.values()}
 _NAMES = {ours: theirs for theirs, (ours, _) in _TYPES.items()}
@@ -79,7 +82,9 @@ class SafetensorsFile:
         return self.entries[key].dtype
 
     def read(self, key: str) -> Array:
-        """One tensor, memory-mapped and read-only; bfloat16 is converted to float32."""
+        """One tensor, memory-mapped and read-only; bfloat16 is converted to float32, FP8 stays in
+        codes.
+        """
         entry = self.entries[key]
         mapped = np.memmap(self.path, STORAGE[entry.dtype], "r", entry.offset, entry.shape)
         array = np.asarray(mapped)
@@ -233,6 +238,8 @@ def _header(
 
 
 def _bytes_of(array: Array, tensor: TensorSpec) -> memoryview:
+    if tensor.dtype == FP8 and array.dtype != STORAGE[FP8]:
+        raise AssertionError(f"{tensor.name}: FP8 is written from codes, not from {array.dtype}")
     if tensor.dtype == "bf16":
         array = to_bfloat16(array)
     elif array.dtype != STORAGE[tensor.dtype]:

@@ -19,6 +19,7 @@ import numpy as np
 from edgevlm.toolkit.checkpoints import shards
 from edgevlm.toolkit.checkpoints.safetensors_io import (
     BLOCK_BYTES,
+    FP8,
     STORAGE,
     SafetensorsFile,
     row_blocks,
@@ -132,12 +133,26 @@ def open_file(path: Path, torch_reader: TorchReader | None) -> TensorSource:
     """The tensors of one file, safetensors or torch. Raises CheckpointError."""
     refuse_pointer(path)
     if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
+        return _floats(path)
     if torch_reader is None:
         raise CheckpointError(
             f"{path} is a torch file; reading it needs torch", hint="pip install 'edgevlm[train]'"
         )
     return torch_reader(path)
+
+
+def _floats(path: Path) -> SafetensorsFile:
+    """A file of a checkpoint. Raises CheckpointError for FP8, whose scales every program names and
+    shapes as it likes: codes alone are not the weights.
+    """
+    file = SafetensorsFile(path)
+    coded = next((key for key, entry in file.entries.items() if entry.dtype == FP8), None)
+    if coded is not None:
+        raise CheckpointError(
+            f"{path}: {coded} is stored as F8_E4M3, which edgevlm does not read",
+            hint="take the checkpoint in float; edgevlm calibrate --to fp8 makes FP8 of it",
+        )
+    return file
 
 
 def open_checkpoint(folder: Path, torch_reader: TorchReader | None = None) -> Checkpoint:
@@ -146,7 +161,7 @@ def open_checkpoint(folder: Path, torch_reader: TorchReader | None = None) -> Ch
     Raises CheckpointError if there are none, a shard is missing, or only torch files exist and
     no reader for them was passed in; ConfigError if the index of the shards is no JSON object.
     """
-    for stem, read in (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", torch_reader)):
+    for stem, read in (("model.safetensors", _floats), ("pytorch_model.bin", torch_reader)):
         files = shards.weight_files(folder, stem)
         if not files:
             continue

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from edgevlm.toolkit.ops.shape_ops import Spec
-from edgevlm.toolkit.ops.vocabulary import Array, Step, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, EightBits, Step, Weights
 
 _SIGMOID = 4  # negate, exp, add, divide
 _SOFTMAX = 5  # maximum, subtract, exp, sum, divide
@@ -347,7 +347,9 @@ def free(y: Spec, *operands: object) -> Cost:
 # -- precision -------------------------------------------------------------------------------
 
 
-def fake_quant(y: Spec, x: Spec, scale: Array, *, axis: int | None, path: str) -> Cost:
+def fake_quant(
+    y: Spec, x: Spec, scale: Array, *, axis: int | None, path: str, to: EightBits = "int8"
+) -> Cost:
     """Five per element: divide, round, two limits, product; the scales are weights."""
     return _moved(5 * x.size, y, x, Parameter(scale.shape))
 

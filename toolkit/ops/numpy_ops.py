@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.toolkit.ops import decompositions
-from edgevlm.toolkit.ops.vocabulary import Array, R, Step, Weights
+from edgevlm.toolkit.ops import decompositions, float8
+from edgevlm.toolkit.ops.vocabulary import Array, EightBits, R, Step, Weights
 
 
 class NumpyOps:
@@ -232,9 +232,13 @@ class NumpyOps:
     def to_float32(self, x: Array) -> Array:
         return np.asarray(x, np.float32)
 
-    def fake_quant(self, x: Array, scale: Array, *, axis: int | None, path: str) -> Array:
+    def fake_quant(
+        self, x: Array, scale: Array, *, axis: int | None, path: str, to: EightBits = "int8"
+    ) -> Array:
         step = scale if axis is None else _along(scale, axis, x.ndim)
-        return np.asarray(np.clip(np.rint(_float32(x) / step), -128, 127) * step)
+        steps = _float32(x) / step
+        whole = np.clip(np.rint(steps), -128, 127) if to == "int8" else float8.rounded(steps)
+        return np.asarray(whole * step)
 
 
 def _float32(x: Array) -> Array:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgevlm.toolkit.ops import decompositions
-from edgevlm.toolkit.ops.vocabulary import Array, R, Step, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, EightBits, R, Step, Weights
 
 
 @dataclass(frozen=True)
@@ -198,5 +198,7 @@ class ShapeOps:
     def to_float32(self, x: Spec) -> Spec:
         return x
 
-    def fake_quant(self, x: Spec, scale: Array, *, axis: int | None, path: str) -> Spec:
+    def fake_quant(
+        self, x: Spec, scale: Array, *, axis: int | None, path: str, to: EightBits = "int8"
+    ) -> Spec:
         return x

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 
 T = TypeVar("T")
 R = TypeVar("R")
 Array = np.ndarray[Any, np.dtype[Any]]
+EightBits = Literal["int8", "fp8"]  # what fake_quant rounds to
 
 
 def read_only(table: Array) -> Array:
@@ -320,9 +321,12 @@ class Ops(Protocol[T]):
 
     # -- precision -------------------------------------------------------------------------
 
-    def fake_quant(self, x: T, scale: Array, *, axis: int | None, path: str) -> T:
+    def fake_quant(
+        self, x: T, scale: Array, *, axis: int | None, path: str, to: EightBits = "int8"
+    ) -> T:
         """clip(round(x / scale), -128, 127) * scale: rounding to 8 bits.
 
-        Rounds half to even; `scale` is a scalar, or a vector along `axis`; `path` names it.
+        Rounds half to even; `scale` is a scalar, or a vector along `axis`; `path` names it. to:
+        "fp8" rounds x / scale to E4M3 in place of whole numbers (toolkit/ops/float8.py).
         """
         ...

@@ -10,9 +10,10 @@ from typing import Literal
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.quantization.blockwise import LINEAR, StorageFormat
 
-# int8: inputs and weights, in steps known beforehand; int8_rows: the same, the inputs' steps found
-# when it runs (channels.py); int8_weights, int4_weights: weights alone (blockwise.py)
-Precision = Literal["float", "int8", "int8_rows", "int8_weights", "int4_weights"]
+# int8, fp8: inputs and weights, in steps known beforehand (static.py); int8_rows: the same with the
+# inputs' steps found when it runs (channels.py); int8_weights, int4_weights: weights alone
+# (blockwise.py)
+Precision = Literal["float", "int8", "fp8", "int8_rows", "int8_weights", "int4_weights"]
 Block = Literal[16, 32, 64, 128]
 WEIGHT_BITS: dict[Precision, Literal[8, 4]] = {"int8_weights": 8, "int4_weights": 4}
 MOST_RULES = 8192

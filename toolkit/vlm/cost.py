@@ -12,6 +12,7 @@ from edgevlm.toolkit.ops.vocabulary import Weights
 from edgevlm.toolkit.ops.wrappers import Count
 from edgevlm.toolkit.quantization.blockwise import TABLE
 from edgevlm.toolkit.quantization.plan import TABLES_IN_8_BITS, WEIGHT_BITS, PrecisionPlan
+from edgevlm.toolkit.quantization.static import FORMS
 from edgevlm.toolkit.vlm import components
 from edgevlm.toolkit.vlm.components import Component, Port
 from edgevlm.toolkit.vlm.towers import Model
@@ -60,7 +61,7 @@ def _by_channel(cost: Cost, plan: PrecisionPlan) -> bool:
 def _static(cost: Cost, plan: PrecisionPlan) -> bool:
     """Whether the op's matrix is stored with the step of its input (quantization/static.py)."""
     in_codes = cost.matrix_elements > 0 and cost.op in ("linear", "conv")
-    return in_codes and plan.at(cost.path) == "int8"
+    return in_codes and plan.at(cost.path) in FORMS
 
 
 def _block(cost: Cost, plan: PrecisionPlan) -> int | None:
@@ -71,9 +72,10 @@ def _block(cost: Cost, plan: PrecisionPlan) -> int | None:
 
 def _bytes_each(cost: Cost, plan: PrecisionPlan, element_bytes: int) -> float:
     """Bytes of one element of the op's matrix, with its share of scales, zero points and order."""
-    if _static(cost, plan):  # a scale per output, and the input's step
+    if _static(cost, plan):  # a scale per output or one in all, and the input's step
         outputs = cost.matrix_elements // cost.matrix_inputs
-        return 1 + element_bytes * (outputs + 1) / cost.matrix_elements
+        steps = outputs if FORMS[plan.at(cost.path)].by_channel else 1
+        return 1 + element_bytes * (steps + 1) / cost.matrix_elements
     bits, block = weight_bits(cost, plan), _block(cost, plan)
     if bits is not None and _by_channel(cost, plan):
         block = cost.matrix_inputs

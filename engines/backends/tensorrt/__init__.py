@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from edgevlm.engines.backends import (
     Shapes,
     onnx_files,
 )
-from edgevlm.engines.backends.tensorrt import device, plugins, refit
+from edgevlm.engines.backends.tensorrt import device, kernels, plugins, refit
 from edgevlm.engines.backends.tensorrt.card import Cards
 from edgevlm.engines.backends.tensorrt.flavours import FLAVOURS, Flavour
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
@@ -93,19 +93,21 @@ class TensorRT:
         wanted = plugins.of_graph(model, target)
         built = self._built(source, record, model, folder, target, shapes)
         seconds = time.perf_counter() - start
-        report, kernels = builder.report(record, model, built, seconds)
+        report, made = builder.report(record, model, built, seconds)
+        rounded = builder.products_in_8_bits(model)
         plan, listing = f"{record.name}.plan", f"{record.name}.kernels.json"
-        (folder / listing).write_text(json.dumps([asdict(kernel) for kernel in kernels], indent=0))
+        (folder / listing).write_text(json.dumps([asdict(kernel) for kernel in made], indent=0))
         notes = [
             f"{report.kernels} kernels; of {report.attentions} attentions "
             f"{report.fused_attentions} have kernels of their own",
+            *(_rounded(rounded, kernels.products(made, rounded, built.profiles)) if made else ()),
             *(f"{p.op} is computed by the plugin {p.namespace}::{p.name}" for p in wanted),
         ]
         kept = (record.graph, record.weights) if self._options.strip else ()
-        made = replace(record, graph=plan, weights=record.weights if kept else plan)
-        precision = _precision(dtype, [decision.op for decision in lowered.decisions])
+        formats = set(rounded.values())
+        precision = _precision(dtype, [d.op for d in lowered.decisions], formats)
         return Compiled(
-            made,
+            replace(record, graph=plan, weights=record.weights if kept else plan),
             (plan, listing, *kept),
             precision,
             tuple(notes),
@@ -198,10 +200,30 @@ class TensorRT:
         return probes.peaks(self._cards, trt, self._flavour.module, _capabilities(here))
 
 
-def _precision(dtype: str, ops: list[str]) -> str:
+def _rounded(sites: Mapping[str, str], found: Sequence[str]) -> list[str]:
+    """What became of products of inputs in 8 bits; found: those that kernels of that format
+    compute.
+    """
+    if not sites:
+        return []
+    formats = " and ".join(sorted({kind.upper() for kind in sites.values()}))
+    lost = [site for site in sites if site not in found]
+    if not lost:
+        return [f"all {len(sites)} products of inputs in {formats} are computed in it"]
+    return [
+        f"the builder made floats of {len(lost)} of {len(sites)} products of inputs in {formats} "
+        f"({lost[0]}): rounding costs there and gains nothing, --keep-float leaves them in float"
+    ]
+
+
+def _precision(dtype: str, ops: list[str], formats: set[str]) -> str:
     """What a component computes in, which sets its tolerance: the reference rounds the inputs of
     weights by channel, which stay in float here; those of static INT8 may round the other way.
+
+    formats: of products, see builder.products_in_8_bits.
     """
+    if "FP8" in formats:
+        return "fp8"
     if "QuantizeLinear" in ops:
         return "int8"
     return "int8_rows" if "edgevlm.RowQuantizedLinear" in ops else dtype

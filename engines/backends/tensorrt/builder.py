@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # A plan that holds a smaller part of the weights that it was given is no engine of the model: a
 # profile has folded it into a constant.
 LEAST_WEIGHTS = 0.5
+_FORMATS = {3: "Int8", 17: "FP8"}  # as the builder's log names those of TensorProto
 _OUT_OF_MEMORY = ("OutOfMemory", "out of memory", "bad_alloc", "Requested size", "workspace limit")
 
 
@@ -189,6 +190,7 @@ def report(
             hint="please report this with edgevlm doctor",
         )
     plugins.check_taken(record.name, model, int(result["plugins"]))
+    rounded = products_in_8_bits(model)
     sites = [node.name for node in model.graph.node if node.op_type == "Attention"]
     return (
         PlanReport(
@@ -202,9 +204,27 @@ def report(
             plan_bytes=int(result["plan_bytes"]),
             peak_rss_mb=float(result["peak_rss_mb"]),
             seconds=seconds,
+            rounded=len(rounded),
+            rounded_kernels=len(kernels.products(made, rounded, built.profiles)),
         ),
         made,
     )
+
+
+def products_in_8_bits(model: onnx.ModelProto) -> dict[str, str]:
+    """The products of a lowered graph whose inputs are rounded to 8 bits: the number format, as
+    kernels name it, by the name of the node.
+    """
+    makers = {name: node for node in model.graph.node for name in node.output}
+    kinds = {t.name: _FORMATS.get(t.data_type, "") for t in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        given = makers.get(node.input[0]) if node.op_type in ("MatMul", "Conv") else None
+        if given is not None and given.op_type == "DequantizeLinear":
+            rounding = makers.get(given.input[0])
+            if rounding is not None and rounding.op_type == "QuantizeLinear":
+                found[node.name] = kinds.get(rounding.input[2], "")
+    return found
 
 
 def _stored_bytes(model: onnx.ModelProto) -> int:

@@ -79,6 +79,17 @@ def memory(log: str) -> Memory:
     return Memory(found.get("Weights"), found.get("Activation"))
 
 
+def products(kernels: Sequence[Kernel], sites: Mapping[str, str], profiles: int) -> list[str]:
+    """Which of the products at `sites` a kernel of the number format that they state computes, in
+    every profile.
+    """
+    return [
+        site
+        for site, kind in sites.items()
+        if sum(site in k.nodes and kind in k.types for k in kernels) >= profiles
+    ]
+
+
 def attentions(kernels: Sequence[Kernel], sites: Sequence[str], profiles: int) -> int:
     """How many of the attentions at `sites` got a kernel of their own, in every profile."""
     nodes = [node for kernel in kernels if kernel.attends for node in kernel.nodes]

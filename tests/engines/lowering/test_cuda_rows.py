@@ -42,7 +42,7 @@ SIBLINGS = sorted(name for name in systems.presets() if "0.5b" in name)
 # Relative to the largest value: sums in fp16 of ops one after another.
 LIMITS = {"fp32": 3e-6, "fp16": 1e-2}
 TYPES: Mapping[str, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
-STATIC = ("fake_quant", "fake_quant per channel")  # 8-bit inputs, which are refused
+STATIC = ("fake_quant", "fake_quant per channel", "fake_quant to fp8")  # which are refused
 
 
 def recorded(part: Component, weights: Mapping[str, Array], dtype: str) -> onnx.ModelProto:
@@ -146,7 +146,7 @@ def test_a_graph_of_mixed_types_does_not_resolve() -> None:
 @pytest.mark.parametrize("name", STATIC)
 def test_static_8_bits_are_refused_with_the_reason(name: str) -> None:
     case = CASES[name]
-    with pytest.raises(UnsupportedError, match="no products of 8-bit integers"):
+    with pytest.raises(UnsupportedError, match="no products of inputs in INT8 or FP8"):
         lower(recorded(case.component(), case.weights(), "fp32"), CARD)
 
 

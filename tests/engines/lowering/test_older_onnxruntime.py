@@ -18,6 +18,7 @@ REFUSED = {
     "attention_cached window, prompt": "edgevlm.CachedAttention",
     "fake_quant": "QuantizeLinear",
     "fake_quant per channel": "QuantizeLinear",
+    "fake_quant to fp8": "QuantizeLinear",
 }
 
 

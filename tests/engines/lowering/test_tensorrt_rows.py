@@ -13,12 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgevlm.calibration import weight_only
 from edgevlm.engines.backends import sessions
-from edgevlm.engines.backends.tensorrt import codes
+from edgevlm.engines.backends.tensorrt import builder, codes
 from edgevlm.engines.lowering.lower import decide, lower
 from edgevlm.engines.lowering.tensorrt_lint import check
 from edgevlm.export import write
 from edgevlm.toolkit import systems
-from edgevlm.toolkit.bundle.goldens import relative_rms
+from edgevlm.toolkit.bundle.goldens import reference, relative_rms
 from edgevlm.toolkit.bundle.manifest import Tensors
 from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
@@ -30,6 +30,7 @@ from edgevlm.toolkit.target import Target
 from tests.onnx_tools import model_of, run
 from tests.ops_cases import CASES
 from tests.toolkit.models.test_architectures import FILES, component, feed, tensors
+from tests.toolkit.ops.test_wrappers import largest
 
 Release = tuple[int, ...]
 RELEASES: list[Release] = [(10, 3), (10, 13), (10, 16), (11, 4)]
@@ -62,7 +63,8 @@ def target(release: tuple[int, ...]) -> Target:
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_every_op_equals_the_reference(name: str, release: tuple[int, ...]) -> None:
     case = CASES[name]
-    model = lower(model_of(case.component(), case.weights()), target(release))
+    where = Target("tensorrt", release, "sm_90") if "fp8" in name else target(release)
+    model = lower(model_of(case.component(), case.weights()), where)
     onnx.checker.check_model(model, full_check=True)
     kinds = {node.op_type for node in model.graph.node}
     assert not {op for op, since in NEW_OPS.items() if release < since} & kinds
@@ -166,7 +168,11 @@ def _graph(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)])
 
 
-def _rounded(zero: Array) -> onnx.ModelProto:
+def _fp8(kind: str, code: int) -> TensorProto:
+    return helper.make_tensor("z", TensorProto.DataType.Value(kind), [], bytes([code]), raw=True)
+
+
+def _rounded(zero: Array | TensorProto) -> onnx.ModelProto:
     return _graph(
         [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"], name="round")],
         {"s": np.asarray(0.1, np.float32), "z": zero},
@@ -178,6 +184,9 @@ def _rounded(zero: Array) -> onnx.ModelProto:
     [
         (_rounded(np.asarray(0, np.uint8)), "round: codes of type UINT8"),
         (_rounded(np.asarray(5, np.int8)), "round: a zero point other than 0"),
+        (_rounded(_fp8("FLOAT8E5M2", 0)), "round: codes of type FLOAT8E5M2"),
+        (_rounded(_fp8("FLOAT8E4M3FNUZ", 0)), "round: codes of type FLOAT8E4M3FNUZ"),
+        (_rounded(_fp8("FLOAT8E4M3FN", 1)), "round: a zero point other than 0"),
         (
             _graph(
                 [helper.make_node("QuantizeLinear", ["x", "s"], ["y"], name="round")],
@@ -243,3 +252,41 @@ def test_formats_that_a_card_lacks(dtype: str, arch: str, reason: str) -> None:
         return
     with pytest.raises(UnsupportedError, match=reason):
         lower(graph, where)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize(
+    ("role", "kind"), [("encoders", "clip"), ("encoders", "convnext"), ("lms", "qwen2")]
+)
+def test_fp8_stays_as_it_was_recorded(
+    role: str, kind: str, release: Release, tmp_path: Path
+) -> None:
+    part, inputs = component(role, kind), feed(component(role, kind))
+    weights = tensors(part)
+    plan = PrecisionPlan("fp8", (Rule("lm/head", "float"),), largest(part, weights, inputs))
+    recorded = write.record(part, "fp32", plan)
+    written = write._write_weights(tmp_path / "w.safetensors", recorded, weights)
+    model = lower(recorded.model("w.safetensors", written), Target("tensorrt", release, "sm_90"))
+    assert not codes.needed(model)  # the parser takes the bundle's own bytes
+    sites = builder.products_in_8_bits(model)
+    assert set(sites.values()) == {"FP8"}
+    assert set(sites) == set(plan.ranges) - {"lm/head"}
+    file = Tensors(tmp_path / "w.safetensors")
+    expected = part.forward(reference(part.name, file), Weights(file), inputs)
+    found = _run(model, tmp_path, inputs)
+    for port in part.outputs:
+        if not port.updates:
+            assert relative_rms([(found[port.name], expected[port.name])]) < 1e-2, port.name
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_87", "sm_75", "sm_86+sm_89"])
+def test_cards_without_fp8_refuse_it_with_what_mends_it(arch: str) -> None:
+    part = component("mergers", "mlp")
+    plan = PrecisionPlan("fp8", (), largest(part, tensors(part), feed(part)))
+    recorded = write.record(part, "fp16", plan)
+    graph = recorded.model("", write._unwritten(recorded))
+    lower(graph, Target("tensorrt-rtx", (1, 7), "sm_89+sm_120"))
+    graph = recorded.model("", write._unwritten(recorded))
+    with pytest.raises(UnsupportedError, match="FP8 does not exist on sm_") as caught:
+        lower(graph, Target("tensorrt-rtx", (1, 7), arch))
+    assert "--to int8-static" in caught.value.hint

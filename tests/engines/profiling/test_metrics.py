@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ import pytest
 from edgevlm import Session
 from edgevlm.engines.profiling import metrics
 from edgevlm.engines.profiling.asked import ProfileRequest
-from edgevlm.engines.profiling.context import processor_context
+from edgevlm.engines.profiling.context import device_part, processor_context, warnings
 from edgevlm.engines.profiling.drift import Followed
 from edgevlm.engines.profiling.residence import MemoryRecorder
+from edgevlm.toolkit.terminal.device import device_context
 from tests.sealing import reseal
 
 MB = 2**20
@@ -78,6 +81,35 @@ def test_the_context_is_read_from_where_linux_tells_it(tmp_path: Path) -> None:
     nowhere = processor_context(tmp_path / "nowhere")
     assert nowhere["governor"] is nowhere["clock_mhz"] is nowhere["memory_gb"] is None
     assert nowhere["versions"]["numpy"] == np.__version__
+
+
+def test_a_card_and_a_jetson_say_what_they_are(tmp_path: Path) -> None:
+    smi = "580.95.05, 2520, 2520, 10501, 10501, 450.00, P0\n"
+    answers = {"nvidia-smi": smi, "nvpmodel": "NV Power Mode: 25W\n1\n"}
+    (tmp_path / "proc/device-tree").mkdir(parents=True)
+    (tmp_path / "proc/device-tree/model").write_text("NVIDIA Jetson Orin Nano\0")
+    found = device_context(lambda command: answers.get(command[0]), tmp_path)
+    told = device_part(found)["device"]
+    assert told["jetson"]["model"] == "NVIDIA Jetson Orin Nano"
+    assert (told["driver"], told["power_mode"]) == ("580.95.05", {"name": "25W", "number": 1})
+    assert told["clocks"]["gpu"]["now_mhz"] == 2520.0
+    plain = device_context(lambda command: None, tmp_path / "nowhere")
+    assert device_part({**plain, "card": None}) == {}
+
+
+@pytest.mark.parametrize(
+    ("context", "told"),
+    [
+        ({"load_average": 2.5, "processors": 2}, ["2.5 runnable programs on 2 processors"]),
+        ({"load_average": 2.0, "processors": 2}, []),
+        ({"load_average": None, "processors": 2}, []),
+        ({}, []),
+    ],
+)
+def test_a_loaded_machine_is_told(context: Mapping[str, Any], told: list[str]) -> None:
+    found = warnings(context)
+    assert len(found) == len(told)
+    assert all(words in line for words, line in zip(told, found, strict=True))
 
 
 def test_drift_is_zero_for_the_same_engine_and_not_for_other_weights(

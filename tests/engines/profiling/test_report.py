@@ -118,6 +118,19 @@ def test_lines_hold_the_figures() -> None:
     assert "3.25" not in "\n".join(report.lines(profile("encoder.clip"), 0))
 
 
+def test_a_loaded_machine_is_told_wherever_figures_are(tmp_path: Path) -> None:
+    busy = replace(profile("engine"), context={"load_average": 9.5, "processors": 2})
+    told = "9.5 runnable programs on 2 processors"
+    report.write_files([busy], Files(tmp_path / "p.html", markdown=tmp_path / "p.md"))
+    for text in (
+        "\n".join(report.lines(busy, 0)),
+        page_of([busy], tmp_path).text,
+        (tmp_path / "p.md").read_text(encoding="utf-8"),
+    ):
+        assert told in text
+    assert "runnable" not in "\n".join(report.lines(profile("engine"), 0))
+
+
 def test_floors_show_what_limits_them_and_the_part_of_the_cache(tmp_path: Path) -> None:
     shown = profile("encoder.clip")
     rows = [line.split() for line in report.lines(shown, 0)]

@@ -148,6 +148,13 @@ def test_what_a_release_does_counts() -> None:
 def test_a_target_stands_for_all_its_devices() -> None:
     found = planned(PRESET, "--target", "tensorrt@11.1/sm_90", "--precision", "int8-static")
     assert [p["device"] for p in found] == ["h100", "h200"]
+    fp8, int8 = planned(
+        PRESET, "--target", "rtx-4090", "--precision", "fp8,int8-static", "--max-context", 1024
+    )
+    assert fp8["weights_bytes"] < int8["weights_bytes"]  # a step for a weight, not for an output
+    assert fp8["time_to_first_token_ms"] > int8["time_to_first_token_ms"]  # at half the rate there
+    (orin,) = planned(PRESET, "--target", "jetson-agx-orin", "--precision", "fp8")
+    assert any("sm_87 has no FP8" in note for note in orin["notes"])
     every = planned(PRESET, "--target", "all", "--precision", "int4")
     assert [p["device"] for p in every] == list(DEVICES)
 

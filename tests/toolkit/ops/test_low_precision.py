@@ -30,7 +30,8 @@ from tests.toolkit.models.test_architectures import component
 
 NAMES = sorted(CASES)
 DTYPES = ("fp16", "bf16")
-EXACT = ("fake_quant", "fake_quant per channel")  # rounding to 8 bits turns any difference to steps
+# Rounding to 8 bits turns any difference to steps.
+EXACT = ("fake_quant", "fake_quant per channel", "fake_quant to fp8")
 
 
 def rounded(x: Array, dtype: str) -> Array:

@@ -183,10 +183,15 @@ def test_weights_are_what_the_recorder_writes(name: str, precision: str) -> None
 
 
 @pytest.mark.parametrize("name", ["comm-7b", "convllava-7b-768", "mmfuser-7b", "llava-qwen2-0.5b"])
-@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("fp16", 2)])
-def test_static_weights_are_what_the_recorder_writes(name: str, dtype: str, size: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype", "size"),
+    [("int8-static", "fp32", 4), ("int8-static", "fp16", 2), ("fp8", "fp16", 2)],
+)
+def test_static_weights_are_what_the_recorder_writes(
+    name: str, kind: str, dtype: str, size: int
+) -> None:
     model = preset(name)
-    plan = static_plan.plan_of(model, Settings("int8-static"))
+    plan = static_plan.plan_of(model, Settings(kind))
     plan = replace(plan, ranges=dict.fromkeys(static_plan.layers_of(model).flops, 1.0))
     written = {p.name: record(p, dtype, plan).nbytes() for p in components.components(model)}
     assert stored_bytes(model, plan, size) == written

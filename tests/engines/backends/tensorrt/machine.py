@@ -38,13 +38,17 @@ class Machine:
 
 
 def installed(
-    name: str, patch: pytest.MonkeyPatch, folder: Path, world: World | None = None
+    name: str,
+    patch: pytest.MonkeyPatch,
+    folder: Path,
+    world: World | None = None,
+    card: str = "",
 ) -> Machine:
     """The machine, for one test; also for processes that it starts.
 
-    world: a card for the real cuda-core, None for a stand-in of both.
+    world: a card for the real cuda-core, None for a stand-in of both. card: its architecture.
     """
-    flavour, card = RTX if name.startswith("rtx-") else TENSORRT, RELEASES[name]
+    flavour, card = RTX if name.startswith("rtx-") else TENSORRT, card or RELEASES[name]
     version = release(name.removeprefix("rtx-"))
 
     def found(self: Flavour) -> Version:
