@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.ops.vocabulary import Array, EightBits, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
 
 LARGEST = 1 << 27  # weights that become one tensor
@@ -50,13 +51,16 @@ class InPieces(Wrapper[Any]):
             total = product if total is None else self.inner.add(total, product)
         return total
 
-    def fake_quant(self, x: Any, scale: Array, *, axis: int | None, path: str) -> Any:
-        """Of a Large weight by outputs: when its rows are made."""
+    def fake_quant(
+        self, x: Any, scale: Array, *, axis: int | None, path: str, to: EightBits = "int8"
+    ) -> Any:
+        """Of a Large weight by outputs, or in one step: when its rows are made."""
+        rounded = partial(self.inner.fake_quant, scale=scale, axis=axis, path=path, to=to)
         if not isinstance(x, Large):
-            return self.inner.fake_quant(x, scale, axis=axis, path=path)
-        assert axis == 1
-        make, rounded = x.make, self.inner.fake_quant
-        return replace(x, make=lambda rows: rounded(make(rows), scale, axis=axis, path=path))
+            return rounded(x)
+        assert axis != 0  # a step per row would have to be cut with the rows
+        make = x.make
+        return replace(x, make=lambda rows: rounded(make(rows)))
 
     def embed(self, ids: Any, w: Weights[Any]) -> Any:
         return self.inner.embed(ids, _whole(w))
