@@ -114,6 +114,10 @@ def test_weights_in_8_bits_have_inputs_by_rows(
     assert found.smoothed == 4  # two norms of each of two blocks
     assert found.share > 0.5
     assert Bundle.open(tmp_path / "q").manifest.plan.precisions == {"int8_rows"}
+    api.build_engine(tmp_path / "q", tmp_path / "reference", target="reference")
+    with Embedder.open(tmp_path / "reference") as tower:
+        exact = np.stack([one.vector for one in tower.embed(files) if one.vector is not None])
+    assert cosines(plain, exact).mean() == pytest.approx(found.cosine, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["clip", "convnext", "siglip"])

@@ -193,6 +193,7 @@ def test_a_tower_has_images_a_second() -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == pytest.approx(2 * 304e6, rel=0.01)
     assert found[0]["images_per_s"] > 10 * found[3]["images_per_s"]
+    assert not any("KV cache" in note for p in found for note in p["notes"])
 
 
 def test_memory_of_a_tower_is_what_embedding_asks_for() -> None:
