@@ -85,6 +85,7 @@ if __name__ == "__main__":
     if first == "--graphs":
         graphs(*map(Path, rest))
     elif first == "--part":
-        part(*rest[:3], Path(rest[3]))
+        preset, component, precision, out = rest
+        part(preset, component, precision, Path(out))
     else:
         bundle(first, Path(rest[0]))

@@ -15,7 +15,7 @@ from edgevlm.engines.runtime import memory
 from edgevlm.engines.sizing import rates, work
 from edgevlm.engines.sizing.predict import Asked, Format, Planner
 from edgevlm.toolkit import systems
-from edgevlm.toolkit.ops.costs import Cost
+from edgevlm.toolkit.ops.costs import COSTS, Cost
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import DEVICES, Target
 from edgevlm.toolkit.vlm.config import ModelConfig
@@ -161,6 +161,11 @@ def test_this_processor_is_measured() -> None:
     assert fp32["inter_token_latency_ms"] > int4["inter_token_latency_ms"] > 0
     assert 1e8 < fp32["memory_bytes"] < 1e13
     assert any("second form" in note for note in int4["notes"])
+
+
+def test_every_kind_of_attention_has_its_rate() -> None:
+    kinds = {op for op in COSTS if "attention" in op or "attn" in op}
+    assert kinds == set(work._ATTENTION)
 
 
 def test_masks_are_behind_the_first_token() -> None:
