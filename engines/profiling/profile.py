@@ -27,6 +27,7 @@ from edgevlm.engines.runtime.clock import Clock, Span
 from edgevlm.engines.runtime.session import Session
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import card, processor_name
+from edgevlm.toolkit.vlm import towers
 
 Progress = Callable[[str], None]
 
@@ -92,7 +93,9 @@ def profile_all(
     """Measure several engines; all are checked before the first is measured."""
     request.check()
     for folder in folders:
-        manifest.check(folder, manifest.read(folder))
+        engine = manifest.read(folder)
+        towers.vlm(engine.parsed_model(), str(folder))
+        manifest.check(folder, engine)
     followed = Followed() if len(folders) > 1 else None
     return [profile(folder, request, progress, followed) for folder in folders]
 
