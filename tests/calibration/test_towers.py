@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgevlm import api
-from edgevlm.calibration import pieces
+from edgevlm.calibration import pieces, unfinished
 from edgevlm.calibration.chain import Passage, in_numpy
 from edgevlm.calibration.pictures import Sample
 from edgevlm.calibration.towers.calibrate import TowerCalibration
@@ -123,7 +123,7 @@ def test_weights_in_8_bits_have_inputs_by_rows(
     assert cosines(plain, exact).mean() == pytest.approx(found.cosine, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["clip", "convnext", "siglip"])
+@pytest.mark.parametrize("kind", ["convnext", "siglip"])
 def test_blocks_in_4_bits(
     kind: str, bundles: dict[str, Path], images: Path, tmp_path: Path
 ) -> None:
@@ -185,6 +185,31 @@ def test_a_large_weight_is_rounded_and_multiplied_in_pieces(
         for one, other in zip(found.layers, before.layers, strict=True):
             assert one.path == other.path
             assert one.range == pytest.approx(other.range, rel=1e-4)
+
+
+@pytest.mark.parametrize(("to", "after"), [("int4", 9), ("int8-static", 3)])
+def test_an_interrupted_one_goes_on(
+    to: str, after: int, bundles: dict[str, Path], images: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(unfinished, "_SECONDS", 0.0)
+    told: list[str] = []
+
+    def interrupt(message: str) -> None:
+        told.append(message)
+        if len(told) == after:
+            raise KeyboardInterrupt
+
+    calibrated(bundles["convnext"], tmp_path / "whole", images=images, to=to)
+    with pytest.raises(KeyboardInterrupt):
+        api.calibrate(bundles["convnext"], tmp_path / "q", images=images, to=to, progress=interrupt)
+    assert not (tmp_path / "q").exists()
+    again: list[str] = []
+    api.calibrate(bundles["convnext"], tmp_path / "q", images=images, to=to, progress=again.append)
+    assert "going on where an earlier run" in again[0]
+    weights = "encoder.convnext.safetensors"
+    assert (tmp_path / "q" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_the_chain_gives_the_embedding_and_the_last_block(
