@@ -382,16 +382,18 @@ def _plan(qat: str) -> PrecisionPlan:
     return weight_only.plan_of(qat, option="--qat")
 
 
-def inspect(path: Path) -> tuple[Any, list[str]]:
-    """What a path is: data, and lines for people. Raises BundleError if it is nothing we know."""
+def inspect(path: Path, heads: int | None = None) -> tuple[Any, list[str]]:
+    """What a path is: data, and lines for people. Raises BundleError if it is nothing we know.
+
+    heads: of a tower's weight file that does not say it.
+    """
     from edgevlm.engines import manifest
     from edgevlm.engines.build import summary as engine_summary
     from edgevlm.toolkit.terminal import summary
-    from edgevlm.training import torch_files
 
     if (path / manifest.DESCRIPTION).exists():
         return engine_summary.inspect_engine(path)
-    return summary.inspect(path, torch_files.reader())
+    return summary.inspect(path, read_options(heads=heads, offline=True))
 
 
 def _silent(message: str) -> None:

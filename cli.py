@@ -255,6 +255,7 @@ def plan(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint, bundle, engine or saved profile.")],
+    heads: flags.Heads = None,
     as_json: flags.Json = False,
     quiet: flags.Quiet = False,
     debug: flags.Debug = False,
@@ -262,7 +263,7 @@ def inspect(
     """Describe a checkpoint, bundle, engine or profile: components, sizes, ports, origin."""
     from edgevlm import api
 
-    flags.opened_console(as_json, quiet).result(*api.inspect(path))
+    flags.opened_console(as_json, quiet).result(*api.inspect(path, heads))
 
 
 @app.command()

@@ -8,8 +8,9 @@ graphs (bfloat16, its default; float32; weights in int8 with inputs rounded in g
 run is a process of its own, all programs in turn. Wall seconds are of two threads; CPU seconds are
 the process's own time when it has one thread, which other programs hardly change. Every program's
 features are compared with those of our float32 engine. SAM's encoder is that of MLCD-Seg by
-itself; transformers' SamVisionModel gets the same weights. It takes a minute and more a run on one
-thread: `--towers SAM --only edgevlm,transformers --runs 1 --cpu-alone`.
+itself, lowered as a build does it but not compared with the reference, which takes minutes;
+transformers' SamVisionModel gets the same weights. It takes a minute and more a run on one thread:
+`--towers SAM --runs 1 --cpu-alone`.
 
 Needs torch beside edgevlm, and the network the first time: OpenVINO is installed into an
 environment of its own below --work, as `benchmarks.compare` does, and its folder may be the same.
@@ -101,6 +102,8 @@ def prepare(place: Place, tower: Tower, sides: Sequence[Side]) -> dict[str, tupl
     """By side: the folder that it reads, and its settings; made again when our sources change."""
     key, make = programs.sources(), "benchmarks.tower_sides.make"
     home, python = place.work / "towers" / tower.preset, place.python("edgevlm")
+    if tower.part:
+        return _prepare_part(place, tower, sides)
     bundle = place.once(
         home / "bundle", lambda out: _done(place.run([python, "-m", make, tower.preset, out])), key
     )
@@ -117,6 +120,27 @@ def prepare(place: Place, tower: Tower, sides: Sequence[Side]) -> dict[str, tupl
             engine = place.once(home / side.name, partial(_run, place, command), key)
             words.append(f"--set=engine={engine}")
         found[side.key] = folder, words
+    return found
+
+
+def _prepare_part(
+    place: Place, tower: Tower, sides: Sequence[Side]
+) -> dict[str, tuple[Path, list[str]]]:
+    """The same for one component by itself, in float32 and in int8."""
+    home, make = place.work / "towers" / tower.preset, "benchmarks.tower_sides.make"
+    folders = {}
+    for precision in ("float32", "int8"):
+        words = ["-m", make, "--part", tower.preset, tower.part, precision]
+        command: list[str | Path] = [place.python("edgevlm"), *words]
+        folders[precision] = place.once(
+            home / precision, partial(_run, place, command), programs.sources()
+        )
+    found: dict[str, tuple[Path, list[str]]] = {}
+    for side in sides:
+        words = [f"--set={k}={v}" for k, v in side.words.items()]
+        if side.program == "edgevlm":
+            words.append(f"--set=engine={folders[side.name]}")
+        found[side.key] = folders["float32"], words
     return found
 
 
@@ -171,7 +195,8 @@ def measure(place: Place, options: Namespace, lines: Lines, notes: list[str]) ->
     if any(side.program == "openvino" for side in sides):
         programs.install_openvino(place)
     for tower in [t for t in TOWERS if t.name.startswith(tuple(options.towers.split(",")))]:
-        own = [s for s in sides if tower.part or s not in TRANSFORMERS]
+        apart = (*TORCH, *OPENVINO) if tower.part else TRANSFORMERS
+        own = [s for s in sides if s not in apart]
         folders = prepare(place, tower, own)
         runs = max(options.runs // (2 if tower.side > 1000 else 1), 1)
         for number in range(options.rounds):

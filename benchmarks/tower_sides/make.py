@@ -1,11 +1,13 @@
 """A preset as a bundle whose language model has one layer: `make.py PRESET OUT`.
 
 What is measured here is in front of the language model. `make.py --graphs BUNDLE OUT` writes the
-bundle's graphs with our functions inlined, for programs that know standard ops alone.
+bundle's graphs with our functions inlined, for programs that know standard ops alone; `make.py
+--part PRESET COMPONENT PRECISION OUT` one component by itself.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -48,9 +50,42 @@ def graphs(source: Path, out: Path) -> None:
         (out / file.name).write_bytes(whole.SerializeToString())
 
 
+def part(name: str, alone: str, precision: str, out: Path) -> None:
+    """One component of a preset in a folder of its own: recorded as a bundle has it, and lowered
+    below `engine` as a build does, but compared with nothing: the reference takes minutes.
+    """
+    from edgevlm.calibration import weight_only
+    from edgevlm.engines import backends
+    from edgevlm.engines.build import shapes
+    from edgevlm.export import write
+    from edgevlm.toolkit.quantization.plan import PrecisionPlan
+    from edgevlm.toolkit.strict import to_plain
+    from edgevlm.toolkit.target import this_cpu
+    from edgevlm.toolkit.vlm import components
+
+    source, target = shortened(name), this_cpu()
+    (component,) = (c for c in components.components(source.model) if c.name == alone)
+    plan = PrecisionPlan() if precision == "float32" else weight_only.plan("int8-rows")
+    recorded = write.record(component, "fp32", plan)
+    (out / "engine").mkdir(parents=True)
+    write.write_graph(out, recorded, "part.onnx", "part.safetensors", source.weights[alone])
+    record = write.describe(component, "part.onnx", "part.safetensors")
+    sizes = shapes.of(alone, source.model, CONTEXT)
+    compiled = backends.backend(target).compile(out, "fp32", record, out / "engine", target, sizes)
+    described = {
+        "preset": name,
+        "components": to_plain([compiled.record]),
+        "edges": to_plain(list(components.edges(source.model))),
+    }
+    (out / "manifest.json").write_text(json.dumps(described), encoding="utf-8")
+
+
 if __name__ == "__main__":
     first, *rest = sys.argv[1:]
     if first == "--graphs":
         graphs(*map(Path, rest))
+    elif first == "--part":
+        preset, component, precision, out = rest
+        part(preset, component, precision, Path(out))
     else:
         bundle(first, Path(rest[0]))

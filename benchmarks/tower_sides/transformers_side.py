@@ -1,7 +1,8 @@
-"""transformers: SAM's image encoder with the weights of a bundle."""
+"""transformers: SAM's image encoder with the weights of a component that `make.py` wrote."""
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.tower_sides import walk
-from edgevlm.toolkit.bundle.manifest import Bundle
+from benchmarks.tower_sides import make, walk
+from edgevlm.toolkit.bundle.manifest import Tensors
 
 hf: Any = transformers
 _LINEARS = {"attention.out": "attn.proj", "mlp.up": "mlp.lin1", "mlp.down": "mlp.lin2"}
@@ -23,8 +24,8 @@ def open_sam(model: walk.Model, options: Namespace) -> tuple[walk.Encode, dict[s
     """--set dtype=float32|bfloat16."""
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.settings["dtype"])
-    bundle = Bundle.open(options.bundle)
-    segmenter = bundle.vlm.segmenter
+    data = json.loads((options.bundle / "manifest.json").read_text(encoding="utf-8"))
+    segmenter = make.shortened(data["preset"]).model.segmenter
     assert segmenter is not None
     c = segmenter.encoder.config
     config = hf.SamVisionConfig(
@@ -35,7 +36,7 @@ def open_sam(model: walk.Model, options: Namespace) -> tuple[walk.Encode, dict[s
     )  # fmt: skip
     with torch.device("meta"):
         encoder = hf.SamVisionModel(config)
-    stored = renamed(bundle.tensors(model.alone), c)
+    stored = renamed(Tensors(options.bundle / "part.safetensors"), c)
     tensors = {f"vision_encoder.{key}": tensor.to(dtype) for key, tensor in stored.items()}
     encoder.load_state_dict(tensors, assign=True)
     encoder.eval()

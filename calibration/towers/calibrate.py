@@ -20,6 +20,7 @@ from edgevlm.calibration.pictures import Chosen, Given, Progress, gather
 from edgevlm.calibration.samples import STATICS, Settings
 from edgevlm.calibration.static import Interpreter, LayerCost, samples_sha256
 from edgevlm.calibration.static_plan import layers_of, plan_of, share
+from edgevlm.calibration.towers import golden
 from edgevlm.calibration.towers.chain import FEATURES, TowerChain
 from edgevlm.calibration.towers.rounds import Rounds
 from edgevlm.calibration.towers.rows import RowQuantized
@@ -180,7 +181,8 @@ class _Work:
             smoothed=found.smoothed,
             corrected=found.corrected,
         )
-        return found.source, result
+        drawn = source.weights, self.chain, self.arithmetic, self.kept
+        return golden.with_picture(found.source, *drawn), result
 
     def by_rows(
         self, source: TowerSource, plan: PrecisionPlan, chosen: Chosen

@@ -14,8 +14,7 @@ from edgevlm.toolkit.bundle.goldens import reference
 from edgevlm.toolkit.bundle.manifest import ComponentRecord, Tensors
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
 from edgevlm.toolkit.target import Target, machine
-from edgevlm.toolkit.vlm import components
-from edgevlm.toolkit.vlm import config as model_config
+from edgevlm.toolkit.vlm import components, towers
 
 
 def here() -> Target:
@@ -55,7 +54,7 @@ def open(
     folder: Path, record: ComponentRecord, model: Mapping[str, object], options: RunnerOptions
 ) -> ReferenceRunner:
     """The component's function over NumPy."""
-    config = model_config.from_json(dict(model), "engine.json: model")
+    config = towers.from_json(dict(model), "engine.json: model")
     component = next(c for c in components.components(config) if c.name == record.name)
     tensors = Tensors(folder / record.weights)
     return ReferenceRunner(component, dict(tensors), options, reference(record.name, tensors))

@@ -25,7 +25,9 @@ from edgevlm.engines.profiling.roofline import Roofline, Work, roofline
 from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock, Span
 from edgevlm.engines.runtime.session import Session
+from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import card, processor_name
+from edgevlm.toolkit.vlm import towers
 
 Progress = Callable[[str], None]
 
@@ -91,7 +93,9 @@ def profile_all(
     """Measure several engines; all are checked before the first is measured."""
     request.check()
     for folder in folders:
-        manifest.check(folder, manifest.read(folder))
+        engine = manifest.read(folder)
+        towers.vlm(engine.parsed_model(), str(folder))
+        manifest.check(folder, engine)
     followed = Followed() if len(folders) > 1 else None
     return [profile(folder, request, progress, followed) for folder in folders]
 
@@ -255,6 +259,13 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(p50, p90, p99, round(float(np.mean(values)), 3))
 
 
+def _calibrated(plan: PrecisionPlan) -> str | None:
+    """What `calibrate --to` would be for a plan, of an engine that `build` did not quantize."""
+    names = {"int4_weights": "int4", "int8": "int8-static"}
+    names |= {"int8_weights": "int8", "int8_rows": "int8-rows"}
+    return next((told for name, told in names.items() if name in plan.precisions), None)
+
+
 def device(engine: Engine, threads: int) -> dict[str, str]:
     """What a profile was measured on."""
     target, graphics = engine.parsed_target(), card.name()
@@ -265,6 +276,6 @@ def device(engine: Engine, threads: int) -> dict[str, str]:
         "threads": str(threads),
         "system": f"{platform.system()} {platform.release()}",
         "backend": ".".join(map(str, backends.backend(target).here().version)),
-        "precision": engine.precision or engine.dtype,
+        "precision": engine.precision or _calibrated(engine.plan) or engine.dtype,
         "python": platform.python_version(),
     }

@@ -232,8 +232,8 @@ def _weights_bytes(model: ModelConfig, given: Format, machine: Machine, size: in
     return sum(sizes.values()) + lm
 
 
-def notes_of(given: Format, machine: Machine) -> tuple[str, ...]:
-    """What a prediction rests on."""
+def notes_of(given: Format, machine: Machine, *, caches: bool = True) -> tuple[str, ...]:
+    """What a prediction rests on. caches: whether the model has a KV cache."""
     notes = []
     if not machine.measured:
         notes.append("peaks are the vendor's, the shares of them that kernels reach are assumed")
@@ -248,7 +248,7 @@ def notes_of(given: Format, machine: Machine) -> tuple[str, ...]:
         )
     if given.prompts is not None:
         notes.append("the language model has a second form for prompts")
-    if _two_caches(machine):
+    if caches and _two_caches(machine):
         notes.append("this TensorRT keeps the KV cache twice")
     return tuple(notes)
 

@@ -86,7 +86,7 @@ class TowerPlanner:
             channels=self._model.channels,
             largest_batch=min(max((room - weights - runtime) // image, 0), MOST),
             peaks_measured=machine.measured,
-            notes=notes_of(given, machine),
+            notes=notes_of(given, machine, caches=False),
         )
 
     def time(self, images: int, given: Format, size: int, machine: Machine) -> Time:

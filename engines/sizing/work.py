@@ -16,7 +16,10 @@ from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.cost import count, image_axes, read_bytes, weight_bits
 
 _PRODUCTS = ("linear", "unembed", "conv", "layer_merge")
-_ATTENTION = ("attention", "attention_cached", "attention_rotary", "ms_deform_attn")
+_ATTENTION = (
+    *("attention", "attention_cached", "attention_relative", "attention_rotary"),
+    "ms_deform_attn",
+)
 _FEW_INPUTS = 64  # inputs per output below which a convolution is depthwise
 
 

@@ -75,7 +75,7 @@ def test_inspect_tells_a_bundle_by_what_it_holds(ready: Path) -> None:
 
 
 def test_inspect_tells_a_checkpoint_by_its_parts() -> None:
-    data, lines = summary.inspect_checkpoint(CHECKPOINT, reader())
+    data, lines = summary.inspect_checkpoint(CHECKPOINT, Options(torch_reader=reader()))
     assert (data["kind"], data["system"]) == ("checkpoint", "llava")
     assert lines[0] == "checkpoint of system llava: clip, mlp, llama"
 

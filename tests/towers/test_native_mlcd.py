@@ -17,6 +17,7 @@ from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
 from edgevlm.toolkit.vlm.components import components
+from edgevlm.training.towers.models import open_tower
 from tests.conftest import golden_case
 
 Tensors = dict[str, torch.Tensor]
@@ -67,6 +68,25 @@ def test_the_original_s_embeddings(
     config: Any = bundle.model.encoders[0].config
     assert (config.num_heads, config.num_layers, config.pixels) == (4, 4, pixels.shape[2:])
     np.testing.assert_allclose(embedded(bundle, pixels), expected, atol=tolerance)
+
+
+def test_a_training_begins_with_one(stored: Tensors, tmp_path: Path) -> None:
+    golden = golden_case("mlcd_vit_rope2d")
+    pixels = np.load(golden / "inputs.npz")["square"]
+    file = native(56, tmp_path, {f"_orig_mod.{k}": t for k, t in stored.items()})
+    for size in (None, 56):
+        tower = open_tower(str(file), image_size=size)
+        assert tower.config.pixels == (56, 56)
+        with torch.no_grad():
+            found = tower.eval()(torch.from_numpy(pixels)).numpy()
+        expected = np.load(golden / "outputs.npz")["square.pooled"]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        (tmp_path / "preprocessor_config.json").unlink(missing_ok=True)  # the size may be given
+    with pytest.raises(ConfigError, match="state no size of images"):
+        open_tower(str(file))
+    torch.save(stored | {"head": torch.zeros(2)}, file)
+    with pytest.raises(CheckpointError, match="head"):
+        open_tower(str(file), image_size=56)
 
 
 def test_what_is_almost_one_is_refused_by_name(stored: Tensors, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from edgevlm.toolkit.bundle.manifest import MANIFEST, Bundle, ComponentRecord, F
 from edgevlm.toolkit.checkpoints import hub
 from edgevlm.toolkit.checkpoints.layouts.source import AnySource, Options
 from edgevlm.toolkit.checkpoints.safetensors_io import STORAGE
-from edgevlm.toolkit.checkpoints.weights import TorchReader
 from edgevlm.toolkit.errors import BundleError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.strict import read_json, to_plain
@@ -163,8 +162,11 @@ def generation_data(model: Model) -> dict[str, Any]:
     return {} if isinstance(model, TowerConfig) else dict(model.generation.stated())
 
 
-def inspect(path: Path, torch_reader: TorchReader | None) -> tuple[Any, list[str]]:
-    """What a bundle, saved profile or checkpoint is. Raises BundleError for anything else."""
+def inspect(path: Path, options: Options) -> tuple[Any, list[str]]:
+    """What a bundle, saved profile or checkpoint is. Raises BundleError for anything else.
+
+    options: how a checkpoint is read.
+    """
     if (path / MANIFEST).exists():
         return inspect_bundle(path)
     if path.suffix == ".json" and path.is_file():
@@ -172,7 +174,7 @@ def inspect(path: Path, torch_reader: TorchReader | None) -> tuple[Any, list[str
     if trained.is_trained(path):
         return inspect_trained(path)
     if (path / "config.json").exists() or (path.is_file() and path.suffix in hub.FILES):
-        return inspect_checkpoint(path, torch_reader)
+        return inspect_checkpoint(path, options)
     raise unknown(path)
 
 
@@ -202,9 +204,9 @@ def inspect_profile(path: Path) -> tuple[Any, list[str]]:
     return {"kind": "profile"} | data, table(("profile", "value"), rows)
 
 
-def inspect_checkpoint(path: Path, torch_reader: TorchReader | None) -> tuple[Any, list[str]]:
+def inspect_checkpoint(path: Path, options: Options) -> tuple[Any, list[str]]:
     """Which system a checkpoint is of, and its components."""
-    return _described(systems.load_any(path, Options(torch_reader=torch_reader)), "fp32", path)
+    return _described(systems.load_any(path, options), "fp32", path)
 
 
 def inspect_trained(path: Path) -> tuple[Any, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.bundle.atomic import writing
-from edgevlm.toolkit.checkpoints.layouts import unicom_file
+from edgevlm.toolkit.checkpoints.layouts import native_mlcd, unicom_file
 from edgevlm.toolkit.checkpoints.layouts.source import find_prefix
 from edgevlm.toolkit.checkpoints.weights import Checkpoint, Recipes, check_tables
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
-from edgevlm.toolkit.models.encoders import unicom
+from edgevlm.toolkit.models.encoders import mlcd, unicom
 from edgevlm.toolkit.models.recipes import Recipe, transposed
 from edgevlm.training.towers.tower import Tower, tokens_only
 
@@ -40,10 +40,13 @@ def read_tower(tower: Tower, checkpoint: Checkpoint) -> None:
     CheckpointError for tensors that are missing, unexpected or of another shape.
     """
     table = dict(_names(tower))
-    known = unicom_file.prefix_in(checkpoint) if tower.kind == "unicom" else None
+    native = native_mlcd.prefix_in(checkpoint) if tower.kind == "mlcd" else None
+    known = unicom_file.prefix_in(checkpoint) if tower.kind == "unicom" else native
+    if native is not None:
+        table = dict(mlcd.native_embed_names(tower.config))
     prefix = find_prefix(table, checkpoint, *PREFIXES) if known is None else known
     table = {name: recipe.below(prefix) for name, recipe in table.items()}
-    unused = [f"{prefix}feature.*"] if tower.kind == "unicom" else _BESIDE
+    unused = _unused(tower.kind, prefix, native=native is not None)
     check_tables([(table, tower.shapes())], checkpoint, unused)
     state = {name: np.asarray(x, np.float32) for name, x in Recipes(table, checkpoint).items()}
     if tower.kind == "unicom":
@@ -59,6 +62,13 @@ def read_tower(tower: Tower, checkpoint: Checkpoint) -> None:
     # ascontiguousarray makes a scalar (the batch counter) a vector
     tensors = {k: torch.from_numpy(np.array(v, order="C")) for k, v in state.items()}
     tower.load_state_dict(tensors)
+
+
+def _unused(kind: str, prefix: str, *, native: bool) -> Sequence[str]:
+    """Globs of tensors that a tower's file may hold and that are not read."""
+    if native:
+        return [prefix + name for name in native_mlcd.UNUSED]
+    return [f"{prefix}feature.*"] if kind == "unicom" else _BESIDE
 
 
 def published(tower: Tower) -> dict[str, Tensor]:

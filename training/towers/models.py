@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edgevlm.toolkit import models
 from edgevlm.toolkit.checkpoints import hub
-from edgevlm.toolkit.checkpoints.layouts import unicom_file
+from edgevlm.toolkit.checkpoints.layouts import native_mlcd, unicom_file
 from edgevlm.toolkit.checkpoints.layouts.source import Options, read_encoder
+from edgevlm.toolkit.checkpoints.layouts.towers import read_rule
 from edgevlm.toolkit.checkpoints.weights import Checkpoint, open_checkpoint, open_file
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.models.encoders import unicom
@@ -41,8 +43,8 @@ def open_tower(
     """The tower that `model` names, in float32.
 
     model: a folder or model id of a CLIP or MLCD tower, or of a UNICOM that was saved here; a .pt
-    file of UNICOM; random:PRESET; or random:KIND=FILE, where FILE is a config.json. image_size:
-    resize to it. Raises ConfigError and CheckpointError.
+    file of UNICOM, or of MLCD in its native names; random:PRESET; or random:KIND=FILE, where FILE
+    is a config.json. image_size: resize to it. Raises ConfigError and CheckpointError.
     """
     options = Options(ignore_keys=tuple(ignore_keys), offline=offline)
     checkpoint: Checkpoint | None = None
@@ -50,7 +52,7 @@ def open_tower(
         kind, config = _random(model.removeprefix(RANDOM), options)
     elif Path(model).is_file():
         checkpoint = _file(Path(model))
-        kind, config = "unicom", _unicom_config(checkpoint, Path(model))
+        kind, config = _in_file(checkpoint, Path(model), image_size, options)
     else:
         folder = hub.locate(model, revision=None, offline=offline)
         kind, config = _described(folder / "config.json", options)
@@ -98,6 +100,28 @@ def _file(path: Path) -> Checkpoint:
     return Checkpoint(dict.fromkeys(stored.keys(), stored), str(path))
 
 
+def _in_file(
+    checkpoint: Checkpoint, path: Path, image_size: int | None, options: Options
+) -> tuple[str, Any]:
+    """Kind and configuration of a weight file: UNICOM's, or MLCD's in its native names, which state
+    no size of images: that is image_size, or the preprocessing's beside the file.
+    """
+    prefix = native_mlcd.prefix_in(checkpoint)
+    if prefix is None or unicom_file.prefix_in(checkpoint) is not None:
+        return "unicom", _unicom_config(checkpoint, path)
+    beside = path.with_name("preprocessor_config.json")
+    if image_size is None and not beside.exists():
+        raise ConfigError(
+            f"{path} is an MLCD in its native names, which state no size of images",
+            hint="say it: --image-size; or put the preprocessor_config.json of the published tower "
+            "beside it",
+        )
+    given = None if image_size is None else (image_size, image_size)
+    size = given or read_rule(path.parent, options).size
+    found = native_mlcd.config_of(checkpoint, prefix, size)
+    return "mlcd", replace(found, taps=(found.num_layers,), class_token=True)
+
+
 def _unicom_config(checkpoint: Checkpoint, path: Path) -> unicom.Config:
     """From the shapes of UNICOM's tensors, and a config.json beside the file if there is one."""
     beside = path.with_name("config.json")
@@ -108,7 +132,7 @@ def _unicom_config(checkpoint: Checkpoint, path: Path) -> unicom.Config:
     if prefix is None:
         raise CheckpointError(
             f"{path} is no UNICOM: it has no tensor patch_embed.proj.weight",
-            hint="CLIP and MLCD towers are read from their folders",
+            hint="CLIP towers are read from their folders",
         )
     hidden = checkpoint.shape(f"{prefix}patch_embed.proj.weight")[0]
     if hidden not in unicom_file.HEADS:

@@ -15,7 +15,7 @@ from edgevlm.engines.runtime import memory
 from edgevlm.engines.sizing import rates, work
 from edgevlm.engines.sizing.predict import Asked, Format, Planner
 from edgevlm.toolkit import systems
-from edgevlm.toolkit.ops.costs import Cost
+from edgevlm.toolkit.ops.costs import COSTS, Cost
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.target import DEVICES, Target
 from edgevlm.toolkit.vlm.config import ModelConfig
@@ -170,6 +170,11 @@ def test_this_processor_is_measured() -> None:
     assert any("second form" in note for note in int4["notes"])
 
 
+def test_every_kind_of_attention_has_its_rate() -> None:
+    kinds = {op for op in COSTS if "attention" in op or "attn" in op}
+    assert kinds == set(work._ATTENTION)
+
+
 def test_masks_are_behind_the_first_token() -> None:
     """SAM's encoder sees one image, whatever the views of the tower, and only behind an answer."""
     from edgevlm.engines.profiling.roofline import question
@@ -200,6 +205,7 @@ def test_a_tower_has_images_a_second() -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == pytest.approx(2 * 304e6, rel=0.01)
     assert found[0]["images_per_s"] > 10 * found[3]["images_per_s"]
+    assert not any("KV cache" in note for p in found for note in p["notes"])
 
 
 def test_memory_of_a_tower_is_what_embedding_asks_for() -> None:
