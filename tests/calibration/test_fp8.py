@@ -131,7 +131,12 @@ def test_bundle_reference_and_engine_agree(in_fp8: Path, images: Path, tmp_path:
     assert written.manifest.plan.at("lm/head") == "float"
     for actual, expected in replayed(written):
         assert relative_difference(actual, expected) < 1e-5
-    made = api.build_engine(in_fp8, tmp_path / "e")
+    said: list[str] = []
+    made = api.build_engine(in_fp8, tmp_path / "e", progress=said.append)
+    assert any("FP8 is multiplied as float32: neither smaller nor faster" in x for x in said)
+    told = {d.why for d in made.lowering if d.op == "DequantizeLinear"}
+    assert len(told) == 2
+    assert any("written as the floats" in why for why in told)
     assert max(made.build.kernel_differences.values()) < 1e-3 < TOLERANCE["fp8"]
     assert all(1e-3 < loss < 0.2 for loss in made.build.precision_losses.values())
     with Session.open(tmp_path / "e") as session:
