@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,9 +35,10 @@ OPENVINO: tuple[tuple[str, str, dict[str, str]], ...] = (
 )
 CMAKE = (
     "-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF "
-    "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF "
-    "-DLLAMA_BUILD_UI=OFF"
+    "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF "
+    "-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_SERVER=ON"
 ).split()
+LLAMA_FORMS = {"Q8_0": "f16", "Q4_0": "f16", "f32": "f32"}  # and the projector's format
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def checkpoint(place: Place) -> Path:
 # -- ours ----------------------------------------------------------------------------------------
 
 
-def edgevlm(place: Place) -> list[Setting]:
+def edgevlm(place: Place, forms: Sequence[str] = OURS) -> list[Setting]:
     """A bundle of the checkpoint, and engines of it; again when our sources have changed."""
     key, source = sources(), checkpoint(place)
     words = {name: ("--precision", name, "--accept-loss", "1") for name in OURS[1:]}
@@ -85,7 +86,7 @@ def edgevlm(place: Place) -> list[Setting]:
 
     bundle = place.once(place.models / "edgevlm-bundle", export, key)
     rows = []
-    for name in OURS:
+    for name in forms:
         make = partial(build, bundle, name)
         engine = place.once(place.models / f"edgevlm-{name}", make, key)
         rows.append(Setting(name, "edgevlm_side", engine))
@@ -191,7 +192,7 @@ def genai(place: Place) -> list[Setting]:
 # -- llama.cpp -----------------------------------------------------------------------------------
 
 
-def llama(place: Place) -> list[Setting]:
+def llama(place: Place, forms: Sequence[str] = tuple(LLAMA_FORMS)) -> list[Setting]:
     """Built from the sources that llama-cpp-python carries; three forms of the language model."""
     source = checkpoint(place)
     home, declarations = built(place)
@@ -208,16 +209,19 @@ def llama(place: Place) -> list[Setting]:
         python, lm = place.python("transformers"), place.models / "lm"
         place.run([python, "-m", module, "lm", upstream, lm, out], {"PYTHONPATH": path})
 
-    def quantize(kind: str, out: Path) -> None:
-        place.run([home, "-m", module, "quantize", full, out, kind], here)
+    def full() -> Path:
+        return place.once(place.models / "lm-f32.gguf", whole)
 
-    full = place.once(place.models / "lm-f32.gguf", whole)
+    def quantize(kind: str, out: Path) -> None:
+        place.run([home, "-m", module, "quantize", full(), out, kind], here)
+
     rows = []
-    for kind, eyes in (("Q8_0", "f16"), ("Q4_0", "f16"), ("f32", "f32")):
+    for kind in forms:
+        eyes = LLAMA_FORMS[kind]
         file = place.models / f"projector-{eyes}.gguf"
         vision = place.once(file, partial(projector, eyes))
         model = place.models / f"lm-{kind}.gguf"
-        model = full if kind == "f32" else place.once(model, partial(quantize, kind))
+        model = full() if kind == "f32" else place.once(model, partial(quantize, kind))
         words = {"projector": str(vision), "version": LLAMA}
         files = (model, vision)
         rows.append(Setting(f"{kind} + {eyes}", "llama_side", model, words, here, files))
@@ -243,17 +247,32 @@ def built(place: Place) -> tuple[Path, Path]:
 
     place.once(folder / "sdist", unpack)
     declarations = folder / "sdist" / f"llama_cpp_python-{LLAMA}"
-    upstream = declarations / "vendor" / "llama.cpp"
 
     def build(out: Path) -> None:
-        tool = shutil.which("cmake") or str(place.tool("llama.cpp", "cmake"))
-        compiled = folder / "build"
-        place.run([tool, "-S", upstream, "-B", compiled, *CMAKE])
-        place.run([tool, "--build", compiled, "-j1", "--target", "mtmd"], limit_s=4 * 3600)
-        out.symlink_to(compiled / "bin")
+        out.symlink_to(_compiled(place, declarations, "mtmd"))
 
     place.once(declarations / "llama_cpp" / "lib", build)
     return home, declarations
+
+
+def llama_server(place: Place) -> Path:
+    """llama.cpp's server, from the same sources, without its page."""
+    _, declarations = built(place)
+
+    def build(out: Path) -> None:
+        out.symlink_to(_compiled(place, declarations, "llama-server") / "llama-server")
+
+    return place.once(place.work / "llama.cpp" / "llama-server", build)
+
+
+def _compiled(place: Place, declarations: Path, target: str) -> Path:
+    """The folder of what was compiled, with `target` in it."""
+    tool = shutil.which("cmake") or str(place.tool("llama.cpp", "cmake"))
+    compiled = place.work / "llama.cpp" / "build"
+    source = (declarations / "vendor" / "llama.cpp").resolve()
+    place.run([tool, "-S", source, "-B", compiled, *CMAKE])
+    place.run([tool, "--build", compiled, "-j1", "--target", target], limit_s=4 * 3600)
+    return compiled / "bin"
 
 
 def llama_size(place: Place) -> float:

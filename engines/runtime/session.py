@@ -31,6 +31,7 @@ from edgevlm.engines.runtime.reply import Answer as Answer
 from edgevlm.engines.runtime.reply import Reply as Reply
 from edgevlm.engines.runtime.reply import Token as Token
 from edgevlm.engines.runtime.segmentation import Mask, Segmentation
+from edgevlm.engines.runtime.two_forms import TwoForms
 from edgevlm.engines.runtime.vision import Features, Vision, side_by_side
 from edgevlm.toolkit.bundle.manifest import TOKENIZER
 from edgevlm.toolkit.errors import BundleError, InputError
@@ -76,7 +77,8 @@ class Session:
         self.segmentation = _segmentation(self.model, self.tokenizer, runners)
         self.threads = threads or threads_here()
         self._runners = runners
-        self._lm = runners[self.model.lm.name]
+        self._lm = lm = runners[self.model.lm.name]
+        self._tokens_form = lm.tokens if isinstance(lm, TwoForms) else lm
         self.states = StatePool(self._lm.new_state, replies, partial(_require_state, engine))
         self._turns, self._closed = Turns(), False
         # Every decode step takes feature rows too: a single one that no position refers to.
@@ -193,10 +195,12 @@ class Session:
     ) -> Array:
         """Read several tokens into a state of one slot, which holds `start` others before them.
 
-        Returns logits [scored, vocab] of the last `scored` ones, valid until the next call. Raises
-        AccuracyError if they are no numbers.
+        Returns logits [scored, vocab] of the last `scored` ones, valid until the next call. A piece
+        of which all is scored is read in the form for tokens. Raises AccuracyError if logits are no
+        numbers.
         """
         length = piece.length
+        lm = self._tokens_form if scored == length else self._lm
         inputs = {
             "ids": piece.ids,
             "rows": piece.rows,
@@ -206,7 +210,7 @@ class Session:
         }
         with self._turns:
             self._check_open()
-            logits = np.asarray(self._lm.run(inputs, state)["logits"][0])
+            logits = np.asarray(lm.run(inputs, state)["logits"][0])
         return finite(self.model.lm.name, "logits", logits)
 
     def decode(self, token: int, position: int, state: State) -> Array:

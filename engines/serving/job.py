@@ -171,11 +171,11 @@ class Job(Reply):
 
 
 def _chosen(logits: Array, token: int, most: int) -> Chosen:
-    values = logits.astype(np.float64)
-    values -= values.max()
-    values -= np.log(np.exp(values).sum())
+    """The exponentials are those of float32, 150,000 of which take a fifth of a millisecond."""
+    largest = float(logits.max())
+    shift = largest + float(np.log(np.exp(logits - np.float32(largest)).sum(dtype=np.float64)))
     best: Sequence[int] = []
     if most:
-        ids = np.argpartition(-values, min(most, len(values) - 1))[:most]
-        best = [int(i) for i in ids[np.argsort(-values[ids], kind="stable")]]
-    return Chosen(float(values[token]), tuple((i, float(values[i])) for i in best))
+        ids = np.argpartition(-logits, min(most, len(logits) - 1))[:most]
+        best = [int(i) for i in ids[np.argsort(-logits[ids], kind="stable")]]
+    return Chosen(float(logits[token]) - shift, tuple((i, float(logits[i]) - shift) for i in best))

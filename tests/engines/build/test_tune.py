@@ -28,6 +28,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import Options
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import Precision
 from edgevlm.toolkit.target import parse, this_cpu
+from edgevlm.toolkit.text.prompts import PromptSequence
 from edgevlm.toolkit.vlm import components
 from tests.conftest import HERE
 from tests.pipeline import LOSS_IN_4_BITS, ask, engine_of, silent
@@ -177,6 +178,10 @@ def test_a_prompt_is_read_in_one_form_and_answered_in_the_other(
         expected = blocks.decode(int(ids[0, 8]), 8, state)
         np.testing.assert_array_equal(found, expected)
         assert both.layers() is not None
+        guessed = PromptSequence(ids[:, :4], np.full((1, 4), -1))
+        rows_of = [s.read_piece(guessed, 0, inputs["features"], s.new_state(), 4).copy()
+                   for s in (both, blocks)]  # fmt: skip
+        np.testing.assert_array_equal(*rows_of)  # in one call of the form for tokens
 
 
 def test_a_bundle_in_4_bits_gets_a_second_form_too(
