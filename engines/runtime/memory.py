@@ -98,7 +98,7 @@ def images_at_a_time(engine: Engine) -> int:
     an image on one core alone, 1.66 in pairs, 2.03 in sixes. A card has its own, and many cores.
     """
     target = engine.parsed_target()
-    if target.of_tensorrt or target.backend == CUDA:
+    if target.on_card:
         return _ON_CARDS
     size = element_bytes(target, engine.dtype) * _largest(engine.parsed_model(), 0)
     return max(1, min(_CACHED_BYTES // size, _MOST_AT_A_TIME))

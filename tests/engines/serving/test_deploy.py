@@ -23,7 +23,7 @@ def test_the_configuration_says_what_was_asked_for(
 ) -> None:
     out = tmp_path / "a folder" / "out"
     deploy("ray", str(engine), str(out), "--slots", "3", "--threads", "2", "--name", 'my "model"')
-    assert f"next: serve run {out}/serve.yaml" in capsys.readouterr().out
+    assert f"next: serve run '{out}/serve.yaml'" in capsys.readouterr().out
     found = yaml.safe_load((out / "serve.yaml").read_text())
     (application,) = found["applications"]
     arguments = {"engine": str(engine), "name": 'my "model"', "slots": 3, "threads": 2}
