@@ -323,6 +323,8 @@ def main() -> None:
         from edgevlm.training.processes import leave
 
         leave(code)
+    if code == 130 and interrupts.came:
+        failures.leave(code)
     sys.exit(code)
 
 
