@@ -174,6 +174,7 @@ class Session:
     ) -> Features:
         """Features of all images; see Vision.encode."""
         if not images:  # without waiting for the images of others
+            self._check_open()
             return self.vision.encode((), clock)
         with self._seeing:
             self._check_open()

@@ -96,6 +96,7 @@ curl -s localhost:8000/v2/models/{name}/generate_stream \\
 
 ```python
 import queue
+from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc as grpc  # pip install 'tritonclient[grpc]'
@@ -107,24 +108,23 @@ def tensor(name, kind, array):
     return found
 
 
-image = open("photo.jpg", "rb").read()
+image = Path("photo.jpg").read_bytes()
 inputs = [
     tensor("prompt", "BYTES", np.array([b"What is in the image?"], object)),
     tensor("image", "BYTES", np.array([image], object)),
     tensor("stream", "BOOL", np.array([True])),
 ]
 responses = queue.Queue()
-client = grpc.InferenceServerClient("localhost:8001")
-client.start_stream(lambda result, error: responses.put((result, error)))
-client.async_stream_infer("{name}", inputs)
-while True:
-    result, error = responses.get()
-    if error:
-        raise error
-    print(result.as_numpy("text")[0].decode(), end="", flush=True)
-    if result.as_numpy("finish_reason")[0]:
-        break
-client.stop_stream()
+with grpc.InferenceServerClient("localhost:8001") as client:
+    client.start_stream(lambda result, error: responses.put((result, error)))
+    client.async_stream_infer("{name}", inputs)
+    while True:
+        result, error = responses.get()
+        if error:
+            raise error
+        print(result.as_numpy("text")[0].decode(), end="", flush=True)
+        if result.as_numpy("finish_reason")[0]:
+            break
 ```
 """
 _EMBEDDINGS = """\
@@ -132,14 +132,16 @@ Input `image`: BYTES [batch, 1], files of images or data URLs. Output `embedding
 [batch, {channels}]. Requests are batched; an image that cannot be read fails its own request alone.
 
 ```python
+from pathlib import Path
+
 import numpy as np
 import tritonclient.grpc as grpc  # pip install 'tritonclient[grpc]'
 
-client = grpc.InferenceServerClient("localhost:8001")
-files = [open(name, "rb").read() for name in ("a.jpg", "b.jpg")]
+files = [Path(name).read_bytes() for name in ("a.jpg", "b.jpg")]
 images = grpc.InferInput("image", [len(files), 1], "BYTES")
 images.set_data_from_numpy(np.array(files, object)[:, None])
-print(client.infer("{name}", [images]).as_numpy("embedding").shape)
+with grpc.InferenceServerClient("localhost:8001") as client:
+    print(client.infer("{name}", [images]).as_numpy("embedding").shape)
 ```
 """
 _WITHOUT = """\

@@ -21,13 +21,13 @@ from edgevlm.engines.serving.batch_parts import Settings
 from edgevlm.toolkit.terminal.console import Console
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.scale, pytest.mark.slow]
 PARTS, TOKENS = 60, 48
 
 
 @pytest.fixture(autouse=True)
 def _needs_ray() -> None:
-    pytest.importorskip("ray", reason="needs Ray: make test-ray installs it")
+    pytest.importorskip("ray", reason="needs Ray: make test-scale installs it")
     if (psutil.cpu_count() or 1) < 2:
         pytest.skip("two processes with a thread each need two processors")
 
