@@ -108,9 +108,9 @@ def finish(work: Work, parts: Sequence[Part], share: Share) -> Iterator[Done]:
     """
     if not parts:
         return
-    import ray
+    import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # which the import has set otherwise
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
