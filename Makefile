@@ -2,6 +2,7 @@
 # make demo-exact   every step on a tiny model of random weights, equal to the original, no torch
 # make test    the test suite
 # make test-rtx     NVIDIA's builder on this machine, which needs no card; installs it (docs/tensorrt.md)
+# make test-scale   a batch on Ray, and Triton's own client; installs both (docs/serving.md)
 # make test-kernels   fused kernels for every card, without one; installs Triton (docs/extending.md)
 # make fuzz N=60000   mutated images, requests, checkpoints, bundles and engines; S=1 chooses others
 # make gpu     kernels and engines on this machine's graphics card, six minutes; needs torch for CUDA
@@ -27,7 +28,7 @@ HEADERS := v10.3.0 v11.1
 CODE := __init__.py api.py cli.py requantize.py sizing.py toolkit export engines training calibration tests examples benchmarks
 
 .NOTPARALLEL:
-.PHONY: demo demo-exact test test-rtx test-kernels fuzz gpu check types bench docs wheel clean distclean
+.PHONY: demo demo-exact test test-rtx test-scale test-kernels fuzz gpu check types bench docs wheel clean distclean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo
@@ -36,10 +37,13 @@ demo-exact: $(VENV)/.demo-exact
 	$(BIN)/python -m examples.demo_exact
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS) -m 'not rtx and not kernels'
+	$(BIN)/python -m pytest -n $(JOBS) -m 'not rtx and not scale and not kernels'
 
 test-rtx: $(VENV)/.rtx
 	$(BIN)/python -m pytest -m rtx tests/rtx
+
+test-scale: $(VENV)/.scale
+	$(BIN)/python -m pytest -m scale tests/engines/serving
 
 test-kernels: $(VENV)/.kernels
 	$(BIN)/python -m pytest tests/kernels tests/engines/plugins
@@ -115,6 +119,10 @@ $(VENV)/.docs: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.rtx: $(VENV)/.dev
 	@$(INSTALL) --no-build-isolation --editable '.[tensorrt-rtx]'
+	@touch $@
+
+$(VENV)/.scale: $(VENV)/.dev
+	@$(INSTALL) --no-build-isolation --editable '.[ray]' 'tritonclient[grpc]'
 	@touch $@
 
 # TensorRT's bindings are read by a stand-in, and not installed; its headers are open source. Tests

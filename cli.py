@@ -14,7 +14,7 @@ try:
     import typer
 
     from edgevlm.calibration import command as calibration
-    from edgevlm.engines.verbs import chat, deploy, embed, profile, run, serve, verify
+    from edgevlm.engines.verbs import batch, chat, deploy, embed, profile, run, serve, verify
     from edgevlm.engines.verbs import eval as evaluation
     from edgevlm.engines.verbs import selftest as trying
     from edgevlm.toolkit.terminal import flags
@@ -296,6 +296,7 @@ for _verb in (
     profile.profile,
     verify.verify,
     embed.embed,
+    batch.batch,
 ):
     app.command()(_verb)
 app.command("eval")(evaluation.evaluate)
@@ -328,6 +329,8 @@ def main() -> None:
         from edgevlm.training.processes import leave
 
         leave(code)
+    if code == 130 and interrupts.came:
+        failures.leave(code)
     sys.exit(code)
 
 

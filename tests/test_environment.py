@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def test_a_package_that_is_there_and_broken_is_not_called_missing() -> None:
 def test_an_interrupt_that_a_callback_loses_prints_no_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGALRM
+    before = [signal.getsignal(number) for number in numbers]
     hook = sys.unraisablehook
     try:
         interrupts = failures.Interrupts()
@@ -111,6 +113,8 @@ def test_an_interrupt_that_a_callback_loses_prints_no_traceback(
                 raise KeyboardInterrupt
 
         Odd()
+        with pytest.raises(KeyboardInterrupt):  # it comes again
+            time.sleep(20)
         assert capsys.readouterr().err == ""
         assert failures.told(ValueError("x"), debug=False, came=lambda: interrupts.came) == 130
         assert capsys.readouterr().err == INTERRUPTED
@@ -118,7 +122,7 @@ def test_an_interrupt_that_a_callback_loses_prints_no_traceback(
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         sys.unraisablehook = hook
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 

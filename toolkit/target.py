@@ -69,6 +69,11 @@ class Target:
         """Whether its engines are plans, of either product."""
         return self.backend.startswith("tensorrt")
 
+    @property
+    def on_card(self) -> bool:
+        """Whether its engines run on a graphics card."""
+        return self.of_tensorrt or self.backend == CUDA
+
     def holds(self, arch: str) -> bool:
         """Whether `arch` is one of those that the target is for."""
         return arch in self.arch.split("+")

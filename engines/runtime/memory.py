@@ -103,7 +103,7 @@ def images_at_a_time(engine: Engine) -> int:
 
 def images_together(model: Model, target: Target, size: int) -> int:
     """The same for a tower that is not built; size: bytes of a float that it computes with."""
-    if target.of_tensorrt or target.backend == CUDA:
+    if target.on_card:
         return _ON_CARDS
     return max(1, min(_CACHED_BYTES // (size * _largest(model, 0)), _MOST_AT_A_TIME))
 

@@ -51,7 +51,8 @@ class Session:
     """An engine with its components loaded; a context manager that releases them.
 
     Several replies may be open at once, each with a KV state of its own, also in several threads:
-    a component runs for one of them at a time, in turns.
+    a component runs for one of them at a time, in turns. encodes_beside: whether encoders may run
+    while the language model does: on a card, components share an arena.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class Session:
         self._tokens_form = lm.tokens if isinstance(lm, TwoForms) else lm
         self.states = StatePool(self._lm.new_state, replies, partial(_require_state, engine))
         self._turns, self._closed = Turns(), False
+        self.encodes_beside = not engine.parsed_target().on_card
+        self._seeing = Turns() if self.encodes_beside else self._turns
         # Every decode step takes feature rows too: a single one that no position refers to.
         width: int = self.model.lm.config.hidden_size
         self._no_features = np.zeros((1, width), np.float32)
@@ -171,7 +174,10 @@ class Session:
         count: int | None = None,
     ) -> Features:
         """Features of all images; see Vision.encode."""
-        with self._turns:
+        if not images:  # without waiting for the images of others
+            self._check_open()
+            return self.vision.encode((), clock)
+        with self._seeing:
             self._check_open()
             return self.vision.encode(images, clock, tiles=tiles, count=count)
 
@@ -300,7 +306,9 @@ class Session:
 
     def close(self) -> None:
         """Release all components and states; open replies end with an InputError."""
-        with self._turns:
+        with ExitStack() as nobody_else:
+            for turns in {self._turns, self._seeing}:
+                nobody_else.enter_context(turns)
             if self._closed:
                 return
             self._closed = True

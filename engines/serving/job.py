@@ -93,6 +93,11 @@ class Job(Reply):
         self._clock_started = self._clock.now_ms()
         return self
 
+    @property
+    def has_images(self) -> bool:
+        """Whether anything is to be encoded, or to be found encoded."""
+        return bool(self._question.images)
+
     def place(self, images: ImageCache) -> None:
         """Encode the images, or find them encoded; then `sequence`, `features` and `key` are set.
 

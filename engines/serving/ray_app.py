@@ -34,12 +34,13 @@ def application(arguments: Mapping[str, Any]) -> Any:
     return serve.deployment(serve.ingress(replica)(), name=DEPLOYMENT).bind()
 
 
-def _app(engine: Path, name: str, slots: int, threads: int) -> Any:
+def _app(engine: Path, name: str, slots: int | None, threads: int) -> Any:
     """What a replica runs; its process ends with it."""
-    from edgevlm.engines.runtime.session import Session
     from edgevlm.engines.serving.limits import Limits
-    from edgevlm.engines.serving.scheduler import Scheduler
     from edgevlm.engines.serving.web.app import Options, create
+    from edgevlm.engines.serving.work import opened
 
-    session = Session.open(engine, threads=threads, replies=1)
-    return create(Scheduler(session, Limits(slots=slots)), Options(name))
+    working = opened(engine, Limits(), slots=slots, threads=threads)
+    app = create(working.__enter__(), Options(name))
+    app.state.working = working  # a context manager that nobody holds would close the engine
+    return app

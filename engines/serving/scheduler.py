@@ -1,7 +1,8 @@
 """Many answers at once on one session: prompts are read one at a time, in pieces, and between the
 pieces all answers that have begun get one more token, in one batch.
 
-The work is done in a thread of the scheduler's own. An answer does not depend on what else is
+The work is done in a thread of the scheduler's own; on a processor, images are encoded in another
+one beside it. An answer does not depend on what else is
 answered, to the last bit: kernels take rows two or four at a time and round a row that is left over
 in another way, so batches are filled up to a number of rows for which that does not happen
 (rows.py), and prompts are cut on a grid. Session.answer, which decodes one row, may therefore round
@@ -13,20 +14,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Condition, Thread
 
 import numpy as np
 
 from edgevlm.engines.manifest import PREFILL_CHUNK
-from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.clock import Clock
 from edgevlm.engines.runtime.session import Session
+from edgevlm.engines.serving.encoding import Encoding
 from edgevlm.engines.serving.image_cache import ImageCache
 from edgevlm.engines.serving.job import Failed, Job
 from edgevlm.engines.serving.limits import Busy, Limits, OutOfTime
 from edgevlm.engines.serving.rows import rows_together
-from edgevlm.engines.serving.slots import GRID, Slots
+from edgevlm.engines.serving.slots import GRID, Slots, require_memory
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.text.prompts import PromptSequence
@@ -67,13 +68,14 @@ class Scheduler:
             raise ConfigError("--strict and --speculate exclude each other")
         self.session, self.limits, self.strict = session, limits.check(), strict
         self.speculate = speculate
-        _require_memory(session, limits)
+        require_memory(session, limits)
         self.together, state = rows_together(session, limits.slots, strict=strict)
         self.slots = Slots(state, limits.slots)
         self.images = ImageCache(session, limits.image_cache_bytes)
         self.counts = Counts()
         self._no_rows = session.encode((), Clock()).rows
         self._changed = Condition()
+        self._encoding = Encoding(self.images, self._notify)
         self._waiting: deque[Job] = deque()
         self._reading: Job | None = None
         self._answering: list[Job] = []  # where slots are movable, job i is in slot i
@@ -98,8 +100,11 @@ class Scheduler:
 
     def cancel(self, job: Job) -> None:
         """Stop a job before its next token; it reports nothing more."""
+        job.cancelled = True
+        self._notify()
+
+    def _notify(self) -> None:
         with self._changed:
-            job.cancelled = True
             self._changed.notify()
 
     @property
@@ -109,8 +114,9 @@ class Scheduler:
 
     @property
     def active(self) -> int:
-        """Jobs that have a slot."""
-        return len(self._answering) + (self._reading is not None)
+        """Jobs that have a slot, or will have one when their images are encoded."""
+        begun = (self._reading, self._encoding.job)
+        return len(self._answering) + sum(job is not None for job in begun)
 
     def close(self, grace_s: float = 0.0) -> None:
         """Take no more jobs, give those there are `grace_s` seconds, and end the thread."""
@@ -122,12 +128,14 @@ class Scheduler:
             for job in self._jobs():
                 job.deadline = 0.0
         self._thread.join()
+        self._encoding.close()
 
     def _idle(self) -> int:
         return self.limits.slots - self.active
 
     def _jobs(self) -> list[Job]:
-        return [*self._waiting, *self._jobs_with_slots()]
+        encoding = [self._encoding.job] if self._encoding.job else []
+        return [*self._waiting, *encoding, *self._jobs_with_slots()]
 
     def _jobs_with_slots(self) -> list[Job]:
         return [*([self._reading] if self._reading else []), *self._answering]
@@ -137,8 +145,8 @@ class Scheduler:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._jobs():
-                    if self._closing:
+                while not self._due():
+                    if self._closing and not self._jobs():
                         return
                     self._changed.wait()
             self._drop()
@@ -146,26 +154,43 @@ class Scheduler:
             if self._answering:
                 self._guarded(self._step, list(self._answering))
 
+    def _due(self) -> bool:
+        """Whether there is anything to do but wait for an image that is being encoded."""
+        begun = self._answering or self._reading or self._encoding.ready
+        return bool(begun) or self._startable() is not None
+
+    def _startable(self) -> Job | None:
+        """The first waiting job that can begin, if there is a slot for it; while a job's images
+        are encoded, the first without images.
+        """
+        if self._reading is not None or not self._idle():
+            return None
+        busy = self._encoding.job is not None
+        return next((job for job in self._waiting if not (busy and job.has_images)), None)
+
     def _next(self) -> Job | None:
-        """The job whose prompt is to be read, if there is a slot for it."""
+        """The job that begins now, taken out of the queue."""
         with self._changed:
-            if self._reading is None and self._waiting and self._idle():
-                return self._waiting.popleft()
-        return None
+            job = self._startable()
+            if job is not None:
+                self._waiting.remove(job)
+            return job
 
     def _read_prompts(self) -> None:
-        """Read a piece of a prompt, or several prompts with little new; encode one at most."""
+        """Read a piece of a prompt, or several prompts with little new; where images are not
+        encoded beside, encode one at most.
+        """
         left, encoded = self._most(), self.images.misses
-        while left > 0 and self.images.misses == encoded:
-            job = self._reading or self._next()
+        beside = self.session.encodes_beside
+        while left > 0 and (beside or self.images.misses == encoded):
+            if self._reading is None:
+                self._begin_next()
+            job = self._reading
             if job is None:
                 return
-            if self._reading is None:
-                self._begin(job)
-            if self._reading is not None:
-                before = job.held
-                self._guarded(self._read_piece, [job])
-                left -= max(job.held - before, 1)
+            before = job.held
+            self._guarded(self._read_piece, [job])
+            left -= max(job.held - before, 1)
 
     def _most(self) -> int:
         """Tokens of prompts to read before the next step of the answers."""
@@ -175,7 +200,7 @@ class Scheduler:
         """End the jobs whose client has gone, and those that took too long."""
         now = time.monotonic()
         with self._changed:
-            jobs = self._jobs()
+            jobs = [*self._waiting, *self._jobs_with_slots()]
         for job in jobs:
             if job.cancelled:
                 self.counts.cancelled += 1
@@ -200,13 +225,33 @@ class Scheduler:
                 if job is self._reading or job in self._answering:
                     self._fail(job, odd, trusted=False)
 
-    def _begin(self, job: Job) -> None:
-        """Encode a job's images and give it a slot."""
-        try:
-            job.place(self.images)
-        except Exception as odd:
+    def _begin_next(self) -> None:
+        """Give a slot to a job whose images are encoded, or else to the next one that waits."""
+        while self._reading is None:
+            if self._encoding.ready:
+                job, failure = self._encoding.taken()
+                if not job.cancelled:
+                    self._begin(job, failure)
+                self.counts.cancelled += job.cancelled
+                continue
+            waiting = self._next()
+            if waiting is None:
+                return
+            if waiting.has_images and self.session.encodes_beside:
+                self._encoding.start(waiting)
+                continue
+            try:
+                waiting.place(self.images)
+            except Exception as odd:
+                self._begin(waiting, odd)
+            else:
+                self._begin(waiting, None)
+
+    def _begin(self, job: Job, failure: Exception | None) -> None:
+        """Give a slot to a job whose images are encoded; failure: why they are not."""
+        if failure is not None:
             self.counts.failed += 1
-            job.sink(Failed(odd))
+            job.sink(Failed(failure))
             return
         job.slot, job.held = self.slots.take(job.key, reuse=not self.strict)
         job.reused = job.held
@@ -348,13 +393,3 @@ class Scheduler:
         if self.slots.movable and job.slot != count:
             self._move(count, job.slot)
             self._answering.sort(key=lambda other: other.slot)
-
-
-def _require_memory(session: Session, limits: Limits) -> None:
-    """Raise OutOfMemory if the KV caches of all slots do not fit into what is free."""
-    one = memory.of_engine(session.engine)
-    caches = replace(
-        one, weights_bytes=0, activations_bytes=0, cache_bytes=one.cache_bytes * limits.slots
-    )
-    what = f"the KV cache of {limits.slots} slots"
-    memory.require(caches, what, session.engine.parsed_target())

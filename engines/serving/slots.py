@@ -8,11 +8,15 @@ must not depend on who asked before.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from edgevlm.engines.backends.state import State
+from edgevlm.engines.runtime import memory
+from edgevlm.engines.runtime.session import Session
+from edgevlm.engines.serving.limits import Limits
 from edgevlm.engines.serving.prompt_key import common
 from edgevlm.toolkit.ops.vocabulary import Array
 
@@ -93,3 +97,13 @@ class Slots:
     def _copy(self, source: int, target: int, begin: int, end: int) -> None:
         for array in self.state.arrays.values():
             array[target, :, begin:end] = array[source, :, begin:end]
+
+
+def require_memory(session: Session, limits: Limits) -> None:
+    """Raise OutOfMemory if the KV caches of all slots do not fit into what is free."""
+    one = memory.of_engine(session.engine)
+    caches = replace(
+        one, weights_bytes=0, activations_bytes=0, cache_bytes=one.cache_bytes * limits.slots
+    )
+    what = f"the KV cache of {limits.slots} slots"
+    memory.require(caches, what, session.engine.parsed_target())

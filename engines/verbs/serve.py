@@ -28,7 +28,10 @@ def serve(
     name: Annotated[
         Optional[str], typer.Option(help="The model's name; default: the engine's folder.")
     ] = None,
-    slots: Annotated[int, typer.Option(help="Answers at a time.")] = 8,
+    slots: Annotated[
+        Optional[int],
+        typer.Option(help="Answers at a time, 8; of a tower images, as many as suit it."),
+    ] = None,
     queue: Annotated[int, typer.Option(help="Requests that may wait for a slot.")] = 64,
     max_tokens: LongestAnswer = 2048,
     max_images: Annotated[int, typer.Option(help="Images of a request.")] = 16,
@@ -61,7 +64,7 @@ def serve(
     from edgevlm.engines.serving.limits import Limits
 
     limits = Limits(
-        slots,
+        Limits.slots,
         queue,
         max_body_bytes,
         max_image_bytes,
@@ -72,5 +75,5 @@ def serve(
         receive_timeout,
         image_cache_mb << 20,
     )
-    serving = Serving(host, port, api_key, name, grace, threads, strict, speculate)
+    serving = Serving(host, port, api_key, name, slots, grace, threads, strict, speculate)
     serve(engine, limits, serving, opened_console(as_json, quiet, threads=threads))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from edgevlm.toolkit import errors
 
 _INTERRUPTED = "interrupted; nothing half-written was left behind"
+_AGAIN_S = 0.05  # the callback that lost an interrupt has ended by then
 
 
 class Interrupts:
     """Ctrl-C and SIGTERM, from now on: a KeyboardInterrupt, and `came` remembers it.
 
-    Libraries make other errors of an interrupt, such as a failed import, or lose it in a callback.
+    Libraries make other errors of an interrupt, such as a failed import, or lose it in a callback:
+    then it comes once more, for what would go on without end, such as a server.
     """
 
     def __init__(self) -> None:
@@ -22,6 +26,7 @@ class Interrupts:
         signal.signal(signal.SIGTERM, self._raise)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's "&" ignores it
             signal.signal(signal.SIGINT, self._raise)
+        signal.signal(signal.SIGALRM, self._raise)
         sys.unraisablehook = self._lost
 
     def _raise(self, number: int, frame: object) -> None:
@@ -31,9 +36,12 @@ class Interrupts:
     def _lost(self, what: sys.UnraisableHookArgs) -> None:
         if not isinstance(what.exc_value, KeyboardInterrupt):
             sys.__unraisablehook__(what)
+        else:
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
 
     def end(self) -> None:
         """The command has ended: a further interrupt ends the process without a word."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
@@ -42,6 +50,18 @@ class Interrupts:
 def interrupted() -> int:
     """Say that the command was interrupted; its exit status."""
     return fail(_INTERRUPTED, "", 130)
+
+
+def leave(code: int) -> None:
+    """End this process at once, whatever its threads do.
+
+    While an interpreter ends, threads that load an engine are waited for, and what they hold may
+    abort the process ("terminate called without an active exception", exit code -6).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def told(error: BaseException, *, debug: bool, came: Callable[[], bool]) -> int:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import uvicorn
 
-from edgevlm.engines.serving.scheduler import Scheduler
 from edgevlm.engines.serving.web.app import Options, create
 from edgevlm.engines.serving.web.protocol import patient
+from edgevlm.engines.serving.work import Work
 from edgevlm.toolkit.errors import InputError
 
 _CONNECTIONS = 1000
@@ -47,7 +47,7 @@ def bound(address: Address) -> socket.socket:
 
 
 def run(
-    scheduler: Scheduler,
+    work: Work,
     options: Options,
     listening: socket.socket,
     grace_s: float,
@@ -57,9 +57,9 @@ def run(
 
     started: is called with the address once requests are taken.
     """
-    limits = scheduler.limits
+    limits = work.limits
     config = uvicorn.Config(
-        create(scheduler, options),
+        create(work, options),
         http=patient(limits.receive_s),
         ws="none",
         log_level="warning",
@@ -78,7 +78,7 @@ def run(
     except KeyboardInterrupt:  # uvicorn has stopped in good order, and raises the signal again
         pass
     finally:
-        scheduler.close()
+        work.close()
 
 
 class _Server(uvicorn.Server):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
@@ -12,32 +10,32 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgevlm.engines.runtime.sampling import Sampling
 from edgevlm.engines.runtime.session import Question
+from edgevlm.engines.serving.data_url import image_file
 from edgevlm.engines.serving.limits import Limits
 from edgevlm.toolkit.errors import InputError
-from edgevlm.toolkit.images import decode
-
-_PREFIX, _BASE64 = "data:image/", ";base64,"
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A body, or a part of one, with nothing unknown in it."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A piece of text."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(_Strict):
+class ImageUrl(Strict):
     """An image as a data URL, such as data:image/png;base64,...; other addresses are refused."""
 
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
 
 
-class ImagePart(_Strict):
+class ImagePart(Strict):
     """An image."""
 
     type: Literal["image_url"]
@@ -47,7 +45,7 @@ class ImagePart(_Strict):
 Part = Annotated[Union[TextPart, ImagePart], Field(discriminator="type")]
 
 
-class UserMessage(_Strict):
+class UserMessage(Strict):
     """A question: text, or parts. Its images stand before its text."""
 
     role: Literal["user"]
@@ -55,7 +53,7 @@ class UserMessage(_Strict):
     name: Union[str, None] = None
 
 
-class AssistantMessage(_Strict):
+class AssistantMessage(Strict):
     """An earlier answer."""
 
     role: Literal["assistant"]
@@ -64,7 +62,7 @@ class AssistantMessage(_Strict):
     refusal: None = None
 
 
-class SystemMessage(_Strict):
+class SystemMessage(Strict):
     """Instructions for the whole conversation. Their text stands in front of the first question:
     the models' templates have a system text of their own, with which they were trained.
     """
@@ -80,19 +78,19 @@ Message = Annotated[
 ]
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """include_usage: whether a last chunk states the tokens."""
 
     include_usage: bool = False
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """Text; there is no grammar that would force an answer into JSON."""
 
     type: Literal["text"]
 
 
-class ChatRequest(_Strict):
+class ChatRequest(Strict):
     """The body of /v1/chat/completions. temperature: 0, greedy, unless it is given."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -132,7 +130,7 @@ def read(body: bytes, limits: Limits) -> Asked:
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as odd:
-        raise InputError(_said(odd.errors(include_url=False, include_context=False)[0])) from None
+        raise InputError(said(odd.errors(include_url=False, include_context=False)[0])) from None
     instructions, conversation = _divided(request.messages)
     _check(request, conversation, len(request.messages) - len(conversation))
     turns, images, image_turns = _turns(conversation, len(instructions), limits)
@@ -153,7 +151,8 @@ def read(body: bytes, limits: Limits) -> Asked:
     return Asked(question, request.model, request.stream, usage, logprobs)
 
 
-def _said(error: Any) -> str:
+def said(error: Any) -> str:
+    """Which field is wrong, and how, by the first of pydantic's errors."""
     where = ".".join(str(step) for step in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown, or not implemented by this server"
@@ -223,30 +222,8 @@ def _turns(
         for place, part in enumerate([] if isinstance(parts, str) else parts):
             if isinstance(part, ImagePart):
                 where = f"messages.{before + number}.content.{place}.image_url.url"
-                images.append(_image(part.image_url.url, where, limits))
+                images.append(image_file(part.image_url.url, where, limits))
                 image_turns.append(number)
                 if len(images) > limits.images:
                     raise InputError(f"{where}: more than {limits.images} images")
     return turns, images, image_turns
-
-
-def _image(url: str, where: str, limits: Limits) -> bytes:
-    """The file in a data URL, whose size and pixels are within the limits."""
-    head, found, data = url.partition(_BASE64)
-    if not head.startswith(_PREFIX) or not found:
-        raise InputError(
-            f"{where}: {url[:40]!r} is not read: images come as data:image/...;base64,... only; "
-            "this server fetches no addresses and opens no files"
-        )
-    if len(data) // 4 * 3 > limits.image_bytes + 3:
-        raise InputError(f"{where}: an image has at most {limits.image_bytes} bytes")
-    try:
-        file = base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as odd:
-        raise InputError(f"{where}: not base64: {odd}") from None
-    width, height = decode.size_of(file)
-    if width * height > limits.image_pixels:
-        raise InputError(
-            f"{where}: {width} x {height} pixels; an image has at most {limits.image_pixels}"
-        )
-    return file

@@ -21,13 +21,14 @@ from edgevlm.engines.serving.limits import Limits
 from edgevlm.engines.serving.scheduler import Scheduler
 from edgevlm.engines.serving.web.app import Options, create
 from edgevlm.engines.serving.web.protocol import patient
+from edgevlm.engines.serving.work import Work
 
 JSON = {"Content-Type": "application/json"}
 
 
 @dataclass
 class Served:
-    """A running server."""
+    """A running server; scheduler: of an engine with a language model."""
 
     port: int
     scheduler: Scheduler
@@ -76,28 +77,35 @@ def serving(
 ) -> Iterator[Served]:
     """A server in a thread of its own, which is stopped at the end."""
     scheduler = Scheduler(session, limits, **how)
+    with listening(scheduler, options) as port:
+        yield Served(port, scheduler)
+
+
+@contextmanager
+def listening(work: Work, options: Options | None = None) -> Iterator[int]:
+    """The port of a server around `work`, both of which end with the block."""
     config = uvicorn.Config(
-        create(scheduler, options or Options("tiny")),
-        http=patient(limits.receive_s),
+        create(work, options or Options("tiny")),
+        http=patient(work.limits.receive_s),
         ws="none",
         log_level="error",
         access_log=False,
         timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     while not server.started:
         time.sleep(0.005)
     try:
-        yield Served(listening.getsockname()[1], scheduler)
+        yield bound.getsockname()[1]
     finally:
         server.should_exit = True
         thread.join()
-        scheduler.close()
-        listening.close()
+        work.close()
+        bound.close()
 
 
 def data_url(path: Path) -> str:

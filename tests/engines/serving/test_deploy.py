@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from edgevlm import cli
+from edgevlm.engines.runtime.embedding import Embedder
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.engines.serving import ray_app
 from edgevlm.toolkit.errors import BundleError, ConfigError, OutputError, ToolkitError
+from tests.engines.serving.served import data_url
 
 
 def deploy(*words: str) -> None:
@@ -23,7 +26,7 @@ def test_the_configuration_says_what_was_asked_for(
 ) -> None:
     out = tmp_path / "a folder" / "out"
     deploy("ray", str(engine), str(out), "--slots", "3", "--threads", "2", "--name", 'my "model"')
-    assert f"next: serve run {out}/serve.yaml" in capsys.readouterr().out
+    assert f"next: serve run '{out}/serve.yaml'" in capsys.readouterr().out
     found = yaml.safe_load((out / "serve.yaml").read_text())
     (application,) = found["applications"]
     arguments = {"engine": str(engine), "name": 'my "model"', "slots": 3, "threads": 2}
@@ -48,6 +51,16 @@ def test_what_a_replica_runs_answers(engine: Path) -> None:
         body = {"messages": [{"role": "user", "content": "Why?"}], "max_tokens": 6}
         found = client.post("/v1/chat/completions", json=body).json()
     assert found["choices"][0]["message"]["content"] == expected
+
+
+def test_what_a_replica_of_a_tower_runs_embeds(tower: Path, photos: list[Path]) -> None:
+    import starlette.testclient as web
+
+    with Embedder.open(tower, threads=1, batch=1) as one:
+        (expected,) = one.embed(photos[:1])
+    with web.TestClient(ray_app._app(tower, "tiny", None, 1)) as client:
+        found = client.post("/v1/embeddings", json={"input": data_url(photos[0])}).json()
+    assert np.array_equal(np.asarray(found["data"][0]["embedding"], np.float32), expected.vector)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from edgevlm.engines.runtime.embedding import Embedder, normalised
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.engines.serving.limits import Limits
+from edgevlm.engines.serving.work import opened
 from tests.engines.serving.conftest import GOLDEN
-from tests.engines.serving.served import serving
+from tests.engines.serving.served import listening, serving
 from tests.engines.serving.webdriver import browsing
 
 IMAGE = GOLDEN / "image.png"
@@ -58,3 +61,35 @@ def test_a_person_drops_an_image_asks_and_asks_again(session: Session, tmp_path:
         browser.wait(lambda: browser.run("return document.querySelectorAll('.error').length") == 1)
         assert "context" in browser.run("return document.querySelector('.error').textContent")
         assert all("400 (Bad Request)" in line for line in browser.errors())
+
+
+@pytest.mark.slow
+def test_a_person_compares_images_with_a_tower(
+    tower: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    with Embedder.open(tower, threads=1, batch=1) as one:
+        rows = normalised(
+            np.stack([e.vector for e in one.embed(photos[:3]) if e.vector is not None])
+        )
+    expected = [f"{value:.3f}" for value in (rows @ rows.T).reshape(-1).tolist()]
+    with opened(tower, Limits(), threads=1) as work, listening(work) as port, browsing() as browser:
+        browser.open(f"http://127.0.0.1:{port}")
+        browser.wait(lambda: not browser.run("return document.getElementById('similar').hidden"))
+        assert browser.run("return document.getElementById('chat').hidden")
+        browser.type("#file", "\n".join(map(str, photos[:3])))
+        browser.wait(
+            lambda: browser.run("return document.querySelectorAll('#drop img').length") == 3
+        )
+        browser.click("#embed")
+        browser.wait(
+            lambda: browser.run("return document.querySelectorAll('#near td').length") == 9
+        )
+        found = browser.run(
+            "return [...document.querySelectorAll('#near td')].map(e => e.textContent)"
+        )
+        assert found == expected
+        took = browser.run("return document.getElementById('took').textContent")
+        assert "3 embeddings of 32 channels" in took
+        place = os.environ.get("TOWER_PAGE_SCREENSHOT") or tmp_path / "page.png"
+        browser.screenshot(Path(place))
+        assert browser.errors() == []
