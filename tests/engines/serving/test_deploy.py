@@ -60,6 +60,7 @@ def test_what_a_replica_of_a_tower_runs_embeds(tower: Path, photos: list[Path]) 
         (expected,) = one.embed(photos[:1])
     with web.TestClient(ray_app._app(tower, "tiny", None, 1)) as client:
         found = client.post("/v1/embeddings", json={"input": data_url(photos[0])}).json()
+    assert expected.vector is not None
     assert np.array_equal(np.asarray(found["data"][0]["embedding"], np.float32), expected.vector)
 
 
