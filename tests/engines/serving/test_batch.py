@@ -173,7 +173,7 @@ def test_a_job_that_is_killed_goes_on(engine: Path, photos: list[Path], tmp_path
     words = (engine, file, out, "--part", 2, "--slots", 2)
     with started(*words) as process:
         end = time.monotonic() + 60
-        while len(list(out.glob("done/*"))) < 3 and time.monotonic() < end:
+        while len(list(out.glob("done/*.json"))) < 3 and time.monotonic() < end:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     left = 20 - len(list(out.glob("done/*.json")))
