@@ -24,6 +24,7 @@ from edgevlm.toolkit.strict import to_json
 from edgevlm.toolkit.target import threads_here
 
 LOCAL = "local"
+_DEATHS = 5  # of an actor: a part that takes its memory each time must not go on for ever
 _STORE_BYTES = 100 << 20  # Ray's shared memory; numbers of parts are all that is in it
 
 
@@ -123,12 +124,28 @@ def finish(work: Work, parts: Sequence[Part], share: Share) -> Iterator[Done]:
         compute=ray.data.ActorPoolStrategy(size=share.actors),
         num_cpus=share.threads,
         num_gpus=share.gpus,
+        max_restarts=_DEATHS,
+        max_task_retries=_DEATHS,
     )
-    for row in done.iter_rows():
+    for row in _rows(done):
         found = json.loads(row["done"])
         if "message" in found:
             raise ToolkitError(found["message"], hint=found["hint"])
         yield Done(**found | {"failed": tuple(map(tuple, found["failed"]))})
+
+
+def _rows(done: Any) -> Iterator[dict[str, Any]]:
+    """What the actors return. Raises ToolkitError where a part has ended too many of them."""
+    from ray.exceptions import RayError
+
+    try:
+        yield from done.iter_rows()
+    except RayError as odd:
+        reason = str(odd).strip().splitlines()[0]
+        raise ToolkitError(
+            f"processes of Ray died again and again: {reason}",
+            hint="give each more memory: lower --actors or --slots; the same command goes on",
+        ) from None
 
 
 class Actor:

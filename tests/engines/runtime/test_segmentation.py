@@ -83,6 +83,17 @@ def test_a_model_without_masks_names_the_options(ready: Path, tmp_path: Path) ->
         assert session.answer(Question("What?", max_tokens=1)).segments is None
 
 
+def test_what_gives_texts_alone_refuses_the_model(with_masks: Path, tmp_path: Path) -> None:
+    engine, out = with_masks / "engine-cpu", tmp_path / "out"
+    for words in (
+        ("batch", engine, FILES[0].parent, out, "--prompt", "Where?"),
+        ("deploy", "triton", engine, out),
+    ):
+        message, hint = refuses(tmp_path, *words)
+        assert "masks, which would be lost" in message
+        assert "edgevlm run" in hint
+
+
 def test_requests_of_a_file_have_their_masks(with_masks: Path, tmp_path: Path) -> None:
     lines = [{"prompt": "Where?", "image": str(FILES[0])}, {"prompt": "Where?"}]
     file = tmp_path / "requests.jsonl"

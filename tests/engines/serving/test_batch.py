@@ -19,7 +19,7 @@ from edgevlm import cli
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.engines.serving import batch_parts, ray_data
 from edgevlm.engines.serving.ray_data import Cluster
-from edgevlm.toolkit.errors import ConfigError, InputError, OutputError, ToolkitError
+from edgevlm.toolkit.errors import ConfigError, InputError, MissingExtra, OutputError, ToolkitError
 from tests.conftest import ROOT
 
 TOKENS = 6
@@ -215,7 +215,6 @@ def test_two_jobs_in_one_folder_are_refused(
         (["TOWER", "PHOTOS", "OUT", "--part", "0"], ConfigError, "--part 0"),
         (["TOWER", "PHOTOS", "OUT", "--actors", "2"], ConfigError, "processes of Ray"),
         (["TOWER", "PHOTOS", "PHOTOS"], OutputError, "no part of a job"),
-        (["MASKS", "PHOTOS", "OUT", "--prompt", "What?"], InputError, "masks, which would be lost"),
         (["TOWER", "NONE", "OUT"], InputError, "none of 1 requests"),
     ],
 )
@@ -225,7 +224,6 @@ def test_what_is_refused(
     says: str,
     engine: Path,
     tower: Path,
-    with_masks: Path,
     requests: Path,
     tmp_path: Path,
 ) -> None:
@@ -233,7 +231,6 @@ def test_what_is_refused(
     places = {
         "ENGINE": engine,
         "TOWER": tower,
-        "MASKS": with_masks / "engine-cpu",
         "PHOTOS": requests.parent,
         "REQUESTS": requests,
         "NONE": tmp_path / "none.txt",
@@ -277,3 +274,14 @@ def test_what_is_written_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         batch_parts._write(tmp_path / "part", fails)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_ray_the_extra_is_named(
+    tower: Path, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with pytest.raises(MissingExtra, match="a batch on Ray needs") as refused:
+        batch(tower, photos[0].parent, tmp_path / "job", "--ray", "local")
+    assert refused.value.hint == "pip install 'edgevlm[ray]'"
