@@ -20,8 +20,9 @@ from edgevlm.toolkit.target import Target
 class Plugin:
     """A fused kernel that computes calls of an engine, in place of what the builder makes of them.
 
-    op: whose calls (MSDeformAttn). name, namespace, version: in TensorRT's registry. library:
-    whether our library has to be there where the engine runs; else the kernel lies in the plan.
+    op: whose calls (MSDeformAttn). name, namespace, version: in TensorRT's registry, or of an op of
+    engines/native. library: whether our library has to be there where the engine runs; else the
+    kernel lies in the plan. Without that of engines/native ONNX Runtime's kernels run.
     """
 
     op: str

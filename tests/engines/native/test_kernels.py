@@ -58,6 +58,8 @@ def tensors(shape: tuple[int, ...], kind: str) -> tuple[Array, Array, Array]:
         k += 4 * random.standard_normal(heads * size, np.float32)
         v += random.standard_normal(heads * size, np.float32)
         k[..., ::16] *= 3
+    if kind == "tiny":
+        q, k, v = (1e-20 * x for x in (q, k, v))
     if kind == "sinks":
         k[:, ::40] *= 3
         v[:, ::40] *= 0.05
@@ -91,7 +93,7 @@ def attend(path: str, form: str, q: Array, k: Array, v: Array, heads: int) -> Ar
 
 
 @pytest.mark.parametrize("form", forms())
-@pytest.mark.parametrize("kind", ["random", "offsets", "sinks"])
+@pytest.mark.parametrize("kind", ["random", "offsets", "sinks", "tiny"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_is_attention(path: str, shape: tuple[int, ...], kind: str, form: str) -> None:
     q, k, v = tensors(shape, kind)
