@@ -68,7 +68,9 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
         ] = False,
         keep_float: Annotated[
             Optional[list[str]],
-            typer.Option(help="int8-static, fp8: leave these in float, lm/layers.0/*. Repeatable."),
+            typer.Option(
+                help="int8-static, fp8, towers: leave layers in float, lm/layers.0/*. Repeatable."
+            ),
         ] = None,
         samples: Annotated[int, typer.Option(help="The most images or prompts.")] = 64,
         budget: _Budget = None,
