@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.common import Bar, Report, spread, wait_until_quiet
 from benchmarks.compare_peers import programs
-from benchmarks.compare_peers.place import Place, Setting, told
+from benchmarks.compare_peers.place import Place, Setting, Unavailable, told
 from benchmarks.compare_peers.programs import LLAMA
 from benchmarks.compare_peers.side import PIXELS
 from benchmarks.serving import second_question, served
@@ -97,14 +97,23 @@ def _wait(process: subprocess.Popen[str], port: int, log: str) -> None:
 # -- measuring -----------------------------------------------------------------------------------
 
 
-def beside(options: Namespace, folder: Path) -> bool:
-    """Prepare, measure in turn, print; whether the bars hold."""
-    place = Place(folder)
+def prepared(place: Place, options: Namespace) -> tuple[list[Path], list[Setting]]:
+    """Our engines and llama.cpp's models, and its server; Unavailable if they cannot be made."""
     engines = list(options.engine or ())
     if not engines:
         engines = [setting.model for setting in programs.edgevlm(place, options.ours)]
     settings = programs.llama(place, options.theirs)
     programs.llama_server(place)
+    return engines, settings
+
+
+def beside(options: Namespace, folder: Path) -> bool:
+    """Prepare, measure in turn, print; whether the bars hold."""
+    place = Place(folder)
+    try:
+        engines, settings = prepared(place, options)
+    except Unavailable as reason:
+        raise SystemExit(f"llama.cpp's server cannot be had here: {reason}") from None
     if options.prepare:
         return True
     bodies = questions(options.tokens, SIZE, pictures=options.pictures)

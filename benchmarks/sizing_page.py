@@ -178,6 +178,22 @@ def _limits(found: Sequence[Prediction]) -> str:
     return f" What fits after all: {'; '.join(told)}." if told else ""
 
 
+OF_ENGINES = (
+    "the rows of llava; those of comm and convllava, whose decoders have one layer here, were "
+    "predicted with them. All 0.5B presets have the decoder of 24 layers."
+)
+OF_PARTS = (
+    "engines of llava. Presets have the same decoder of 24 layers: it was measured once in every "
+    "precision, behind prompts of their lengths, and their vision sides in front of a decoder of "
+    "one layer; a row adds up both."
+)
+
+
+def in_parts(data: dict[str, Any]) -> bool:
+    """Whether what was measured are presets, in parts, and not engines."""
+    return all("decoder" not in name for name in data["measured"])
+
+
 def checked() -> str:
     """Predictions beside measurements, from benchmarks/results/sizing.json."""
     data: dict[str, Any] = json.loads((RESULTS / "sizing.json").read_text())
@@ -201,9 +217,8 @@ def checked() -> str:
         f"`python -m benchmarks.sizing`: one thread of an {device['processor']}, processor time, "
         f"random weights, ONNX Runtime {versions['onnxruntime']}, {data['date']}, peaks measured "
         f"before and after each engine (the machine's load was {device['load_average']:g}). The "
-        "shares of peaks were fitted to the rows of llava; those of comm and convllava, whose "
-        "decoders have one layer here, were predicted with them. All 0.5B presets have the decoder "
-        "of 24 layers. Wall time on several threads was not compared."
+        f"shares of peaks were fitted to {OF_PARTS if in_parts(data) else OF_ENGINES} Wall time on "
+        "several threads was not compared."
     )
     return f"## Checked\n\n{where}\n\n{markdown(columns, rows)}"
 

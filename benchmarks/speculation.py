@@ -28,7 +28,7 @@ from edgevlm.engines.serving.job import Ended, Event, Failed, Job
 from edgevlm.engines.serving.limits import Limits
 from edgevlm.engines.serving.scheduler import Counts, Scheduler
 
-FORMS = ("float", "int8", "int8-rows", "int4-blocks")
+FORMS = ("float", "int8", "int8-rows", "int4")
 RECEIPT = """Green Valley Market, receipt 20417
 Tomatoes 1.2 kg 3.59 EUR
 Potatoes 2.5 kg 2.75 EUR

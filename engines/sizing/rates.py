@@ -28,7 +28,8 @@ class Efficiency:
     `int8_rows` are shares of the peak of 8-bit products, all others of the peak in float. few: of
     the peak in float, of products with less than FEW rows. reading: of the memory rate, of weights
     likewise. depthwise: of the peak in float, of convolutions with few inputs per output;
-    attention, cached: of attention, and that over the KV cache; vector: of all other arithmetic.
+    attention, cached: of attention, and that over the KV cache; sampling: of deformable attention,
+    which gathers; vector: of all other arithmetic.
     activations: of the memory rate, for the cache and for values that such arithmetic reads and
     writes. op_us: microseconds that an op takes at least. Memory besides the model's:
     runtime_bytes of the program, reserved_bytes of a system that shares the memory.
@@ -40,6 +41,7 @@ class Efficiency:
     depthwise: float
     attention: float
     cached: float
+    sampling: float
     vector: float
     activations: float
     op_us: float
@@ -72,6 +74,7 @@ PROCESSOR = Efficiency(
     depthwise=0.2,
     attention=0.95,
     cached=0.75,
+    sampling=0.03,  # GridSample, a value at a time: 8.4 ms a level of MMFuser's
     vector=0.05,
     activations=0.6,
     op_us=3.0,
@@ -99,6 +102,7 @@ CARD = Efficiency(
     depthwise=0.02,
     attention=0.3,
     cached=0.3,
+    sampling=0.3,
     vector=0.02,
     activations=0.6,
     op_us=1.5,

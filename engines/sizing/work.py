@@ -142,6 +142,6 @@ def _rate(cost: Cost, precision: str, machine: Machine) -> float:
     if cost.op in _PRODUCTS:
         outputs = cost.matrix_elements // max(cost.matrix_inputs, 1)
         return product_rate(machine, precision, cost.written_elements // max(outputs, 1))
-    if cost.op == "attention_cached":
-        return share.cached * peak
+    if cost.op in ("attention_cached", "ms_deform_attn"):
+        return (share.cached if cost.op == "attention_cached" else share.sampling) * peak
     return (share.attention if cost.op in _ATTENTION else share.vector) * peak

@@ -11,6 +11,7 @@ from edgevlm.engines.backends.state import Allocation, State
 from edgevlm.engines.runtime.clock import Clock
 from edgevlm.engines.runtime.session import Session
 from edgevlm.engines.serving.image_cache import EncodedImage, ImageCache
+from edgevlm.engines.serving.job import _chosen
 from edgevlm.engines.serving.lookup import Guesses, guess
 from edgevlm.engines.serving.prompt_key import common, prompt_key
 from edgevlm.engines.serving.slots import GRID, Slots
@@ -164,3 +165,15 @@ def test_the_size_of_an_image_is_read_without_decoding(tmp_path: Path) -> None:
     for broken in (b"", b"%PDF", data[:20]):
         with pytest.raises(InputError):
             decode.size_of(broken)
+
+
+def test_probabilities_of_many_tokens_are_those_of_float64() -> None:
+    logits = np.random.default_rng(0).normal(0, 4, 50_000).astype(np.float32)
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum())
+    found = _chosen(logits, 7, 3)
+    assert found.logprob == pytest.approx(exact[7], abs=1e-6)
+    best = np.argsort(-exact)[:3]
+    assert [token for token, _ in found.top] == best.tolist()
+    assert [value for _, value in found.top] == pytest.approx(exact[best].tolist(), abs=1e-6)
+    assert _chosen(logits, 7, 0).top == ()
