@@ -19,7 +19,7 @@ from edgevlm.toolkit.target import this_cpu
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Builds keep there what they time; the user's own timings stay out of tests, and theirs out of his.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="edgevlm-tests-")
+_CACHE = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="edgevlm-tests-")
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -27,6 +27,11 @@ SHARED = ROOT.parent / "shared"
 PACKAGES = ("toolkit", "export", "engines", "training", "calibration")
 LOOSE = ("__init__.py", "api.py", "cli.py", "requantize.py", "sizing.py", "py.typed")
 PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
+
+
+def pytest_unconfigure() -> None:
+    """In every process of a run: its cache goes with it."""
+    shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 def golden_cases() -> dict[str, Path]:
