@@ -24,8 +24,8 @@ from edgevlm.toolkit.target import CUDA, DEVICES, Device, Target, this_cpu
 class Efficiency:
     """Shares of a device's peaks.
 
-    products: of arithmetic, by the precision of the weights; `int8` and, on processors,
-    `int8_rows` are shares of the peak of 8-bit products, all others of the peak in float. few: of
+    products: of arithmetic, by the precision of the weights; `int8` and, on processors, all but
+    `float` are shares of the peak of 8-bit products, all others of the peak in float. few: of
     the peak in float, of products with less than FEW rows. reading: of the memory rate, of weights
     likewise. depthwise: of the peak in float, of convolutions with few inputs per output;
     attention, cached: of attention, and that over the KV cache; sampling: of deformable attention,
@@ -57,8 +57,8 @@ PROCESSOR = Efficiency(
     products={  # the probes' products are not the fastest
         "float": 1.08,
         "int8_rows": 1.05,
-        "int8_weights": 0.75,
-        "int4_weights": 0.95,
+        "int8_weights": 0.57,  # MatMulNBits: 200 GFLOP/s where 8-bit products reach 350
+        "int4_weights": 0.52,
         "int8": 0.70,
         "fp8": 1.08,  # multiplied as floats
     },
@@ -177,7 +177,8 @@ def product_rate(machine: Machine, precision: str, rows: int) -> float:
         return share.few[precision] * peaks.gflop_s
     if precision == "fp8" and machine.fp8_gflop_s:
         return share.products[precision] * machine.fp8_gflop_s
-    integer = precision == "int8" or (precision == "int8_rows" and not _on_card(machine))
+    in_float = precision in ("float", "fp8") or _on_card(machine)
+    integer = precision == "int8" or not in_float
     return share.products[precision] * (peaks.int8_gop_s if integer else peaks.gflop_s)
 
 
