@@ -118,7 +118,7 @@ def test_the_setting_follows_the_processor(
 
 
 def test_every_session_is_made_there() -> None:
-    """Whoever opens one by hand forgets the setting. A graph for other programs has to do without."""
+    """Whoever opens one by hand forgets the setting; a graph for other programs does without."""
     made = "Inference" + "Session("
     folders = ("engines", "export", "toolkit", "training", "calibration", "tests", "benchmarks")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
