@@ -36,6 +36,7 @@ class InPieces(Wrapper[Any]):
     """Multiplies by Large weights, and rounds them; all others go to the ops inside."""
 
     def linear(self, x: Any, w: Weights[Any]) -> Any:
+        """x [..., K] by a Large weight [K, N], some of its rows at a time: [..., N]."""
         weight = w["weight"]
         if not isinstance(weight, Large):
             return self.inner.linear(x, w.replacing(weight=weight))

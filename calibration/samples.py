@@ -13,6 +13,7 @@ from edgevlm.calibration import weight_only
 from edgevlm.calibration.histogram import METHODS
 from edgevlm.calibration.rounding import METHODS as OF_4_BITS
 from edgevlm.calibration.rounding import Method
+from edgevlm.toolkit.bundle.atomic import refuse_existing, refuse_source
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.errors import CalibrationError, ConfigError
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -109,6 +110,16 @@ def check_bundle(bundle: Bundle) -> None:
         raise ConfigError(
             f"{bundle.path} is quantized already", hint="calibrate the float bundle that it is of"
         )
+
+
+def opened(path: Path, out: Path, *, force: bool) -> Bundle:
+    """The whole float bundle at `path`. Raises ToolkitError where it is none, or for `out`."""
+    bundle = Bundle.open(path)
+    check_bundle(bundle)
+    bundle.verify()
+    refuse_source(out, path)
+    refuse_existing(out, force=force)
+    return bundle
 
 
 def block_of(settings: Settings) -> Block:

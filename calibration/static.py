@@ -20,7 +20,6 @@ from edgevlm.calibration.samples import Settings
 from edgevlm.calibration.static_plan import layers_of, plan_of, share
 from edgevlm.calibration.unfinished import Unfinished
 from edgevlm.toolkit import systems
-from edgevlm.toolkit.bundle.atomic import refuse_existing, refuse_source
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
 from edgevlm.toolkit.errors import CalibrationError
@@ -103,11 +102,7 @@ def of_bundle(
     """
     samples.check(settings)
     arithmetic = Arithmetic(*interpreter) if interpreter else in_numpy()
-    bundle = Bundle.open(path)
-    samples.check_bundle(bundle)
-    bundle.verify()
-    refuse_source(out, path)
-    refuse_existing(out, force=force)
+    bundle = samples.opened(path, out, force=force)
     plan = plan_of(bundle.vlm, settings)
     chosen = gather(bundle, given, settings, progress)
     _check_reach(bundle.vlm, plan, chosen)

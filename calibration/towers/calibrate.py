@@ -26,7 +26,6 @@ from edgevlm.calibration.towers.rounds import Rounds
 from edgevlm.calibration.towers.rows import RowQuantized
 from edgevlm.calibration.unfinished import Unfinished
 from edgevlm.toolkit import systems
-from edgevlm.toolkit.bundle.atomic import refuse_existing, refuse_source
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options, TowerSource
 from edgevlm.toolkit.errors import ConfigError
@@ -94,14 +93,10 @@ def of_bundle(
     where that cannot be.
     """
     samples.check(settings, tower=True)
-    bundle = Bundle.open(path)
-    model = bundle.model
+    model = Bundle.open(path).model
     assert isinstance(model, TowerConfig)
     _check_given(given, model)
-    samples.check_bundle(bundle)
-    bundle.verify()
-    refuse_source(out, path)
-    refuse_existing(out, force=force)
+    bundle = samples.opened(path, out, force=force)
     plan = _plan(model, settings)
     chosen = gather(bundle, given, settings, progress)
     source = systems.load_any(path, Options())

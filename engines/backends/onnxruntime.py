@@ -255,6 +255,7 @@ class OnnxRuntimeRunner:
         return zeros(inputs, outputs, context=self._context, slots=slots)
 
     def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+        """As Runner.run; what is bound to a state and shapes once is used again."""
         bound_state = state or self._stateless
         shapes = tuple(inputs[port.name].shape for port in self._plain)
         bindings = self._bindings.get(bound_state.allocation)

@@ -8,6 +8,7 @@ github.com/triton-inference-server/python_backend.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -39,7 +40,7 @@ _PREPARING = 2  # threads that decode images and tokenize
 _POLL_S = 0.02  # between two looks at whether a client has gone
 
 
-class Model:
+class Model(ABC):
     """What both kinds of engine share. utils: triton_python_backend_utils, set by model.py."""
 
     utils: Any = None
@@ -59,8 +60,9 @@ class Model:
         except ToolkitError as odd:
             raise self.utils.TritonModelException(f"{odd.message} ({odd.hint})") from None
 
+    @abstractmethod
     def _begin(self, work: Work) -> None:
-        raise NotImplementedError
+        """Take the opened engine."""
 
     def finalize(self) -> None:
         """Close the engine; what has no answer yet fails."""

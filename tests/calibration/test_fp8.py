@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -24,19 +22,17 @@ from edgevlm.engines.build.check import TOLERANCE
 from edgevlm.engines.lowering.lower import lower
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.export import write
-from edgevlm.toolkit import models
 from edgevlm.toolkit.bundle.goldens import reference, relative_difference, relative_rms
 from edgevlm.toolkit.bundle.manifest import Bundle, Tensors
 from edgevlm.toolkit.errors import BundleError, ConfigError
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
-from edgevlm.toolkit.ops.vocabulary import Array, Weights
+from edgevlm.toolkit.ops.vocabulary import Weights
 from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
 from edgevlm.toolkit.quantization.static import FP8, INT8
 from edgevlm.toolkit.target import this_cpu
-from edgevlm.toolkit.vlm.components import Component
 from edgevlm.toolkit.vlm.cost import stored_bytes
 from tests.calibration.test_histogram import histogram, normal
-from tests.calibration.test_static import draw
+from tests.calibration.test_static import EVERY, draw, stored
 from tests.conftest import HERE
 from tests.engines.build.test_row_quantized import run
 from tests.pipeline import engine_of
@@ -44,8 +40,6 @@ from tests.sealing import reseal
 from tests.systems.test_same_answer import replayed
 from tests.toolkit.models.test_architectures import component, feed, tensors
 from tests.toolkit.ops.test_wrappers import largest
-
-EVERY = [(role, kind) for role in ("encoders", "mergers", "lms") for kind in models.kinds(role)]
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +59,6 @@ def in_fp8(bundle: Path, images: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("fp8") / "q"
     api.calibrate(bundle, out, images=images, to="fp8")
     return out
-
-
-def stored(part: Component, weights: Mapping[str, Array], plan: PrecisionPlan, folder: Path) -> Any:
-    """The recorded component with its weights beside it; the graph."""
-    recorded = write.record(part, "fp32", plan)
-    written = write._write_weights(folder / "w.safetensors", recorded, weights)
-    model = recorded.model("w.safetensors", written)
-    write.check_shapes(model)
-    return model
 
 
 @pytest.mark.parametrize(("role", "kind"), EVERY)

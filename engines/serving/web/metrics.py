@@ -67,6 +67,7 @@ class _Collector:
         self._work = work
 
     def collect(self) -> Iterator[Metric]:
+        """The server's figures now, in Prometheus's metrics."""
         work = self._work
         gauges: dict[str, float] = {
             "active": work.active,

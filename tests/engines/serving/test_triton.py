@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from edgevlm import cli
+from edgevlm.engines.backends import sessions
 from edgevlm.engines.runtime.embedding import Embedder
 from edgevlm.engines.runtime.sampling import Sampling
 from edgevlm.engines.runtime.session import Question, Session
@@ -201,13 +201,11 @@ def test_an_image_that_is_none_fails_its_own_request(
 
 
 def test_the_graph_alone_gives_the_same(tower: Path, tmp_path: Path, photos: list[Path]) -> None:
-    """On ONNX Runtime as Triton's own backend opens it: the file, and no code of ours."""
+    """The file alone, as Triton's own backend for ONNX Runtime opens it: no engine, no runner."""
     folder = deploy(tower, tmp_path / "out", "--name", "clip") / "clip_pixels"
     config = parsed((folder / "config.pbtxt").read_text())
     assert (config["backend"], config["max_batch_size"] >= 1) == ("onnxruntime", True)
-    session = onnxruntime.InferenceSession(
-        folder / "1" / "model.onnx", providers=["CPUExecutionProvider"]
-    )
+    session = sessions.open_session(folder / "1" / "model.onnx")
     for ports, stated in ((session.get_inputs(), "input"), (session.get_outputs(), "output")):
         (port,), (told,) = ports, config[stated]
         assert port.name == told["name"]
