@@ -65,6 +65,7 @@ class EmbeddingJob:
         self._tower, self._images, self._clock = tower, images, Clock()
         self._vectors = dict[int, Array]()
         self._prepared_ms = 0.0
+        self._event: EmbeddingEvent | None = None
 
     def prepare(self) -> EmbeddingJob:
         """Decode and preprocess: in the caller's thread, before the job waits. Raises InputError
@@ -88,7 +89,8 @@ class EmbeddingJob:
         return now
 
     def computed(self, found: dict[int, Array], begun_ms: float) -> bool:
-        """Take embeddings by the numbers of their images; whether these were the last.
+        """Take embeddings by the numbers of their images; whether these were the last, which `end`
+        tells.
 
         begun_ms: when their batch began. Raises AccuracyError for values that are no numbers.
         """
@@ -101,13 +103,19 @@ class EmbeddingJob:
         if self.over:
             rows = np.stack([self._vectors[number] for number in range(len(self.pixels))])
             times = self._clock.totals_ms() | {"total": self._clock.now_ms()}
-            self.sink(Computed(rows, {name: round(ms, 3) for name, ms in times.items()}))
+            self._event = Computed(rows, {name: round(ms, 3) for name, ms in times.items()})
         return self.over
 
     def failed(self, error: Exception) -> None:
-        """There will be no embeddings."""
+        """There will be no embeddings, which `end` tells."""
         self.over = True
-        self.sink(Failed(error))
+        self._event = Failed(error)
+
+    def end(self) -> None:
+        """Report how the job ended, if it has: when it was counted."""
+        if self._event is not None:
+            self.sink(self._event)
+            self._event = None
 
 
 class EmbeddingQueue:
@@ -172,8 +180,11 @@ class EmbeddingQueue:
                 most = max(size for size in self.sizes if size <= len(self._waiting))
                 group = [self._waiting.popleft() for _ in range(most)]
                 self.active = len(group)
-            self._compute(group)
+            jobs = list(dict.fromkeys(job for job, _ in group))
+            self._compute(jobs, group)
             self.active = 0
+            for job in jobs:
+                job.end()
 
     def _drop(self) -> None:
         """Take out the images of jobs that are over, whose client has gone, or that are late."""
@@ -186,10 +197,10 @@ class EmbeddingQueue:
                 allowed = self.limits.request_s
                 late = "the server is stopping" if self._closing else f"{allowed:g} s have passed"
                 self._fail(job, OutOfTime(f"the request was ended: {late}"))
+                job.end()
         self._waiting = deque(item for item in self._waiting if not item[0].over)
 
-    def _compute(self, group: list[tuple[EmbeddingJob, int]]) -> None:
-        jobs = list(dict.fromkeys(job for job, _ in group))
+    def _compute(self, jobs: list[EmbeddingJob], group: list[tuple[EmbeddingJob, int]]) -> None:
         begun = {job: job.begun() for job in jobs}
         try:
             vectors = self.tower.run(np.stack([job.pixels[number] for job, number in group]))

@@ -83,6 +83,7 @@ class Job(Reply):
         self._logprobs, self._guesses, self._room = logprobs, Guesses(), room
         self._ready: Prepared | None = None
         self._clock_started = 0.0
+        self._ended: Ended | None = None
 
     def prepare(self) -> Job:
         """Decode images, render and tokenize: in the caller's thread, before the job waits.
@@ -162,7 +163,7 @@ class Job(Reply):
         self._guesses.were(right, guessed)
 
     def choose(self, logits: Array) -> bool:
-        """Choose the next token and report it; whether the answer is complete.
+        """Choose the next token and report it; whether the answer is complete, which `end` tells.
 
         Raises what choosing raises.
         """
@@ -171,8 +172,13 @@ class Job(Reply):
         self.sink(Piece(token, chosen))
         if last:
             self._done = True
-            self.sink(Ended(self.answer, self.reused))
+            self._ended = Ended(self.answer, self.reused)
         return last
+
+    def end(self) -> None:
+        """Report that the answer is complete: when the job has left its slot and was counted."""
+        assert self._ended is not None
+        self.sink(self._ended)
 
 
 def _chosen(logits: Array, token: int, most: int) -> Chosen:

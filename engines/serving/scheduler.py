@@ -79,6 +79,7 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._reading: Job | None = None
         self._answering: list[Job] = []  # where slots are movable, job i is in slot i
+        self._complete: list[Job] = []  # they have left; whoever is told finds all counted
         self._closing = False
         self._thread = Thread(target=self._work, name="edgevlm-scheduler", daemon=True)
         self._thread.start()
@@ -224,6 +225,8 @@ class Scheduler:
             for job in jobs:
                 if job is self._reading or job in self._answering:
                     self._fail(job, odd, trusted=False)
+        while self._complete:
+            self._complete.pop(0).end()
 
     def _begin_next(self) -> None:
         """Give a slot to a job whose images are encoded, or else to the next one that waits."""
@@ -373,6 +376,7 @@ class Scheduler:
             if failure is None:
                 self.counts.answered += 1
                 self._remove(job)
+                self._complete.append(job)
             else:
                 self._fail(job, failure, trusted=False)
 

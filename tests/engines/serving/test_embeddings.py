@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from edgevlm.engines.runtime.embedding import Embedder
 from edgevlm.engines.runtime.session import Session
 from edgevlm.engines.serving.embedding import (
     Computed,
+    EmbeddingEvent,
     EmbeddingJob,
     EmbeddingQueue,
     sizes_alike,
@@ -251,6 +253,22 @@ def test_what_fails_fails_alone(
     assert isinstance(waited(asked(queue, photos[:2])[1]).error, ZeroDivisionError)
     monkeypatch.undo()
     assert isinstance(waited(asked(queue, photos[:1])[1]), Computed)
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_who_hears_of_embeddings_finds_them_counted(
+    spoilt: bool, queue: EmbeddingQueue, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if spoilt:
+        monkeypatch.setattr(queue.tower, "run", lambda pixels: np.full((len(pixels), 32), np.nan))
+    told, before = SimpleQueue[tuple[type, int]](), queue.counts.answered + queue.counts.failed
+
+    def sink(event: EmbeddingEvent) -> None:
+        counts = queue.counts
+        told.put((type(event), counts.answered + counts.failed - before + queue.active))
+
+    queue.submit(EmbeddingJob(queue.tower, photos[:2], sink).prepare())
+    assert told.get(timeout=60) == (Failed if spoilt else Computed, 1)
 
 
 def test_numbers_of_images_that_round_otherwise_are_not_used(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from edgevlm.engines.runtime import memory
 from edgevlm.engines.runtime.sampling import Sampling
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.engines.serving import rows
-from edgevlm.engines.serving.job import Failed, Job, Piece
+from edgevlm.engines.serving.job import Ended, Event, Failed, Job, Piece
 from edgevlm.engines.serving.limits import Busy, Limits, OutOfTime
 from edgevlm.engines.serving.scheduler import Scheduler
 from edgevlm.toolkit.errors import (
@@ -55,6 +56,25 @@ def test_answers_do_not_depend_on_what_else_is_answered(
             assert found == alone[::step] * 4
         assert scheduler.counts.answered == 48
         assert scheduler.active == scheduler.waiting == 0
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_who_hears_that_an_answer_ended_finds_it_counted_and_its_slot_free(
+    strict: bool, session: Session
+) -> None:
+    with scheduling(session, Limits(slots=1), strict=strict) as scheduler:
+        seen = SimpleQueue[tuple[type, int, int, int, int]]()
+
+        def sink(event: Event) -> None:
+            counts = scheduler.counts
+            done = counts.answered, counts.output_tokens, counts.steps, scheduler.active
+            seen.put((type(event), *done))
+
+        for number, tokens in enumerate((1, 4), 1):
+            scheduler.submit(Job(session, Question("Why?", (), tokens), sink).prepare())
+            told = [seen.get(timeout=60) for _ in range(tokens + 1)]
+            assert [kind for kind, *_ in told] == [*[Piece] * tokens, Ended]
+            assert told[-1][1:] == (number, (1, 5)[number - 1], (0, 3)[number - 1], 0)
 
 
 def test_slots_that_cannot_be_moved_are_decoded_where_they_are(
