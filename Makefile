@@ -1,4 +1,4 @@
-# make demo    a tiny model learns to name, count and point at digits, and becomes an engine
+# make demo    edgevlm demo: a tiny model learns to name, count and point at digits, and is deployed
 # make demo-exact   every step on a tiny model of random weights, equal to the original, no torch
 # make test    the test suite
 # make test-rtx     NVIDIA's builder on this machine, which needs no card; installs it (docs/tensorrt.md)
@@ -31,7 +31,7 @@ CODE := __init__.py api.py cli.py requantize.py sizing.py toolkit export engines
 .PHONY: demo demo-exact test test-rtx test-scale test-kernels fuzz gpu check types bench docs wheel clean distclean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m examples.demo
+	$(BIN)/edgevlm demo demo-out
 
 demo-exact: $(VENV)/.demo-exact
 	$(BIN)/python -m examples.demo_exact

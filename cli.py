@@ -187,6 +187,27 @@ def train(**given: Any) -> None:
 
 
 @app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="The folder to write.")] = Path("edgevlm-demo"),
+    no_train: Annotated[
+        bool, typer.Option("--no-train", help="Keep random weights: without torch, in seconds.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Do again what an earlier call did in OUT.")
+    ] = False,
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    debug: flags.Debug = False,
+) -> None:
+    """Take a tiny model the whole way: train, export, calibrate, build, run, profile."""
+    from edgevlm import api
+    from edgevlm.training.digits import tour
+
+    console = flags.opened_console(as_json, quiet)
+    console.result(*tour.take(out, console, api.made_by(), train=not no_train, force=force))
+
+
+@app.command()
 @trying.verb
 def selftest(**given: Any) -> None:
     from edgevlm import api

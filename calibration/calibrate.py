@@ -106,7 +106,8 @@ def of_bundle(
         return static.of_bundle(path, out, given, settings, interpreter, progress, force, kept)
     if given.text is None or given.images or given.prompts:
         raise ConfigError(
-            f"--to {settings.to} is calibrated with text alone", hint="give --text FILE, no images"
+            f"--to {settings.to} is calibrated with text alone",
+            hint="give --text FILE; for images and prompts there is --to int8-static",
         )
     bundle = Bundle.open(path)
     bundle.verify()

@@ -12,7 +12,7 @@ from typing import Any
 from edgevlm.engines import backends
 from edgevlm.engines.backends import BuildOptions, PlanReport, Plugin, native
 from edgevlm.engines.lowering.capabilities import Decision
-from edgevlm.toolkit.bundle import checksums, sealed
+from edgevlm.toolkit.bundle import checksums, mistaken, sealed
 from edgevlm.toolkit.bundle.atomic import sha256_of
 from edgevlm.toolkit.bundle.checksums import Checksums
 from edgevlm.toolkit.bundle.manifest import (
@@ -166,7 +166,7 @@ def read(folder: Path) -> Engine:
     """Read engine.json. Raises BundleError if the folder is not an engine of ours."""
     path = folder / DESCRIPTION
     if not path.exists():
-        raise BundleError(f"{folder} is not an engine: it has no {DESCRIPTION}", hint=_next(folder))
+        raise mistaken.no_engine(folder)
     try:
         data = read_json(path, ours=True)
         if data.get("format") != FORMAT:
@@ -205,12 +205,6 @@ def _prompt_record(engine: Engine, record: ComponentRecord, where: str) -> Compo
     if not fits or record.weights not in engine.files or record.graph == first.graph:
         raise ConfigError(f"{where}: prompt_form is no second form of {first.name}")
     return record
-
-
-def _next(folder: Path) -> str:
-    if (folder / "manifest.json").exists():
-        return f"this is a bundle; build it first: edgevlm build {folder} ENGINE"
-    return f"build one: edgevlm build BUNDLE {folder}"
 
 
 def check(folder: Path, engine: Engine) -> None:

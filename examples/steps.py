@@ -1,4 +1,4 @@
-"""What both demos need: headings, paragraphs, and edgevlm's command line."""
+"""What demo_exact.py needs: headings, paragraphs, and edgevlm's command line."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ ToolkitError                 message + hint (the next step)
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import threading
@@ -26,7 +27,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _MOST_QUOTED = 200
 _MOST = 600  # letters of a message; a list of a thousand tensors says no more than its ends
@@ -139,6 +140,13 @@ class OutputError(ToolkitError):
 
 class AccuracyError(ToolkitError):
     """The output of a built component differs from the reference by more than is allowed."""
+
+
+def nearest(name: str, known: Iterable[str], most: int = 4) -> list[str]:
+    """Known names that hold `name`, else those spelled almost like it; [] if there are none."""
+    names, sought = list(known), name.lower()
+    held = [one for one in names if len(sought) > 2 and sought in one]
+    return held[:most] or difflib.get_close_matches(sought, names, most)
 
 
 # -- what other packages raise and print ---------------------------------------------------------

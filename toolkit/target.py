@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import platform
@@ -15,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgevlm.toolkit import card as card
-from edgevlm.toolkit.errors import ConfigError, InputError, TargetMismatch, needing
+from edgevlm.toolkit.errors import ConfigError, InputError, TargetMismatch, nearest, needing
 
 Version = tuple[int, ...]
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "reference")
@@ -117,6 +116,9 @@ DEVICES: dict[str, Device] = {
 }
 
 
+_MEANT = dict.fromkeys(("gpu", "nvidia", "card"), ["cuda", *(n for n in DEVICES if "-" in n)])
+
+
 def parse(text: str) -> Target:
     """A target from its text form, a device's name, "cpu", "cuda", or "reference".
 
@@ -140,7 +142,7 @@ def parse(text: str) -> Target:
             raise ConfigError(f"{version!r} in the target {text!r} is not a version")
         return Target(form[1], tuple(map(int, version.split("."))), arch)
     known = ["cpu", "cuda", "reference", *DEVICES]
-    close = difflib.get_close_matches(text, known, 3) or known
+    close = _MEANT.get(text.lower()) or nearest(text, known) or known
     raise ConfigError(
         f"there is no target {text!r}",
         hint=f"known: {', '.join(close)}; or BACKEND@VERSION/ARCH such as tensorrt@10.16/sm_87",

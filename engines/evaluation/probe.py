@@ -24,7 +24,7 @@ def accuracy(
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise MissingExtra("scikit-learn", "demo", purpose="a linear probe") from None
+        raise MissingExtra("scikit-learn", "probe", purpose="a linear probe") from None
     probe = LogisticRegression(C=c, max_iter=ITERATIONS, random_state=0)
     return float((probe.fit(train, train_labels).predict(test) == test_labels).mean())
 

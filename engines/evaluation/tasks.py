@@ -6,7 +6,6 @@ imported when their task is asked for.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import platform
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.engines import backends, manifest
-from edgevlm.toolkit.errors import ConfigError, InputError, OutputError
+from edgevlm.toolkit.errors import ConfigError, InputError, OutputError, nearest
 from edgevlm.toolkit.target import card, processor_name, threads_here
 
 Progress = Callable[[str], None]
@@ -142,7 +141,7 @@ def find(name: str) -> Task:
     """The row of a task. Raises ConfigError with the nearest names."""
     if name in TASKS:
         return TASKS[name]
-    close = difflib.get_close_matches(name, TASKS, 3) or list(TASKS)
+    close = nearest(name, TASKS) or list(TASKS)
     raise ConfigError(f"there is no task {name!r}", hint=f"known: {', '.join(close)}")
 
 

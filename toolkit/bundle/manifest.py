@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgevlm.toolkit.bundle import sealed, static_weights
+from edgevlm.toolkit.bundle import mistaken, sealed, static_weights
 from edgevlm.toolkit.bundle.atomic import sha256_of
 from edgevlm.toolkit.checkpoints import inside
 from edgevlm.toolkit.checkpoints.inside import is_plain
@@ -192,10 +192,7 @@ class Bundle:
         path = Path(path)
         file = path / MANIFEST
         if not file.exists():
-            raise BundleError(
-                f"{path} is not a bundle: it has no {MANIFEST}",
-                hint=f"make one: edgevlm export CHECKPOINT {path}",
-            )
+            raise mistaken.no_bundle(path)
         manifest = read_manifest(file)
         try:
             model = towers.from_json(dict(manifest.model), f"{file}: model")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 import numpy as np
 
 from edgevlm.toolkit.errors import InputError, silenced
-from edgevlm.toolkit.images import depth
+from edgevlm.toolkit.images import absent, depth
 from edgevlm.toolkit.ops.vocabulary import Array
 
 if TYPE_CHECKING:
@@ -92,9 +92,9 @@ def load(source: ImageSource, *, upright: bool = True, own_mode: bool = False) -
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"image {name} does not exist", hint=_if_address(name)) from None
+        raise InputError(f"image {name} does not exist", hint=absent.instead(name)) from None
     except IsADirectoryError:
-        raise InputError(f"image {name} is a folder") from None
+        raise InputError(f"image {name} is a folder", hint="give one of its files") from None
     except (UnidentifiedImageError, Image.DecompressionBombError) as refused:
         raise _unreadable(source, name, refused) from None
     except MemoryError:
@@ -103,7 +103,7 @@ def load(source: ImageSource, *, upright: bool = True, own_mode: bool = False) -
         stated = getattr(broken, "strerror", None) or str(broken)  # strerror: without the name
         reason = stated or type(broken).__name__
         raise InputError(
-            f"image {name} cannot be decoded: {reason}", hint=_if_address(name)
+            f"image {name} cannot be decoded: {reason}", hint=absent.of_address(name)
         ) from None
 
 
@@ -226,11 +226,6 @@ def _check_png(file: BinaryIO, name: str) -> None:
                 hint="fetch the file again",
             )
     file.seek(at)
-
-
-def _if_address(name: str) -> str:
-    address = name.startswith("data:") or "://" in name
-    return "addresses are not read: download the image, and give its file" if address else ""
 
 
 def _formats() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from edgevlm.toolkit.bundle import mistaken, trained
 from edgevlm.toolkit.bundle import source as bundle_source
-from edgevlm.toolkit.bundle import trained
 from edgevlm.toolkit.bundle.manifest import MANIFEST
 from edgevlm.toolkit.checkpoints import hub, packed, partial
 from edgevlm.toolkit.checkpoints.layouts import huggingface, lone_tower, original, quirks, towers
@@ -25,7 +24,7 @@ from edgevlm.toolkit.checkpoints.layouts.source import (
 )
 from edgevlm.toolkit.checkpoints.packed import Packing
 from edgevlm.toolkit.checkpoints.weights import FLOAT_WEIGHTS, refuse_pointer
-from edgevlm.toolkit.errors import CheckpointError, ConfigError
+from edgevlm.toolkit.errors import CheckpointError, ConfigError, nearest
 from edgevlm.toolkit.strict import read_json
 from edgevlm.toolkit.vlm import language_models, tower_presets
 from edgevlm.toolkit.vlm.config import ModelConfig
@@ -116,7 +115,7 @@ def _config(folder: Path, options: Options) -> tuple[dict[str, Any], Options]:
         home = options.base
     if not (home / "config.json").exists():
         kind = "has no config.json" if home.is_dir() else "does not exist"
-        raise CheckpointError(f"{home} {kind}; a checkpoint is a folder with one")
+        raise CheckpointError(f"{home} {kind}", hint=mistaken.instead_of_checkpoint(home))
     for name in ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         for place in {home, options.base or folder}:
             refuse_pointer(place / name)
@@ -238,7 +237,7 @@ def preset(name: str, seed: int, options: Options) -> Source:
     known = presets()
     if name not in known:
         every = [*known, *tower_presets.PRESETS]
-        close = difflib.get_close_matches(name, every, 3) or sorted(every)
+        close = nearest(name, every) or sorted(every)
         raise ConfigError(f"there is no preset {name!r}", hint=f"known: {', '.join(close)}")
     model = find(known[name]).PRESETS[name]()
     model = replace(model, lm=with_context(model.lm, options.max_context))

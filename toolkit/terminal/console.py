@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgevlm.toolkit.errors import printable
 from edgevlm.toolkit.strict import to_json
-from edgevlm.toolkit.terminal import streams
+from edgevlm.toolkit.terminal import program, streams
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -93,7 +93,7 @@ class Console:
                 shown = line if isinstance(line, Drawn) else printable(line, keep="\n\t")
                 print(shown, flush=True)
             if following and not self.quiet:
-                print(f"next: {following}")
+                print(f"next: {program.as_typed(following)}")
 
     def stream(self, text: str) -> None:
         """A piece of an answer, printed at once; of a model's control characters the escapes."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from edgevlm.toolkit import errors
+from edgevlm.toolkit.terminal import program
 
 _INTERRUPTED = "interrupted; nothing half-written was left behind"
 _AGAIN_S = 0.05  # the callback that lost an interrupt has ended by then
@@ -95,7 +98,7 @@ def _unexpected(error: BaseException, *, debug: bool) -> int:
         print(error, file=sys.stderr)
         return 2
     if format_message is not None:
-        return fail(format_message(), "edgevlm --help, or edgevlm VERB --help", 2)
+        return fail(format_message(), _usage(error, format_message()), 2)
     if type(error).__name__ == "Abort":
         return interrupted()
     if debug:
@@ -105,9 +108,30 @@ def _unexpected(error: BaseException, *, debug: bool) -> int:
     return fail(reason, "this is a defect of edgevlm; --debug shows where", 1)
 
 
+def _usage(error: BaseException, message: str) -> str:
+    """What to type instead of a command that the parser refused: its form, and where more is."""
+    context = getattr(error, "ctx", None)
+    if context is None or context.parent is None:
+        meant = re.search(r"Did you mean '([\w-]+)'", message)
+        return f"edgevlm {meant[1]} --help" if meant else "edgevlm --help lists the verbs"
+    verb = f"edgevlm {context.info_name}"
+    words = [_word(parameter) for parameter in context.command.params]
+    form = " ".join([verb, *filter(None, words)])
+    quotes = "put a text of several words in quotes: " if "unexpected extra" in message else ""
+    return f"{quotes}{form}; {verb} --help has all options"
+
+
+def _word(parameter: Any) -> str:
+    """A parameter in the form of its command; "" for an option that may be left out."""
+    name = str(parameter.name).upper()
+    if parameter.param_type_name == "argument":
+        return name if parameter.required else f"[{name}]"
+    return f"{parameter.opts[0]} {name}" if parameter.required else ""
+
+
 def fail(message: str, hint: str, code: int) -> int:
     """Print an error, each part on one line; returns the exit status `code`."""
-    for kind, text in (("error:", message), ("hint:", hint)):
+    for kind, text in (("error:", message), ("hint:", program.as_typed(hint))):
         if text:
             print(kind, errors.printable(" ".join(text.splitlines())), file=sys.stderr)
     return code

@@ -1,8 +1,4 @@
-"""Scenes of one to four handwritten digits, and questions about them.
-
-The digits are scikit-learn's (Alpaydin and Kaynak, 1998): 1797 images of 8 x 8 pixels. They are
-split before any scene is made, so that no held-out scene shows a digit that training has seen.
-"""
+"""Scenes of one to four digits, drawn as hands write them, and questions about them."""
 
 from __future__ import annotations
 
@@ -13,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.training.digits import drawing
+
 Box = tuple[float, float, float, float]  # left, top, right, bottom; 0 to 1
 
 SIDE = 48  # pixels of a scene
-SIZE = 16  # pixels of a digit's image, enlarged
+SIZE = 16  # pixels of a digit's image
 GRID = 8  # digits stand at multiples of so many pixels
 MOST = 4  # digits of a scene
 INK = 64  # a pixel belongs to a digit from this brightness on
-HELD_OUT = 5  # every fifth digit image is held out
-TURN = 8.0  # degrees by which training digits are turned, at most
 
 COUNT = "How many digits are there?"
 NAME = "Which digit is it?"
@@ -33,11 +28,10 @@ POINT = "Where is it?"
 
 @dataclass(frozen=True)
 class Digit:
-    """A digit of a scene: what it is, the box of its ink, the number of its image."""
+    """A digit of a scene: what it is, and the box of its ink."""
 
     value: int
     box: Box
-    image: int
 
 
 @dataclass(frozen=True)
@@ -57,50 +51,21 @@ class Asked:
     answer: str
 
 
-def split_digits(seed: int = 0) -> tuple[Array, Array, Array, Array]:
-    """Images [1797, 8, 8] uint8, their values, and the numbers of training and held-out images."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = np.minimum(data.images * 16, 255).astype(np.uint8)
-    order = np.random.default_rng(seed).permutation(len(images))
-    held = np.arange(len(images)) % HELD_OUT == 0
-    return images, np.asarray(data.target), order[~held], order[held]
-
-
-def scene(
-    images: Array,
-    values: Array,
-    numbers: Array,
-    count: int,
-    rng: np.random.Generator,
-    *,
-    turn: float = 0.0,
-) -> Scene:
-    """A scene of `count` different digits, of the images called `numbers`."""
+def draw(count: int, rng: np.random.Generator) -> Scene:
+    """A scene of `count` different digits, none of them drawn like any before."""
     while True:
-        chosen = _different(values, numbers, count, rng)
-        made = _placed(images, values, chosen, rng, turn)
+        values = [int(value) for value in rng.choice(10, count, replace=False)]
+        made = _placed(values, rng)
         if made is not None:
             return made
 
 
-def _different(values: Array, numbers: Array, count: int, rng: np.random.Generator) -> list[int]:
-    chosen: dict[int, int] = {}
-    while len(chosen) < count:
-        number = int(rng.choice(numbers))
-        chosen.setdefault(int(values[number]), number)
-    return list(chosen.values())
-
-
-def _placed(
-    images: Array, values: Array, chosen: Sequence[int], rng: np.random.Generator, turn: float
-) -> Scene | None:
+def _placed(values: Sequence[int], rng: np.random.Generator) -> Scene | None:
     """The digits at random places, apart from one another; None if there was no room."""
     pixels = np.zeros((SIDE, SIDE), np.uint8)
     taken = np.zeros((SIDE, SIDE), bool)
     digits: list[Digit] = []
-    for number in chosen:
+    for value in values:
         for _ in range(20):
             top, left = (int(n) * GRID for n in rng.integers(0, (SIDE - SIZE) // GRID + 1, 2))
             place = np.s_[top : top + SIZE, left : left + SIZE]
@@ -108,21 +73,13 @@ def _placed(
                 break
         else:
             return None
-        ink = enlarged(images[number], float(rng.uniform(-turn, turn)))
+        ink = drawing.ink(value, SIZE, rng)
         pixels[place], taken[place] = ink, True
         rows, columns = ((ink >= INK).any(axis).nonzero()[0] for axis in (1, 0))
         corners = left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1
         box: Any = tuple(int(corner) / SIDE for corner in corners)
-        digits.append(Digit(int(values[number]), box, number))
+        digits.append(Digit(value, box))
     return Scene(pixels, tuple(digits))
-
-
-def enlarged(small: Array, turn: float) -> Array:
-    """A digit of SIZE x SIZE pixels, turned by so many degrees."""
-    from PIL import Image
-
-    large = Image.fromarray(small).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    return np.asarray(large.rotate(turn, Image.Resampling.BILINEAR) if turn else large)
 
 
 def questions(scene: Scene) -> list[Asked]:

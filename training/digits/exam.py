@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.digits.scenes import Asked, Scene, overlap, questions, read_box, save
+from edgevlm.training.digits.scenes import Asked, Scene, overlap, questions, read_box, save
 
 KINDS = ("naming", "counting", "pointing")
 HALF = 0.5  # a box counts from this overlap on, intersection over union
@@ -55,9 +55,25 @@ def write(folder: Path, scenes: Sequence[Scene]) -> Path:
     return path
 
 
+def write_samples(folder: Path, name: str, scenes: Sequence[Scene]) -> Path:
+    """Questions for `edgevlm calibrate --prompts`: the last one about every scene."""
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, scene in enumerate(scenes):
+        file = f"{name}/{number:05d}.png"
+        save(scene, folder / file)
+        lines.append(json.dumps({"image": file, "prompt": questions(scene)[-1].question}) + "\n")
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
 def read(answers: Path, scenes: Sequence[Scene]) -> list[list[Graded]]:
-    """What an engine answered about each scene, graded; `answers` in the order of the requests."""
-    texts = iter(json.loads(line)["text"].strip() for line in answers.read_text().splitlines())
+    """What an engine answered about each scene, graded; answers: what `edgevlm run --json` printed
+    for the request file.
+    """
+    entries = json.loads(answers.read_text(encoding="utf-8"))["answers"]
+    texts = iter(entry["text"].strip() for entry in entries)
     return [[grade(one, next(texts)) for one in questions(scene)] for scene in scenes]
 
 

@@ -7,8 +7,8 @@ import html
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 
-from examples.digits.exam import KINDS, Graded, Scores
-from examples.digits.scenes import SIDE, Box, Scene, read_box
+from edgevlm.training.digits.exam import KINDS, Graded, Scores
+from edgevlm.training.digits.scenes import SIDE, Box, Scene, read_box
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
@@ -20,6 +20,12 @@ th:first-child, td:first-child { text-align: left }
 ul { list-style: none; margin: .4rem 0; padding: 0; font-size: .85rem } .wrong { color: #b3261e }
 .note { color: #5c6670 } .curve { width: 100%; height: 9rem; background: #f5f6f8 }
 """
+_TRAINED = """<h1>A vision-language model that learned digits here</h1>
+<p>It began with random weights, was trained on this machine, and answers from an engine that needs
+no PyTorch. It had seen none of these scenes, and no digit drawn like those in them.</p>"""
+_UNTRAINED = """<h1>A vision-language model with random weights</h1>
+<p>It was not trained, so that its answers are noise. They come from an engine that needs no
+PyTorch; all but the weights is as in a trained model.</p>"""
 _RIGHT, _WRONG, _TRUTH = "#57d98a", "#ff6b5e", "#8a97a6"
 
 
@@ -29,20 +35,22 @@ def page(
     scores: Mapping[str, Scores],
     losses: Sequence[tuple[int, float]],
 ) -> str:
-    """The page. graded: what the engine answered about each scene; scores: by engine."""
+    """The page. graded: what the engine answered about each scene; scores: by engine; losses: of
+    logged steps, none of a model that was not trained.
+    """
+    told = _TRAINED if losses else _UNTRAINED
+    curve = f"<h2>Loss while it learned</h2>{_curve(losses)}" if losses else ""
     shown = "".join(_scene(one, answers) for one, answers in zip(scenes, graded, strict=True))
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>edgevlm: a model that learned digits</title><style>{_STYLE}</style>
-<h1>A vision-language model that learned digits here</h1>
-<p>It began with random weights, was trained on this machine, and answers from an engine that needs
-no PyTorch. Neither these scenes nor the digits in them were in its training data.</p>
+<title>edgevlm: pictures of digits</title><style>{_STYLE}</style>
+{told}
 {_table(scores)}
 <h2>Scenes it had never seen</h2>
 <p class="note">Boxes are the engine's answers to &ldquo;Where is it?&rdquo;: green where they
 overlap the digit by half or more, red where not. Dashed: the digit's true box.</p>
 <div class="scenes">{shown}</div>
-<h2>Loss while it learned</h2>{_curve(losses)}
+{curve}
 </html>
 """
 
@@ -94,8 +102,6 @@ def _data(scene: Scene) -> str:
 
 def _curve(losses: Sequence[tuple[int, float]]) -> str:
     """Loss over steps as a line, from 0 to its largest value."""
-    if not losses:
-        return ""
     most, last = max(loss for _, loss in losses), losses[-1][0]
     points = " ".join(
         f"{step / last * 100:.2f},{40 - 38 * loss / most:.2f}" for step, loss in losses

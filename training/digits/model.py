@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-import edgevlm
 from edgevlm.toolkit.bundle import trained
 from edgevlm.toolkit.images.preprocess import ImageRules, Preprocess
 from edgevlm.toolkit.models.encoders import clip, dinov2
@@ -21,7 +20,7 @@ from edgevlm.toolkit.text.prompts import PromptRules
 from edgevlm.toolkit.vlm.components import Component, components
 from edgevlm.toolkit.vlm.config import ComponentConfig, ModelConfig
 from edgevlm.training import initial
-from examples.digits.scenes import COUNT, NAME, POINT, SIDE
+from edgevlm.training.digits.scenes import COUNT, NAME, POINT, SIDE
 
 PATCH = 8  # pixels
 WIDTH, DEPTH, HEADS = 96, 2, 4  # of each encoder
@@ -111,8 +110,8 @@ def configuration() -> ModelConfig:
     )
 
 
-def write(folder: Path, seed: int = 0) -> None:
-    """The new model as a checkpoint of edgevlm's own format."""
+def write(folder: Path, made_by: str, seed: int = 0) -> None:
+    """The new model as a checkpoint of edgevlm's own format; made_by: which version writes it."""
     model = configuration()
     parts = [part for part in components(model) if part.shapes]
     weights = {part.name: first_weights(model, part, seed) for part in parts}
@@ -123,7 +122,7 @@ def write(folder: Path, seed: int = 0) -> None:
         weights,
         origin={"layout": "new", "seed": seed},
         training={},
-        made_by=f"edgevlm {edgevlm.__version__}, examples/digits",
+        made_by=made_by,
         force=True,
     )
 
