@@ -49,6 +49,9 @@ _INSTRUCTION_SETS = (
 )
 
 
+_FP8_SINCE = 89
+
+
 @dataclass(frozen=True)
 class Target:
     """backend: what executes engines; version: its release, () for any; arch: x86_64, sm_87, or
@@ -301,6 +304,15 @@ def _capability(arch: str) -> int:
     """Compute capability of a card: 89 of sm_89; 0 of what is none."""
     number = arch.removeprefix("sm_")
     return int(number) if number.isdigit() else 0
+
+
+def has_fp8(arch: str) -> bool:
+    """Whether a card multiplies FP8 (E4M3): Ada, Hopper, Blackwell and newer. arch: as sm_89.
+
+    Of several (sm_80+sm_89), whether all do. NVIDIA, CUDA C++ programming guide, compute
+    capabilities.
+    """
+    return all(_capability(part) >= _FP8_SINCE for part in arch.split("+"))
 
 
 def _text(version: Version) -> str:

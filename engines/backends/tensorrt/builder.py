@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edgevlm.engines.backends import PlanReport, Shapes, Size
 from edgevlm.engines.backends.common import place
 from edgevlm.engines.backends.tensorrt import codes, kernels, plugins
+from edgevlm.engines.backends.tensorrt.arrays import ROW_AXES
 from edgevlm.engines.backends.tensorrt.device import CardFacts
 from edgevlm.engines.backends.tensorrt.kernels import Kernel
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
@@ -55,11 +56,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Built:
-    """What became of a job: its result, the builder's log, and how many profiles it had."""
+    """What became of a job: its result, the builder's log, how many profiles it had, and the most
+    sequences or images of one call.
+    """
 
     result: Mapping[str, Any]
     log: str
     profiles: int
+    rows: int
 
 
 def timing_cache(here: Target, card: CardFacts) -> str:
@@ -91,6 +95,14 @@ def fixed_sizes(shapes: Shapes) -> dict[str, int]:
     return fixed
 
 
+def most_rows(shapes: Shapes) -> int:
+    """The most sequences, or images, of one call."""
+    sizes = [
+        profile[axis][2] for profile in shapes.profiles for axis in ROW_AXES if axis in profile
+    ]
+    return max(sizes, default=1)
+
+
 def profiles(
     ports: Sequence[Port], shapes: Shapes, fixed: Mapping[str, int]
 ) -> list[dict[str, list[list[int]]]]:
@@ -108,6 +120,7 @@ def profiles(
 
 
 def _size(dim: int | str, sizes: Mapping[str, Size], fixed: Mapping[str, int], k: int) -> int:
+    """A dimension in a profile; k: 0 for the smallest, 1 for the usual, 2 for the largest."""
     if isinstance(dim, int):
         return dim
     return fixed[dim] if dim in fixed else sizes[dim][k]
@@ -154,6 +167,7 @@ def build(name: str, job: Job, folder: Path) -> dict[str, Any]:
 
 
 def _failure(name: str, folder: Path, done: subprocess.CompletedProcess[str]) -> ToolkitError:
+    """Why a job failed, in the first words that the parser or the builder said."""
     result = folder / "result.json"
     errors = json.loads(result.read_text())["errors"] if result.exists() else []
     log = (folder / "build.log").read_text() if (folder / "build.log").exists() else ""
@@ -206,6 +220,8 @@ def report(
             seconds=seconds,
             rounded=len(rounded),
             rounded_kernels=len(kernels.products(made, rounded, built.profiles)),
+            profiles=built.profiles,
+            rows=built.rows,
         ),
         made,
     )

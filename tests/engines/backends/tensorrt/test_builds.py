@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from edgevlm import api
-from edgevlm.engines import backends
+from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends.tensorrt import builder, device, probes
 from edgevlm.engines.backends.tensorrt.device import CardFacts
-from edgevlm.toolkit.target import Target
+from edgevlm.toolkit.target import Target, has_fp8
 from tests.engines.backends.tensorrt.conftest import GOLDEN, Built, Install
 
 ORIN = CardFacts("Orin (nvgpu)", "12.6", 8 << 30, shared=True)
@@ -30,7 +32,12 @@ def test_attention_may_be_decomposed_in_every_release(release: str, built: Built
     assert bool(made["attentions"]) == (release != "10.3.0")
     profiles = made["profiles"]
     assert isinstance(profiles, list)
-    assert [p["ids"] for p in profiles] == [[[1, 1], [1, 256]], [[1, 1], [1, 1]]]
+    assert [p["ids"] for p in profiles] == [
+        *([[1, 1], [1, 256]], [[1, 1], [1, 1]]),
+        [[2, 1], [8, 1]],  # sequences side by side
+    ]
+    plan = manifest.read(built(release)).plans["lm"]
+    assert (plan.profiles, plan.rows) == (3, 8)
 
 
 def test_timings_and_memory(
@@ -71,13 +78,19 @@ def test_a_card_is_measured(
     monkeypatch.setattr(probes, "_BYTES", 100_000)
     found = backends.backend(machine.target).peaks(Path("nowhere"))
     assert min(found.gflop_s, found.int8_gop_s, found.gb_s) > 0
+    formats = 3 if has_fp8(machine.target.arch) else 2
+    assert bool(found.fp8_gflop_s) == (formats == 3)
     names = machine.world.names()
-    assert names.count("IExecutionContext.execute_async_v3") == 2 * 21
+    assert names.count("IExecutionContext.execute_async_v3") == formats * 21
     assert "copy in" not in names
     assert (machine.world.live, machine.world.streams) == (0, {})
 
 
 def test_products_are_in_the_format_that_they_name() -> None:
-    codes = {node.op_type for node in probes.product("int8", 32).graph.node}
-    assert codes == {"QuantizeLinear", "DequantizeLinear", "MatMul"}
+    for kind, element in (("int8", onnx.TensorProto.INT8), ("fp8", onnx.TensorProto.FLOAT8E4M3FN)):
+        graph = probes.product(kind, 32).graph
+        assert {n.op_type for n in graph.node} == {"QuantizeLinear", "DequantizeLinear", "MatMul"}
+        assert {t.data_type for t in graph.initializer if t.name != "scale"} == {element}
+        codes = next(t for t in graph.initializer if t.name == "codes")
+        assert np.isfinite(onnx.numpy_helper.to_array(codes).astype(np.float32)).all()
     assert [node.op_type for node in probes.product("fp16", 32).graph.node] == ["MatMul"]
