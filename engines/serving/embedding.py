@@ -19,7 +19,7 @@ import numpy as np
 from edgevlm.engines.runtime.clock import Clock, Span
 from edgevlm.engines.runtime.embedding import Embedder
 from edgevlm.engines.serving.job import Failed
-from edgevlm.engines.serving.limits import Busy, Limits, OutOfTime
+from edgevlm.engines.serving.limits import Busy, Limits, late
 from edgevlm.toolkit.errors import AccuracyError, InputError
 from edgevlm.toolkit.images.decode import ImageSource
 from edgevlm.toolkit.ops.vocabulary import Array
@@ -128,7 +128,7 @@ class EmbeddingQueue:
         self.active = 0
         self._changed = Condition()
         self._waiting: deque[tuple[EmbeddingJob, int]] = deque()
-        self._closing = False
+        self._end = float("inf")  # when requests are ended, as the server stops
         self._thread = Thread(target=self._work, name="edgevlm-embeddings", daemon=True)
         self._thread.start()
 
@@ -146,7 +146,7 @@ class EmbeddingQueue:
             self._changed.notify()
 
     def cancel(self, job: EmbeddingJob) -> None:
-        """Compute no more of a job; it reports nothing."""
+        """Compute no more of a job; it reports nothing unless its last images are at work."""
         with self._changed:
             job.cancelled = True
             self._changed.notify()
@@ -159,13 +159,13 @@ class EmbeddingQueue:
     def close(self, grace_s: float = 0.0) -> None:
         """Take no more jobs, give those there are `grace_s` seconds, and end the thread."""
         with self._changed:
-            self._closing = True
+            self._end = time.monotonic() + max(grace_s, 0.0)
             self._changed.notify()
-        self._thread.join(max(grace_s, 0.0))
-        with self._changed:
-            for job, _ in self._waiting:
-                job.deadline = 0.0
         self._thread.join()
+
+    @property
+    def _closing(self) -> bool:
+        return self._end < float("inf")
 
     # -- the thread ------------------------------------------------------------------------
 
@@ -177,9 +177,10 @@ class EmbeddingQueue:
                     if self._closing:
                         return
                     self._changed.wait()
+                    self._drop()
                 most = max(size for size in self.sizes if size <= len(self._waiting))
+                self.active = most  # first: who counts those that wait, then these, misses none
                 group = [self._waiting.popleft() for _ in range(most)]
-                self.active = len(group)
             jobs = list(dict.fromkeys(job for job, _ in group))
             self._compute(jobs, group)
             self.active = 0
@@ -188,15 +189,12 @@ class EmbeddingQueue:
 
     def _drop(self) -> None:
         """Take out the images of jobs that are over, whose client has gone, or that are late."""
-        now = time.monotonic()
         for job, _ in self._waiting:
             if job.cancelled and not job.over:
                 job.over = True
                 self.counts.cancelled += 1
-            elif job.deadline < now and not job.over:
-                allowed = self.limits.request_s
-                late = "the server is stopping" if self._closing else f"{allowed:g} s have passed"
-                self._fail(job, OutOfTime(f"the request was ended: {late}"))
+            elif not job.over and (over := late(job.deadline, self._end, self.limits)):
+                self._fail(job, over)
                 job.end()
         self._waiting = deque(item for item in self._waiting if not item[0].over)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, fields
 
 from edgevlm.toolkit.errors import ConfigError, ToolkitError
@@ -43,3 +44,14 @@ class Limits:
                 option = item.name.replace("_", "-")
                 raise ConfigError(f"--{option} {value} is less than {int(least)}")
         return self
+
+
+def late(deadline: float, end: float, limits: Limits) -> OutOfTime | None:
+    """Why a request with this deadline is ended now, if it is. end: when the server ends all that
+    is left, infinite while it does not stop. Both in seconds of `time.monotonic`.
+    """
+    if time.monotonic() < min(deadline, end):
+        return None
+    stopping = end < float("inf")
+    why = "the server is stopping" if stopping else f"{limits.request_s:g} s have passed"
+    return OutOfTime(f"the request was ended: {why}")

@@ -25,7 +25,7 @@ from edgevlm.engines.runtime.session import Session
 from edgevlm.engines.serving.encoding import Encoding
 from edgevlm.engines.serving.image_cache import ImageCache
 from edgevlm.engines.serving.job import Failed, Job
-from edgevlm.engines.serving.limits import Busy, Limits, OutOfTime
+from edgevlm.engines.serving.limits import Busy, Limits, late
 from edgevlm.engines.serving.rows import rows_together
 from edgevlm.engines.serving.slots import GRID, Slots, require_memory
 from edgevlm.toolkit.errors import ConfigError
@@ -77,10 +77,11 @@ class Scheduler:
         self._changed = Condition()
         self._encoding = Encoding(self.images, self._notify)
         self._waiting: deque[Job] = deque()
+        self._begun: list[Job] = []  # have left the queue, and have not ended
         self._reading: Job | None = None
         self._answering: list[Job] = []  # where slots are movable, job i is in slot i
         self._complete: list[Job] = []  # they have left; whoever is told finds all counted
-        self._closing = False
+        self._end = float("inf")  # when answers are ended, as the server stops
         self._thread = Thread(target=self._work, name="edgevlm-scheduler", daemon=True)
         self._thread.start()
 
@@ -100,7 +101,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Stop a job before its next token; it reports nothing more."""
+        """Stop a job before its next token; it reports none but one that is being computed."""
         job.cancelled = True
         self._notify()
 
@@ -116,27 +117,22 @@ class Scheduler:
     @property
     def active(self) -> int:
         """Jobs that have a slot, or will have one when their images are encoded."""
-        begun = (self._reading, self._encoding.job)
-        return len(self._answering) + sum(job is not None for job in begun)
+        return len(self._begun)
 
     def close(self, grace_s: float = 0.0) -> None:
         """Take no more jobs, give those there are `grace_s` seconds, and end the thread."""
         with self._changed:
-            self._closing = True
+            self._end = time.monotonic() + max(grace_s, 0.0)
             self._changed.notify()
-        self._thread.join(max(grace_s, 0.0))
-        with self._changed:
-            for job in self._jobs():
-                job.deadline = 0.0
         self._thread.join()
         self._encoding.close()
 
+    @property
+    def _closing(self) -> bool:
+        return self._end < float("inf")
+
     def _idle(self) -> int:
         return self.limits.slots - self.active
-
-    def _jobs(self) -> list[Job]:
-        encoding = [self._encoding.job] if self._encoding.job else []
-        return [*self._waiting, *encoding, *self._jobs_with_slots()]
 
     def _jobs_with_slots(self) -> list[Job]:
         return [*([self._reading] if self._reading else []), *self._answering]
@@ -147,7 +143,7 @@ class Scheduler:
         while True:
             with self._changed:
                 while not self._due():
-                    if self._closing and not self._jobs():
+                    if self._closing and not self._begun and not self._waiting:
                         return
                     self._changed.wait()
             self._drop()
@@ -170,10 +166,13 @@ class Scheduler:
         return next((job for job in self._waiting if not (busy and job.has_images)), None)
 
     def _next(self) -> Job | None:
-        """The job that begins now, taken out of the queue."""
+        """The job that begins now, taken out of the queue. Whoever counts those that wait and then
+        the active ones counts it.
+        """
         with self._changed:
             job = self._startable()
             if job is not None:
+                self._begun.append(job)
                 self._waiting.remove(job)
             return job
 
@@ -199,17 +198,14 @@ class Scheduler:
 
     def _drop(self) -> None:
         """End the jobs whose client has gone, and those that took too long."""
-        now = time.monotonic()
         with self._changed:
             jobs = [*self._waiting, *self._jobs_with_slots()]
         for job in jobs:
             if job.cancelled:
                 self.counts.cancelled += 1
                 self._remove(job)
-            elif job.deadline < now:
-                allowed = self.limits.request_s
-                late = "the server is stopping" if self._closing else f"{allowed:g} s have passed"
-                self._fail(job, OutOfTime(f"the request was ended: {late}"))
+            elif over := late(job.deadline, self._end, self.limits):
+                self._fail(job, over)
 
     def _fail(self, job: Job, error: Exception, *, trusted: bool = True) -> None:
         """trusted: whether what the job's slot holds is what it should be."""
@@ -233,9 +229,11 @@ class Scheduler:
         while self._reading is None:
             if self._encoding.ready:
                 job, failure = self._encoding.taken()
-                if not job.cancelled:
-                    self._begin(job, failure)
-                self.counts.cancelled += job.cancelled
+                if job.cancelled:
+                    self.counts.cancelled += 1
+                    self._begun.remove(job)
+                else:
+                    self._begin(job, failure or late(job.deadline, self._end, self.limits))
                 continue
             waiting = self._next()
             if waiting is None:
@@ -251,9 +249,10 @@ class Scheduler:
                 self._begin(waiting, None)
 
     def _begin(self, job: Job, failure: Exception | None) -> None:
-        """Give a slot to a job whose images are encoded; failure: why they are not."""
+        """Give a slot to a job whose images are encoded; failure: why it gets none."""
         if failure is not None:
             self.counts.failed += 1
+            self._begun.remove(job)
             job.sink(Failed(failure))
             return
         job.slot, job.held = self.slots.take(job.key, reuse=not self.strict)
@@ -387,6 +386,7 @@ class Scheduler:
                 self._waiting.remove(job)
         if job not in self._jobs_with_slots():
             return
+        self._begun.remove(job)
         self.slots.hold(job.slot, job.reusable() if keep else job.key[:0])
         self.slots.release(job.slot)
         if job is self._reading:

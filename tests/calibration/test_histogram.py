@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
-
 import numpy as np
 import pytest
 
@@ -11,6 +9,7 @@ from edgevlm.calibration.histogram import BINS, METHODS, PERCENTILE, Histogram, 
 from edgevlm.toolkit.errors import CalibrationError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.static import LARGEST
+from tests.calibration.peaks import peak
 
 
 def histogram(*pieces: Array) -> Histogram:
@@ -89,17 +88,13 @@ def test_few_values_have_a_range_that_holds_them(method: str, values: list[float
 
 
 def test_memory_does_not_grow_with_samples() -> None:
-    def peak(samples: int) -> int:
-        tracemalloc.start()
+    def add(samples: int) -> None:
         found = Histogram()
         for i in range(samples):
             found.add(normal(20_000, 1 + i, i), "lm/a")
-        size = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return size
 
-    peak(2)  # what NumPy loads at first use
-    assert peak(40) < 1.2 * peak(4)
+    add(2)  # what NumPy loads at first use
+    assert peak(lambda: add(40)) < 1.2 * peak(lambda: add(4))
 
 
 def test_what_gives_no_range_is_named() -> None:

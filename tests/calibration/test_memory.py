@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from edgevlm.toolkit import systems
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.layouts.source import Options, Source
 from edgevlm.toolkit.vlm.components import lm_component
+from tests.calibration.peaks import peak
 from tests.conftest import HERE
 from tests.pipeline import silent
 
@@ -46,14 +45,6 @@ def deep(layers: int, folder: Path) -> Source:
     )
     api.write_source(source, "deep", folder, dtype="fp32", force=False, progress=silent)
     return systems.load(folder, Options())
-
-
-def peak(run: Callable[[], object]) -> int:
-    tracemalloc.start()
-    run()
-    size = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return size
 
 
 @pytest.fixture(scope="module")

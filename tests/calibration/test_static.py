@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tracemalloc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +44,7 @@ from edgevlm.toolkit.target import this_cpu
 from edgevlm.toolkit.vlm.components import Component
 from edgevlm.toolkit.vlm.cost import stored_bytes
 from edgevlm.training import forward
+from tests.calibration.peaks import peak
 from tests.conftest import HERE
 from tests.engines.build.test_row_quantized import run
 from tests.pipeline import engine_of, silent
@@ -272,15 +272,11 @@ def test_memory_does_not_grow_with_samples(bundle: Path, images: Path) -> None:
     made, weights = calibrator(bundle), systems.load(bundle, Options()).weights
     plan = plan_of(made._chain.model, Settings("int8-static"))
 
-    def peak(count: int) -> int:
-        tracemalloc.start()
-        made.ranges(weights, plan, one * count)
-        size = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return size
+    def taken(count: int) -> int:
+        return peak(lambda: made.ranges(weights, plan, one * count))
 
-    peak(1)
-    assert peak(12) < 1.1 * peak(4)  # four go together
+    taken(1)
+    assert taken(12) < 1.1 * taken(4)  # four go together
 
 
 def test_half_precision_stays_and_codes_survive_writing_again(

@@ -147,7 +147,7 @@ STOPS_IN_4_BITS = {  # the method, where it is interrupted, and in which round
 }
 
 
-@pytest.mark.parametrize(("seconds", "in_memory"), [(0.0, 0), (5.0, 1 << 28)])
+@pytest.mark.parametrize(("seconds", "in_memory"), [(0.0, 0), (float("inf"), 1 << 28)])
 @pytest.mark.parametrize("stop", STOPS_IN_4_BITS)
 def test_4_bits_go_on_and_give_the_same(
     stop: str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,15 +68,40 @@ def start(*words: str, processes: int = 1, env: dict[str, str] | None = None) ->
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         launcher += [str(processes)]
-    command = [*launcher, str(ROOT / "cli.py"), *words]
+    return _started([*launcher, str(ROOT / "cli.py"), *words], env or {})
+
+
+def _started(command: list[str], env: dict[str, str]) -> Any:
     quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **quiet, **(env or {})},
+        env={**os.environ, **quiet, **env},
     )
+
+
+# The command line, killed in the middle of writing a state; before its words stands which one.
+_KILLED = """
+import os, signal, sys
+from edgevlm import cli
+from edgevlm.training import states
+step, files = sys.argv.pop(1), states._files
+def killing(folder):
+    if folder.name == f".{step}.partial":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return files(folder)
+states._files = killing
+cli.main()
+"""
+
+
+def kill(step: int, *words: str) -> None:
+    """Run the command line, which is killed while it writes the state of a step."""
+    process = _started([sys.executable, "-c", _KILLED, f"step-{step:06}", *words], {})
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == -signal.SIGKILL, err[-3000:]
 
 
 def finish(process: Any) -> str:

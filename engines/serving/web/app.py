@@ -159,8 +159,9 @@ def _add_state(app: FastAPI, server: Server) -> None:
     async def health() -> dict[str, Any]:
         """Whether requests are taken."""
         work, named = server.work, {"model": server.options.name, "kind": server.kind}
+        waiting = work.waiting  # first: a request that begins meanwhile is not left out
         slots = {"slots": work.limits.slots, "active": work.active}
-        return {"status": "ok", **named, **slots, "waiting": work.waiting}
+        return {"status": "ok", **named, **slots, "waiting": waiting}
 
     @app.get("/metrics", response_class=Response, responses={401: _ERRORS[401]})
     async def metrics(request: Request) -> Response:

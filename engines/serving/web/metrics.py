@@ -69,9 +69,10 @@ class _Collector:
     def collect(self) -> Iterator[Metric]:
         """The server's figures now, in Prometheus's metrics."""
         work = self._work
+        waiting = work.waiting  # first: a request that begins meanwhile is not left out
         gauges: dict[str, float] = {
             "active": work.active,
-            "waiting": work.waiting,
+            "waiting": waiting,
             "slots": work.limits.slots,
             "peak_rss_mb": peak_rss_mb(),
         }

@@ -1,12 +1,19 @@
-"""HTTP/1.1 as uvicorn speaks it, with a limit on the time that a request's head may take.
+"""HTTP/1.1 as uvicorn speaks it, with two differences.
 
-uvicorn ends idle connections between requests, but waits without end for the rest of a head: a few
-slow clients could hold all connections. The body has a limit of its own, in body.py.
+A request's head may take so long and no longer: uvicorn ends idle connections between requests, but
+waits without end for the rest of a head, and a few slow clients could hold all connections. The
+body has a limit of its own, in body.py.
+
+A connection whose request is refused before all of its body is there is closed in two steps, as RFC
+9112 (9.6) has it: first for writing, and for reading when the client has closed it, or after the
+same time. What comes meanwhile is thrown away. Closed at once, it would be reset while the client
+still sends, who would see a broken connection in place of the reason.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -23,16 +30,25 @@ _BODY = (
 
 
 def patient(seconds: float) -> type[H11Protocol]:
-    """The protocol, with at most so many seconds for a request's head."""
+    """The protocol, with at most so many seconds for a request's head, or for what is left of the
+    body of one that was refused.
+    """
 
     class Patient(H11Protocol):
         _late: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
+            whole = _ClosedInSteps(transport, seconds, self.loop, lambda: self._sends_a_body)
+            super().connection_made(whole)  # type: ignore[arg-type]
             self._wait_for_head()
 
+        @property
+        def _sends_a_body(self) -> bool:
+            return self.conn.their_state is h11.SEND_BODY
+
         def data_received(self, data: bytes) -> None:
+            if self.transport.is_closing():
+                return
             super().data_received(data)
             if self.conn.their_state is not h11.IDLE:
                 self._stop_waiting()
@@ -59,3 +75,34 @@ def patient(seconds: float) -> type[H11Protocol]:
             self.transport.close()
 
     return Patient
+
+
+class _ClosedInSteps:
+    """A transport whose first `close` ends what we write, while `reads` says that the client is
+    still sending; the second one, its own end, or the time closes all of it.
+    """
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        seconds: float,
+        loop: asyncio.AbstractEventLoop,
+        reads: Callable[[], bool],
+    ) -> None:
+        self._whole, self._seconds, self._loop, self._reads = transport, seconds, loop, reads
+        self._closing = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+    def is_closing(self) -> bool:
+        return self._closing or self._whole.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing() or not (self._reads() and self._whole.can_write_eof()):
+            self._whole.close()
+            return
+        self._closing = True
+        self._whole.write_eof()
+        self._whole.resume_reading()
+        self._loop.call_later(self._seconds, self._whole.close)

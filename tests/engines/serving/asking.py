@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from queue import SimpleQueue
+from threading import Event as Flag
+
+import pytest
 
 from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.engines.serving.job import Ended, Event, Failed, Job, Piece
@@ -12,6 +17,41 @@ from edgevlm.engines.serving.limits import Limits
 from edgevlm.engines.serving.scheduler import Scheduler
 
 FEW = Limits(slots=3, queue=50)
+
+
+def wait_for(ready: Callable[[], object]) -> None:
+    """Until something is so that another thread brings about, a minute at most."""
+    end = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < end, "it has not come about"
+        time.sleep(0.001)
+
+
+def held(
+    patch: pytest.MonkeyPatch,
+    owner: object,
+    name: str,
+    until: Callable[[], object],
+    *,
+    after: int = 0,
+    when: Callable[..., object] = lambda *given: True,
+) -> Flag:
+    """Let the calls of a method wait until something is so, from the one of number `after` on, and
+    of those `when` chooses by what they are given. The method itself is the real one.
+
+    What a test does meanwhile comes before what the call would lead to, however busy the machine
+    is. Returns a flag that is set when a call waits.
+    """
+    real, numbers, reached = getattr(owner, name), count(), Flag()
+
+    def call(*given: object, **named: object) -> object:
+        if when(*given) and next(numbers) >= after:
+            reached.set()
+            wait_for(until)
+        return real(*given, **named)
+
+    patch.setattr(owner, name, call)
+    return reached
 
 
 class Asked:

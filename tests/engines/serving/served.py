@@ -7,7 +7,6 @@ import http.client
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from edgevlm.engines.serving.scheduler import Scheduler
 from edgevlm.engines.serving.web.app import Options, create
 from edgevlm.engines.serving.web.protocol import patient
 from edgevlm.engines.serving.work import Work
+from tests.engines.serving.asking import wait_for
 
 JSON = {"Content-Type": "application/json"}
 
@@ -61,14 +61,9 @@ class Served:
         found.sendall(data)
         return found
 
-    def idle(self) -> bool:
-        """Whether nobody is answered or waits, within ten seconds."""
-        end = time.monotonic() + 10
-        while time.monotonic() < end:
-            if self.scheduler.active == self.scheduler.waiting == 0:
-                return True
-            time.sleep(0.01)
-        return False
+    def wait_until_idle(self) -> None:
+        """Until nobody waits or is answered. In this order: who waits is answered later on."""
+        wait_for(lambda: self.scheduler.waiting == 0 and self.scheduler.active == 0)
 
 
 @contextmanager
@@ -97,8 +92,7 @@ def listening(work: Work, options: Options | None = None) -> Iterator[int]:
     bound.bind(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
-    while not server.started:
-        time.sleep(0.005)
+    wait_for(lambda: server.started)
     try:
         yield bound.getsockname()[1]
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,6 +31,7 @@ from edgevlm.engines.serving.web.app import Options
 from edgevlm.engines.serving.work import opened
 from edgevlm.toolkit.errors import ConfigError, ToolkitError
 from edgevlm.toolkit.ops.vocabulary import Array
+from tests.engines.serving.asking import held
 from tests.engines.serving.conftest import GOLDEN
 from tests.engines.serving.served import Served, data_url, listening, serving, user
 
@@ -41,7 +41,6 @@ LIMITS = Limits(
     image_bytes=100_000,
     image_pixels=50_000,
     images=7,
-    receive_s=1.0,
 )
 
 
@@ -196,51 +195,49 @@ def test_an_engine_that_answers_embeds_nothing(session: Session, photos: list[Pa
 # -- the queue ---------------------------------------------------------------------------------
 
 
-def asked(queue: EmbeddingQueue, images: list[Path], **more: Any) -> tuple[EmbeddingJob, list[Any]]:
+def asked(
+    queue: EmbeddingQueue, images: list[Path], **more: Any
+) -> tuple[EmbeddingJob, SimpleQueue[Any]]:
     """A job in the queue, and where its event will come."""
-    events: list[Any] = []
-    job = EmbeddingJob(queue.tower, images, events.append, **more)
+    events = SimpleQueue[Any]()
+    job = EmbeddingJob(queue.tower, images, events.put, **more)
     queue.submit(job.prepare())
     return job, events
 
 
-def waited(events: list[Any]) -> Any:
-    end = time.monotonic() + 20
-    while not events and time.monotonic() < end:
-        time.sleep(0.002)
-    (found,) = events
-    return found
+def waited(events: SimpleQueue[Any]) -> Any:
+    """The event, within a minute."""
+    return events.get(timeout=60)
 
 
 def test_images_of_several_requests_share_a_batch(
     queue: EmbeddingQueue, photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go, sizes = threading.Event(), threading.Event(), list[int]()
-    real = queue.tower.run
+    sizes, real = list[int](), queue.tower.run
 
-    def slow(pixels: Array) -> Array:
+    def run(pixels: Array) -> Array:
         sizes.append(len(pixels))
-        begun.set()
-        assert go.wait(20)
         return real(pixels)
 
-    monkeypatch.setattr(queue.tower, "run", slow)
+    monkeypatch.setattr(queue.tower, "run", run)
+    go, cancelled = threading.Event(), queue.counts.cancelled
+    begun = held(monkeypatch, queue.tower, "run", go.is_set)
     first = asked(queue, photos[:1])[1]
-    assert begun.wait(20)
+    assert begun.wait(60)
     others = [asked(queue, [photo])[1] for photo in photos[1:5]]
     left = asked(queue, photos[:2])
     late = asked(queue, photos[:2], seconds=-1)[1]
     queue.cancel(left[0])
     with pytest.raises(Busy, match="are waiting already"):
         for _ in range(5):
-            asked(queue, photos)
+            others.append(asked(queue, photos)[1])
     go.set()
     assert all(isinstance(waited(events), Computed) for events in (first, *others))
     failed = waited(late)
     assert isinstance(failed, Failed) and isinstance(failed.error, OutOfTime)
-    assert left[1] == []
+    assert left[1].empty()
     assert sizes[:2] == [1, 4]
-    assert queue.counts.cancelled == 1
+    assert queue.counts.cancelled == cancelled + 1
 
 
 def test_what_fails_fails_alone(

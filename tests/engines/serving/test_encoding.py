@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from threading import Event as Flag
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from edgevlm.engines.runtime.session import Question, Session
 from edgevlm.engines.serving.job import Ended, Piece
 from edgevlm.engines.serving.limits import Limits
 from edgevlm.engines.serving.scheduler import Scheduler
-from tests.engines.serving.asking import Asked, scheduling
+from tests.engines.serving.asking import Asked, held, scheduling
 from tests.engines.serving.conftest import GOLDEN
 
 IMAGE = GOLDEN / "image.png"
@@ -20,23 +22,9 @@ LONG = Question("Tell me about cats and dogs, please", (), 60)
 SHORT = Question("Why?", (), 5)
 
 
-class Gate:
-    """Holds the encoder of a session until it is opened; the encoder itself is the real one."""
-
-    def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reached, self._open = threading.Event(), threading.Event()
-        real = session.vision.encode
-
-        def encode(images: Any, *given: Any, **more: Any) -> Any:
-            if images:
-                self.reached.set()
-                assert self._open.wait(60)
-            return real(images, *given, **more)
-
-        monkeypatch.setattr(session.vision, "encode", encode)
-
-    def open(self) -> None:
-        self._open.set()
+def held_encoder(session: Session, patch: pytest.MonkeyPatch, until: Callable[[], object]) -> Flag:
+    """What is set when the encoder has got images, which it leaves alone until something is so."""
+    return held(patch, session.vision, "encode", until, when=lambda images, *_: images)
 
 
 def tokens(session: Session, question: Question) -> tuple[int, ...]:
@@ -47,12 +35,13 @@ def test_decoding_goes_on_and_no_answer_changes(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = [tokens(session, question) for question in (SEEN, LONG, SHORT)]
-    gate = Gate(session, monkeypatch)
+    go = Flag()
+    reached = held_encoder(session, monkeypatch, go.is_set)
     with scheduling(session, Limits(slots=3, queue=9)) as scheduler:
         begun = Asked(scheduler, LONG)
         assert isinstance(begun.next(), Piece)
         seen = Asked(scheduler, SEEN)
-        assert gate.reached.wait(60)
+        assert reached.wait(60)
         pieces = len(begun.pieces)
         while len(begun.pieces) < pieces + 20:  # the encoder is at work all the while
             assert isinstance(begun.next(), Piece)
@@ -61,7 +50,7 @@ def test_decoding_goes_on_and_no_answer_changes(
         assert short.ended().answer.token_ids == alone[2]
         assert scheduler.waiting == 1
         assert seen.events.empty() and second.events.empty()
-        gate.open()
+        go.set()
         assert seen.ended().answer.token_ids == second.ended().answer.token_ids == alone[0]
         assert begun.ended().answer.token_ids == alone[1]
         assert (scheduler.images.misses, scheduler.images.hits) == (1, 1)
@@ -70,26 +59,28 @@ def test_decoding_goes_on_and_no_answer_changes(
 def test_a_slot_is_kept_for_what_is_being_encoded(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(session, monkeypatch)
+    go = Flag()
+    reached = held_encoder(session, monkeypatch, go.is_set)
     with scheduling(session, Limits(slots=1, queue=9)) as scheduler:
         seen = Asked(scheduler, SEEN)
-        assert gate.reached.wait(60)
+        assert reached.wait(60)
         short = Asked(scheduler, SHORT)
         assert (scheduler.active, scheduler.waiting) == (1, 1)
-        gate.open()
+        go.set()
         assert isinstance(seen.ended(), Ended) and isinstance(short.ended(), Ended)
 
 
 def test_a_client_that_leaves_while_its_image_is_encoded(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(session, monkeypatch)
+    go = Flag()
+    reached = held_encoder(session, monkeypatch, go.is_set)
     with scheduling(session, Limits(slots=1, queue=9)) as scheduler:
         gone = Asked(scheduler, SEEN)
-        assert gate.reached.wait(60)
+        assert reached.wait(60)
         after = Asked(scheduler, SHORT)
         scheduler.cancel(gone.job)
-        gate.open()
+        go.set()
         after.ended()
         assert gone.events.empty()
         assert (scheduler.counts.cancelled, scheduler.counts.answered) == (1, 1)
@@ -98,13 +89,12 @@ def test_a_client_that_leaves_while_its_image_is_encoded(
 def test_a_server_that_stops_ends_what_is_encoded(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(session, monkeypatch)
     scheduler = Scheduler(session, Limits(slots=1))
+    reached = held_encoder(session, monkeypatch, lambda: scheduler._closing)
     seen = Asked(scheduler, SEEN)
-    assert gate.reached.wait(60)
+    assert reached.wait(60)
     closing = threading.Thread(target=scheduler.close)
     closing.start()
-    gate.open()
     closing.join(60)
     assert not closing.is_alive()
     with pytest.raises(Exception, match="stopping"):

@@ -59,8 +59,8 @@ class Browser:
         return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Until `ready`, half a minute at most."""
-        end = time.monotonic() + 30
+        """Until `ready`, a minute at most."""
+        end = time.monotonic() + 60
         while not ready():
             assert time.monotonic() < end, "the page does not get there"
             time.sleep(0.05)

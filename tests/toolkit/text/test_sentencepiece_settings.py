@@ -212,11 +212,11 @@ def test_named_tokens_that_the_model_lacks_follow_it(tmp_path: Path) -> None:
 def test_long_texts_take_seconds_at_most() -> None:
     """Neither many added tokens nor long words may make the steps quadratic."""
     way = "sentencepiece's defaults"
-    start = time.perf_counter()
+    start = time.process_time()  # whatever else the machine does
     for text in ("a" * 200_000, " " * 200_000, "🙂" * 50_000, "<|im" * 50_000):
         assert ours(way, True).encode(text, special=False) == witness(way).encode(text)
     assert ours(way, True).encode("</s>" * 100_000, special=False) == [2] * 100_000
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 60
 
 
 def test_bos_is_the_one_that_is_named(tmp_path: Path) -> None:
