@@ -1,10 +1,10 @@
 """Kernels of our own for this processor, compiled by the system's C compiler when first needed.
 
-They are for x86 from AVX2 on and for 64-bit ARM with 8-bit dot products. The library holds all forms
-of its architecture (forms.h) and asks the processor which to use, so that processors may share a
-home. It is kept in the user's cache folder, under the hash of its sources, compiler and options,
-and made anew where it is not what was made. Nothing of it lies in an engine: an engine has no
-machine code, and runs without the library as well.
+They are for x86 from AVX2 on and for 64-bit ARM with 8-bit dot products. The library holds all
+forms of its architecture (forms.h) and asks the processor which to use, so that processors may
+share a home. It is kept in the user's cache folder, under the hash of its sources, compiler and
+options, and made anew where it is not what was made. Nothing of it lies in an engine: an engine has
+no machine code, and runs without the library as well.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SECONDS = 120  # for the compiler
 
 @dataclass(frozen=True)
 class Native:
-    """path: of the library, None where there is none; why: there is none. form: of FORMS, in use."""
+    """path: of the library, None where there is none; why: there is none. form: the one in use."""
 
     path: Path | None = None
     why: str = ""
@@ -117,7 +117,7 @@ def _using(found: Native, form: str | None) -> Native:
 
 
 def forms_here(found: Native) -> list[str]:
-    """Names of the forms that a library can use on this processor, the best last; [] without one."""
+    """The forms that a library can use on this processor, the best last; [] where there is none."""
     if found.path is None:
         return []
     library = ctypes.CDLL(str(found.path))

@@ -121,6 +121,7 @@ def test_a_form_can_be_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(NOT_HERE, reason="there are no kernels of ours here")
 def test_an_assembler_that_does_not_know_avx_vnni_makes_the_other_forms(tmp_path: Path) -> None:
-    script = 'case "$*" in *WITHOUT_AVX_VNNI*) exec cc "$@";; esac\necho "no such instruction" >&2; exit 1'
+    script = """case "$*" in *WITHOUT_AVX_VNNI*) exec cc "$@";; esac
+echo "no such instruction" >&2; exit 1"""
     made = library._native(tmp_path / "native", compiler(tmp_path, script))
     assert made.path is not None and "avx-vnni" not in library.forms_here(made)

@@ -1,4 +1,4 @@
-"""The kernels' forms for processors other than this one: compiled for them, and run by emulators."""
+"""The kernels' forms for other processors than this one, compiled for them and run by emulators."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> str:
     "avx512_vnni" not in instruction_sets(), reason="this processor lacks VNNI of AVX-512"
 )
 def test_the_form_of_avx_vnni_in_the_encoding_of_avx512(tmp_path: Path) -> None:
-    """The instruction does the same, and processors that have it in the other one alone are rare."""
+    """The instruction does the same; few processors have it in the other encoding alone."""
     path = compiled("cc", tmp_path / "evex.so", "-shared", "-fPIC", '-DEDGEVLM_VEX=""')
     kernels = ctypes.CDLL(str(path))
     pointer, number = np.ctypeslib.ndpointer(np.float32), library.FORMS.index("avx-vnni")
