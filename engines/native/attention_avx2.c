@@ -18,7 +18,6 @@
 #include <stdlib.h>
 
 #include "vector_avx2.h"
-#include "vector_functions.h"
 
 #define ROWS 6  /* queries at a time: with WIDTH vectors of 8 lanes, 12 of 16 registers */
 #define WIDTH 2
@@ -26,7 +25,6 @@
 #define AT_A_TIME 128 /* keys whose weighted values are summed as integers */
 #define MOST_QK 2047.0f
 #define MOST_V 511.0f
-#define MOST_WEIGHT 32767.0f
 #define TINY 1e-30f   /* what is smaller is 0 */
 #define LARGEST 1e12f /* beyond it, and for NaN and infinity, the plain form answers */
 #define NEVER -1e30f  /* the score of keys that pad the last vector */
@@ -181,18 +179,28 @@ OF_AVX2 INLINE void scores_of(const struct work *w, size_t first, vector *most, 
   }
 }
 
+/* round(32767 * 2^x) for x up to 0: a polynomial for the part behind the point, right to 3e-6. */
+OF_AVX2 INLINE __m256i weight_of(vector x) {
+  x = larger(x, all(-30.0f));
+  __m256i whole = _mm256_cvtps_epi32(x);
+  vector part = minus(x, _mm256_cvtepi32_ps(whole));
+  vector y = times_plus(all(313.583521f), part, all(1832.26059f));
+  y = times_plus(y, part, all(7872.18814f));
+  y = times_plus(y, part, all(22711.5225f));
+  y = times_plus(y, part, all(32766.9758f));
+  __m256i power = _mm256_slli_epi32(whole, 23);
+  return _mm256_cvtps_epi32(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), power)));
+}
+
 /* e^score over the largest of a query, in 15 bits, and their sum. */
 OF_AVX2 static void weigh(struct work *w, size_t rows, const vector *most) {
   for (size_t r = 0; r < rows; r++) {
     const float *scores = w->scores + r * w->padded_keys;
     int16_t *weights = w->weights + r * w->padded_keys;
-    vector top = all(largest_of(most[r])), scale = all(MOST_WEIGHT);
-    vector total = all(0.0f);
+    vector top = all(largest_of(most[r])), total = all(0.0f);
     for (size_t t = 0; t < w->padded_keys; t += 2 * LANES) {
-      vector first = power_of_two(minus(load(scores + t), top));
-      vector second = power_of_two(minus(load(scores + t + LANES), top));
-      __m256i low = _mm256_cvtps_epi32(times(first, scale));
-      __m256i high = _mm256_cvtps_epi32(times(second, scale));
+      __m256i low = weight_of(minus(load(scores + t), top));
+      __m256i high = weight_of(minus(load(scores + t + LANES), top));
       total = plus(total, _mm256_cvtepi32_ps(_mm256_add_epi32(low, high)));
       _mm256_storeu_si256((__m256i *)(weights + t), in_16_bits(low, high));
     }

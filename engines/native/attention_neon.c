@@ -111,16 +111,18 @@ OF_DOTPROD static void pack_keys(struct work *w) {
   memset(w->q8, 0, w->padded_size);
   for (size_t key = 0; key < w->padded_keys; key++) {
     int8_t *lane = w->k8 + (key / LANES * words * LANES + key % LANES) * 4;
-    float step = 0.0f, extra = 0.0f;
+    vector extra = all(0.0f);
+    float step = 0.0f;
     if (key < w->keys) {
       step = round_row(w, w->k + key * w->stride, w->mean_k, w->q8);
-      for (size_t d = 0; d < w->size; d++) extra += w->row[d] * w->mean_q[d];
+      for (size_t d = 0; d < w->size; d += LANES)
+        extra = times_plus(load(w->row + d), load(w->mean_q + d), extra);
     } else {
       memset(w->q8, 0, w->padded_size);
     }
     for (size_t word = 0; word < words; word++) memcpy(lane + word * 4 * LANES, w->q8 + 4 * word, 4);
     w->step_k[key] = step * scale;
-    w->extra[key] = key < w->keys ? extra * scale : NEVER;
+    w->extra[key] = key < w->keys ? sum_of(extra) * scale : NEVER;
   }
 }
 
