@@ -145,7 +145,7 @@ def _times(calls: Counter[Attention], timings: Timings) -> dict[Precision, float
     """Milliseconds of all attentions of a view, in ONNX Runtime's kernel and in ours."""
     totals: dict[Precision, float] = {"float": 0.0, "int8_rows": 0.0}
     for call, times in calls.items():
-        op = f"attention {call} {library().path}"
+        op = f"attention {call} {library().path} {library().form}"
         known = timings.of_op(op, list(totals), partial(_measured, call))
         for precision, ms in known.items():
             totals[precision] += times * ms

@@ -1,4 +1,4 @@
-/* Which form runs where, how a call is divided, and the plain form. */
+/* How a call is divided, which form computes a part, and the plain form. */
 
 #include "attention.h"
 
@@ -7,16 +7,6 @@
 
 /* Fewer heads than this are divided by rows too; each part prepares the keys for itself. */
 #define FEWEST_PARTS 16
-
-enum attention_form attention_best_form(void) {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni"))
-    return __builtin_cpu_supports("avx512bf16") ? FORM_VNNI_BF16 : FORM_VNNI;
-#endif
-  return FORM_PLAIN;
-}
 
 static size_t pieces_of_a_head(const struct attention *call) {
   size_t heads = call->batch * call->heads;
@@ -28,16 +18,22 @@ size_t attention_parts(const struct attention *call) {
   return call->batch * call->heads * pieces_of_a_head(call);
 }
 
-int attention_part(const struct attention *call, enum attention_form form, size_t part) {
+int attention_part(const struct attention *call, enum form form, size_t part) {
   size_t pieces = pieces_of_a_head(call), piece = part % pieces, one = part / pieces;
   size_t first = call->queries * piece / pieces, last = call->queries * (piece + 1) / pieces;
   size_t batch = one / call->heads, head = one % call->heads;
   if (first == last) return 0;
+  switch (call->size % 4 == 0 ? form : FORM_PLAIN) {
 #if defined(__x86_64__)
-  if (form != FORM_PLAIN && call->size % 4 == 0)
-    return attention_vnni(call, batch, head, first, last, form == FORM_VNNI_BF16);
+    case FORM_AVX512_BF16: return attention_vnni(call, batch, head, first, last, 1);
+    case FORM_AVX512_VNNI: return attention_vnni(call, batch, head, first, last, 0);
+    case FORM_AVX_VNNI: return attention_avx2(call, batch, head, first, last, 1);
+    case FORM_AVX2: return attention_avx2(call, batch, head, first, last, 0);
+#elif defined(__aarch64__)
+    case FORM_DOTPROD: return attention_neon(call, batch, head, first, last);
 #endif
-  return attention_plain(call, batch, head, first, last);
+    default: return attention_plain(call, batch, head, first, last);
+  }
 }
 
 int attention_plain(const struct attention *call, size_t batch, size_t head, size_t first,

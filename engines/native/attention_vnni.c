@@ -25,7 +25,6 @@
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
-#define INLINE static inline __attribute__((always_inline))
 
 #define ROWS 6     /* queries at a time: with WIDTH vectors of 16, 24 of 32 registers */
 #define WIDTH 4    /* vectors of 16 keys, or of 16 channels */

@@ -12,10 +12,10 @@
 #include <string.h>
 
 #include "attention.h"
+#include "forms.h"
 #include "onnxruntime.h"
 #include "rows.h"
 
-#define EXPORTED __attribute__((visibility("default")))
 #define MOST_AXES 8
 #define ROWS_AT_A_TIME 16
 #define SMALLEST 1e-30f
@@ -73,7 +73,7 @@ static void fail(int *failed) { __atomic_store_n(failed, 1, __ATOMIC_RELAXED); }
 
 struct attention_job {
   struct attention call;
-  enum attention_form form;
+  enum form form;
   int failed;
 };
 
@@ -98,7 +98,7 @@ static status *attend(void *kernel, kernel_context *context) {
   struct attention_job job = {
       .call = {q.data, k.data, v.data, y.data, (size_t)q.sizes[0], (size_t)q.sizes[1],
                (size_t)k.sizes[1], (size_t)self->number, (size_t)(q.sizes[2] / self->number)},
-      .form = attention_best_form()};
+      .form = form_in_use()};
   TRY(PARALLEL_FOR(api)(context, attend_part, attention_parts(&job.call), 0, &job));
   return job.failed ? CREATE_STATUS(api)(FAILED, "no memory for attention") : NULL;
 }
@@ -360,15 +360,13 @@ EXPORTED status *RegisterCustomOps(options *session, const struct api_base *base
   return ADD_DOMAIN(api)(session, found);
 }
 
-/* -- for tests, and to tell what this processor has -- */
-
-EXPORTED int edgevlm_attention_form(void) { return (int)attention_best_form(); }
+/* -- for tests -- */
 
 EXPORTED int edgevlm_attend(const float *q, const float *k, const float *v, float *out,
                             const size_t *sizes, int form) {
   struct attention call = {q, k, v, out, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
   size_t parts = attention_parts(&call);
   for (size_t part = 0; part < parts; part++)
-    if (attention_part(&call, (enum attention_form)form, part) != 0) return -1;
+    if (attention_part(&call, (enum form)form, part) != 0) return -1;
   return 0;
 }

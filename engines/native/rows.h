@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "forms.h"
+
 /* gelu's two forms; x * sigmoid(alpha * x) */
 enum activation { NO_ACTIVATION, GELU, GELU_TANH, QUICK_GELU };
 
@@ -22,8 +24,17 @@ struct rows {
   float alpha, epsilon, smallest;
 };
 
-/* Rows first..last. -1 where there is no memory. Needs AVX-512. */
+/* Rows first..last, in the form in use. -1 where there is no memory. */
 int round_rows(const struct rows *call, size_t first, size_t last);
+int round_rows_plain(const struct rows *call, size_t first, size_t last);
+int round_rows_avx2(const struct rows *call, size_t first, size_t last);
+int round_rows_avx512(const struct rows *call, size_t first, size_t last);
+int round_rows_neon(const struct rows *call, size_t first, size_t last);
+
+/* The step of a row whose largest magnitude this is. */
+INLINE float step_of(const struct rows *call, float most) {
+  return (most < call->smallest ? call->smallest : most) / 127.0f;
+}
 
 /* y[r] = x[r] * scales[r] + bias, and of another tensor, unless NULL, row r % others. */
 struct scaling {
@@ -32,7 +43,11 @@ struct scaling {
   size_t count, width, others;
 };
 
-/* Rows first..last. Needs AVX-512. */
+/* Rows first..last, in the form in use. */
 void scale_rows(const struct scaling *call, size_t first, size_t last);
+void scale_rows_plain(const struct scaling *call, size_t first, size_t last);
+void scale_rows_avx2(const struct scaling *call, size_t first, size_t last);
+void scale_rows_avx512(const struct scaling *call, size_t first, size_t last);
+void scale_rows_neon(const struct scaling *call, size_t first, size_t last);
 
 #endif

@@ -106,7 +106,7 @@ def test_a_library_that_is_refused_is_done_without(
     engine: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "odd.so").write_bytes(b"no library")
-    odd = library.Native(tmp_path / "odd.so", form="8-bit")
+    odd = library.Native(tmp_path / "odd.so", form="avx2")
     monkeypatch.setattr(native, "native", lambda: odd)
     _, made = encoded(engine, bundle)
     assert "MultiHeadAttention" in made

@@ -99,3 +99,29 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(library.SWITCH, "off")
     with pytest.raises(ConfigError, match="EDGEVLM_NATIVE=off"):
         library.native()
+
+
+@pytest.mark.skipif(NOT_HERE, reason="there are no kernels of ours here")
+def test_a_form_can_be_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = library.native()
+    here = library.forms_here(best)
+    assert here[0] == "plain" and here[-1] == best.form
+    for form in here:
+        monkeypatch.setenv(library.SWITCH, form)
+        assert library.native() == library.Native(best.path, form=form)
+        assert library.described() == f"instructions of {form}, {best.path}"
+    (absent, *_) = set(library.FORMS) - set(here)
+    monkeypatch.setenv(library.SWITCH, absent)
+    with pytest.raises(ConfigError, match=f"EDGEVLM_NATIVE={absent}") as refused:
+        library.native()
+    assert refused.value.hint is not None and best.form in refused.value.hint
+    monkeypatch.delenv(library.SWITCH)
+    assert library.native() == best
+
+
+@pytest.mark.skipif(NOT_HERE, reason="there are no kernels of ours here")
+def test_an_assembler_that_does_not_know_avx_vnni_makes_the_other_forms(tmp_path: Path) -> None:
+    script = """case "$*" in *WITHOUT_AVX_VNNI*) exec cc "$@";; esac
+echo "no such instruction" >&2; exit 1"""
+    made = library._native(tmp_path / "native", compiler(tmp_path, script))
+    assert made.path is not None and "avx-vnni" not in library.forms_here(made)
