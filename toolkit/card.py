@@ -7,6 +7,7 @@ import ctypes
 _MAJOR, _MINOR = 75, 76  # CUdevice_attribute: compute capability
 _INTEGRATED = 18  # the same: whether it shares the processor's memory
 _NAME_BYTES = 96
+_FP8_SINCE = 89
 NO_DEVICE = "no-device"  # stands for the architecture where there is no card
 
 
@@ -23,6 +24,21 @@ def architecture(number: int = 0) -> str | None:
             return None
         parts.append(value.value)
     return f"sm_{parts[0]}{parts[1]}"
+
+
+def capability(arch: str) -> int:
+    """Compute capability of an architecture as a number: 89 of sm_89; 0 of what is no card's."""
+    number = arch.removeprefix("sm_")
+    return int(number) if number.isdigit() else 0
+
+
+def has_fp8(arch: str) -> bool:
+    """Whether a card multiplies FP8 (E4M3): Ada, Hopper, Blackwell and newer. arch: as sm_89.
+
+    Of several (sm_80+sm_89), whether all do. NVIDIA, CUDA C++ programming guide, compute
+    capabilities.
+    """
+    return all(capability(part) >= _FP8_SINCE for part in arch.split("+"))
 
 
 def name(number: int = 0) -> str | None:

@@ -49,9 +49,6 @@ _INSTRUCTION_SETS = (
 )
 
 
-_FP8_SINCE = 89
-
-
 @dataclass(frozen=True)
 class Target:
     """backend: what executes engines; version: its release, () for any; arch: x86_64, sm_87, or
@@ -295,24 +292,9 @@ def _on_this_card(built: Target, here: Target) -> list[str]:
     known = CUDA_CARDS.get(machine(), ())
     if here.arch not in known:
         reasons.append(f"{CUDA_PACKAGE} has no kernels for {here.arch} on {machine()}")
-    elif _capability(built.arch) > _capability(here.arch):
+    elif card.capability(built.arch) > card.capability(here.arch):
         reasons.append(f"architecture {built.arch}, here the older {here.arch}")
     return reasons
-
-
-def _capability(arch: str) -> int:
-    """Compute capability of a card: 89 of sm_89; 0 of what is none."""
-    number = arch.removeprefix("sm_")
-    return int(number) if number.isdigit() else 0
-
-
-def has_fp8(arch: str) -> bool:
-    """Whether a card multiplies FP8 (E4M3): Ada, Hopper, Blackwell and newer. arch: as sm_89.
-
-    Of several (sm_80+sm_89), whether all do. NVIDIA, CUDA C++ programming guide, compute
-    capabilities.
-    """
-    return all(_capability(part) >= _FP8_SINCE for part in arch.split("+"))
 
 
 def _text(version: Version) -> str:

@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from edgevlm.engines.lowering.onnxruntime_cuda_rows import KERNELS, LACKING
 from edgevlm.toolkit.errors import UnsupportedError
-from edgevlm.toolkit.target import CUDA_CARDS, DEVICES, Target
+from edgevlm.toolkit.target import CUDA_CARDS, DEVICES, Target, card
 
 _NAMES: dict[int, str] = {
     TensorProto.FLOAT: "fp32",
@@ -32,7 +32,7 @@ def check(component: str, model: onnx.ModelProto, target: Target) -> None:
 
 
 def _check_card(target: Target) -> None:
-    known = sorted({card for cards in CUDA_CARDS.values() for card in cards}, key=_capability)
+    known = sorted({arch for cards in CUDA_CARDS.values() for arch in cards}, key=card.capability)
     if target.arch in known:
         return
     others = (n for n, d in DEVICES.items() if d.target.arch == target.arch)
@@ -44,13 +44,9 @@ def _check_card(target: Target) -> None:
     )
 
 
-def _capability(arch: str) -> int:
-    return int(arch.removeprefix("sm_"))
-
-
 def _formats(model: onnx.ModelProto, target: Target) -> Iterator[str]:
     used = any(t.data_type == TensorProto.BFLOAT16 for t in model.graph.initializer)
-    if used and _capability(target.arch) < _BF16_SINCE:
+    if used and card.capability(target.arch) < _BF16_SINCE:
         yield f"bf16 does not exist on {target.arch}: export with --dtype fp16"
 
 

@@ -17,7 +17,7 @@ from edgevlm.engines.sizing.rates import Machine
 from edgevlm.engines.sizing.work import Time
 from edgevlm.toolkit.errors import InputError, UnsupportedError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.target import CUDA, DEVICES, has_fp8
+from edgevlm.toolkit.target import CUDA, DEVICES, card
 from edgevlm.toolkit.vlm.components import after_answer
 from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.cost import stored_bytes
@@ -269,8 +269,8 @@ def refuse_lacking(given: Format, machine: Machine) -> None:
 def _lacking(given: Format, machine: Machine) -> str:
     """Why no engine of a format can be built for a card; "" where one can."""
     target, precisions = machine.target, given.plan.precisions
-    if target.of_tensorrt and "fp8" in precisions and not has_fp8(target.arch):
-        without = [arch for arch in target.arch.split("+") if not has_fp8(arch)]
+    if target.of_tensorrt and "fp8" in precisions and not card.has_fp8(target.arch):
+        without = [arch for arch in target.arch.split("+") if not card.has_fp8(arch)]
         return f"{', '.join(without)} has no FP8"
     if target.backend == CUDA and {"fp8", "int8"} & precisions:
         return "ONNX Runtime multiplies no inputs in 8 bits on a card"

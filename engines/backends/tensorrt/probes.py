@@ -18,7 +18,7 @@ from edgevlm.engines.backends.tensorrt.builder import Job
 from edgevlm.engines.backends.tensorrt.card import Card, Cards
 from edgevlm.engines.backends.tensorrt.context import Context
 from edgevlm.toolkit.errors import needing
-from edgevlm.toolkit.target import has_fp8
+from edgevlm.toolkit.target import card
 
 if TYPE_CHECKING:
     import onnx
@@ -35,16 +35,16 @@ def peaks(cards: Cards, trt: Any, module: str, capabilities: list[str], arch: st
     TargetMismatch, or BuildError where one of them cannot be built.
     """
     with ExitStack() as stack:
-        card = stack.enter_context(cards.lent())
+        lent = stack.enter_context(cards.lent())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rates = {}
-        for kind in ("fp16", "int8", *(["fp8"] if has_fp8(arch) else [])):
+        for kind in ("fp16", "int8", *(["fp8"] if card.has_fp8(arch) else [])):
             graph, made = folder / f"{kind}.onnx", folder / f"{kind}.plan"
             graph.write_bytes(product(kind, _SIDE).SerializeToString())
             job = Job(module, str(graph), str(made), [], capabilities, 0, "")
             builder.build(f"a product in {kind}", job, folder)
-            rates[kind] = 2 * _SIDE**3 / _seconds(card, trt, made) / 1e9
-        return Peaks(rates["fp16"], rates["int8"], _copied(card), rates.get("fp8", 0.0))
+            rates[kind] = 2 * _SIDE**3 / _seconds(lent, trt, made) / 1e9
+        return Peaks(rates["fp16"], rates["int8"], _copied(lent), rates.get("fp8", 0.0))
 
 
 def product(kind: str, side: int) -> onnx.ModelProto:

@@ -17,7 +17,7 @@ from edgevlm.engines.sizing.predict import Asked, Format, Planner
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.ops.costs import COSTS, Cost
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.target import DEVICES, Target, has_fp8
+from edgevlm.toolkit.target import DEVICES, Target, card
 from edgevlm.toolkit.vlm.config import ModelConfig
 from tests.refusals import check_contract, edgevlm
 
@@ -207,7 +207,7 @@ def test_fp8_has_twice_the_rate_of_fp16(device: str, of_int8: float) -> None:
 
 def test_devices_that_have_fp8_have_a_peak_of_it() -> None:
     for name, device in DEVICES.items():
-        assert has_fp8(device.target.arch) == ("fp8" in device.peak_tops), name
+        assert card.has_fp8(device.target.arch) == ("fp8" in device.peak_tops), name
 
 
 def test_this_processor_is_measured() -> None:

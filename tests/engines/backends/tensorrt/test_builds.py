@@ -13,7 +13,7 @@ from edgevlm import api
 from edgevlm.engines import backends, manifest
 from edgevlm.engines.backends.tensorrt import builder, device, probes
 from edgevlm.engines.backends.tensorrt.device import CardFacts
-from edgevlm.toolkit.target import Target, has_fp8
+from edgevlm.toolkit.target import Target, card
 from tests.engines.backends.tensorrt.conftest import GOLDEN, Built, Install
 
 ORIN = CardFacts("Orin (nvgpu)", "12.6", 8 << 30, shared=True)
@@ -78,7 +78,7 @@ def test_a_card_is_measured(
     monkeypatch.setattr(probes, "_BYTES", 100_000)
     found = backends.backend(machine.target).peaks(Path("nowhere"))
     assert min(found.gflop_s, found.int8_gop_s, found.gb_s) > 0
-    formats = 3 if has_fp8(machine.target.arch) else 2
+    formats = 3 if card.has_fp8(machine.target.arch) else 2
     assert bool(found.fp8_gflop_s) == (formats == 3)
     names = machine.world.names()
     assert names.count("IExecutionContext.execute_async_v3") == formats * 21
