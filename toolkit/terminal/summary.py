@@ -260,4 +260,8 @@ def whole(path: Path, files: Mapping[str, FileRecord]) -> tuple[Any, list[str]]:
 def unknown(path: Path) -> BundleError:
     """The error for a path that is nothing we know."""
     what = "is no checkpoint, bundle, engine or profile" if path.exists() else "does not exist"
-    return BundleError(f"{path} {what}")
+    return BundleError(
+        f"{path} {what}",
+        hint="name a folder with config.json, checkpoint.json, manifest.json or engine.json, or a "
+        "weight file",
+    )
