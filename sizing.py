@@ -91,7 +91,6 @@ def _format(opened: AnySource, target: Target, name: str, usual: str) -> Format:
     from edgevlm.calibration.towers import rounds
     from edgevlm.engines.build import tune
     from edgevlm.engines.sizing.predict import Format
-    from edgevlm.toolkit.errors import ConfigError
     from edgevlm.toolkit.vlm import towers
 
     model, lm = opened.model, towers.language_model(opened.model)
@@ -101,10 +100,7 @@ def _format(opened: AnySource, target: Target, name: str, usual: str) -> Format:
         return Format(name, usual, static_plan.plan_of(model, Settings(name)))
     if lm is None and name == "int4":
         return Format(name, usual, rounds.plan_in_4_bits(model))
-    rounded = (*weight_only.KINDS, weight_only.ROWS, *weight_only.BLOCKS)
-    if name not in rounded:
-        known = ", ".join((*FLOATS, *rounded, *STATICS))
-        raise ConfigError(f"--precision {name!r} is unknown", hint=f"known: {known}")
+    weight_only.check_known(name, (*FLOATS, *STATICS))
     if name not in weight_only.KINDS:
         return Format(name, usual, weight_only.plan_for(name, model))
     plan = weight_only.chosen(model, tune.untuned(model, name, target).forms)

@@ -80,6 +80,14 @@ def refuse_keeping(globs: Sequence[str]) -> None:
         )
 
 
+def check_known(kind: str, others: Sequence[str]) -> None:
+    """Raise ConfigError unless `plan` knows this name; others: what else its user may say."""
+    known = (*KINDS, ROWS, *BLOCKS)
+    if kind not in known:
+        hint = f"known: {', '.join((*others, *known))}"
+        raise ConfigError(f"--precision {kind!r} is unknown", hint=hint)
+
+
 def plan(kind: str, option: str = "--precision") -> PrecisionPlan:
     """int8: every linear and the embedding table. int4: the language model's layers in 4 bits.
 

@@ -238,4 +238,6 @@ def _errors(engine: Engine) -> str:
 
 def percent(share: float | None) -> str:
     """0.0081 as "0.81 %", to two digits; a dash for none."""
+    if share is not None and 0 < share < 1e-5:
+        return "less than 0.001 %"
     return "-" if share is None else f"{100 * share:.2g} %"
