@@ -229,6 +229,12 @@ def _errors(engine: Engine) -> str:
     text = f"kernels right to {max(kernels.values(), default=0.0):.1e}"
     if not losses:
         return text
+    chosen = [trial.precision for trial in engine.trials if trial.chosen]
+    if engine.precision and chosen and set(chosen) == {"float"}:
+        return (
+            f"{text}; nothing is in {engine.precision}, as float is faster here (--keep-slower "
+            "quantizes it all the same)"
+        )
     name = max(losses, key=lambda component: losses[component])
     accepted = engine.build.accepted_loss
     note = "" if accepted is None else f"; {percent(accepted)} was accepted"
