@@ -102,6 +102,7 @@ def _format(opened: AnySource, target: Target, name: str, usual: str) -> Format:
         return Format(name, usual, static_plan.plan_of(model, Settings(name)))
     if lm is None and name == "int4":
         return Format(name, usual, rounds.plan_in_4_bits(model))
+    weight_only.check_known(name, (*FLOATS, *STATICS))
     if name not in weight_only.KINDS:
         return Format(name, usual, weight_only.plan_for(name, model))
     plan = weight_only.chosen(model, tune.untuned(model, name, target).forms)

@@ -18,6 +18,7 @@ from edgevlm.toolkit.vlm.cost import count, image_axes, weight_bits
 from edgevlm.toolkit.vlm.towers import Model
 
 KINDS = ("int8", "int4")
+_FLOATS = ("fp32", "fp16", "bf16")  # a bundle's formats, which people ask `build` for
 ROWS = "int8-rows"  # inputs in 8 bits too, without samples: one step per row, found when it runs
 BLOCKS: Mapping[str, str] = {"int8-blocks": "int8", "int4-blocks": "int4"}  # weights alone
 
@@ -79,6 +80,14 @@ def refuse_keeping(globs: Sequence[str]) -> None:
         )
 
 
+def check_known(kind: str, others: Sequence[str]) -> None:
+    """Raise ConfigError unless `plan` knows this name; others: what else its user may say."""
+    known = (*KINDS, ROWS, *BLOCKS)
+    if kind not in known:
+        hint = f"known: {', '.join((*others, *known))}"
+        raise ConfigError(f"--precision {kind!r} is unknown", hint=hint)
+
+
 def plan(kind: str, option: str = "--precision") -> PrecisionPlan:
     """int8: every linear and the embedding table. int4: the language model's layers in 4 bits.
 
@@ -92,7 +101,10 @@ def plan(kind: str, option: str = "--precision") -> PrecisionPlan:
         return PrecisionPlan("int8_rows", method="round to nearest")
     if kind not in KINDS:
         known = ", ".join((*KINDS, ROWS, *BLOCKS) if option == "--precision" else KINDS)
-        raise ConfigError(f"{option} {kind!r} is unknown", hint=f"known: {known}")
+        stored = (
+            "; of floats the format is chosen at export: --dtype fp16" if kind in _FLOATS else ""
+        )
+        raise ConfigError(f"{option} {kind!r} is unknown", hint=f"known: {known}{stored}")
     rules = (Rule("lm/layers.*", "int4_weights"),) if kind == "int4" else ()
     return PrecisionPlan("int8_weights", rules, method="round to nearest")
 

@@ -163,8 +163,46 @@ def test_one_kind_of_folder_is_not_another(ready: Path, tmp_path: Path) -> None:
     error, hint = refuses(tmp_path, "run", ready / "bundle", *ASK)
     assert "is not an engine" in error
     assert "edgevlm build" in hint
-    assert "not a bundle" in refuses(tmp_path, "build", GOLDEN / LM, tmp_path / "e")[0]
+    error, hint = refuses(tmp_path, "build", GOLDEN / LM, tmp_path / "e")
+    assert "not a bundle" in error
+    assert f"edgevlm export {GOLDEN / LM} {GOLDEN / LM}-bundle" in hint
     assert "not an engine" in refuses(tmp_path, "run", IMAGE, *ASK)[0]
+
+
+def test_the_hint_says_what_a_path_is_and_what_to_type(ready: Path, tmp_path: Path) -> None:
+    engine, bundle, checkpoint = ready / "engine-cpu", ready / "bundle", GOLDEN / LM
+    for words, expected in (
+        (("run", bundle, *ASK), f"edgevlm build {bundle} {bundle}-engine"),
+        (("run", checkpoint, *ASK), f"edgevlm build {checkpoint}-bundle {checkpoint}-engine"),
+        (("run", ready, *ASK), "there is one in it: "),
+        (("run", "What is it?", engine), "edgevlm run ENGINE PROMPT"),
+        (("run", tmp_path / "none", *ASK), f"edgevlm build BUNDLE {tmp_path / 'none'}"),
+        (("run", IMAGE, *ASK), "edgevlm build BUNDLE ENGINE"),
+        (("build", engine, tmp_path / "e"), f"edgevlm inspect {engine}"),
+        (("build", ready, tmp_path / "e"), "there is one in it: "),
+        (("export", engine, tmp_path / "b"), "this is an engine"),
+        (("export", GOLDEN, tmp_path / "b"), "there is one in it: "),
+        (("export", tmp_path, tmp_path / "b"), "preset:NAME --random-weights"),
+        (("inspect", tmp_path), "config.json"),
+        (("batch", engine, "nowhere", tmp_path / "b"), ".jsonl"),
+    ):
+        assert expected in refuses(tmp_path, *words)[1], words
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("exprot", "a", "b"), "edgevlm export --help"),
+        (("nonsense",), "edgevlm --help lists the verbs"),
+        (("run",), "edgevlm run ENGINE [PROMPT]; edgevlm run --help"),
+        (("run", "engine", "What", "is", "it"), "quotes: edgevlm run ENGINE [PROMPT]"),
+        (("plan", "preset:llava-1.5-7b"), "edgevlm plan SOURCE --target TARGET;"),
+    ],
+)
+def test_a_mistyped_command_gets_the_right_form(
+    words: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    assert expected in refuses(tmp_path, *words, code=2)[1]
 
 
 # -- where it is written -----------------------------------------------------------------------

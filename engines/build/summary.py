@@ -229,6 +229,12 @@ def _errors(engine: Engine) -> str:
     text = f"kernels right to {max(kernels.values(), default=0.0):.1e}"
     if not losses:
         return text
+    chosen = [trial.precision for trial in engine.trials if trial.chosen]
+    if engine.precision and chosen and set(chosen) == {"float"}:
+        return (
+            f"{text}; nothing is in {engine.precision}, as float is faster here (--keep-slower "
+            "quantizes it all the same)"
+        )
     name = max(losses, key=lambda component: losses[component])
     accepted = engine.build.accepted_loss
     note = "" if accepted is None else f"; {percent(accepted)} was accepted"
@@ -238,4 +244,6 @@ def _errors(engine: Engine) -> str:
 
 def percent(share: float | None) -> str:
     """0.0081 as "0.81 %", to two digits; a dash for none."""
+    if share is not None and 0 < share < 1e-5:
+        return "less than 0.001 %"
     return "-" if share is None else f"{100 * share:.2g} %"

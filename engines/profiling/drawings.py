@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 from edgevlm.engines.profiling.profile import Profile
@@ -83,7 +84,7 @@ def memory(p: Profile | TowerProfile) -> str:
     marks = [
         f"<line x1='{70 + t * scale:.1f}' x2='{70 + t * scale:.1f}' y1='14' y2='130' class='grid'>"
         f"<title>{html.escape(name)}</title></line>" + _label(72 + t * scale, 11, name)
-        for t, name in _spaced(p.memory_marks, 110 / scale)
+        for t, name in _spaced(_told(p.memory_marks), 110 / scale)
     ]
     axis = [_label(0, 28, f"{top:.0f} MB"), _label(0, 133, "0 MB")]
     axis.append(_label(960, 146, _ms(end), "end"))
@@ -155,13 +156,20 @@ def _above(point: tuple[float, float]) -> tuple[float, float]:
     return point[0], point[1] - 5
 
 
+def _told(marks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """The marks that have a label: one for all runs, one for what comes behind them."""
+    names = {"run 1": "runs", "limits": "measuring the machine's limits"}
+    later = re.compile(r"run (?!1$)\d+")
+    return [(at, names.get(name, name)) for at, name in marks if not later.fullmatch(name)]
+
+
 def _spaced(marks: Sequence[tuple[float, str]], apart: float) -> list[tuple[float, str]]:
-    """The marks whose labels do not overlap the one before."""
+    """The marks whose labels do not overlap the next one."""
     kept: list[tuple[float, str]] = []
-    for moment, name in marks:
-        if not kept or moment - kept[-1][0] >= apart:
+    for moment, name in reversed(marks):
+        if not kept or kept[-1][0] - moment >= apart:
             kept.append((moment, name))
-    return kept
+    return kept[::-1]
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:

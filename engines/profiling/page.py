@@ -22,8 +22,10 @@ _STYLE = (
     ".grid{stroke:#e4e4e4}.roof{stroke:#222;stroke-width:1.5}.area{fill:#3266ad;opacity:.35}"
     "pre{background:#f6f6f6;padding:1em;overflow:auto}"
     "h2{margin-top:2em;border-top:2px solid #222;padding-top:.6em;overflow-wrap:anywhere}"
+    "dl{display:grid;grid-template-columns:max-content 1fr;gap:.3em 1.5em;background:#f6f6f6;"
+    "padding:1em}dt{color:#555}dd{margin:0}"
     "pre{white-space:pre-wrap}td.word{text-align:left}"
-    ".muted{color:#777}details{margin:1em 0}.wide{overflow-x:auto}"
+    ".whole td{white-space:nowrap}.muted{color:#777}details{margin:1em 0}.wide{overflow-x:auto}"
 )
 
 
@@ -37,20 +39,21 @@ def as_html(profiles: Sequence[Profile], count: int = 40) -> str:
             "inter-token latency": [p.inter_token_latency_ms for p in profiles],
         }
         drawn = bars([p.engine for p in profiles], values, "ms")
-        body = f"<h2>Comparison</h2>{together}{drawn}{body}"
+        body = f"<h2>Comparison</h2><div class='wide whole'>{together}</div>{drawn}{body}"
     return document(body)
 
 
 def document(body: str) -> str:
     """A whole page."""
-    return f"{HEAD}<style>{_STYLE}</style><h1>edgevlm profile</h1>{body}"
+    screen = "<meta name=viewport content='width=device-width,initial-scale=1'>"
+    return f"{HEAD}{screen}<style>{_STYLE}</style><h1>edgevlm profile</h1>{body}"
 
 
 def _section(p: Profile, count: int) -> str:
     device = ", ".join(f"{key} {value}" for key, value in p.device.items())
     parts = [
         f"<h2>{html.escape(p.engine)}</h2><p class=muted>{html.escape(device)}</p>",
-        f"<pre>{html.escape(chr(10).join(totals(p)))}</pre>",
+        figures(totals(p)),
         f"<h3>One question, stage by stage</h3>{drawings.waterfall(p)}{stages(p)}",
         f"<h3>Milliseconds per token, in order</h3>{drawings.timeline(p.samples['decode'])}",
         f"<h3>How often each latency</h3>{drawings.histogram(p.samples['decode'])}",
@@ -62,6 +65,16 @@ def _section(p: Profile, count: int) -> str:
     if p.layers:
         parts.append(f"<h3>Slowest layers</h3>{layers(p, count)}")
     return "".join([*parts, context(p.context)])
+
+
+def figures(lines: Sequence[str]) -> str:
+    """Lines of a name and what it is, as a list."""
+    pairs = (line.partition("  ") for line in lines)
+    told = "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value.strip())}</dd>"
+        for name, _, value in pairs
+    )
+    return f"<dl>{told}</dl>"
 
 
 def stages(p: Shown) -> str:

@@ -145,7 +145,7 @@ def _section(p: TowerProfile, layers: int) -> str:
     times = p.samples[encoder]
     parts = [
         f"<h2>{html.escape(p.engine)}</h2><p class=muted>{html.escape(device)}</p>",
-        f"<pre>{html.escape(chr(10).join(totals(p)))}</pre>",
+        page.figures(totals(p)),
         f"<h3>One image, stage by stage</h3>{drawings.waterfall(p)}{page.stages(p)}",
         f"<h3>Milliseconds of {html.escape(encoder)}, run by run</h3>{drawings.timeline(times)}",
         page.metrics(p),

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def questions(source: Path, given: Question) -> Iterator[str]:
         requests = request_file.gather(given, source)
         yield from (_line(request) for request in requests)
         return
+    if not source.exists():
+        raise InputError(
+            f"{source} does not exist",
+            hint="give a folder of images, a list of them, or a .jsonl file of requests",
+        )
     if not given.prompt:
         raise InputError(
             f"{source} holds images, and there is no question about them",
@@ -62,6 +68,12 @@ def questions(source: Path, given: Question) -> Iterator[str]:
     given.checked()
     for number, file in enumerate(images(source), 1):
         yield _line(Request(replace(given, images=[file]), number, file))
+
+
+def begun(lines: Iterator[str]) -> Iterator[str]:
+    """The same lines, once there is a first one: what is refused is refused before OUT is made."""
+    first = next(lines, None)
+    return iter(()) if first is None else chain([first], lines)
 
 
 def _line(request: Request) -> str:

@@ -69,7 +69,8 @@ def answer(
     InputError if no request is good.
     """
     tower, on_card = _checked(engine, given, settings)
-    lines = batch_input.files(source) if tower else batch_input.questions(source, given)
+    asked = batch_input.files(source) if tower else batch_input.questions(source, given)
+    lines = batch_input.begun(asked)
     with ExitStack() as opened:
         opened.enter_context(_folder(out))
         requests = _begin(out, lines, engine, settings)

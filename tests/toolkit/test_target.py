@@ -279,3 +279,18 @@ def test_instruction_sets_of_x86_and_arm(tmp_path: Path) -> None:
     file.write_text("processor : 0\nFeatures : fp asimd asimddp i8mm\n\nprocessor : 1\n")
     assert target.instruction_sets(file) == ("asimd", "asimddp", "i8mm")
     assert target.instruction_sets(tmp_path / "none") == ()
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("gpu", "cuda"),
+        ("Orin", "jetson-orin-nano, jetson-agx-orin"),
+        ("cpuu", "cpu"),
+        ("h10", "h100"),
+    ],
+)
+def test_a_target_that_is_not_known_gets_the_nearest(typed: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse(typed)
+    assert refused.value.hint.startswith(f"known: {meant}")

@@ -41,6 +41,9 @@ _PACKAGES = {
     "sentencepiece": "export",
     "huggingface-hub": "export",
     "torch": "train",
+    "accelerate": "train",
+    "fastapi": "serve",
+    "prompt-toolkit": "chat",
 }
 
 

@@ -37,4 +37,6 @@ def shortest(path: Path) -> str:
     if found is not None and Path(found).absolute() == path.absolute():
         return path.name
     near = os.path.relpath(path)
-    return str(path) if near.startswith("..") else near
+    if near.startswith(".."):
+        return str(path)
+    return near if os.sep in near else os.path.join(".", near)

@@ -215,11 +215,16 @@ def inspect_trained(path: Path) -> tuple[Any, list[str]]:
     data, lines = _described(systems.load(path, Options()), d.dtype, path)
     facts = {"dtype": d.dtype, "origin": dict(d.origin), "training": dict(d.training)}
     told = [
-        f"{name}: {', '.join(f'{k} {v}' for k, v in values.items() if k != 'template')}"
+        f"{name}: {', '.join(f'{k} {v}' for k, v in values.items() if _for_people(k, v))}"
         for name, values in (("trained from", d.origin), ("training", d.training))
         if values
     ]
     return {**data, **facts, "made_by": d.made_by}, [*lines, *told, f"made by: {d.made_by}"]
+
+
+def _for_people(key: str, value: Any) -> bool:
+    """Whether a fact of a training is shown; hashes and earlier trainings are in the JSON."""
+    return key != "template" and not key.endswith("sha256") and not isinstance(value, Mapping)
 
 
 def _described(source: AnySource, dtype: str, path: Path) -> tuple[Any, list[str]]:
@@ -260,4 +265,8 @@ def whole(path: Path, files: Mapping[str, FileRecord]) -> tuple[Any, list[str]]:
 def unknown(path: Path) -> BundleError:
     """The error for a path that is nothing we know."""
     what = "is no checkpoint, bundle, engine or profile" if path.exists() else "does not exist"
-    return BundleError(f"{path} {what}")
+    return BundleError(
+        f"{path} {what}",
+        hint="name a folder with config.json, checkpoint.json, manifest.json or engine.json, or a "
+        "weight file",
+    )

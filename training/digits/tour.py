@@ -54,8 +54,8 @@ class Plan:
 
 FULL = Plan(
     (
-        Lesson("one digit", (1,), 6000, 400),
-        Lesson("one to four digits", (1, 1, 1, 2, 3, 4), 8000, 500),
+        Lesson("one digit", (1,), 5000, 300),
+        Lesson("one to four digits", (1, 1, 1, 2, 3, 4), 6000, 350),
     ),
     batch=32,
     calibrating=40,

@@ -11,7 +11,7 @@ from edgevlm.calibration import weight_only
 from edgevlm.engines import manifest
 from edgevlm.engines.build import summary
 from edgevlm.engines.build.build import Request, build
-from edgevlm.engines.manifest import Built, Engine
+from edgevlm.engines.manifest import Built, Engine, Trial
 from edgevlm.toolkit.checkpoints.safetensors_io import SafetensorsFile
 from edgevlm.toolkit.errors import ConfigError
 from edgevlm.toolkit.target import parse, this_cpu
@@ -78,6 +78,17 @@ def test_what_was_built_ends_with_both_figures(engine: Engine, tmp_path: Path) -
     assert "model" not in data
     assert following == data["next"]
     assert following.startswith(f"edgevlm run {tmp_path / 'e'} ")
+
+
+def test_an_engine_that_stayed_in_float_says_so(engine: Engine, tmp_path: Path) -> None:
+    trials = tuple(
+        Trial("lm", "token", precision, ms, chosen)
+        for precision, ms, chosen in (("int8_rows", 2.0, False), ("float", 1.0, True))
+    )
+    stayed = replace(with_errors(engine, {"lm": 1e-7}, {"lm": 2e-7}, None), trials=trials)
+    _, lines, _ = summary.built_engine(stayed, tmp_path / "e", True, explain=False)
+    assert "nothing is in int8, as float is faster here (--keep-slower" in lines[-1]
+    assert summary.percent(2e-7) == "less than 0.001 %"
 
 
 def test_an_accepted_loss_is_told(engine: Engine, tmp_path: Path) -> None:

@@ -267,6 +267,19 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
         load("")
 
 
+def test_a_name_that_is_almost_right_gets_the_right_one(tmp_path: Path) -> None:
+    for name in ("Photo.JPG", "holiday.png"):
+        (tmp_path / name).touch()
+    for given, meant in (("photo.jpg", "Photo.JPG"), ("hoilday.png", "holiday.png")):
+        with pytest.raises(InputError) as refused:
+            load(tmp_path / given)
+        assert refused.value.hint == f"there is {tmp_path / meant}"
+    for given, told in (("xyz", "no file of a name like that"), ("a/b.png", "there is no folder")):
+        with pytest.raises(InputError) as refused:
+            load(tmp_path / given)
+        assert told in refused.value.hint
+
+
 ADDRESSES = (
     "https://example.com/a.jpg",
     "data:image/png;base64," + "iVBORw" * 999,
