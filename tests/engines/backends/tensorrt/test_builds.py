@@ -11,7 +11,7 @@ import pytest
 
 from edgevlm import api
 from edgevlm.engines import backends, manifest
-from edgevlm.engines.backends.tensorrt import builder, device, probes
+from edgevlm.engines.backends.tensorrt import builder, device, kernels, probes
 from edgevlm.engines.backends.tensorrt.device import CardFacts
 from edgevlm.toolkit.target import Target, card
 from tests.engines.backends.tensorrt.conftest import GOLDEN, Built, Install
@@ -67,6 +67,25 @@ def test_a_card_with_memory_of_its_own_gives_half() -> None:
 def test_without_a_driver_nothing_is_known() -> None:
     if device.architecture() is None:
         assert device.facts() is None
+
+
+_INPUT = "{ Name: x, Dimensions: [%s,8], Strides: [8,1], Datatype: Half, Format: (Linear) }"
+LISTED = f"""VERBOSE Layers:
+Name: __myl_MulAdd_myl0_3, LayerType: kgen, Inputs: [ {_INPUT % 2}], Constants: [ \
+{{ Name: w, Dimensions: [8], Strides: [1], Datatype: Float, Format: (Linear) }}, \
+{{ Name: c, Dimensions: [3], Strides: [1], Datatype: Int4, Format: (Linear) }}], Outputs: [ \
+{{ Name: y, Dimensions: [2,8], Datatype: BFloat16, Format: (Linear) }}], TacticName: \
+[Dimensions: [9] Datatype: Half], StreamId: 0, Metadata: [ONNX Layer: lm/a][ONNX Layer: lm/b]
+Name: __myl_Add_myl0_4, LayerType: kgen, Inputs: [ {_INPUT % -1}], Constants: [], Outputs: [ ], \
+TacticName: , StreamId: 0, Metadata: [ONNX Layer: lm/c]
+"""
+
+
+def test_what_a_kernel_moves_is_read_from_the_builders_listing() -> None:
+    first, second = kernels.read(LISTED)
+    assert (first.name, first.kind, first.nodes) == ("__myl_MulAdd", "kgen", ("lm/a", "lm/b"))
+    assert first.moved_bytes == 32 + 32 + round(1.5) + 32
+    assert second.moved_bytes == 0  # its size depends on the call
 
 
 @pytest.mark.parametrize("release", ["10.3.0", "rtx-1.7.1.116"])
