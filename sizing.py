@@ -68,9 +68,8 @@ def report(source: str, found: Sequence[Any]) -> tuple[dict[str, object], list[s
     """Data and lines of `edgevlm plan`; found: what `plan` gave."""
     from edgevlm.engines.sizing import predict, towers
 
-    if isinstance(found[0], towers.TowerPrediction):
-        return towers.report(source, found)
-    return predict.report(source, found)
+    of_tower = isinstance(found[0], towers.TowerPrediction)
+    return predict.report(source, found, towers.lines(found) if of_tower else predict.lines(found))
 
 
 def formats(opened: AnySource, target: Target, precisions: str | None) -> list[Format]:

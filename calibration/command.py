@@ -13,7 +13,6 @@ import typer
 
 from edgevlm.toolkit.terminal.flags import Debug, Force, Json, Quiet
 
-_SHOWN = 5  # of the linears
 _Prompts = Annotated[
     Optional[Path],
     typer.Option(help='int8-static, fp8: a file of lines {"image": ..., "prompt": ...}.'),
@@ -116,63 +115,26 @@ def summary(
 
 
 def _summary(result: Any, bundle: Path, out: Path) -> tuple[dict[str, Any], list[str], str]:
-    from edgevlm.calibration import drift, static_report
-    from edgevlm.calibration.towers import report
+    from edgevlm.calibration import report, static_report, weight_report
+    from edgevlm.calibration.static import StaticCalibration
+    from edgevlm.calibration.towers import report as tower_report
     from edgevlm.calibration.towers.calibrate import TowerCalibration
     from edgevlm.toolkit.bundle.manifest import Bundle
-    from edgevlm.toolkit.strict import to_plain
-    from edgevlm.toolkit.terminal.console import human_bytes, table
 
     before, written = Bundle.open(bundle).manifest, Bundle.open(out)
     sizes = {
         c.name: (before.files[c.weights].nbytes, written.manifest.files[c.weights].nbytes)
         for c in before.components
     }
-    following = shlex.join(["edgevlm", "build", str(out), f"{out}-engine"])
     if isinstance(result, TowerCalibration):
-        return *report.summary(result, out, sizes, following), following
-    if not hasattr(result, "quality"):
-        return *static_report.summary(result, out, sizes, following), following
-    quality, drifts = result.quality, drift.of(written)
-    data = {
-        "kind": "calibration",
-        "bundle": str(out),
-        "method": result.plan.method,
-        "components": [
-            {"name": n, "bytes_before": old, "bytes_after": new, **to_plain(drifts[n])}
-            for n, (old, new) in sizes.items()
-        ],
-        **to_plain(quality),
-        "perplexity_growth": quality.growth,
-        "answers": to_plain(result.answers),
-        "share_4_bits": result.share_4_bits,
-        "within_budget": result.within_budget,
-        "layers": to_plain(result.layers),
-        "next": following,
-    }
-    rows = [
-        (
-            n,
-            *map(human_bytes, sizes[n]),
-            f"{d.share:.0%}",
-            f"{d.cosine:.5f}",
-            f"{d.relative_rms:.3f}",
-        )
-        for n, d in drifts.items()
-    ]
-    columns = ("component", "weights before", "after", "in codes", "cosine", "relative rms")
-    lines = [
-        *table(columns, rows),
-        f"perplexity       {quality.perplexity_float:.2f} -> {quality.perplexity:.2f} "
-        f"({quality.growth:+.2%}), on {quality.tokens:,} tokens of held-out text",
-        f"KL to float      {quality.kl:.4f}, same likeliest token {quality.same_top_1:.1%}",
-        f"greedy           {result.answers.text}",
-        f"in 4 bits        {result.share_4_bits:.0%} of the weights of the layers' linears",
-    ]
-    lines += _worst(result.layers)
-    if not result.within_budget:
-        lines.append("the budget does not hold: this is the best that was found")
-    return data, lines, following
+        told = tower_report.told(result)
+    elif isinstance(result, StaticCalibration):
+        told = static_report.told(result, tuple(sizes))
+    else:
+        told = weight_report.told(result, written)
+    following = shlex.join(["edgevlm", "build", str(out), f"{out}-engine"])
+    budget = result.within_budget
+    return *report.whole(told, result.plan, budget, out, sizes, following), following
 
 
 def _times(times: Sequence[Any]) -> list[str]:
@@ -184,15 +146,6 @@ def _times(times: Sequence[Any]) -> list[str]:
         for x in times
     ]
     return table(("time, ms", "call", "before", "after", "as fast"), rows) if rows else []
-
-
-def _worst(layers: Sequence[Any]) -> list[str]:
-    """A table of the linears with the largest errors in 4 bits: where 8 would be chosen first."""
-    from edgevlm.toolkit.terminal.console import table
-
-    worst = sorted(layers, key=lambda layer: -layer.error_4_bits)[:_SHOWN]
-    rows = [(x.path, f"{x.error_4_bits:.2%}", f"{x.bits}") for x in worst if x.error_4_bits]
-    return table(("largest errors", "in 4 bits", "has bits"), rows) if rows else []
 
 
 def checked_report(file: Path | None) -> Path | None:

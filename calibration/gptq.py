@@ -171,7 +171,9 @@ def _round_part(
 
 
 def inverse_root(moments: Array, path: str) -> Array:
-    """U, upper triangular, with (moments + damping)^-1 = U^T U."""
+    """U [inputs, inputs], upper triangular, with (moments + damping)^-1 = U^T U. Raises
+    CalibrationError, naming `path`, where there is none.
+    """
     damped = np.array(moments)
     diagonal = np.einsum("ii->i", damped)
     diagonal[diagonal == 0] = diagonal.mean()

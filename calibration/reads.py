@@ -44,7 +44,11 @@ class Read:
 
 
 def read(ids: Array, rows: Array, features: Array | None, scored: int) -> Read:
-    """A prompt of which up to `scored` positions of text are scored, spread evenly."""
+    """A prompt of which up to `scored` positions of text are scored, spread evenly.
+
+    ids, rows: int64 [1, length]; features: float [rows, hidden_size]. Raises CalibrationError
+    without any text.
+    """
     texts = np.flatnonzero(rows[0] < 0)  # after an image token, logits mean nothing
     if not len(texts):
         raise CalibrationError("a prompt has no text that the model sees", hint="leave it out")

@@ -145,7 +145,9 @@ def windows_of(bundle: Bundle, text: Path, settings: Settings) -> tuple[Array, A
 
 
 def windows(ids: list[int], settings: Settings) -> tuple[Array, Array]:
-    """Windows of a text to calibrate with, and others to measure on: every fourth."""
+    """Windows of a text to calibrate with, and others to measure on: every fourth. Both int64
+    [windows, tokens]. Raises CalibrationError for a text that is too short.
+    """
     count = len(ids) // settings.window
     if count < 4:
         raise CalibrationError(

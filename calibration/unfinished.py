@@ -144,7 +144,10 @@ class Unfinished:
         self._kept_at = time.monotonic()
 
     def take_up(self, name: str, found: Found) -> int:
-        """Fill `found` with what an earlier run kept; how many samples that was of."""
+        """Fill `found` with what an earlier run kept; how many samples that was of.
+
+        Raises CheckpointError where that was something else, or is damaged.
+        """
         if not self.has(name):
             return 0
         arrays = self.get(name)

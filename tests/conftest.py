@@ -132,6 +132,18 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def bundle(ready: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle of `ready`, which may be damaged."""
+    return Path(shutil.copytree(ready / "bundle", tmp_path / "bundle"))
+
+
+@pytest.fixture
+def engine(ready: Path, tmp_path: Path) -> Path:
+    """The same of the engine."""
+    return Path(shutil.copytree(ready / "engine-cpu", tmp_path / "engine"))
+
+
 @pytest.fixture(scope="session")
 def with_masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `mlcd-seg` (a random checkpoint of MLCD-Seg), `bundle` and `engine-cpu`."""

@@ -21,6 +21,7 @@ from tests.conftest import HERE
 GOLDEN = HERE / "goldens/e2e_llava15"
 IMAGE = GOLDEN / "image.png"
 LM, TOWER = "llava-v1.5-tiny", "clip-vit-tiny"
+ASK = ("What?", "--image", IMAGE, "--max-tokens", 2, "--quiet")
 
 
 @dataclass(frozen=True)

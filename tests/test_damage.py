@@ -26,20 +26,8 @@ from edgevlm.toolkit.bundle.manifest import GOLDENS
 from edgevlm.toolkit.checkpoints import inside
 from edgevlm.toolkit.errors import AccuracyError, CheckpointError, OutputError
 from tests.conftest import ROOT
-from tests.refusals import GOLDEN, IMAGE, LM, edgevlm, edit, refuses
+from tests.refusals import ASK, GOLDEN, IMAGE, LM, edgevlm, edit, refuses
 from tests.sealing import reseal
-
-ASK = ("What?", "--image", IMAGE, "--max-tokens", 2, "--quiet")
-
-
-@pytest.fixture
-def bundle(ready: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(ready / "bundle", tmp_path / "bundle"))
-
-
-@pytest.fixture
-def engine(ready: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(ready / "engine-cpu", tmp_path / "engine"))
 
 
 def flip(path: Path) -> None:

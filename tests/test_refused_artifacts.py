@@ -14,21 +14,7 @@ import pytest
 from edgevlm.toolkit.bundle import unfinished
 from edgevlm.toolkit.bundle.atomic import writing
 from edgevlm.toolkit.errors import OutputError
-from tests.refusals import GOLDEN, IMAGE, LM, checkpoint_in, edgevlm, edit, refuses, tree
-
-ASK = ("What?", "--image", IMAGE, "--max-tokens", 2, "--quiet")
-
-
-@pytest.fixture
-def bundle(ready: Path, tmp_path: Path) -> Path:
-    """A bundle that may be damaged."""
-    return Path(shutil.copytree(ready / "bundle", tmp_path / "bundle"))
-
-
-@pytest.fixture
-def engine(ready: Path, tmp_path: Path) -> Path:
-    """An engine that may be damaged."""
-    return Path(shutil.copytree(ready / "engine-cpu", tmp_path / "engine"))
+from tests.refusals import ASK, GOLDEN, IMAGE, LM, checkpoint_in, edgevlm, edit, refuses, tree
 
 
 def flip(path: Path) -> None:

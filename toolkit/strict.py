@@ -97,7 +97,10 @@ def _no_number(name: str) -> float:
 
 
 class Reader:
-    """One JSON object, read key by key; `done()` refuses every key that was not read."""
+    """One JSON object, read key by key; `done()` refuses every key that was not read.
+
+    What reads a value raises ConfigError that names file, key and value.
+    """
 
     def __init__(self, data: Mapping[str, Any], where: str, allow: Iterable[str] = ()) -> None:
         self._data = dict(data)

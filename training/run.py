@@ -166,7 +166,10 @@ def go_on(run: Run) -> None:
 
 
 def average_of(accelerator: Any, model: nn.Module, decay: float) -> Average | None:
-    """The averaged weights that --ema asks for, in the run's states too."""
+    """The averaged weights that --ema asks for, in the run's states too; None without it.
+
+    Raises ConfigError where weights are sharded.
+    """
     if not decay:
         return None
     if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):

@@ -76,7 +76,9 @@ def sample_rules(model: ModelConfig, stage: Stage, options: TrainOptions) -> Sam
 
 
 def mask_rules(model: ModelConfig, tokenizer: Tokenizer) -> MaskRules | None:
-    """How samples get masks; None for a model that makes none."""
+    """How samples get masks; None for a model that makes none. Raises ConfigError for a tokenizer
+    without the token of a mask.
+    """
     if model.segmenter is None:
         return None
     token = tokenizer.id_of(model.segmenter.token)

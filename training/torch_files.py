@@ -66,7 +66,9 @@ class TorchFile:
         return _DTYPES.get(name, name)
 
     def read(self, key: str) -> Array:
-        """One tensor; bfloat16 comes back as float32."""
+        """One tensor; bfloat16 comes back as float32. Raises CheckpointError for a damaged file, or
+        a type that is not read.
+        """
         import torch
 
         if self._unchecked:

@@ -94,7 +94,9 @@ class State:
 def zeros(
     inputs: Sequence[Port], outputs: Sequence[Port], *, context: int, slots: int = 1
 ) -> State:
-    """A state for every input that an output updates, with `context` positions in each slot."""
+    """A state for every input that an output updates, float32 with `context` positions in each
+    slot. Raises InputError for fewer than one slot.
+    """
     if slots < 1:
         raise InputError(f"a state of {slots} slots holds nothing")
     arrays = zero_states(inputs, outputs, {"batch": slots, "context": context})
@@ -102,7 +104,10 @@ def zeros(
 
 
 def check(state: State | None, names: Sequence[str], batch: int, component: str) -> State:
-    """The state, if it is one of this component and has a slot for every row of the batch."""
+    """The state, if it is one of this component and has a slot for every row of the batch.
+
+    Raises InputError if it is not.
+    """
     if state is None or any(name not in state.arrays for name in names):
         raise InputError(f"{component} needs a state of its own: one made by new_state()")
     if state.count != batch:

@@ -98,7 +98,8 @@ def _labelled(root: Path, numbers: Mapping[str, int]) -> LabelledImages:
 def embedded(request: Any, sets: Mapping[str, LabelledImages]) -> Found:
     """The embeddings of all sets, by the engine of a tower.
 
-    request: its `engine`, `threads`, and `limit`, the most images of a set.
+    request: its `engine`, `threads`, and `limit`, the most images of a set. Raises DataError for
+    a set of which no image can be read.
     """
     found, failed = dict[str, LabelledEmbeddings](), list[str]()
     with Embedder.open(request.engine, threads=request.threads) as tower:

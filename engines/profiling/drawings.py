@@ -7,8 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from edgevlm.engines.profiling.profile import Profile
-from edgevlm.engines.profiling.tower import TowerProfile
+from edgevlm.engines.profiling.forms import Shown
 
 COLOURS = ("#3266ad", "#d9822b", "#4a9c5d", "#b1478f", "#c23b3b", "#6b6bc9", "#8c8c3a", "#3aa3a3")
 Place = Callable[[float, float], tuple[float, float]]  # from figures to points of the picture
@@ -21,7 +20,7 @@ def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def waterfall(p: Profile | TowerProfile) -> str:
+def waterfall(p: Shown) -> str:
     """A row per stage of the last run; every decode step is a bar of its row."""
     end = max(s.start_ms + s.ms for s in p.spans) or 1.0
     names = list(dict.fromkeys(s.stage for s in p.spans))
@@ -72,7 +71,7 @@ def histogram(values: Sequence[float], bins: int = 40) -> str:
     return svg(_WIDTH, 135, bars + axis)
 
 
-def memory(p: Profile | TowerProfile) -> str:
+def memory(p: Shown) -> str:
     """Resident memory from before the engine was opened to the end; "" where it is not known."""
     if len(p.memory) < 2:
         return ""
@@ -91,7 +90,7 @@ def memory(p: Profile | TowerProfile) -> str:
     return svg(_WIDTH, 150, [*marks, area, *axis])
 
 
-def roofline(profiles: Sequence[Profile | TowerProfile]) -> str:
+def roofline(profiles: Sequence[Shown]) -> str:
     """Operations per byte against operations per second, both on logarithmic axes: the roofs of
     the machine, and a dot for each stage that was measured.
     """
@@ -127,7 +126,7 @@ def roofline(profiles: Sequence[Profile | TowerProfile]) -> str:
     return svg(_WIDTH, 368, parts)
 
 
-def _dots(p: Profile | TowerProfile, number: int) -> Iterable[tuple[float, float, str, int]]:
+def _dots(p: Shown, number: int) -> Iterable[tuple[float, float, str, int]]:
     for bound in p.roofline.stages:
         measured = p.stages.get(bound.stage)
         if measured and measured.p50_ms > 0 and bound.gbytes > 0 and bound.gflops > 0:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
-from edgevlm.engines.profiling import drawings
-from edgevlm.engines.profiling.profile import Profile
-from edgevlm.engines.profiling.tables import COMPARED, compared, plain, totals
-from edgevlm.engines.profiling.tower import TowerProfile
+from edgevlm.engines.profiling import drawings, forms, tables
+from edgevlm.engines.profiling.forms import Shown
 
-Shown = Profile | TowerProfile
 HEAD = "<!doctype html><meta charset=utf-8><title>edgevlm</title>"
 _STYLE = (
     "body{font:15px/1.45 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;"
@@ -29,45 +26,41 @@ _STYLE = (
 )
 
 
-def as_html(profiles: Sequence[Profile], count: int = 40) -> str:
-    """One page with everything in it: figures, waterfall, latencies, roofline, memory, layers."""
+def as_html(profiles: Sequence[Shown], count: int = 40) -> str:
+    """One page with everything in it: figures, waterfall, times, roofline, memory, layers."""
     body = "".join(_section(p, count) for p in profiles)
     if len(profiles) > 1:
-        together = html_table(COMPARED, compared(profiles))
-        values = {
-            "time to first token": [p.time_to_first_token_ms for p in profiles],
-            "inter-token latency": [p.inter_token_latency_ms for p in profiles],
-        }
-        drawn = bars([p.engine for p in profiles], values, "ms")
+        together, drawn = _html_table(tables.columns(profiles), tables.compared(profiles)), ""
+        engines = [p.engine for p in profiles]
+        for figure in forms.of(profiles[0]).figures:
+            values = [getattr(p, figure.field) for p in profiles]
+            drawn += _bars(engines, figure.title, values, figure.unit)
         body = f"<h2>Comparison</h2><div class='wide whole'>{together}</div>{drawn}{body}"
-    return document(body)
-
-
-def document(body: str) -> str:
-    """A whole page."""
     screen = "<meta name=viewport content='width=device-width,initial-scale=1'>"
     return f"{HEAD}{screen}<style>{_STYLE}</style><h1>edgevlm profile</h1>{body}"
 
 
-def _section(p: Profile, count: int) -> str:
+def _section(p: Shown, count: int) -> str:
+    form = forms.of(p)
     device = ", ".join(f"{key} {value}" for key, value in p.device.items())
+    title, times = form.series(p)
     parts = [
         f"<h2>{html.escape(p.engine)}</h2><p class=muted>{html.escape(device)}</p>",
-        figures(totals(p)),
-        f"<h3>One question, stage by stage</h3>{drawings.waterfall(p)}{stages(p)}",
-        f"<h3>Milliseconds per token, in order</h3>{drawings.timeline(p.samples['decode'])}",
-        f"<h3>How often each latency</h3>{drawings.histogram(p.samples['decode'])}",
-        metrics(p),
-        limits(p),
+        _figures(forms.totals(p)),
+        f"<h3>One {form.request}, stage by stage</h3>{drawings.waterfall(p)}{_stages(p)}",
+        f"<h3>{html.escape(title)}</h3>{drawings.timeline(times)}",
     ]
+    if form.often:
+        parts.append(f"<h3>How often each latency</h3>{drawings.histogram(times)}")
+    parts += [_metrics(p), _limits(p)]
     if picture := drawings.memory(p):
         parts.append(f"<h3>Memory over time</h3>{picture}")
     if p.layers:
-        parts.append(f"<h3>Slowest layers</h3>{layers(p, count)}")
-    return "".join([*parts, context(p.context)])
+        parts.append(f"<h3>Slowest layers</h3>{_layers(p, count)}")
+    return "".join([*parts, _context(p.context)])
 
 
-def figures(lines: Sequence[str]) -> str:
+def _figures(lines: Sequence[str]) -> str:
     """Lines of a name and what it is, as a list."""
     pairs = (line.partition("  ") for line in lines)
     told = "".join(
@@ -77,13 +70,13 @@ def figures(lines: Sequence[str]) -> str:
     return f"<dl>{told}</dl>"
 
 
-def stages(p: Shown) -> str:
+def _stages(p: Shown) -> str:
     """A table of the stages."""
     rows = [(n, s.p50_ms, s.p90_ms, s.p99_ms, s.mean_ms) for n, s in p.stages.items()]
-    return html_table(("stage", "p50 ms", "p90 ms", "p99 ms", "mean ms"), rows)
+    return _html_table(("stage", "p50 ms", "p90 ms", "p99 ms", "mean ms"), rows)
 
 
-def metrics(p: Shown) -> str:
+def _metrics(p: Shown) -> str:
     """AIPerf's names; the stages have a table of their own."""
     if not p.metrics:
         return ""
@@ -93,16 +86,14 @@ def metrics(p: Shown) -> str:
         for name, d in p.metrics.items()
         if name not in p.stages
     ]
-    return f"<h3>Metrics</h3><div class=wide>{html_table(columns, rows)}</div>"
+    return f"<h3>Metrics</h3><div class=wide>{_html_table(columns, rows)}</div>"
 
 
-def limits(p: Shown) -> str:
+def _limits(p: Shown) -> str:
     """The roofline, drawn and as a table."""
-    fp8 = p.roofline.peak_fp8_gflop_s
     return (
         f"<h3>Against the machine's limits (measured: {p.roofline.peak_gflop_s:.0f} GFLOP/s, "
         f"{p.roofline.peak_int8_gop_s:.0f} GOP/s in 8 bits, "
-        f"{f'{fp8:.0f} GFLOP/s in FP8, ' if fp8 else ''}"
         f"{p.roofline.peak_gb_s:.1f} GB/s)</h3>{drawings.roofline([p])}{_roofs(p)}"
     )
 
@@ -113,10 +104,10 @@ def _roofs(p: Shown) -> str:
         for b in p.roofline.stages
     ]
     columns = ("stage", "GFLOP", "GB moved", "of it KV cache", "floor ms", "limited by", "reached")
-    return html_table(columns, rows)
+    return _html_table(columns, rows)
 
 
-def layers(p: Shown, count: int) -> str:
+def _layers(p: Shown, count: int) -> str:
     """The slowest nodes, and all time by kind of op."""
     whole = sum(layer.ms for layer in p.layers) or 1.0
     kinds: dict[tuple[str, str], float] = {}
@@ -127,21 +118,21 @@ def layers(p: Shown, count: int) -> str:
     by_kind = [(component, op, ms, f"{ms / whole:.0%}") for (component, op), ms in top]
     rows = [(s.component, s.name, s.op, s.calls, s.ms, f"{s.ms / whole:.1%}") for s in p.layers]
     return (
-        html_table(("component", "kind of op", "ms", "share"), by_kind)
+        _html_table(("component", "kind of op", "ms", "share"), by_kind)
         + "<div class=wide>"
-        + html_table(("component", "layer", "op", "calls", "ms", "share"), rows[:count])
+        + _html_table(("component", "layer", "op", "calls", "ms", "share"), rows[:count])
         + "</div>"
     )
 
 
-def context(given: Mapping[str, object]) -> str:
+def _context(given: Mapping[str, object]) -> str:
     """What figures depend on, as a table."""
     if not given:
         return ""
     rows = [(key, _told(value)) for key, value in given.items()]
     return (
         "<details open><summary>What these figures depend on</summary>"
-        f"{html_table(('what', 'value'), rows)}</details>"
+        f"{_html_table(('what', 'value'), rows)}</details>"
     )
 
 
@@ -151,27 +142,24 @@ def _told(value: object) -> str:
     return "unknown" if value is None else str(value)
 
 
-def bars(engines: Sequence[str], figures: Mapping[str, Sequence[float]], unit: str) -> str:
-    """Figures of each engine beside the others', by what they are."""
-    parts = []
-    for what, values in figures.items():
-        longest = max(values) or 1.0
-        drawn = [
-            f"<text x='0' y='{24 * i + 16}'>{html.escape(_short(engine))}</text>"
-            f"<rect x='220' y='{24 * i + 3}' width='{600 * v / longest:.1f}' height='17' "
-            f"fill='{drawings.colour(i)}'/>"
-            f"<text x='{228 + 600 * v / longest:.1f}' y='{24 * i + 16}'>{v:.4g} {unit}</text>"
-            for i, (engine, v) in enumerate(zip(engines, values, strict=True))
-        ]
-        parts.append(f"<h3>{what}</h3>{drawings.svg(970, 24 * len(values) + 6, drawn)}")
-    return "".join(parts)
+def _bars(engines: Sequence[str], what: str, values: Sequence[float], unit: str) -> str:
+    """A figure of each engine beside the others'."""
+    longest = max(values) or 1.0
+    drawn = [
+        f"<text x='0' y='{24 * i + 16}'>{html.escape(_short(engine))}</text>"
+        f"<rect x='220' y='{24 * i + 3}' width='{600 * v / longest:.1f}' height='17' "
+        f"fill='{drawings.colour(i)}'/>"
+        f"<text x='{228 + 600 * v / longest:.1f}' y='{24 * i + 16}'>{v:.4g} {unit}</text>"
+        for i, (engine, v) in enumerate(zip(engines, values, strict=True))
+    ]
+    return f"<h3>{what}</h3>{drawings.svg(970, 24 * len(values) + 6, drawn)}"
 
 
 def _short(name: str, most: int = 28) -> str:
     return name if len(name) <= most else f"...{name[3 - most :]}"
 
 
-def html_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def _html_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table; values are escaped."""
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
     cells = "".join("<tr>" + "".join(_html_cell(value) for value in row) + "</tr>" for row in rows)
@@ -182,4 +170,4 @@ def _html_cell(value: object) -> str:
     """Figures to the right, words to the left."""
     if isinstance(value, str) and any(map(str.isalpha, value)) and "e-" not in value:
         return f"<td class=word>{html.escape(value)}</td>"
-    return f"<td>{html.escape(plain(value))}</td>"
+    return f"<td>{html.escape(tables.plain(value))}</td>"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgevlm.engines.profiling import tables
+from edgevlm.engines.profiling import forms, tables
+from edgevlm.engines.profiling.forms import Shown
 from edgevlm.engines.profiling.page import HEAD, as_html
-from edgevlm.engines.profiling.profile import Profile
 from edgevlm.toolkit.errors import InputError, OutputError
 from edgevlm.toolkit.strict import to_plain
 from edgevlm.toolkit.terminal.console import table
@@ -62,18 +62,14 @@ def _begins(file: Path, begin: str) -> bool:
     return found in (b"", begin.encode())
 
 
-def write_files(profiles: Sequence[Profile], files: Files) -> None:
+def write_files(profiles: Sequence[Shown], files: Files) -> None:
     """Write the files that have a path. Raises OutputError if one cannot be written."""
-    write_texts({
+    texts: dict[Path | None, Callable[[], str]] = {
         files.html: lambda: as_html(profiles),
         files.trace: lambda: tables.trace(profiles[0]),
         files.csv: lambda: tables.as_csv(profiles),
         files.markdown: lambda: tables.as_markdown(profiles),
-    })  # fmt: skip
-
-
-def write_texts(texts: Mapping[Path | None, Callable[[], str]]) -> None:
-    """Write each text that has a path. Raises OutputError if one cannot be written."""
+    }
     try:
         for path, text in texts.items():
             if path is not None:
@@ -82,17 +78,19 @@ def write_texts(texts: Mapping[Path | None, Callable[[], str]]) -> None:
         raise OutputError(f"{refused.filename} cannot be written: {refused.strerror}") from None
 
 
-def result(profiles: Sequence[Profile], layers: int) -> tuple[Any, list[str]]:
+def result(profiles: Sequence[Shown], layers: int) -> tuple[Any, list[str]]:
     """Data and lines of `edgevlm profile`; `compared` holds engines beyond the first."""
     data = to_plain(profiles[0])
     if len(profiles) > 1:
         data["compared"] = [to_plain(p) for p in profiles[1:]]
     text = [line for p in profiles for line in [p.engine, *lines(p, layers), ""]]
-    return data, text + (comparison(profiles) if len(profiles) > 1 else [])
+    together = table(tables.columns(profiles), tables.compared(profiles))
+    return data, text + (together if len(profiles) > 1 else [])
 
 
-def lines(p: Profile, layers: int) -> list[str]:
+def lines(p: Shown, layers: int) -> list[str]:
     """The profile as text: stages with their floor, then totals, then the slowest layers."""
+    form = forms.of(p)
     reached = {bound.stage: bound for bound in p.roofline.stages}
     rows = []
     for stage, spread in p.stages.items():
@@ -100,18 +98,11 @@ def lines(p: Profile, layers: int) -> list[str]:
         floor = ("", "")
         if bound:
             floor = (f"{bound.floor_ms:.3g}", f"{bound.reached:.0%} ({bound.limited_by})")
-        share = tables.of_first_token(stage, spread.p50_ms, p)
-        rows.append((stage, spread.p50_ms, spread.p90_ms, spread.p99_ms, share, *floor))
-    text = table(
-        ("stage", "p50 ms", "p90 ms", "p99 ms", "of first token", "floor ms", "reached"), rows
-    )
-    text += ["", *tables.totals(p)]
+        share = form.share(stage, spread.p50_ms, p)
+        rows.append((stage, spread.p50_ms, spread.p90_ms, spread.p99_ms, *share, *floor))
+    columns = ("stage", "p50 ms", "p90 ms", "p99 ms", *form.shares, "floor ms", "reached")
+    text = [*table(columns, rows), "", *forms.totals(p)]
     if layers and p.layers:
         top = [(s.component, s.name, s.op, s.calls, s.ms) for s in p.layers[:layers]]
         text += ["", *table(("component", "layer", "op", "calls", "ms"), top)]
     return text
-
-
-def comparison(profiles: Sequence[Profile]) -> list[str]:
-    """Several engines in one table; ratios and drift are to the first."""
-    return table(tables.COMPARED, tables.compared(profiles))

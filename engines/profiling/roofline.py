@@ -230,7 +230,7 @@ def _bound(work: _Traffic, peaks: Peaks, measured_ms: Mapping[str, float]) -> Bo
         round((work.flops + work.int8_ops + work.fp8_ops) / 1e9, 3),
         round(nbytes / 1e9, 3),
         round(work.kv_bytes / 1e9, 3),
-        round(floor, 3),
+        round(floor, 6),
         "arithmetic" if arithmetic >= memory else "memory",
         round(floor / measured, 3) if measured else 0.0,
     )

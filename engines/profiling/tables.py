@@ -6,108 +6,62 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from edgevlm.engines.profiling import forms
 from edgevlm.engines.profiling.context import warnings
+from edgevlm.engines.profiling.forms import Shown
 from edgevlm.engines.profiling.metrics import Distribution
-from edgevlm.engines.profiling.profile import Profile
-from edgevlm.engines.runtime.clock import Span
 from edgevlm.toolkit.terminal.console import human_bytes
 
-COMPARED = (
-    *("engine", "precision", "size", "KL to the first", "same top-1"),
-    *("first token ms", "ratio", "ms a token", "ratio", "peak MB"),
-)
+_ENGINE = ("engine", "precision", "size")
 _CSV = ("engine", "precision", "metric", "unit")
 _TRACE = {"displayTimeUnit": "ms", "made_by": "edgevlm profile"}
 # What files that are written are known by later.
 TRACE_BEGINS = json.dumps(_TRACE)[:-1]
 CSV_BEGINS = ",".join(_CSV)
-MARKDOWN_BEGINS = f"| {' | '.join(COMPARED)} |"
+MARKDOWN_BEGINS = f"| {' | '.join(_ENGINE)} |"
 _FIGURES = ("mean", "std", "min", "p50", "p90", "p95", "p99", "max", "count")
-CSV_COLUMNS = (*_CSV, *_FIGURES)
-AFTER_ANSWER = "segmenter."  # what stages behind an answer begin with
 
 
-def totals(p: Profile) -> list[str]:
-    """The figures that people quote, a line each."""
-    decode = next(b for b in p.roofline.stages if b.stage == "decode")
-    return [
-        f"time to first token    {p.time_to_first_token_ms:.1f} ms "
-        f"({p.prompt_tokens} prompt tokens, {p.image_tokens} of them image)",
-        f"inter-token latency    {p.inter_token_latency_ms:.2f} ms "
-        f"({p.output_token_throughput_per_user:.1f} tokens/s)",
-        f"prefill                {p.prefill_tokens_per_s:.0f} tokens/s",
-        *_masks(p),
-        f"load / peak memory     {p.load_ms:.0f} ms / {p.peak_rss_mb:.0f} MB",
-        f"speed of light         {decode.gbytes:.3g} GB of weights and KV cache a token "
-        f"at the measured {p.roofline.peak_gb_s:.3g} GB/s: "
-        f"{_rate(1000 / max(decode.floor_ms, 1e-9))} tokens/s at best",
-        f"device                 {p.device.get('card') or p.device['processor']}, "
-        f"{p.device['threads']} threads, "
-        f"{p.device['target']}, {p.device['precision']}",
-        *(f"warning                {line}" for line in warnings(p.context)),
-    ]
+def columns(profiles: Sequence[Shown]) -> tuple[str, ...]:
+    """What engines are compared by."""
+    form = forms.of(profiles[0])
+    figures = [name for figure in form.figures for name in (figure.column, "ratio")]
+    return (*_ENGINE, *form.drifts, *figures, "peak MB")
 
 
-def of_first_token(stage: str, ms: float, p: Profile) -> str:
-    """The share of the first token's time that a stage takes; nothing of a later one."""
-    if stage == "decode" or stage.startswith(AFTER_ANSWER):
-        return ""
-    return f"{ms / p.time_to_first_token_ms:.0%}"
-
-
-def _masks(p: Profile) -> list[str]:
-    """A line on what a mask takes behind the answer, if the model makes any."""
-    stages = [s.p50_ms for name, s in p.stages.items() if name.startswith(AFTER_ANSWER)]
-    line = f"one mask               {sum(stages):.1f} ms, behind the answer"
-    return [line] if stages else []
-
-
-def _rate(value: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-
-
-def compared(profiles: Sequence[Profile]) -> list[tuple[object, ...]]:
-    """A row per engine, in the columns of COMPARED; ratios and drift are to the first."""
-    base, rows = profiles[0], list[tuple[object, ...]]()
+def compared(profiles: Sequence[Shown]) -> list[tuple[object, ...]]:
+    """A row per engine, in the order of `columns`; ratios and drift are to the first."""
+    base, form = profiles[0], forms.of(profiles[0])
+    rows = list[tuple[object, ...]]()
     for p in profiles:
-        drift = p.drift
-        rows.append(
-            (
-                p.engine,
-                p.device["precision"],
-                human_bytes(p.size_bytes),
-                "-" if drift is None else f"{drift.kl:.3g}",
-                "-" if drift is None else f"{drift.top1:.0%}",
-                p.time_to_first_token_ms,
-                p.time_to_first_token_ms / base.time_to_first_token_ms,
-                p.inter_token_latency_ms,
-                p.inter_token_latency_ms / base.inter_token_latency_ms,
-                p.peak_rss_mb,
-            )
-        )
+        engine = p.engine, p.device["precision"], human_bytes(p.size_bytes)
+        drift = ("-", "-") if p.drift is None else form.drift(p.drift)
+        values = [(getattr(p, f.field), getattr(base, f.field)) for f in form.figures]
+        figures = [x for own, first in values for x in (own, own / first)]
+        rows.append((*engine, *drift, *figures, p.peak_rss_mb))
     return rows
 
 
-def as_csv(profiles: Sequence[Profile]) -> str:
+def as_csv(profiles: Sequence[Shown]) -> str:
     """A line per engine and metric, for spreadsheets."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    writer.writerow((*_CSV, *_FIGURES))
     for p in profiles:
-        single = (
+        single = [(name, unit, getattr(p, field)) for name, unit, field in forms.of(p).single]
+        single += [
             ("load", "ms", p.load_ms),
             ("peak_rss", "MB", p.peak_rss_mb),
             ("engine_size", "bytes", p.size_bytes),
-        )
-        for row in csv_rows(p.metrics, single):
+        ]
+        for row in _csv_rows(p.metrics, single):
             writer.writerow((p.engine, p.device["precision"], *row))
     return text.getvalue()
 
 
-def csv_rows(
+def _csv_rows(
     found: Mapping[str, Distribution], single: Iterable[tuple[str, str, float]]
 ) -> Iterator[tuple[object, ...]]:
     """Metric, unit and figures of each metric, and of single values, (name, unit, value)."""
@@ -117,25 +71,18 @@ def csv_rows(
         yield (name, unit, value, 0, *([value] * 6), 1)
 
 
-def as_markdown(profiles: Sequence[Profile]) -> str:
+def as_markdown(profiles: Sequence[Shown]) -> str:
     """Tables for a comment in a discussion."""
-    first = profiles[0]
+    first, form = profiles[0], forms.of(profiles[0])
     stages = [
-        (
-            name,
-            plain(s.p50_ms),
-            plain(s.p90_ms),
-            plain(s.p99_ms),
-            of_first_token(name, s.p50_ms, first),
-        )
+        (name, *map(plain, (s.p50_ms, s.p90_ms, s.p99_ms)), *form.share(name, s.p50_ms, first))
         for name, s in first.stages.items()
     ]
     rows = [tuple(plain(value) for value in row) for row in compared(profiles)]
     parts = [
-        markdown(COMPARED, rows),
-        f"Stages of {escaped(first.engine)}: {first.prompt_tokens} prompt tokens, "
-        f"{first.generated_tokens} generated.\n",
-        markdown(("stage", "p50 ms", "p90 ms", "p99 ms", "of first token"), stages),
+        markdown(columns(profiles), rows),
+        f"Stages of {escaped(first.engine)}: {form.size(first)}.\n",
+        markdown(("stage", "p50 ms", "p90 ms", "p99 ms", *form.shares), stages),
         f"{escaped(', '.join(f'{key} {value}' for key, value in first.device.items()))}\n",
         *(f"Warning: {line}.\n" for line in warnings(first.context)),
     ]
@@ -160,26 +107,7 @@ def plain(value: object) -> str:
     return f"{value:.4g}" if abs(value) < 9999.5 else f"{value:,.0f}"
 
 
-class Traced(Protocol):
-    """A profile of either kind. memory: (ms, MB), memory_marks: (ms, what began)."""
-
-    @property
-    def engine(self) -> str: ...
-
-    @property
-    def spans(self) -> Sequence[Span]: ...
-
-    @property
-    def device(self) -> dict[str, str]: ...
-
-    @property
-    def memory(self) -> Sequence[tuple[float, float]]: ...
-
-    @property
-    def memory_marks(self) -> Sequence[tuple[float, str]]: ...
-
-
-def trace(p: Traced) -> str:
+def trace(p: Shown) -> str:
     """Trace events that Chrome and Perfetto open: the last run's stages, and memory over time."""
     events: list[dict[str, Any]] = [
         {

@@ -18,7 +18,10 @@ PATH = f"{__name__}:application"
 
 
 def application(arguments: Mapping[str, Any]) -> Any:
-    """A ray.serve Application. arguments: engine, name, slots and threads, as `serve` has them."""
+    """A ray.serve Application. arguments: engine, name, slots and threads, as `serve` has them.
+
+    Raises MissingExtra without Ray, and ConfigError for other arguments.
+    """
     try:
         from ray import serve
     except ImportError:

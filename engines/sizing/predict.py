@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from edgevlm.engines.lowering import capabilities
 from edgevlm.engines.profiling.roofline import question
@@ -280,11 +281,13 @@ def _lacking(given: Format, machine: Machine) -> str:
 # -- for people ----------------------------------------------------------------------------------
 
 
-def report(source: str, found: Sequence[Prediction]) -> tuple[dict[str, object], list[str]]:
-    """Data and lines of `edgevlm plan`."""
+def report(
+    source: str, found: Sequence[Any], lines: list[str]
+) -> tuple[dict[str, object], list[str]]:
+    """Data and lines of `edgevlm plan`; found: predictions of either kind, which `lines` tell."""
     from edgevlm.toolkit.strict import to_plain
 
-    return {"kind": "plan", "source": source, "plans": to_plain(list(found))}, lines(found)
+    return {"kind": "plan", "source": source, "plans": to_plain(list(found))}, lines
 
 
 def lines(found: Sequence[Prediction]) -> list[str]:

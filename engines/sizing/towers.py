@@ -101,13 +101,6 @@ class TowerPlanner:
 # -- for people ----------------------------------------------------------------------------------
 
 
-def report(source: str, found: Sequence[TowerPrediction]) -> tuple[dict[str, object], list[str]]:
-    """Data and lines of `edgevlm plan`."""
-    from edgevlm.toolkit.strict import to_plain
-
-    return {"kind": "plan", "source": source, "plans": to_plain(list(found))}, lines(found)
-
-
 def lines(found: Sequence[TowerPrediction]) -> list[str]:
     """A table of predictions, and what it rests on."""
     from edgevlm.toolkit.terminal.console import human_bytes, table

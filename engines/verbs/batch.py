@@ -9,20 +9,19 @@ import typer
 
 from edgevlm.toolkit.terminal.flags import (
     Debug,
+    Drawing,
     Json,
     Literal,
     LongestAnswer,
     Quiet,
-    Seed,
     Stop,
-    Temperature,
     Threads,
-    TopK,
-    TopP,
+    grouped,
     opened_console,
 )
 
 
+@grouped
 def batch(
     context: typer.Context,
     engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
@@ -34,10 +33,8 @@ def batch(
         str, typer.Option(help="The question about each image of a folder or a list.")
     ] = "",
     max_tokens: LongestAnswer = 512,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = None,
+    *,
+    drawing: Drawing,
     stop: Stop = None,
     literal: Literal = False,
     normalize: Annotated[
@@ -67,7 +64,7 @@ def batch(
     from edgevlm.engines.serving.batch_parts import Settings
 
     console = opened_console(as_json, quiet, context)
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(**drawing._asdict())
     given = Question(prompt, (), max_tokens, sampling, stop=stop or (), literal=literal)
     settings = Settings(form, part, normalize, slots, strict, literal, sampling)
     cluster = batch_job.cluster_of(ray, actors)

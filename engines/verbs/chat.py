@@ -8,36 +8,29 @@ from typing import Annotated, Optional
 import typer
 
 from edgevlm.toolkit.terminal.flags import (
-    AllowBanned,
     Debug,
+    Drawing,
     Json,
     LongestAnswer,
-    NoRepeatNgram,
+    Penalties,
     Quiet,
-    RepetitionPenalty,
-    Seed,
     Stop,
-    Temperature,
     Threads,
-    TopK,
-    TopP,
+    grouped,
     opened_console,
 )
 
 
+@grouped
 def chat(
     engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
     image: Annotated[
         Optional[list[str]], typer.Option(help="An image for the first turn. Repeatable.")
     ] = None,
     max_tokens: LongestAnswer = 512,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = None,
-    repetition_penalty: RepetitionPenalty = None,
-    no_repeat_ngram: NoRepeatNgram = None,
-    allow_banned: AllowBanned = False,
+    *,
+    drawing: Drawing,
+    penalties: Penalties,
     template: Annotated[str, typer.Option(help="auto, or a template's name.")] = "auto",
     stop: Stop = None,
     speculate: Annotated[
@@ -53,8 +46,7 @@ def chat(
     from edgevlm.engines.serving.chat import chat
     from edgevlm.engines.serving.conversation import Settings
 
-    penalties = (repetition_penalty, no_repeat_ngram, allow_banned)
-    sampling = Sampling(temperature, top_k, top_p, seed, *penalties)
+    sampling = Sampling(**drawing._asdict(), **penalties._asdict())
     settings = Settings(max_tokens, sampling, template, stop or ())
     console = opened_console(as_json, quiet, threads=threads)
     chat(engine, settings, image or [], console, threads=threads, speculate=speculate)

@@ -34,20 +34,15 @@ def profile(
     debug: Debug = False,
 ) -> None:
     """Measure an engine: every stage and layer, compared with the machine's limits."""
-    from edgevlm.engines.profiling import report, tower, tower_report
-    from edgevlm.engines.profiling.profile import ProfileRequest, profile_all
+    from edgevlm.engines.profiling import profile, report, tower
 
     console = opened_console(as_json, quiet, context, threads)
-    request = ProfileRequest(
+    request = profile.ProfileRequest(
         image, prompt_tokens, max_tokens, runs, warmup, threads, layers=bool(layers or html)
     )
     files = report.Files(html, trace, csv, markdown)
     report.check_files(layers, files)
-    if tower.is_tower(engine):
-        measured = tower.profile_all([engine, *(compare or [])], request, console.step)
-        tower_report.write_files(measured, files)
-        console.result(*tower_report.result(measured, layers))
-        return
-    profiles = profile_all([engine, *(compare or [])], request, console.step)
+    measured = tower.profile_all if tower.is_tower(engine) else profile.profile_all
+    profiles = measured([engine, *(compare or [])], request, console.step)
     report.write_files(profiles, files)
     console.result(*report.result(profiles, layers))

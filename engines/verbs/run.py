@@ -8,42 +8,35 @@ from typing import Annotated, Optional
 import typer
 
 from edgevlm.toolkit.terminal.flags import (
-    AllowBanned,
     Debug,
+    Drawing,
     ForceSeg,
     Input,
     Json,
     Literal,
     LongestAnswer,
     Masks,
-    NoRepeatNgram,
     Output,
     Overlay,
+    Penalties,
     Quiet,
-    RepetitionPenalty,
-    Seed,
     Stop,
-    Temperature,
     Threads,
-    TopK,
-    TopP,
     Verify,
+    grouped,
     opened_console,
 )
 
 
+@grouped
 def run(
     engine: Annotated[Path, typer.Argument(help="An engine made by `build`.")],
     prompt: Annotated[Optional[str], typer.Argument(help="The question.")] = None,
     image: Annotated[Optional[list[str]], typer.Option(help="An image file. Repeatable.")] = None,
     max_tokens: LongestAnswer = 512,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = None,
-    repetition_penalty: RepetitionPenalty = None,
-    no_repeat_ngram: NoRepeatNgram = None,
-    allow_banned: AllowBanned = False,
+    *,
+    drawing: Drawing,
+    penalties: Penalties,
     template: Annotated[
         str, typer.Option(help="auto, none (PROMPT is raw text with <image>) or a name.")
     ] = "auto",
@@ -67,8 +60,7 @@ def run(
     from edgevlm.engines.runtime.session import Question, Session
 
     console = opened_console(as_json, quiet, threads=threads)
-    penalties = (repetition_penalty, no_repeat_ngram, allow_banned)
-    sampling = Sampling(temperature, top_k, top_p, seed, *penalties)
+    sampling = Sampling(**drawing._asdict(), **penalties._asdict())
     given = Question(
         prompt or "", image or (), max_tokens, sampling, template, stop or (), literal=literal
     )

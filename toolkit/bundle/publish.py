@@ -36,7 +36,10 @@ def publish(made: Unfinished) -> None:
 
 
 def exchanged(one: Path, other: Path) -> bool:
-    """Whether two names were exchanged, in one step; False where the system cannot do that."""
+    """Whether two names were exchanged, in one step; False where the system cannot do that.
+
+    Raises OSError for what the system refuses otherwise.
+    """
     if platform.system() != "Linux":
         return False
     library = ctypes.CDLL(None, use_errno=True)

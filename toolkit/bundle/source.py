@@ -34,7 +34,9 @@ def load(folder: Path, options: Options) -> Source:
 
 
 def load_any(folder: Path, options: Options) -> AnySource:
-    """The same, or the tower that a bundle holds by itself."""
+    """The same, or the tower that a bundle holds by itself. Raises ConfigError for --max-context
+    there.
+    """
     bundle = _opened(folder, options)
     if not isinstance(bundle.model, TowerConfig):
         return load(folder, options)

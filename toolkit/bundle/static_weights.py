@@ -43,13 +43,17 @@ def input_steps(file: SafetensorsFile) -> Steps:
 
 
 def weight(file: SafetensorsFile, key: str, form: Form) -> Array:
-    """The floats that codes stand for. Raises BundleError for what cannot be codes, or steps."""
+    """The floats that codes stand for, float32 in the shape of the codes. Raises BundleError for
+    what cannot be codes, or steps.
+    """
     stored, steps = codes(file, key, form)
     return static.dequantize(stored, steps, form)
 
 
 def codes(file: SafetensorsFile, key: str, form: Form) -> tuple[Array, Array]:
-    """The same as codes and steps."""
+    """The same as codes, int8 or uint8, and steps, float32 [channels] or one for
+    all. Raises BundleError.
+    """
     name = key + form.suffix
     if name not in file.entries or file.dtype(name) != form.to:
         raise BundleError(f"{file.path}: {name} is not stored as {form.to}", hint=_AGAIN)

@@ -102,7 +102,8 @@ def read_preprocess(r: Reader) -> Preprocess:
     """From a preprocessor_config.json of one of the processors above, as its class reads it.
 
     A missing key means the default of the class; a switch that is null is off. `do_convert_rgb` is
-    true for every image: without it the classes fail on images that are not RGB already.
+    true for every image: without it the classes fail on images that are not RGB already. Raises
+    ConfigError for another processor, or what it is not implemented for.
     """
     r.ignore("preprocessing")
     kind = r.take("image_processor_type", str, "CLIPImageProcessor")

@@ -22,7 +22,10 @@ C = TypeVar("C", bound=Tapped)
 
 
 def resolve_taps(config: C, taps: tuple[int, ...], where: str) -> C:
-    """`config` with taps counted from 0 (before the first block) to num_layers (after the last)."""
+    """`config` with taps counted from 0 (before the first block) to num_layers (after the last).
+
+    Raises ConfigError for a state that the tower does not have.
+    """
     states = config.num_layers + 1
     for tap in taps:
         if not -states <= tap < states:

@@ -54,7 +54,10 @@ def find(name: str) -> System:
 
 
 def load_any(path: Path, options: Options) -> AnySource:
-    """As `load`, and towers by themselves too: their folders, weight files and bundles."""
+    """As `load`, and towers by themselves too: their folders, weight files and bundles.
+
+    Raises what `load` raises, and ConfigError for options of towers where there is none.
+    """
     if (path / MANIFEST).exists():
         source = bundle_source.load_any(path, options)
         return quirks.keep(source, {}, options.quirks) if isinstance(source, Source) else source
@@ -209,7 +212,7 @@ def presets() -> dict[str, str]:
 
 
 def any_preset(name: str, seed: int, options: Options) -> AnySource:
-    """The same, and towers by themselves."""
+    """As `preset`, and towers by themselves, for which options of models are a ConfigError."""
     if name not in tower_presets.PRESETS:
         return preset(name, seed, options)
     if options != Options(torch_reader=options.torch_reader, offline=options.offline):

@@ -1,9 +1,11 @@
-"""What several verbs of the command line share: flags, and opening the console."""
+"""What several verbs of the command line share: flags, groups of them, and opening the console."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional, get_type_hints
 
 import typer
 
@@ -172,6 +174,49 @@ Bisect = Annotated[
     bool,
     typer.Option("--bisect", help="If the engine differs from the reference, name the first op."),
 ]
+
+
+class Drawing(NamedTuple):
+    """How tokens are drawn: a group, whose fields are those of a session's Sampling."""
+
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    seed: Seed = None
+
+
+class Penalties(NamedTuple):
+    """What changes the scores of tokens, of Sampling too."""
+
+    repetition_penalty: RepetitionPenalty = None
+    no_repeat_ngram: NoRepeatNgram = None
+    allow_banned: AllowBanned = False
+
+
+def grouped(verb: Callable[..., None]) -> Callable[..., None]:
+    """The function that typer makes the verb from: where `verb` takes a group, the flags in it.
+
+    Groups are keyword-only, as is what follows them, and have no default but those of their fields.
+    """
+    groups, parameters = dict[str, Any](), list[inspect.Parameter]()
+    for own in inspect.signature(verb, eval_str=True).parameters.values():
+        if not hasattr(own.annotation, "_fields"):
+            parameters.append(own)
+            continue
+        group = groups[own.name] = own.annotation
+        for name, annotation in get_type_hints(group, include_extras=True).items():
+            default = group._field_defaults[name]
+            parameters.append(own.replace(name=name, default=default, annotation=annotation))
+
+    def called(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(*(given.pop(field) for field in group._fields))
+        verb(**given)
+
+    called.__name__, called.__doc__ = verb.__name__, verb.__doc__
+    called.__annotations__ = {own.name: own.annotation for own in parameters}
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return called
 
 
 def opened_console(

@@ -53,7 +53,9 @@ class _Unheard(io.TextIOBase):
 
 @contextmanager
 def written() -> Iterator[None]:
-    """Write on standard output inside; an error then says that it is the one."""
+    """Write on standard output inside; an OSError then says that it is the one. A BrokenPipeError
+    is left as it is: nobody is there to be told.
+    """
     try:
         yield
     except BrokenPipeError:

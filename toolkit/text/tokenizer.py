@@ -141,7 +141,7 @@ class Tokenizer:
                 )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without special tokens."""
+        """Text of `ids` without special tokens. Raises ConfigError where the tokenizer fails."""
         try:
             text: str = self._inner.decode(list(ids), skip_special_tokens=True)
         except BaseException as broken:  # a panic of Rust is no Exception

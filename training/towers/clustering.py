@@ -78,7 +78,10 @@ def _map_npz(path: Path) -> Array:
 
 
 def write_embeddings(batches: Iterable[Array], count: int, out: Path) -> None:
-    """Write batches [n, d] of `count` rows in all as one float16 .npy, whole or not at all."""
+    """Write batches [n, d] of `count` rows in all as one float16 .npy, whole or not at all.
+
+    Raises InputError for another number of rows.
+    """
     file: Array | None = None
     partial, position = _partial(out), 0
     for batch in batches:

@@ -88,7 +88,10 @@ def open_set(
 
 
 def read_labels(path: Path, count: int, where: str) -> Array:
-    """The label file of `count` images, as clustering.write_labels makes it: int64 [count, l]."""
+    """The label file of `count` images, as clustering.write_labels makes it: int64 [count, l].
+
+    Raises DataError for another file.
+    """
     try:
         labels = np.load(path)
     except (OSError, ValueError, EOFError) as broken:

@@ -236,7 +236,10 @@ def _image_text(folder: Path, tokenizer: str, number: int) -> str:
 
 
 def read_processor(folder: Path, options: Options) -> Preprocess:
-    """Preprocessing from preprocessor_config.json or processor_config.json."""
+    """Preprocessing from preprocessor_config.json or processor_config.json.
+
+    Raises CheckpointError where there is neither, and ConfigError for what is not implemented.
+    """
     path, combined = folder / "preprocessor_config.json", folder / "processor_config.json"
     if path.exists():
         settings = Reader(read_json(path), str(path), options.ignore_keys)

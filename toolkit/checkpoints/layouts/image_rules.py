@@ -26,7 +26,8 @@ def read_rules(
 ) -> ImageRules:
     """The image rules of a LLaVA configuration; image_aspect_ratio is "square" if it is missing.
 
-    lone_newline: whether the newline token of "unpad" follows an image without tiles.
+    lone_newline: whether the newline token of "unpad" follows an image without tiles. Raises
+    ConfigError.
     """
     aspect = r.take("image_aspect_ratio", str, "square")
     merge = r.take("mm_patch_merge_type", str, "flat")
@@ -64,7 +65,7 @@ def _side(encoder: ComponentConfig, merger: ComponentConfig) -> int:
 def read_arrangement(r: Reader, merge: str, side: int, max_tiles: int) -> TokenArrangement | None:
     """The token arrangement that a merge type names; None if flat: view after view.
 
-    max_tiles: the N of anyres_max_N, 0 if there is none.
+    max_tiles: the N of anyres_max_N, 0 if there is none. Raises ConfigError for another type.
     """
     if merge == "flat":
         return None
@@ -88,7 +89,9 @@ def read_arrangement(r: Reader, merge: str, side: int, max_tiles: int) -> TokenA
 
 
 def read_pinpoints(raw: Any, side: int, where: str) -> tuple[Size, ...]:
-    """image_grid_pinpoints: a list of [width, height], that list as text, or "(1x1),...,(6x6)"."""
+    """image_grid_pinpoints in pixels: a list of [width, height], that list as text, or
+    "(1x1),...,(6x6)" in tiles. Raises ConfigError unless they are multiples of the tile.
+    """
     if isinstance(raw, str):
         raw = _from_range(raw, side, where) if "x" in raw else _literal(raw, where)
     sizes = read_pairs(raw, where)

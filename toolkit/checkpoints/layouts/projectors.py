@@ -51,7 +51,7 @@ def read_name(r: Reader, encoder: ComponentConfig) -> str:
 
 
 def depth(r: Reader, name: str) -> tuple[int, int]:
-    """The number of linears and of residual blocks of a projector type."""
+    """The number of linears and of residual blocks of a projector type. Raises ConfigError."""
     if name == "identity":
         return 0, 0
     match = re.fullmatch(_NAMES, name)

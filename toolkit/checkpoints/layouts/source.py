@@ -204,7 +204,10 @@ def below(table: Mapping[str, Recipe], prefix: str) -> dict[str, Recipe]:
 
 
 def find_prefix(table: Mapping[str, Recipe], checkpoint: Checkpoint, *prefixes: str) -> str:
-    """The first of `prefixes` under which the checkpoint has one of the table's tensors."""
+    """The first of `prefixes` under which the checkpoint has one of the table's tensors.
+
+    Raises CheckpointError if there is none.
+    """
     sources = [source for recipe in table.values() for source in recipe.sources]
     for prefix in prefixes:
         if any(prefix + source in checkpoint for source in sources):
@@ -229,7 +232,10 @@ def embed_from_head(table: Mapping[str, Recipe], checkpoint: Checkpoint) -> dict
 
 
 def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tuple[str, Reader]:
-    """The encoder file for a tower's configuration, and a reader over its section of it."""
+    """The encoder file for a tower's configuration, and a reader over its section of it.
+
+    Raises ConfigError for a model_type that no encoder has.
+    """
     kind, nested = config.get("model_type"), "vision_config" in config
     for name in models.kinds("encoders"):
         if kind in getattr(models.encoder(name), "MODEL_TYPES", ()):
@@ -245,7 +251,10 @@ def read_encoder(config: Mapping[str, Any], where: str, options: Options) -> tup
 
 
 def with_context(lm: ComponentConfig, limit: int | None) -> ComponentConfig:
-    """The language model with rotary tables for at most `limit` positions."""
+    """The language model with rotary tables for at most `limit` positions; None for all it has.
+
+    Raises ConfigError for fewer than a bundle's check needs, or more than the model has.
+    """
     context = lm.config.context if limit is None else limit
     if context < GOLDEN_TOKENS:
         stated = "max_position_embeddings" if limit is None else "--max-context"

@@ -22,7 +22,8 @@ def read_tokenizer(folder: Path, *, slow: bool) -> tuple[str, SentencePieceRules
 
     slow: the system uses the slow tokenizers, which take sentencepiece's own model where the
     folder has it (fast tokenizers converted by older transformers tokenize differently after
-    special tokens) and give added tokens the ids that the files state.
+    special tokens) and give added tokens the ids that the files state. Raises CheckpointError
+    where there is none of the files.
     """
     settings = folder / "tokenizer_config.json"
     config = read_json(settings) if settings.exists() else {}

@@ -201,7 +201,7 @@ def read_taps(r: Reader, depth: int) -> tuple[Taps, bool]:
     """The hidden states that the configuration selects, and whether the class token is kept.
 
     slicefour: one state per quarter of the tower, from the select layer on; slice_m25811_f6:
-    states -2, -5, -8, -11 and 6. Both are concatenated on channels.
+    states -2, -5, -8, -11 and 6. Both are concatenated on channels. Raises ConfigError.
     """
     taps = selected(r.raw("mm_vision_select_layer"))
     if taps is None:

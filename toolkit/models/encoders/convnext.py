@@ -37,7 +37,7 @@ class Config:
     def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
         """From a ConvNextConfig. Tap -1 is the last stage; -2 is it without its last block.
 
-        layer_norm_eps concerns the final norm only; all others have 1e-6.
+        layer_norm_eps concerns the final norm only; all others have 1e-6. Raises ConfigError.
         """
         r.ignore("convnext")
         r.choice("num_channels", [3], 3)

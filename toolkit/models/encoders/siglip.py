@@ -35,7 +35,9 @@ class Config(vit.SquareImages):
 
     @classmethod
     def read(cls, r: Reader, taps: tuple[int, ...], class_token: bool) -> Config:
-        """From a SiglipVisionConfig. There is no class token, whatever class_token says."""
+        """From a SiglipVisionConfig. There is no class token, whatever class_token says. Raises
+        ConfigError.
+        """
         r.ignore("tower")
         config = cls(
             **vit.read(r, ["gelu_pytorch_tanh", "gelu"], patch_size=16, eps=1e-6),

@@ -40,7 +40,10 @@ class Config:
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]], where: str) -> Config:
-        """Sizes from the tensors' shapes: the original hard-codes them and reads no config."""
+        """Sizes from the tensors' shapes: the original hard-codes them and reads no config.
+
+        Raises CheckpointError where they are not those of such a network.
+        """
         kernel_sizes: dict[tuple[int, int], int] = {}
         dims: dict[int, int] = {}
         for key in sorted(shapes):

@@ -77,7 +77,7 @@ def read(
 ) -> Config:
     """The fields that Llama, Qwen2 and Mistral configurations share.
 
-    `defaults`: what a missing key means, where the three disagree.
+    `defaults`: what a missing key means, where the three disagree. Raises ConfigError.
     """
     r.choice("hidden_act", ["silu"], "silu", nullable=False)
     layers = r.take("layer_types", list, [])

@@ -29,7 +29,7 @@ class Config(llama.Config):
 
     @classmethod
     def read(cls, r: Reader) -> Config:
-        """From a Qwen2Config."""
+        """From a Qwen2Config. Raises ConfigError for a sliding window, and what Llama refuses."""
         if r.take("use_sliding_window", bool, False):
             raise ConfigError(f"{r.where}: use_sliding_window = true is not implemented")
         r.ignore("qwen2")
