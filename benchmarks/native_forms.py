@@ -74,7 +74,8 @@ def _rounding(x: str, width: int) -> list[NodeProto]:
 def _calls() -> dict[str, tuple[ModelProto, ModelProto, dict[str, Array]]]:
     """By name: the graph of ONNX Runtime's ops, that of ours, and the inputs of both."""
     random = np.random.default_rng(0)
-    make, codes = helper.make_node, {"codes": TensorProto.UINT8, "steps": TensorProto.FLOAT}
+    make = helper.make_node
+    codes: dict[str, int] = {"codes": TensorProto.UINT8, "steps": TensorProto.FLOAT}
 
     def values(*shape: int) -> Array:
         return random.standard_normal(shape, np.float32)

