@@ -26,8 +26,14 @@ SWITCH = "EDGEVLM_NATIVE"
 DOMAIN = "edgevlm.native"
 NEEDED = "avx512_vnni"
 FORMS = ("plain", "8-bit", "8-bit and bfloat16")  # of attention.h's attention_form, in its order
-_SOURCES = ("attention.c", "attention_vnni.c", "rows.c", "library.c")
-_HEADERS = ("attention.h", "rows.h", "onnxruntime.h")
+_SOURCES = (
+    *("attention.c", "attention_vnni.c", "rows.c", "library.c"),
+    *("decoder_few.c", "decoder_many.c", "decoder_ops.c", "decoder_rows.c"),
+    *("product.c", "product_ops.c"),
+)
+_HEADERS = (
+    *("attention.h", "avx512.h", "decoder.h", "onnxruntime.h", "ops.h", "product.h", "rows.h"),
+)
 _FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 _SECONDS = 120  # for the compiler
 
