@@ -250,7 +250,10 @@ def checked(
     our kernels.
     """
     try:
-        return compiled, check(compiled)
+        errors = check(compiled)
+        for component in compiled:
+            native_decoder.compare(component, folder)
+        return compiled, errors
     except (AccuracyError, BuildError) as beyond:
         if not any(map(native.is_ours, (p for c in compiled for p in c.plugins))):
             raise

@@ -10,17 +10,28 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgevlm.engines.backends import Plugin, native, sessions
+from edgevlm.engines.backends import (
+    Compiled,
+    Plugin,
+    RunnerOptions,
+    native,
+    onnxruntime,
+    sessions,
+)
 from edgevlm.engines.build import native_products
+from edgevlm.engines.build.check import tolerance
 from edgevlm.engines.build.timings import Timings
 from edgevlm.engines.build.tune import ANSWER
 from edgevlm.engines.manifest import PREFILL_CHUNK, Trial
 from edgevlm.engines.native.library import native as library
 from edgevlm.engines.profiling.roofline import question
+from edgevlm.toolkit.bundle.goldens import relative_rms
+from edgevlm.toolkit.errors import AccuracyError
 from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
 from edgevlm.toolkit.target import instruction_sets, threads_here
@@ -31,6 +42,7 @@ from edgevlm.toolkit.vlm.cost import image_axes
 _NEEDED = "avx512_bf16"
 IN_PROMPTS = ", prompts"  # behind the name of a language model: its second form
 _ROUNDING: tuple[Precision, ...] = ("int8_rows", "int8_weights", "int4_weights")
+_LONG = 24  # tokens, more than the kernel computes in float32
 _RUNS = 5  # of each kernel, in turn; the shortest counts
 _FASTER_BY = 0.95  # of the other's time: less is not worth a second graph
 
@@ -122,6 +134,43 @@ def _attention(
         for p, ms in totals.items()
     ]
     return (native.CACHED,) * ours, trials
+
+
+def compare(compiled: Compiled, folder: Path) -> None:
+    """Raise AccuracyError where a long piece of a prompt comes out too far from ONNX Runtime's own.
+
+    Goldens are of few tokens, which the kernel for attention computes in another way.
+    """
+    if native.CACHED not in compiled.plugins:
+        return
+    plain, ours = (_long_piece(form, folder) for form in native.forms(compiled, folder))
+    error, limit = relative_rms([(ours, plain)]), tolerance(compiled)
+    if not error <= limit:
+        raise AccuracyError(
+            f"{compiled.record.name}: attention of many tokens moves logits by {error:.3g} "
+            f"(relative rms), allowed {limit}"
+        )
+
+
+def _long_piece(form: Compiled, folder: Path) -> Array:
+    """Logits after random tokens, without their mean."""
+    record = form.record
+    shapes = {port.name: port.shape for port in (*record.inputs, *record.outputs)}
+    options = RunnerOptions(_LONG, plugins=form.plugins)
+    runner = onnxruntime.open(folder, record, {}, options)
+    ids = np.random.default_rng(0).integers(0, int(shapes["logits"][-1]), (1, _LONG))
+    inputs: dict[str, Array] = {
+        "ids": ids,
+        "rows": np.full_like(ids, -1),
+        "features": np.zeros((1, int(shapes["features"][-1])), np.float32),
+        "start": np.zeros(1, np.int64),
+        "score": np.asarray([[_LONG - 1]]),
+    }
+    try:
+        logits = np.array(runner.run(inputs, runner.new_state())["logits"])
+    finally:
+        runner.close()
+    return np.asarray(logits - logits.mean())
 
 
 def _measured(call: CachedAttention) -> dict[Precision, float]:

@@ -16,6 +16,7 @@ from edgevlm.engines import manifest
 from edgevlm.engines.backends import RunnerOptions, native, onnxruntime, sessions
 from edgevlm.engines.build import check
 from edgevlm.engines.build import native as building
+from edgevlm.engines.build import native_decoder as of_lm
 from edgevlm.engines.build.timings import Timings
 from edgevlm.engines.lowering import native as calls
 from edgevlm.engines.lowering import native_decoder, native_products
@@ -155,6 +156,19 @@ def test_kernels_beyond_the_limit_are_left_out(
     assert "without our own kernels: encoder.clip differs from the reference" in said
     assert manifest.faults(tmp_path / "strict", built) == []
     Session.open(tmp_path / "strict").close()
+
+
+@pytest.mark.skipif(not CACHED, reason="this processor has no bfloat16")
+def test_attention_of_many_tokens_is_compared_too(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goldens are of few tokens, which it computes in float32."""
+    monkeypatch.setattr(of_lm, "tolerance", lambda component: 0.0)
+    said: list[str] = []
+    built = api.build_engine(
+        bundle, tmp_path / "e", precision="int8-rows", tune=False, progress=said.append
+    )
+    assert built.plugins == () and any("attention of many tokens" in line for line in said)
 
 
 class Prescribed(Timings):
