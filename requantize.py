@@ -167,7 +167,8 @@ def _with_kernels(
     from edgevlm.export import probe
 
     timings = Timings(target, probe.linears) if how.tune else None
-    kernels, trials = native.chosen(model, plan, timings)
+    prompts = tuning.prompts.plan if tuning.prompts else None
+    kernels, trials = native.chosen(model, plan, timings, prompts)
     return replace(tuning, native=kernels, trials=(*tuning.trials, *trials))
 
 

@@ -15,7 +15,9 @@ from edgevlm.engines.native.library import DOMAIN, native
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 
 ATTENTION = Plugin("Attention", "RoundedAttention", DOMAIN, "1", library=True)
+CACHED = Plugin("CachedAttention", "CachedAttention", DOMAIN, "1", library=True)
 ROWS = Plugin("RowQuantize", "RoundRows", DOMAIN, "1", library=True)
+PRODUCTS = Plugin("RowQuantizedLinear", "RoundedProduct", DOMAIN, "1", library=True)
 
 
 def second_graph(graph: str) -> str:

@@ -195,6 +195,7 @@ class _Parts:
     errors: check.Errors
     prompts: PromptForm | None
     verified: bool = True
+    more: tuple[Plugin, ...] = ()  # of the second form
 
     @property
     def plans(self) -> dict[str, PlanReport]:
@@ -204,7 +205,7 @@ class _Parts:
     @property
     def plugins(self) -> tuple[Plugin, ...]:
         """Those that its components need, each once."""
-        return tuple(dict.fromkeys(plugin for c in self.compiled for plugin in c.plugins))
+        return tuple(dict.fromkeys((*(p for c in self.compiled for p in c.plugins), *self.more)))
 
 
 def _parts(
@@ -241,9 +242,9 @@ def _parts(
     if wanted is None:
         return _Parts(compiled, files, errors, None)
     where, lm = (folder, request.target), source.vlm.lm.name
-    second = second_form.add(wanted, source, backend, *where, sizes(lm), allowed, progress)
+    second = second_form.add(wanted, source, backend, *where, sizes(lm), allowed, progress, ours)
     errors = errors.joined(second.errors, second_form.IN_PROMPTS)
-    return _Parts(compiled, files | second.files, errors, second.form)
+    return _Parts(compiled, files | second.files, errors, second.form, more=second.plugins)
 
 
 @contextmanager

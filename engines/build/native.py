@@ -12,15 +12,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from edgevlm.engines.backends import Compiled, Plugin, native, onnx_files, sessions
+from edgevlm.engines.build import native_decoder, native_products
 from edgevlm.engines.build.check import Errors
 from edgevlm.engines.build.timings import Timings
 from edgevlm.engines.lowering.capabilities import Decision
 from edgevlm.engines.manifest import Trial
+from edgevlm.engines.native.library import AVX512
 from edgevlm.engines.native.library import native as library
 from edgevlm.engines.profiling.roofline import question
 from edgevlm.engines.runtime import memory
@@ -32,12 +34,18 @@ from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
 from edgevlm.toolkit.target import threads_here
 from edgevlm.toolkit.vlm import components, towers
 from edgevlm.toolkit.vlm.components import Component
+from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.cost import image_axes, inputs
 from edgevlm.toolkit.vlm.towers import Model
 
+if TYPE_CHECKING:
+    import onnx
+
 _WHY = {
     native.ATTENTION: "products of q and k in 8 bits, all of a head in the cache",
+    native.CACHED: "few tokens in float32, many in bfloat16; no scores behind the last token",
     native.ROWS: "rows scaled, activated or normed, and rounded in one pass over memory",
+    native.PRODUCTS: "sums scaled, added and gated in registers, before they are written",
 }
 _ROUNDED: tuple[Precision, ...] = ("int8_rows",)  # static INT8 is held to 1e-3 of its reference
 _RUNS = 5  # of each form, in turn; the shortest counts
@@ -90,12 +98,16 @@ class _Attentions(Wrapper[Spec]):
 
 
 def chosen(
-    model: Model, plan: PrecisionPlan, timings: Timings | None
+    model: Model,
+    plan: PrecisionPlan,
+    timings: Timings | None,
+    prompts: PrecisionPlan | None = None,
 ) -> tuple[dict[str, tuple[Plugin, ...]], tuple[Trial, ...]]:
     """Our kernels by the component that they are for, and what was timed to say so.
 
     timings: None to take them wherever they are to be had, without measuring. Rows are always
-    rounded by ours, in one pass over memory for the five of ONNX Runtime's kernels.
+    rounded by ours, in one pass over memory for the five of ONNX Runtime's kernels. prompts: the
+    plan of a language model's second form, which stands under its name and IN_PROMPTS.
     """
     if library().path is None:
         return {}, ()
@@ -109,13 +121,18 @@ def chosen(
         calls, rounds = _calls(component, axes, plan)
         times = _times(calls, timings) if calls and timings is not None else {}
         ours = bool(calls) and (not times or times["int8_rows"] < _FASTER_BY * times["float"])
-        kernels = (native.ATTENTION,) * ours + (native.ROWS,) * rounds
+        products, timed = native_products.chosen(component, rounds, [(axes, 1)], timings)
+        kernels = (native.ATTENTION,) * ours + (native.ROWS,) * rounds + products
         if kernels:
             found[component.name] = kernels
         trials += [
             Trial(component.name, "attention", p, round(ms, 3), ours == (p != "float"))
             for p, ms in times.items()
         ]
+        trials += timed
+    if isinstance(model, ModelConfig):
+        of_lm, timed = native_decoder.chosen(model, plan, prompts, timings)
+        found, trials = found | of_lm, trials + timed
     if timings is not None:
         timings.save()
     return found, tuple(trials)
@@ -184,10 +201,8 @@ def added(compiled: Compiled, folder: Path, kernels: tuple[Plugin, ...]) -> Comp
     large = (folder / compiled.record.weights).stat().st_size > memory.WHOLE_BYTES
     if large or not kernels:  # what is compared in pieces has one graph
         return compiled
-    from edgevlm.engines.lowering.native import call_attention, call_rows
-
     model = onnx_files.read_graph(folder / compiled.record.graph)
-    calls = {native.ATTENTION: call_attention, native.ROWS: call_rows}
+    calls = _calls_by_kernel(compiled)
     counts = {kernel: calls[kernel](model) for kernel in kernels}
     used = tuple(kernel for kernel, count in counts.items() if count)
     if not used:
@@ -200,6 +215,25 @@ def added(compiled: Compiled, folder: Path, kernels: tuple[Plugin, ...]) -> Comp
         lowering=(*compiled.lowering, *(_decision(compiled, k, counts[k]) for k in used)),
         plugins=(*compiled.plugins, *used),
     )
+
+
+def _calls_by_kernel(compiled: Compiled) -> dict[Plugin, Callable[[onnx.ModelProto], int]]:
+    """What puts calls of a kernel into a component's graph; it returns how many."""
+    from edgevlm.engines.lowering import native as calls
+    from edgevlm.engines.lowering import native_decoder as of_lm
+    from edgevlm.engines.lowering.native_products import call_products
+
+    def rows(model: onnx.ModelProto) -> int:
+        decodes = any(port.updates for port in compiled.record.outputs)
+        decodes = decodes and library().form in AVX512
+        return (of_lm.call_decoder_rows(model) if decodes else 0) + calls.call_rows(model)
+
+    return {
+        native.ATTENTION: calls.call_attention,
+        native.CACHED: of_lm.call_cached_attention,
+        native.ROWS: rows,
+        native.PRODUCTS: call_products,
+    }
 
 
 def _decision(compiled: Compiled, kernel: Plugin, count: int) -> Decision:
@@ -218,7 +252,10 @@ def checked(
     our kernels.
     """
     try:
-        return compiled, check(compiled)
+        errors = check(compiled)
+        for component in compiled:
+            native_decoder.compare(component, folder)
+        return compiled, errors
     except (AccuracyError, BuildError) as beyond:
         if not any(map(native.is_ours, (p for c in compiled for p in c.plugins))):
             raise

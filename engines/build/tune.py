@@ -89,7 +89,7 @@ def tuned(
         if lm is not None and component.name == lm.name:
             continue
         views = {"tiles": 1} if component.name in encoders else {}
-        products = _products(component, {**axes, **views})
+        products = products_of(component, {**axes, **views})
         if not products:
             continue
         progress(f"{component.name}: timing number formats")
@@ -135,7 +135,7 @@ def _language_model(
     chunks = -(-length // PREFILL_CHUNK)
     lengths = {"prompt": -(-length // chunks), "token": 1}
     calls = {
-        call: _products(lm, {**axes, "sequence": n, "context": length})
+        call: products_of(lm, {**axes, "sequence": n, "context": length})
         for call, n in lengths.items()
     }
     prompt = {p: ms * chunks for p, ms in _times(calls["prompt"], timings, _PROMPTS[kind]).items()}
@@ -163,7 +163,7 @@ def _language_model(
     )
 
 
-def _products(component: Component, axes: Mapping[str, int]) -> Counter[Product]:
+def products_of(component: Component, axes: Mapping[str, int]) -> Counter[Product]:
     """How often a call multiplies what; without the language model's output layer, which has the
     same format in every choice.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -26,7 +27,7 @@ def call_attention(model: onnx.ModelProto) -> int:
         if plain and len(node.input) == _INPUTS:
             node.domain, node.op_type = DOMAIN, ATTENTION
             changed += 1
-    _declare(model, changed)
+    declare(model, changed)
     return changed
 
 
@@ -47,13 +48,24 @@ def call_rows(model: onnx.ModelProto) -> int:
     del model.graph.node[:], model.graph.initializer[:]
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(tensors)
-    _declare(model, len(made))
+    declare(model, len(made))
     return len(made)
 
 
-def _declare(model: onnx.ModelProto, calls: int) -> None:
+def declare(model: onnx.ModelProto, calls: int) -> None:
+    """Say that a graph has calls of our kernels, if it has any."""
     if calls and all(opset.domain != DOMAIN for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+
+
+def finds_steps(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> list[str]:
+    """The names of nodes that find the steps of rows for a QuantizeLinear; none for another op."""
+    if node.op_type != "QuantizeLinear" or len(node.input) != 3:
+        return []
+    maker = makers.get(node.input[1])
+    if maker is None or maker.name != f"{node.name}/step":
+        return []
+    return [f"{node.name}/{part}" for part in _FINDS_STEPS]
 
 
 class _Graph:
@@ -72,12 +84,10 @@ class _Graph:
 
     def rounding(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
         """The call in place of a QuantizeLinear that rounds rows, and of what finds their steps."""
-        if node.op_type != "QuantizeLinear" or len(node.input) != 3:
+        parts = finds_steps(node, self._makers)
+        if not parts:
             return None
         x, step, _ = node.input
-        parts = [f"{node.name}/{part}" for part in _FINDS_STEPS]
-        if step not in self._makers or self._makers[step].name != f"{node.name}/step":
-            return None
         self.gone |= set(parts)
         maker = self._makers.get(x)
         alone = all(user.name in {node.name, *parts} for user in self._users[x])

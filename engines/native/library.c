@@ -5,6 +5,7 @@
  * ActivateAndRound: x, scales, bias -> codes, steps; activation, alpha.
  * NormAndRound: x, weight, bias -> codes, steps; epsilon.
  * ScaleRows: x, scales, bias -> y. ScaleRowsOnto: x, scales, bias, other -> y.
+ * And those of decoder_ops.c and product_ops.c.
  */
 
 #include <stdio.h>
@@ -13,17 +14,8 @@
 
 #include "attention.h"
 #include "forms.h"
-#include "onnxruntime.h"
+#include "ops.h"
 #include "rows.h"
-
-#define MOST_AXES 8
-#define ROWS_AT_A_TIME 16
-#define SMALLEST 1e-30f
-#define TRY(call)                      \
-  do {                                 \
-    status *failed = (call);           \
-    if (failed != NULL) return failed; \
-  } while (0)
 
 struct kernel {
   const entry *api;
@@ -31,43 +23,7 @@ struct kernel {
   float alpha;    /* or a norm's epsilon */
 };
 
-struct tensor {
-  void *data;
-  int64_t sizes[MOST_AXES];
-  size_t rank;
-};
-
 static const entry *used_api;
-
-static size_t elements(const struct tensor *x) {
-  size_t count = 1;
-  for (size_t i = 0; i < x->rank; i++) count *= (size_t)x->sizes[i];
-  return count;
-}
-
-static status *sizes_of(const entry *api, const shape_info *info, struct tensor *x) {
-  TRY(RANK(api)(info, &x->rank));
-  if (x->rank == 0 || x->rank > MOST_AXES) return CREATE_STATUS(api)(INVALID_ARGUMENT, "odd rank");
-  return DIMENSIONS(api)(info, x->sizes, x->rank);
-}
-
-static status *input(const entry *api, kernel_context *context, size_t i, struct tensor *x) {
-  const value *tensor = NULL;
-  shape_info *info = NULL;
-  TRY(INPUT(api)(context, i, &tensor));
-  TRY(TENSOR_SHAPE(api)(tensor, &info));
-  status *failed = sizes_of(api, info, x);
-  RELEASE_SHAPE(api)(info);
-  return failed != NULL ? failed : TENSOR_DATA(api)(tensor, &x->data);
-}
-
-static status *output(const entry *api, kernel_context *context, size_t i, struct tensor *x) {
-  value *tensor = NULL;
-  TRY(OUTPUT(api)(context, i, x->sizes, x->rank, &tensor));
-  return TENSOR_DATA(api)(tensor, &x->data);
-}
-
-static void fail(int *failed) { __atomic_store_n(failed, 1, __ATOMIC_RELAXED); }
 
 /* -- attention -- */
 
@@ -262,15 +218,15 @@ static status *fill(const struct tensor *x, const char **names, shape_info *shap
   return SET_NAMES(used_api)(shape, names, x->rank);
 }
 
-/* An output has the shape of the first input; `last`, unless 0, is its last size. Sizes that are
- * not known have names; one without gets a new one, as ONNX Runtime would read -1 as a size. */
-static status *infer(shape_context *context, size_t index, int64_t last) {
+/* Sizes that are not known have names; one without gets a new one, as ONNX Runtime would read -1 as
+ * a size. */
+status *infer_as(shape_context *context, size_t from, size_t index, int64_t last) {
   static unsigned count;
   shape_info *x = NULL, *shape = NULL;
   const char *names[MOST_AXES] = {0};
   char made[MOST_AXES][32];
   struct tensor sizes;
-  TRY(INFERRED_INPUT(used_api)(context, 0, &x));
+  TRY(INFERRED_INPUT(used_api)(context, from, &x));
   status *odd = sizes_of(used_api, x, &sizes);
   if (odd != NULL) { /* nothing is known of it */
     RELEASE_STATUS(used_api)(odd);
@@ -295,54 +251,54 @@ static status *infer(shape_context *context, size_t index, int64_t last) {
   return failed;
 }
 
+status *inferred_last(shape_context *context, size_t from, int64_t *last) {
+  shape_info *x = NULL;
+  struct tensor sizes;
+  TRY(INFERRED_INPUT(used_api)(context, from, &x));
+  TRY(sizes_of(used_api, x, &sizes));
+  *last = sizes.sizes[sizes.rank - 1];
+  return NULL;
+}
+
 static status *infer_same(const struct custom_op *op, shape_context *context) {
   (void)op;
-  return infer(context, 0, 0);
+  return infer_as(context, 0, 0, 0);
 }
 
 static status *infer_rows(const struct custom_op *op, shape_context *context) {
   (void)op;
-  TRY(infer(context, 0, 0));
-  return infer(context, 1, 1);
+  TRY(infer_as(context, 0, 0, 0));
+  return infer_as(context, 0, 1, 1);
 }
 
 /* -- ops -- */
 
-static const char *attention_name(const struct custom_op *op) { return (void)op, "RoundedAttention"; }
-static const char *rounding_name(const struct custom_op *op) { return (void)op, "RoundRows"; }
-static const char *norm_name(const struct custom_op *op) { return (void)op, "NormAndRound"; }
-static const char *scale_name(const struct custom_op *op) { return (void)op, "ScaleRows"; }
-static const char *onto_name(const struct custom_op *op) { return (void)op, "ScaleRowsOnto"; }
-static const char *activation_name(const struct custom_op *op) { return (void)op, "ActivateAndRound"; }
-static const char *provider(const struct custom_op *op) { return (void)op, "CPUExecutionProvider"; }
-static int floats(const struct custom_op *op, size_t i) { return (void)op, (void)i, FLOAT32; }
-static int codes_first(const struct custom_op *op, size_t i) { return (void)op, i ? FLOAT32 : UINT8; }
-static size_t one(const struct custom_op *op) { return (void)op, (size_t)1; }
-static size_t two(const struct custom_op *op) { return (void)op, (size_t)2; }
-static size_t three(const struct custom_op *op) { return (void)op, (size_t)3; }
-static size_t four(const struct custom_op *op) { return (void)op, (size_t)4; }
-static int required(const struct custom_op *op, size_t i) { return (void)op, (void)i, 0; }
-static int none(const struct custom_op *op) { return (void)op, 0; }
-static int first_version(const struct custom_op *op) { return (void)op, 1; }
-static int last_version(const struct custom_op *op) { return (void)op, 0x7fffffff; }
-
-#define OP(called, in, out, kinds, creates, computes, infers)                                    \
-  {                                                                                              \
-    .version = API_VERSION, .name = called, .provider = provider, .input_type = floats,         \
-    .inputs = in, .output_type = kinds, .outputs = out, .destroy = free, .input_kind = required, \
-    .output_kind = required, .input_memory = required, .least_variadic_inputs = none,           \
-    .alike_variadic_inputs = none, .least_variadic_outputs = none,                               \
-    .alike_variadic_outputs = none, .create_or_fail = creates, .compute_or_fail = computes,      \
-    .infer = infers, .since = first_version, .until = last_version                               \
-  }
+NAMED(attention_name, "RoundedAttention")
+NAMED(rounding_name, "RoundRows")
+NAMED(norm_name, "NormAndRound")
+NAMED(scale_name, "ScaleRows")
+NAMED(onto_name, "ScaleRowsOnto")
+NAMED(activation_name, "ActivateAndRound")
+NAMED(provider, "CPUExecutionProvider")
+COUNT(one, 1)
+COUNT(two, 2)
+COUNT(three, 3)
+COUNT(four, 4)
+TYPES(floats, FLOAT32)
+TYPES(codes_first, (i == 0 ? UINT8 : FLOAT32))
+TYPES(required, 0)
+NUMBER(none, 0)
+NUMBER(first_version, 1)
+NUMBER(last_version, 0x7fffffff)
 
 static const struct custom_op ops[] = {
-    OP(attention_name, three, one, floats, create_attention, attend, infer_same),
-    OP(rounding_name, one, two, codes_first, create_rounding, round_only, infer_rows),
-    OP(activation_name, three, two, codes_first, create_activation, activate, infer_rows),
-    OP(norm_name, three, two, codes_first, create_norm, norm, infer_rows),
-    OP(scale_name, three, one, floats, create_rounding, scale_alone, infer_same),
-    OP(onto_name, four, one, floats, create_rounding, scale_onto, infer_same),
+    OP(attention_name, three, floats, one, floats, create_attention, free, attend, infer_same),
+    OP(rounding_name, one, floats, two, codes_first, create_rounding, free, round_only, infer_rows),
+    OP(activation_name, three, floats, two, codes_first, create_activation, free, activate,
+       infer_rows),
+    OP(norm_name, three, floats, two, codes_first, create_norm, free, norm, infer_rows),
+    OP(scale_name, three, floats, one, floats, create_rounding, free, scale_alone, infer_same),
+    OP(onto_name, four, floats, one, floats, create_rounding, free, scale_onto, infer_same),
 };
 
 /* What ONNX Runtime calls for each session; the domain outlives them all. */
@@ -355,6 +311,8 @@ EXPORTED status *RegisterCustomOps(options *session, const struct api_base *base
     __atomic_store_n(&used_api, api, __ATOMIC_RELEASE);
     TRY(CREATE_DOMAIN(api)("edgevlm.native", &found));
     for (size_t i = 0; i < sizeof ops / sizeof *ops; i++) TRY(ADD_OP(api)(found, &ops[i]));
+    for (size_t i = 0; i < decoder_op_count; i++) TRY(ADD_OP(api)(found, &decoder_ops[i]));
+    for (size_t i = 0; i < product_op_count; i++) TRY(ADD_OP(api)(found, &product_ops[i]));
     __atomic_store_n(&known, found, __ATOMIC_RELEASE); /* two at once: each uses its own */
   }
   return ADD_DOMAIN(api)(session, found);

@@ -29,6 +29,8 @@ SWITCH = "EDGEVLM_NATIVE"
 DOMAIN = "edgevlm.native"
 # of forms.h, in its order
 FORMS = ("plain", "avx2", "avx-vnni", "avx512-vnni", "avx512-bf16", "dotprod")
+BF16 = "avx512-bf16"
+AVX512 = ("avx512-vnni", BF16)  # those of products, and of all that language models have
 NEEDED: Mapping[str, str] = {"x86_64": "avx2", "aarch64": "asimddp"}  # by every form but "plain"
 _FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 # Those before binutils 2.36 do not know AVX-VNNI, whose form is left out for them.

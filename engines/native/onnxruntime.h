@@ -15,6 +15,8 @@
 #define API_VERSION 17
 #define FLOAT32 1 /* ONNX's number of the type */
 #define UINT8 2
+#define INT8 3
+#define INT32 6
 #define FAILED 1
 #define INVALID_ARGUMENT 2
 
@@ -46,6 +48,8 @@ struct api_base {
   CALL(api, 91, status *, kernel_context *, size_t, const int64_t *, size_t, value **)
 #define RELEASE_STATUS(api) CALL(api, 93, void, status *)
 #define RELEASE_SHAPE(api) CALL(api, 99, void, shape_info *)
+#define CONSTANT_INPUT(api) \
+  CALL(api, 249, status *, const kernel_info *, size_t, int *, const value **)
 #define INFERRED_INPUT(api) CALL(api, 268, status *, const shape_context *, size_t, shape_info **)
 #define INFER_OUTPUT(api) CALL(api, 270, status *, const shape_context *, size_t, const shape_info *)
 #define SET_NAMES(api) CALL(api, 271, status *, shape_info *, const char **, size_t)

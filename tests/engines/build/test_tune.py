@@ -104,7 +104,7 @@ def test_what_is_slower_than_float_stays_in_float_unless_asked(bundle: Path) -> 
 def test_the_output_layer_is_not_counted(bundle: Path) -> None:
     lm = next(c for c in components.components(Bundle.open(bundle).model) if c.name == "lm")
     axes = {"batch": 1, "rows": 1, "scored": 1, "sequence": 5, "context": 8}
-    products = tune._products(lm, axes)
+    products = tune.products_of(lm, axes)
     linears = [k for k in lm.shapes if k.startswith("layers.") and len(lm.shapes[k]) == 2]
     assert sum(products.values()) == len(linears)
     assert {(p.inputs, p.outputs) for p in products} == {lm.shapes[k] for k in linears}
