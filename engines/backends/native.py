@@ -15,6 +15,7 @@ from edgevlm.engines.native.library import DOMAIN, native
 from edgevlm.toolkit.bundle.manifest import ComponentRecord
 
 ATTENTION = Plugin("Attention", "RoundedAttention", DOMAIN, "1", library=True)
+UPCAST = Plugin("MatMul", "UpcastMatMul", DOMAIN, "1", library=True)
 ROWS = Plugin("RowQuantize", "RoundRows", DOMAIN, "1", library=True)
 
 

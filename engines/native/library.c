@@ -5,6 +5,7 @@
  * ActivateAndRound: x, scales, bias -> codes, steps; activation, alpha.
  * NormAndRound: x, weight, bias -> codes, steps; epsilon.
  * ScaleRows: x, scales, bias -> y. ScaleRowsOnto: x, scales, bias, other -> y.
+ * And that of upcast.c.
  */
 
 #include <stdio.h>
@@ -12,62 +13,17 @@
 #include <string.h>
 
 #include "attention.h"
-#include "onnxruntime.h"
+#include "ops.h"
 #include "rows.h"
 
 #define EXPORTED __attribute__((visibility("default")))
-#define MOST_AXES 8
-#define ROWS_AT_A_TIME 16
-#define SMALLEST 1e-30f
-#define TRY(call)                      \
-  do {                                 \
-    status *failed = (call);           \
-    if (failed != NULL) return failed; \
-  } while (0)
-
 struct kernel {
   const entry *api;
   int64_t number; /* heads, or the activation */
   float alpha;    /* or a norm's epsilon */
 };
 
-struct tensor {
-  void *data;
-  int64_t sizes[MOST_AXES];
-  size_t rank;
-};
-
-static const entry *used_api;
-
-static size_t elements(const struct tensor *x) {
-  size_t count = 1;
-  for (size_t i = 0; i < x->rank; i++) count *= (size_t)x->sizes[i];
-  return count;
-}
-
-static status *sizes_of(const entry *api, const shape_info *info, struct tensor *x) {
-  TRY(RANK(api)(info, &x->rank));
-  if (x->rank == 0 || x->rank > MOST_AXES) return CREATE_STATUS(api)(INVALID_ARGUMENT, "odd rank");
-  return DIMENSIONS(api)(info, x->sizes, x->rank);
-}
-
-static status *input(const entry *api, kernel_context *context, size_t i, struct tensor *x) {
-  const value *tensor = NULL;
-  shape_info *info = NULL;
-  TRY(INPUT(api)(context, i, &tensor));
-  TRY(TENSOR_SHAPE(api)(tensor, &info));
-  status *failed = sizes_of(api, info, x);
-  RELEASE_SHAPE(api)(info);
-  return failed != NULL ? failed : TENSOR_DATA(api)(tensor, &x->data);
-}
-
-static status *output(const entry *api, kernel_context *context, size_t i, struct tensor *x) {
-  value *tensor = NULL;
-  TRY(OUTPUT(api)(context, i, x->sizes, x->rank, &tensor));
-  return TENSOR_DATA(api)(tensor, &x->data);
-}
-
-static void fail(int *failed) { __atomic_store_n(failed, 1, __ATOMIC_RELAXED); }
+const entry *used_api;
 
 /* -- attention -- */
 
@@ -171,7 +127,7 @@ static void scale_part(void *call, size_t part) {
 }
 
 /* Rows of `other` before they are taken again: 0 unless it has x's shape but for axes in front. */
-static size_t others_of(const struct tensor *x, const struct tensor *other) {
+size_t others_of(const struct tensor *x, const struct tensor *other) {
   size_t in_front = 0;
   if (other->rank > x->rank) return 0;
   in_front = x->rank - other->rank;
@@ -262,15 +218,15 @@ static status *fill(const struct tensor *x, const char **names, shape_info *shap
   return SET_NAMES(used_api)(shape, names, x->rank);
 }
 
-/* An output has the shape of the first input; `last`, unless 0, is its last size. Sizes that are
- * not known have names; one without gets a new one, as ONNX Runtime would read -1 as a size. */
-static status *infer(shape_context *context, size_t index, int64_t last) {
+/* Sizes that are not known have names; one without gets a new one, as ONNX Runtime would read -1 as
+ * a size. */
+status *infer_as(shape_context *context, size_t from, size_t index, int64_t last) {
   static unsigned count;
   shape_info *x = NULL, *shape = NULL;
   const char *names[MOST_AXES] = {0};
   char made[MOST_AXES][32];
   struct tensor sizes;
-  TRY(INFERRED_INPUT(used_api)(context, 0, &x));
+  TRY(INFERRED_INPUT(used_api)(context, from, &x));
   status *odd = sizes_of(used_api, x, &sizes);
   if (odd != NULL) { /* nothing is known of it */
     RELEASE_STATUS(used_api)(odd);
@@ -297,13 +253,13 @@ static status *infer(shape_context *context, size_t index, int64_t last) {
 
 static status *infer_same(const struct custom_op *op, shape_context *context) {
   (void)op;
-  return infer(context, 0, 0);
+  return infer_as(context, 0, 0, 0);
 }
 
 static status *infer_rows(const struct custom_op *op, shape_context *context) {
   (void)op;
-  TRY(infer(context, 0, 0));
-  return infer(context, 1, 1);
+  TRY(infer_as(context, 0, 0, 0));
+  return infer_as(context, 0, 1, 1);
 }
 
 /* -- ops -- */
@@ -355,6 +311,7 @@ EXPORTED status *RegisterCustomOps(options *session, const struct api_base *base
     __atomic_store_n(&used_api, api, __ATOMIC_RELEASE);
     TRY(CREATE_DOMAIN(api)("edgevlm.native", &found));
     for (size_t i = 0; i < sizeof ops / sizeof *ops; i++) TRY(ADD_OP(api)(found, &ops[i]));
+    TRY(ADD_OP(api)(found, &upcast_op));
     __atomic_store_n(&known, found, __ATOMIC_RELEASE); /* two at once: each uses its own */
   }
   return ADD_DOMAIN(api)(session, found);

@@ -26,8 +26,8 @@ SWITCH = "EDGEVLM_NATIVE"
 DOMAIN = "edgevlm.native"
 NEEDED = "avx512_vnni"
 FORMS = ("plain", "8-bit", "8-bit and bfloat16")  # of attention.h's attention_form, in its order
-_SOURCES = ("attention.c", "attention_vnni.c", "rows.c", "library.c")
-_HEADERS = ("attention.h", "rows.h", "onnxruntime.h")
+_SOURCES = ("attention.c", "attention_vnni.c", "rows.c", "library.c", "halves.c", "upcast.c")
+_HEADERS = ("attention.h", "halves.h", "halves_tiles.h", "onnxruntime.h", "ops.h", "rows.h")
 _FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 _SECONDS = 120  # for the compiler
 
