@@ -29,6 +29,7 @@ from edgevlm.engines.runtime import memory
 from edgevlm.toolkit.bundle.manifest import Bundle
 from edgevlm.toolkit.checkpoints.safetensors_io import Entry, SafetensorsFile, row_blocks
 from edgevlm.toolkit.ops.vocabulary import Array
+from edgevlm.toolkit.quantization.plan import Precision
 from edgevlm.toolkit.target import threads_here
 from edgevlm.toolkit.vlm import components, towers
 from edgevlm.toolkit.vlm.components import Component
@@ -175,9 +176,13 @@ def _times(products: Counter[Product], kind: str, timings: Timings) -> tuple[flo
 
 def _known(product: Product, kind: str, timings: Timings) -> Iterable[float]:
     measured = cache(partial(_measured, product, kind))
-    for at, form in enumerate(("fp32", f"{kind} {library().path}")):
-        op = f"{product} with weights in {form} beside {kind}"
-        yield timings.of_op(op, ["float"], lambda at=at: {"float": measured()[at]})["float"]
+
+    def form(at: int) -> dict[Precision, float]:
+        return {"float": measured()[at]}
+
+    for at, stored in enumerate(("fp32", f"{kind} {library().path}")):
+        op = f"{product} with weights in {stored} beside {kind}"
+        yield timings.of_op(op, ["float"], partial(form, at))["float"]
 
 
 def _measured(product: Product, kind: str) -> tuple[float, float]:

@@ -229,11 +229,14 @@ TARGET static void NAME(panels)(const struct halves *call, struct span of, size_
   }
 }
 
-/* Begins to read what rows have for these inputs. */
-TARGET INLINE void NAME(fetch)(const struct halves *call, struct span rows, size_t k, size_t deep) {
-  for (size_t r = rows.first; r < rows.last; r++)
-    for (size_t i = 0; i < deep; i += 16)
-      _mm_prefetch((const char *)(call->x + r * call->inputs + k + i), _MM_HINT_T0);
+/* x to y, while what lies `ahead` of x begins to be read. */
+TARGET INLINE void NAME(copy)(const float *x, size_t ahead, size_t deep, float *y) {
+  size_t i = 0;
+  for (; i + LANES <= deep; i += LANES) {
+    if (i % 16 == 0) _mm_prefetch((const char *)x + (i + ahead) * sizeof *x, _MM_HINT_T0);
+    STORE(y + i, LOAD(x + i));
+  }
+  for (; i < deep; i++) y[i] = x[i];
 }
 
 TARGET static int NAME(many)(const struct halves *call, struct span of, struct span rows) {
@@ -248,9 +251,8 @@ TARGET static int NAME(many)(const struct halves *call, struct span of, struct s
     else
       NAME(fill)(call, of, k, deep, block, HALF_BF16);
     for (size_t r = rows.first; r < rows.last; r += TILE) {
-      NAME(fetch)(call, (struct span){r + TILE, least(r + 2 * TILE, rows.last)}, k, deep);
       for (size_t i = 0; i < TILE && r + i < call->rows; i++)
-        memcpy(x + i * ROW, call->x + (r + i) * call->inputs + k, deep * sizeof *x);
+        NAME(copy)(call->x + (r + i) * call->inputs + k, TILE * call->inputs, deep, x + i * ROW);
       NAME(panels)(call, of, r, k, deep, x, block);
       if (k + deep == call->inputs)
         NAME(finish)(call, of, (struct span){r, least(r + TILE, call->rows)});

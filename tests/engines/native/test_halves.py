@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -190,7 +192,7 @@ def a_layer(kind: str, folder: Path) -> onnx.ModelProto:
         tensors.append(onnx.numpy_helper.from_array(values, name))
     bias = onnx.numpy_helper.from_array(random.standard_normal(48, np.float32), "bias")
     micro = "com.microsoft"
-    node = helper.make_node
+    node, transposed = helper.make_node, cast(dict[str, Any], calls._TRANSPOSED)
     nodes = [
         node("Gather", ["table", "ids"], ["x"], "embed", axis=0),
         node("MatMul", ["x", "gate"], ["g"], "g"),
@@ -200,7 +202,7 @@ def a_layer(kind: str, folder: Path) -> onnx.ModelProto:
         node("Mul", ["s", "u"], ["m"], "m"),
         node("MatMul", ["m", "down"], ["d"], "d"),
         node("Add", ["x", "d"], ["r"], "r"),
-        node("FusedMatMul", ["r", "table"], ["y"], "y", domain=micro, **calls._TRANSPOSED),
+        node("FusedMatMul", ["r", "table"], ["y"], "y", domain=micro, **transposed),
     ]
     graph = helper.make_graph(
         nodes,
@@ -324,13 +326,17 @@ def test_rows_are_independent_in_batches_of_any_size(engine: Path) -> None:
         assert multiple == 1 and state.count == 8
 
 
+def _blocks_of(given: dict[str, Array], spec: TensorSpec) -> list[Array]:
+    return [given[spec.name]]
+
+
 def test_weights_that_are_true_float32_stay(tmp_path: Path) -> None:
     values = np.random.default_rng(0).standard_normal((64, 64), np.float32)
     exact = values.astype(np.float16).astype(np.float32)
     for first, kind in ((values, None), (exact, "fp16")):
         given = {"first": first, "second": exact[:8]}
         specs = [TensorSpec(name, "fp32", array.shape) for name, array in given.items()]
-        write_safetensors(tmp_path / "x", specs, lambda spec, given=given: [given[spec.name]])
+        write_safetensors(tmp_path / "x", specs, partial(_blocks_of, given))
         assert halves._common_format(SafetensorsFile(tmp_path / "x")) == kind
 
 
