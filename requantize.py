@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgevlm.engines.build.latency import Latency
     from edgevlm.engines.build.second_form import SecondForm
     from edgevlm.engines.build.tune import Choice
+    from edgevlm.toolkit.bundle.manifest import Bundle
     from edgevlm.toolkit.checkpoints.layouts.source import AnySource, Source
     from edgevlm.toolkit.quantization.plan import PrecisionPlan
     from edgevlm.toolkit.target import Target
@@ -63,6 +64,8 @@ def chosen(
         weight_only.refuse_keeping(how.keep_float)
         tuning = _prompts_alone(bundle, target, progress, made_by, how)
         given = Bundle.open(bundle)
+        if not given.manifest.plan.precisions:
+            return None, _in_halves(given, tuning, target, progress, how)
         return None, _with_kernels(given.model, given.manifest.plan, tuning, target, how)
     from edgevlm.calibration import unsampled
     from edgevlm.engines.lowering import capabilities
@@ -169,6 +172,26 @@ def _with_kernels(
     timings = Timings(target, probe.linears) if how.tune else None
     prompts = tuning.prompts.plan if tuning.prompts else None
     kernels, trials = native.chosen(model, plan, timings, prompts)
+    return replace(tuning, native=kernels, trials=(*tuning.trials, *trials))
+
+
+def _in_halves(
+    bundle: Bundle, tuning: Tuning, target: Target, progress: Progress, how: How
+) -> Tuning:
+    """The same for a float bundle: weights stay in 16 bits where that loses nothing, in components
+    in which our kernel for them is the faster one, if that is measured.
+    """
+    if not _runs_here(target):
+        return tuning
+    from edgevlm.engines.build import halves
+    from edgevlm.engines.build.timings import Timings
+    from edgevlm.export import available
+
+    available.check()
+    from edgevlm.export import probe
+
+    timings = Timings(target, probe.linears) if how.tune else None
+    kernels, trials = halves.chosen(bundle, timings, progress)
     return replace(tuning, native=kernels, trials=(*tuning.trials, *trials))
 
 

@@ -16,6 +16,7 @@ from edgevlm.toolkit.bundle.manifest import ComponentRecord
 
 ATTENTION = Plugin("Attention", "RoundedAttention", DOMAIN, "1", library=True)
 CACHED = Plugin("CachedAttention", "CachedAttention", DOMAIN, "1", library=True)
+UPCAST = Plugin("MatMul", "UpcastMatMul", DOMAIN, "1", library=True)
 ROWS = Plugin("RowQuantize", "RoundRows", DOMAIN, "1", library=True)
 PRODUCTS = Plugin("RowQuantizedLinear", "RoundedProduct", DOMAIN, "1", library=True)
 

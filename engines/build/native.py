@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from edgevlm.engines.backends import Compiled, Plugin, native, onnx_files, sessions
-from edgevlm.engines.build import native_decoder, native_products
+from edgevlm.engines.build import halves, native_decoder, native_products
 from edgevlm.engines.build.check import Errors
 from edgevlm.engines.build.timings import Timings
 from edgevlm.engines.lowering.capabilities import Decision
@@ -201,6 +201,8 @@ def added(compiled: Compiled, folder: Path, kernels: tuple[Plugin, ...]) -> Comp
     large = (folder / compiled.record.weights).stat().st_size > memory.WHOLE_BYTES
     if large or not kernels:  # what is compared in pieces has one graph
         return compiled
+    if native.UPCAST in kernels:
+        return halves.added(compiled, folder)
     model = onnx_files.read_graph(folder / compiled.record.graph)
     calls = _calls_by_kernel(compiled)
     counts = {kernel: calls[kernel](model) for kernel in kernels}

@@ -5,7 +5,7 @@
  * ActivateAndRound: x, scales, bias -> codes, steps; activation, alpha.
  * NormAndRound: x, weight, bias -> codes, steps; epsilon.
  * ScaleRows: x, scales, bias -> y. ScaleRowsOnto: x, scales, bias, other -> y.
- * And those of decoder_ops.c and product_ops.c.
+ * And those of decoder_ops.c, product_ops.c and upcast.c.
  */
 
 #include <stdio.h>
@@ -23,7 +23,7 @@ struct kernel {
   float alpha;    /* or a norm's epsilon */
 };
 
-static const entry *used_api;
+const entry *used_api;
 
 /* -- attention -- */
 
@@ -126,8 +126,7 @@ static void scale_part(void *call, size_t part) {
   scale_rows(c, first, last < c->count ? last : c->count);
 }
 
-/* Rows of `other` before they are taken again: 0 unless it has x's shape but for axes in front. */
-static size_t others_of(const struct tensor *x, const struct tensor *other) {
+size_t others_of(const struct tensor *x, const struct tensor *other) {
   size_t in_front = 0;
   if (other->rank > x->rank) return 0;
   in_front = x->rank - other->rank;
@@ -313,6 +312,7 @@ EXPORTED status *RegisterCustomOps(options *session, const struct api_base *base
     for (size_t i = 0; i < sizeof ops / sizeof *ops; i++) TRY(ADD_OP(api)(found, &ops[i]));
     for (size_t i = 0; i < decoder_op_count; i++) TRY(ADD_OP(api)(found, &decoder_ops[i]));
     for (size_t i = 0; i < product_op_count; i++) TRY(ADD_OP(api)(found, &product_ops[i]));
+    TRY(ADD_OP(api)(found, &upcast_op));
     __atomic_store_n(&known, found, __ATOMIC_RELEASE); /* two at once: each uses its own */
   }
   return ADD_DOMAIN(api)(session, found);

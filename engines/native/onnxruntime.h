@@ -17,6 +17,10 @@
 #define UINT8 2
 #define INT8 3
 #define INT32 6
+#define FLOAT16 10
+#define BFLOAT16 16
+#define ANY_TYPE 0
+#define OPTIONAL 1
 #define FAILED 1
 #define INVALID_ARGUMENT 2
 
@@ -37,12 +41,14 @@ struct api_base {
 #define TENSOR_DATA(api) CALL(api, 51, status *, const value *, void **)
 #define NEW_SHAPE(api) CALL(api, 57, status *, shape_info **)
 #define SET_DIMENSIONS(api) CALL(api, 59, status *, shape_info *, const int64_t *, size_t)
+#define ELEMENT_TYPE(api) CALL(api, 60, status *, const shape_info *, int *)
 #define RANK(api) CALL(api, 61, status *, const shape_info *, size_t *)
 #define DIMENSIONS(api) CALL(api, 62, status *, const shape_info *, int64_t *, size_t)
 #define NAMES(api) CALL(api, 63, status *, const shape_info *, const char **, size_t)
 #define TENSOR_SHAPE(api) CALL(api, 65, status *, const value *, shape_info **)
 #define FLOAT_ATTRIBUTE(api) CALL(api, 85, status *, const kernel_info *, const char *, float *)
 #define INT_ATTRIBUTE(api) CALL(api, 86, status *, const kernel_info *, const char *, int64_t *)
+#define INPUT_COUNT(api) CALL(api, 88, status *, const kernel_context *, size_t *)
 #define INPUT(api) CALL(api, 90, status *, const kernel_context *, size_t, const value **)
 #define OUTPUT(api) \
   CALL(api, 91, status *, kernel_context *, size_t, const int64_t *, size_t, value **)

@@ -61,7 +61,13 @@ status *infer_as(shape_context *context, size_t from, size_t index, int64_t last
 /* The last size of input `from`. */
 status *inferred_last(shape_context *context, size_t from, int64_t *last);
 
-/* The ops of decoder_ops.c and product_ops.c. */
+extern const entry *used_api; /* of what infers shapes, which is given none */
+
+/* Rows of `other` before they are taken again: 0 unless it has x's shape but for axes in front. */
+size_t others_of(const struct tensor *x, const struct tensor *other);
+
+/* The ops of decoder_ops.c, product_ops.c and upcast.c. */
+extern const struct custom_op upcast_op;
 extern const struct custom_op decoder_ops[], product_ops[];
 extern const size_t decoder_op_count, product_op_count;
 
