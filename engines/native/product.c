@@ -148,38 +148,35 @@ VNNI INLINE void gate_tile(const struct gated_product *call, size_t panel, size_
   }
 }
 
-VNNI static void round_gated(const struct gated_product *call, const float *row, size_t r,
-                             size_t width) {
-  size_t outputs = call->up.weight->outputs;
-  __m512i largest = _mm512_setzero_si512();
-  for (size_t i = 0; i < width; i += LANES) /* behind the last output there are zeros */
-    largest = _mm512_max_epi32(largest, magnitude_bits(_mm512_load_ps(row + i)));
-  float most = largest_of(largest);
-  if (most < call->smallest) most = call->smallest;
-  call->rounded_steps[r] = most / LARGEST;
-  __m512 inverse = _mm512_set1_ps(1.0f / call->rounded_steps[r]);
-  for (size_t i = 0; i < outputs; i += LANES) {
-    __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(row + i), inverse));
-    code = _mm512_max_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(128)), _mm512_setzero_si512());
-    _mm512_mask_cvtusepi32_storeu_epi8(call->codes + r * outputs + i, lanes_left(outputs - i), code);
-  }
+VNNI void multiply_gated(const struct gated_product *call, size_t panel, size_t first,
+                         size_t last) {
+  size_t row = first, width = call->up.weight->panels * PANEL;
+  for (; row + ROWS <= last; row += ROWS)
+    gate_tile(call, panel, row, ROWS, call->values + row * width, width);
+  for (; row + 2 <= last; row += 2)
+    gate_tile(call, panel, row, 2, call->values + row * width, width);
+  if (row < last) gate_tile(call, panel, row, 1, call->values + row * width, width);
 }
 
-VNNI int multiply_gated(const struct gated_product *call, size_t first, size_t last) {
-  size_t panels = call->up.weight->panels, width = panels * PANEL;
-  float *rows = aligned_alloc(64, (last - first) * width * sizeof(float));
-  if (rows == NULL) return -1;
-  for (size_t panel = 0; panel < panels; panel++) {
-    size_t row = first;
-    for (; row + ROWS <= last; row += ROWS)
-      gate_tile(call, panel, row, ROWS, rows + (row - first) * width, width);
-    for (; row + 2 <= last; row += 2)
-      gate_tile(call, panel, row, 2, rows + (row - first) * width, width);
-    if (row < last) gate_tile(call, panel, row, 1, rows + (row - first) * width, width);
+VNNI void round_gated(const struct gated_product *call, size_t first, size_t last) {
+  size_t outputs = call->up.weight->outputs, width = call->up.weight->panels * PANEL;
+  for (size_t r = first; r < last; r++) {
+    const float *row = call->values + r * width;
+    __m512i largest = _mm512_setzero_si512();
+    for (size_t i = 0; i < width; i += LANES) /* behind the last output there are zeros */
+      largest = _mm512_max_epi32(largest, magnitude_bits(_mm512_load_ps(row + i)));
+    float most = largest_of(largest);
+    if (most < call->smallest) most = call->smallest;
+    call->rounded_steps[r] = most / LARGEST;
+    __m512 inverse = _mm512_set1_ps(1.0f / call->rounded_steps[r]);
+    for (size_t i = 0; i < outputs; i += LANES) {
+      __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(row + i), inverse));
+      code = _mm512_add_epi32(code, _mm512_set1_epi32(128));
+      code = _mm512_max_epi32(code, _mm512_setzero_si512());
+      uint8_t *to = call->codes + r * outputs + i;
+      _mm512_mask_cvtusepi32_storeu_epi8(to, lanes_left(outputs - i), code);
+    }
   }
-  for (size_t r = first; r < last; r++) round_gated(call, rows + (r - first) * width, r, width);
-  free(rows);
-  return 0;
 }
 
 #else
@@ -196,8 +193,12 @@ void multiply(const struct product *call, size_t panel, size_t first, size_t las
   (void)call, (void)panel, (void)first, (void)last;
 }
 
-int multiply_gated(const struct gated_product *call, size_t first, size_t last) {
-  return (void)call, (void)first, (void)last, -1;
+void multiply_gated(const struct gated_product *call, size_t panel, size_t first, size_t last) {
+  (void)call, (void)panel, (void)first, (void)last;
+}
+
+void round_gated(const struct gated_product *call, size_t first, size_t last) {
+  (void)call, (void)first, (void)last;
 }
 
 #endif

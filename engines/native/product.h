@@ -37,15 +37,18 @@ struct product {
 void multiply(const struct product *call, size_t panel, size_t first, size_t last);
 
 /* codes, rounded_steps: rows of silu(gate) * up rounded to 8 bits as by round_rows; gate and up:
- * products of the same rows. */
+ * products of the same rows. values: memory for them before, [count][panels * PANEL], at a multiple
+ * of 64 bytes. */
 struct gated_product {
   struct product gate, up; /* without y, bias and other */
+  float *values;
   uint8_t *codes;
   float *rounded_steps;
   float smallest;
 };
 
-/* Rows first..last; -1 where there is no memory. */
-int multiply_gated(const struct gated_product *call, size_t first, size_t last);
+/* Values of rows first..last of one panel; then, of all panels, codes and steps of rows. */
+void multiply_gated(const struct gated_product *call, size_t panel, size_t first, size_t last);
+void round_gated(const struct gated_product *call, size_t first, size_t last);
 
 #endif

@@ -20,8 +20,8 @@
 #include "rows.h"
 
 #define MISFIT "rows and weights do not go together"
-#define ROWS_OF_A_PART 96 /* whose codes stay in the second-level cache */
-#define ROUNDED_ROWS 24   /* the same of codes, and of floats before they are rounded */
+#define ROWS_OF_A_PART 256 /* of one panel, which stays in the second-level cache meanwhile */
+#define ACTIVATED_ROWS 64  /* of all panels, before they are rounded */
 
 struct product_kernel {
   const entry *api;
@@ -197,8 +197,8 @@ static void activated_part(void *job, size_t part) {
   struct activated_job *j = job;
   struct product p = j->product;
   struct rows r = j->rows;
-  size_t first = part * ROUNDED_ROWS, outputs = p.weight->outputs;
-  p.count = p.count - first < ROUNDED_ROWS ? p.count - first : ROUNDED_ROWS;
+  size_t first = part * ACTIVATED_ROWS, outputs = p.weight->outputs;
+  p.count = p.count - first < ACTIVATED_ROWS ? p.count - first : ACTIVATED_ROWS;
   p.codes += first * p.weight->inputs, p.steps += first;
   r.codes += first * outputs, r.steps += first;
   r.x = p.y = malloc(p.count * outputs * sizeof(float));
@@ -224,28 +224,43 @@ static status *activated(void *kernel, kernel_context *context) {
   job.rows = (struct rows){.count = call->count, .width = outputs, .alpha = self->alpha,
                            .activation = (enum activation)self->activation, .smallest = SMALLEST};
   TRY(rounded_outputs(api, context, &codes, outputs, &job.rows.codes, &job.rows.steps));
-  size_t parts = blocks(call->count, ROUNDED_ROWS);
+  size_t parts = blocks(call->count, ACTIVATED_ROWS);
   if (parts > 0) TRY(PARALLEL_FOR(api)(context, activated_part, parts, 0, &job));
   return job.failed ? CREATE_STATUS(api)(FAILED, "no memory for rows") : NULL;
 }
 
-struct gated_job {
-  struct gated_product call;
-  int failed;
-};
-
 static void gated_part(void *job, size_t part) {
-  struct gated_job *j = job;
-  size_t first = part * ROUNDED_ROWS, last = first + ROUNDED_ROWS, count = j->call.up.count;
-  if (multiply_gated(&j->call, first, last < count ? last : count) != 0) fail(&j->failed);
+  const struct gated_product *c = job;
+  size_t panels = c->up.weight->panels, first = part / panels * ROWS_OF_A_PART;
+  size_t last = first + ROWS_OF_A_PART;
+  multiply_gated(c, part % panels, first, last < c->up.count ? last : c->up.count);
+}
+
+static void rounded_part(void *job, size_t part) {
+  const struct gated_product *c = job;
+  size_t first = part * ROWS_AT_A_TIME, last = first + ROWS_AT_A_TIME;
+  round_gated(c, first, last < c->up.count ? last : c->up.count);
+}
+
+static status *run_gated(const entry *api, kernel_context *context, struct gated_product *call) {
+  size_t count = call->up.count, panels = call->up.weight->panels;
+  if (count == 0) return NULL;
+  call->values = aligned_alloc(64, count * panels * PANEL * sizeof(float));
+  if (call->values == NULL) return CREATE_STATUS(api)(FAILED, "no memory for rows");
+  size_t parts = panels * blocks(count, ROWS_OF_A_PART);
+  status *failed = PARALLEL_FOR(api)(context, gated_part, parts, 0, call);
+  if (failed == NULL)
+    failed = PARALLEL_FOR(api)(context, rounded_part, blocks(count, ROWS_AT_A_TIME), 0, call);
+  free(call->values);
+  return failed;
 }
 
 static status *gated(void *kernel, kernel_context *context) {
   const struct product_kernel *self = kernel;
   const entry *api = self->api;
   struct tensor codes;
-  struct gated_job job = {.call = {.smallest = SMALLEST}};
-  struct product *gate = &job.call.gate, *up = &job.call.up;
+  struct gated_product call = {.smallest = SMALLEST};
+  struct product *gate = &call.gate, *up = &call.up;
   TRY(rows_of(self, context, &codes, gate));
   *up = *gate;
   up->weight = &self->weights[1];
@@ -254,10 +269,8 @@ static status *gated(void *kernel, kernel_context *context) {
     return CREATE_STATUS(api)(INVALID_ARGUMENT, MISFIT);
   TRY(vector(api, context, 3, outputs, &gate->scales));
   TRY(vector(api, context, 5, outputs, &up->scales));
-  TRY(rounded_outputs(api, context, &codes, outputs, &job.call.codes, &job.call.rounded_steps));
-  size_t parts = blocks(gate->count, ROUNDED_ROWS);
-  if (parts > 0) TRY(PARALLEL_FOR(api)(context, gated_part, parts, 0, &job));
-  return job.failed ? CREATE_STATUS(api)(FAILED, "no memory for rows") : NULL;
+  TRY(rounded_outputs(api, context, &codes, outputs, &call.codes, &call.rounded_steps));
+  return run_gated(api, context, &call);
 }
 
 /* -- ops -- */
