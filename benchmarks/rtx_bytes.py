@@ -5,8 +5,9 @@ without a card: a block of ConvNeXt-L in each stage that ConvLLaVA has at 768 pi
 between two products of a transformer's layer, the sum with the residual and the norm of it, as
 CLIP-L and Qwen2.5-0.5B have them. For each it counts kernels, and the bytes of the tensors that
 they read and write, each once, in passes over the layer's own tensor; of a block, as two more
-blocks cost it, so that the ends of the graph do not count. Nothing runs on a card. Needs the extra
-tensorrt-rtx; about ten minutes.
+blocks cost it, so that the ends of the graph do not count. Beside them: how much less time a block
+and the tower would take, at the vendor's rates, with a kernel that moved its floor alone. Nothing
+runs on a card. Needs the extra tensorrt-rtx; about ten minutes.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from edgevlm.engines.backends import Shapes
 from edgevlm.export import write
 from edgevlm.toolkit.models.encoders import convnext
 from edgevlm.toolkit.ops.vocabulary import Ops, Weights
-from edgevlm.toolkit.target import parse
+from edgevlm.toolkit.target import DEVICES, parse
 from edgevlm.toolkit.vlm.components import Component, Port
+from edgevlm.toolkit.vlm.presets import CONVNEXT_L_5
 
 RELEASE = "tensorrt-rtx@1.7"
 STAGES = ((192, 192), (384, 96), (768, 48), (1536, 24), (3072, 12))
@@ -116,6 +118,35 @@ def of_block(channels: int, side: int, dtype: str, card: str, work: Path) -> Mov
     )
 
 
+def gains(device: str) -> dict[str, list[float]]:
+    """Times without and with a plugin, as quotients: of a block in each stage, and of the tower.
+
+    A kernel takes as long as its bytes or its products at the vendor's rates. "convolve and norm":
+    in one kernel, with the sum in the second product. "multiply": both products in one kernel.
+    """
+    card, found = DEVICES[device], dict[str, list[float]]()
+    rate, moved = 1e12 * card.peak_tops["fp16"], 1e9 * card.bandwidth_gb_s
+    whole: dict[str, list[float]] = {name: [] for name in ("body", "convolve and norm", "multiply")}
+    for channels, side in STAGES:
+        one, weights = 2 * channels * side * side, 2 * 4 * channels**2
+        work = 4 * channels * one / rate  # of a product: 8 * channels^2 a pixel
+        first = max((5 * one + weights) / moved, work)
+        summed = max((6 * one + weights) / moved, work)
+        both = max((2 * one + 2 * weights) / moved, 2 * work)
+        whole["body"].append(7 * one / moved + 2 * first)
+        whole["convolve and norm"].append(2 * one / moved + first + summed)
+        whole["multiply"].append(7 * one / moved + both)
+    towers = {
+        n: sum(d * t for d, t in zip(CONVNEXT_L_5.depths, ts, strict=True))
+        for n, ts in whole.items()
+    }
+    for name in list(whole)[1:]:
+        pairs = zip(whole["body"], whole[name], strict=True)
+        ratios = [body / plugin for body, plugin in pairs]
+        found[name] = [round(x, 2) for x in (*ratios, towers["body"] / towers[name])]
+    return found
+
+
 def measured(work: Path) -> Iterator[tuple[str, str, str, Moved]]:
     """Layer, format, card, and what moves."""
     for channels, side in STAGES:
@@ -146,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row = name, dtype, card, moved.kernels, round(moved.passes, 2), round(moved.between, 2)
             result.rows.append(row)
             result.measured[f"{name} {dtype} {card}"] = list(moved.names)
+        result.measured["gains"] = {name: gains(name) for name in DEVICES}
         return 0 if result.finish(options) else 1
 
 

@@ -130,6 +130,8 @@ class TensorRT:
 
         # RTX caps nothing for cards that are not here, and ignores what was timed before
         card = device.facts() if self._flavour.needs_device else None
+        if not self._flavour.needs_device:
+            shapes = builder.sharing(shapes, model)
         fixed = builder.fixed_sizes(shapes)
         builder.fix(model, fixed)
         with tempfile.TemporaryDirectory(dir=folder) as name:

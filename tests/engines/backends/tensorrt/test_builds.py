@@ -11,6 +11,7 @@ import pytest
 
 from edgevlm import api
 from edgevlm.engines import backends, manifest
+from edgevlm.engines.backends import Shapes
 from edgevlm.engines.backends.tensorrt import builder, device, kernels, probes
 from edgevlm.engines.backends.tensorrt.device import CardFacts
 from edgevlm.toolkit.target import Target, card
@@ -86,6 +87,25 @@ def test_what_a_kernel_moves_is_read_from_the_builders_listing() -> None:
     assert (first.name, first.kind, first.nodes) == ("__myl_MulAdd", "kgen", ("lm/a", "lm/b"))
     assert first.moved_bytes == 32 + 32 + round(1.5) + 32
     assert second.moved_bytes == 0  # its size depends on the call
+
+
+def test_rtx_shares_weights_between_profiles_as_long_as_they_are_floats() -> None:
+    """It would store codes once more for several sequences: 1.8 times the plan."""
+    alone, several = {"batch": (1, 1, 1), "sequence": (1, 8, 8)}, {"batch": (2, 8, 8)}
+    whole = Shapes(16, (alone, several))
+    for kind, profiles in (("FLOAT16", 2), ("INT4", 1), ("INT8", 1), ("FLOAT8E4M3FN", 1)):
+        held = onnx.TensorProto(name="w", data_type=onnx.TensorProto.DataType.Value(kind))
+        graph = onnx.helper.make_graph([], "lm", [], [], [held])
+        held.data_location = onnx.TensorProto.EXTERNAL
+        assert builder.sharing(whole, _model(graph)) == whole  # a scale, a zero point
+        graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+        found = builder.sharing(whole, _model(graph))
+        assert len(found.profiles) == profiles
+        assert builder.most_rows(found) == (8 if profiles > 1 else 1)
+
+
+def _model(graph: onnx.GraphProto) -> onnx.ModelProto:
+    return onnx.helper.make_model(graph)
 
 
 @pytest.mark.parametrize("release", ["10.3.0", "rtx-1.7.1.116"])
