@@ -31,11 +31,11 @@ def plan(
 
     source: a checkpoint folder, a tower's folder or weight file, a model id, a bundle or
     preset:NAME. targets, precisions: names with commas between; "all" are all known devices. Raises
-    ToolkitError.
+    ToolkitError, UnsupportedError for a device that is named and has no products in a precision.
     """
     from edgevlm import api
     from edgevlm.engines.sizing import rates
-    from edgevlm.engines.sizing.predict import Planner
+    from edgevlm.engines.sizing.predict import Planner, refuse_lacking
     from edgevlm.engines.sizing.question import Question, refuse_for_tower, settled
     from edgevlm.engines.sizing.towers import TowerPlanner
     from edgevlm.toolkit.checkpoints.layouts.source import Source
@@ -52,13 +52,15 @@ def plan(
         refuse_for_tower(question, source)
         planner = TowerPlanner(opened.model)
     parts = [part.strip() for part in targets.split(",")]
-    names = [name for part in parts for name in (DEVICES if part == ALL else [part])]
+    names = [(n, part) for part in parts for n in (DEVICES if part == ALL else [part])]
     found = []
-    for name in names:
+    for name, part in names:
         target = parse(name)
         for given in formats(opened, target, precisions):
-            machines = rates.machines(target, name, given.dtype)
-            found += [planner.predict(given, machine) for machine in machines]
+            for machine in rates.machines(target, name, given.dtype):
+                if part != ALL:  # of all, those that cannot are noted
+                    refuse_lacking(given, machine)
+                found.append(planner.predict(given, machine))
     return found
 
 

@@ -93,11 +93,14 @@ def devices() -> str:
             f"{device.bandwidth_gb_s:g}",
             f"{device.peak_tops['fp16']:g}",
             f"{device.peak_tops['int8']:g}",
+            f"{device.peak_tops['fp8']:g}" if "fp8" in device.peak_tops else "none",
         )
         for name, device in DEVICES.items()
     ]
-    columns = ("device", "what, and whose figures", "GB", "GB/s", "TFLOP/s, fp16", "TOP/s, int8")
-    return f"## Devices\n\nDense rates, NVIDIA's figures.\n\n{markdown(columns, rows)}"
+    what = ("device", "what, and whose figures", "GB", "GB/s")
+    columns = (*what, "TFLOP/s, fp16", "TOP/s, int8", "TFLOP/s, fp8")
+    said = "Dense rates, NVIDIA's figures; GeForce's are of sums in float32."
+    return f"## Devices\n\n{said}\n\n{markdown(columns, rows)}"
 
 
 def section(preset: str) -> str:

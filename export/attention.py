@@ -19,6 +19,7 @@ def _heads(source: str, num_heads: str) -> list[onnx.NodeProto]:
 
 
 def _float32(source: str) -> onnx.NodeProto:
+    """`source` in float32, as SOURCE_f32."""
     return node("Cast", [source], [f"{source}_f32"], to=onnx.TensorProto.FLOAT)
 
 
@@ -48,6 +49,9 @@ def cached_attention() -> onnx.FunctionProto:
     """
 
     def rotated(source: str) -> list[onnx.NodeProto]:
+        """SOURCE_bhsd [B, heads, S, d] turned by the angles at `positions` [B, S], half against
+        half (Su et al., arXiv 2104.09864, in the layout of GPT-NeoX), as SOURCE_rotated.
+        """
         f32 = f"{source}_bhsd_f32"
         return [
             _float32(f"{source}_bhsd"),
@@ -63,6 +67,7 @@ def cached_attention() -> onnx.FunctionProto:
         ]
 
     def written(past: str, update: str, present: str) -> onnx.NodeProto:
+        """past [B, kv_heads, context, d] with update [B, kv_heads, S, d] from row start[b] on."""
         return node("TensorScatter", [past, update, "start"], [present], axis=2, mode="linear")
 
     return function(
@@ -91,6 +96,9 @@ def rotary_attention() -> onnx.FunctionProto:
     """Unmasked attention, q and k rotated in float32 by float32 angles [S, d / 2]."""
 
     def rotated(source: str) -> list[onnx.NodeProto]:
+        """SOURCE [B, S, heads * d] by heads, [B, heads, S, d], turned by cos and sin [S, d / 2],
+        half against half, as SOURCE_rotated in the format of SOURCE.
+        """
         a, b = f"{source}_first", f"{source}_second"
         return [
             *_heads(source, "@num_heads"),

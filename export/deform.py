@@ -16,10 +16,12 @@ def _reshaped(source: str, to: str, *dims: int | str) -> list[onnx.NodeProto]:
 
 
 def _float32(source: str) -> onnx.NodeProto:
+    """`source` in float32, as SOURCE_f32."""
     return node("Cast", [source], [f"{source}_f32"], to=onnx.TensorProto.FLOAT)
 
 
 def _transposed(source: str, perm: list[int]) -> onnx.NodeProto:
+    """`source` with its axes in another order, as SOURCE_transposed."""
     return node("Transpose", [source], [f"{source}_transposed"], perm=perm)
 
 

@@ -301,6 +301,11 @@ def _capability(arch: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
+def has_fp8(arch: str) -> bool:
+    """Whether all cards of sm_80+sm_89 multiply FP8 (E4M3): Ada, Hopper, Blackwell and newer."""
+    return all(_capability(part) >= 89 for part in arch.split("+"))
+
+
 def _text(version: Version) -> str:
     return ".".join(map(str, version))
 

@@ -71,12 +71,14 @@ class LayerTime:
 class Peaks:
     """A machine's limits: arithmetic in float32, products of 8-bit weights, reading memory.
 
-    Of a graphics card: arithmetic in fp16, products of 8-bit inputs and weights, copying.
+    Of a graphics card: arithmetic in fp16, products of 8-bit inputs and weights, copying. All in
+    10^9 a second. fp8_gflop_s: of products of FP8 inputs and weights, 0 where there are none.
     """
 
     gflop_s: float
     int8_gop_s: float
     gb_s: float
+    fp8_gflop_s: float = 0.0
 
 
 Size = tuple[int, int, int]  # smallest, usual and largest
@@ -102,7 +104,8 @@ class PlanReport:
     graph; fused_attentions: those with a kernel of their own, the others run in simpler ops.
     Weights, activations and plan in bytes; peak_rss_mb, seconds: of the build. rounded: products
     whose inputs the graph has in INT8 or FP8; rounded_kernels: those that a kernel of that format
-    computes, the others have become floats.
+    computes, the others have become floats. profiles: combinations of sizes that are compiled by
+    themselves; rows: the most sequences, or images, of one call.
     """
 
     layers: int
@@ -117,6 +120,8 @@ class PlanReport:
     seconds: float
     rounded: int = 0
     rounded_kernels: int = 0
+    profiles: int = 1
+    rows: int = 1
 
 
 class Runner(Protocol):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from edgevlm.toolkit.errors import InputError
 from edgevlm.toolkit.vlm.components import Port, zero_states
@@ -15,6 +17,25 @@ class Allocation:
 
     What belongs to that memory, such as a runner's bindings, is kept in tables with weak keys.
     """
+
+    def exchanged(self, a: int, b: int) -> None:
+        """Slots `a` and `b` of the memory have changed places."""
+
+    def copied(self, source: int, target: int) -> None:
+        """Slot `target` of the memory holds what `source` does."""
+
+
+@runtime_checkable
+class MovableRows(Protocol):
+    """An array on a device whose rows of the first axis can be copied and exchanged there."""
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make one row what another is."""
+        ...
+
+    def exchange_rows(self, a: int, b: int) -> None:
+        """Make each of two rows what the other was."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +64,31 @@ class State:
     def slot(self, index: int) -> State:
         """One slot."""
         return self.slots(index, index + 1)
+
+    @property
+    def movable(self) -> bool:
+        """Whether slots can be copied and exchanged."""
+        return all(isinstance(a, (np.ndarray, MovableRows)) for a in self.arrays.values())
+
+    def copy(self, source: int, target: int, begin: int, end: int) -> None:
+        """Copy the positions from `begin` up to `end` of a slot into another, on a device all."""
+        for array in self.arrays.values():
+            if isinstance(array, np.ndarray):
+                array[target, :, begin:end] = array[source, :, begin:end]
+            else:
+                array.copy_row(source, target)
+        self.allocation.copied(self.first + source, self.first + target)
+
+    def exchange(self, a: int, b: int, most: int) -> None:
+        """Exchange two slots, of which the first `most` positions matter."""
+        for array in self.arrays.values():
+            if isinstance(array, np.ndarray):
+                moved = array[a, :, :most].copy()
+                array[a, :, :most] = array[b, :, :most]
+                array[b, :, :most] = moved
+            else:
+                array.exchange_rows(a, b)
+        self.allocation.exchanged(self.first + a, self.first + b)
 
 
 def zeros(

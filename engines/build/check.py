@@ -3,7 +3,8 @@
 Kernels: the engine against the reference on the same, possibly rounded, weights. Precision: the
 engine against the reference on the float weights. Both are relative root mean square errors over
 all golden calls of a component; logits are compared after subtracting the mean of each row. Golden
-calls are random, which is harder on a trained model than text is.
+calls are random, which is harder on a trained model than text is. On a card, whose builders have
+other kernels for it, the last token is also computed for several sequences in one call.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from edgevlm.engines.backends import Backend, Compiled, RunnerOptions, native
+import numpy as np
+
+from edgevlm.engines.backends import Backend, Compiled, Runner, RunnerOptions, native
 from edgevlm.engines.runtime import memory
 from edgevlm.toolkit.bundle import goldens
 from edgevlm.toolkit.bundle.goldens import AXES, Golden, relative_rms
@@ -51,6 +54,7 @@ MAX_LOSS: Mapping[Precision, float] = {
     "int8": 0.2,
     "fp8": 0.2,
 }
+_TOGETHER = 2  # sequences whose last token is computed in one call, on a card
 _CENTERED = "logits"  # the outputs that mean the same if a constant is added to a row
 
 
@@ -147,7 +151,10 @@ def compare(
         progress(f"{name}: comparing with the reference")
         record = component.record
         calls = goldens.calls_of(all_calls, name, record.inputs, record.outputs)
-        outputs = _outputs(component, calls, backend, folder, model, context)
+        large = _is_large(component, folder)
+        together = _TOGETHER if decodes(component) and backend.here().on_card and not large else 0
+        outputs = _outputs(component, calls, together, backend, folder, model, context)
+        calls = [*calls, *calls[-1:] * together]
         answers = _answers(calls, outputs)
         error = _error(answers, [golden.outputs for golden in calls])
         if not error <= limit:
@@ -164,8 +171,12 @@ def compare(
 
 def tolerance(component: Compiled) -> float:
     """The largest error that a component's kernels may have."""
-    decodes = any(port.updates for port in component.record.outputs)
-    return (DECODER_TOLERANCE if decodes else TOLERANCE)[component.precision]
+    return (DECODER_TOLERANCE if decodes(component) else TOLERANCE)[component.precision]
+
+
+def decodes(component: Compiled) -> bool:
+    """Whether a component has a KV state."""
+    return any(port.updates for port in component.record.outputs)
 
 
 @dataclass(frozen=True)
@@ -188,6 +199,7 @@ def _answers(
 def _outputs(
     component: Compiled,
     calls: list[Golden],
+    together: int,
     backend: Backend,
     folder: Path,
     model: Mapping[str, object],
@@ -195,6 +207,7 @@ def _outputs(
 ) -> Iterator[Mapping[str, Array]]:
     """What a component answers to each call, valid until the next: opened whole, or in pieces.
 
+    together: behind them come so many answers to the last call, for as many sequences at once.
     Raises BuildError where it cannot be run on them.
     """
     record = component.record
@@ -209,6 +222,8 @@ def _outputs(
         state = runner.new_state()
         for golden in calls:
             yield runner.run(golden.inputs, state)
+        if together:
+            yield from _side_by_side(runner, component, calls, together)
     except ToolkitError:
         raise
     except Exception as refused:  # backends raise many types of their own
@@ -220,12 +235,33 @@ def _outputs(
         runner.close()
 
 
+def _side_by_side(
+    runner: Runner, component: Compiled, calls: list[Golden], count: int
+) -> Iterator[Mapping[str, Array]]:
+    """What a decoder answers to the last call in one of `count` sequences, each of which is that of
+    the goldens.
+    """
+    *prompt, last = calls
+    state = runner.new_state(count)
+    for slot in range(count):
+        for golden in prompt:
+            runner.run(golden.inputs, state.slot(slot))
+    rows = {port.name for port in component.record.inputs if port.shape[0] == "batch"}
+    repeated = {
+        name: np.repeat(value, count, axis=0) if name in rows else value
+        for name, value in last.inputs.items()
+    }
+    found = runner.run(repeated, state)
+    for row in range(count):
+        yield {name: values[row : row + 1] for name, values in found.items()}
+
+
 def _is_large(component: Compiled, folder: Path) -> bool:
     """Whether a component's weights are too many to be held, and its graph can be cut in pieces:
     ONNX Runtime runs it on the processor.
     """
     record = component.record
-    if not component.searchable or record.graph not in component.files:
+    if not component.searchable or component.plan or record.graph not in component.files:
         return False
     return (folder / record.weights).stat().st_size > memory.WHOLE_BYTES
 

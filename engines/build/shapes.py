@@ -13,14 +13,16 @@ from edgevlm.toolkit.vlm.cost import image_axes
 from edgevlm.toolkit.vlm.towers import Model, TowerConfig
 
 IMAGES = (8, 32)  # that a tower by itself usually sees at a time, and at most
+TOGETHER = 8  # sequences that get a token in one call, at most: as many as `serve` has slots
 _SCORED = 8  # a session scores one token at a time; goldens and perplexities a few more
 
 
 def of(component: str, model: Model, context: int) -> Shapes:
     """The profiles of one component of a model with so many positions of KV cache.
 
-    The language model has two: pieces of prompts, and exactly one token, for which builders have
-    other kernels. An encoder of images of any size has that of its images, and that of the goldens.
+    The language model has three: pieces of a prompt; exactly one token, for which builders have
+    other kernels; and one token of each of several sequences, at positions of their own. An encoder
+    of images of any size has that of its images, and that of the goldens.
     """
     if isinstance(model, TowerConfig):
         return Shapes(context, ({"tiles": (1, *IMAGES)},))
@@ -45,7 +47,8 @@ def _of_language_model(model: Model, context: int) -> tuple[Mapping[str, Size], 
     rows = (1, min(_usual(model)["rows"], context), context)
     one: Size = (1, 1, 1)
     prompt = {"batch": one, "sequence": (1, piece, piece), "rows": rows, "scored": (1, 1, _SCORED)}
-    return prompt, {"batch": one, "sequence": one, "rows": rows, "scored": one}
+    token = {"batch": one, "sequence": one, "rows": rows, "scored": one}
+    return prompt, token, {**token, "batch": (2, TOGETHER, TOGETHER)}
 
 
 def _usual(model: Model) -> dict[str, int]:

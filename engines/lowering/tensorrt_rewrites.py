@@ -40,6 +40,23 @@ def swish(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     return b.ending("Mul", [node.input[0], gate], node.output)
 
 
+def to_channels_first(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
+    """What a convolution reads, and what is added behind it (a block of ConvNeXt), as one tensor.
+
+    The sum reads the convolution's input, turned back. Else the builder writes the same bytes
+    twice, as one tensor with channels first and one with channels last: a pass more a block.
+    """
+    (x,), (first,) = node.input, node.output
+    sums = [user for user in r.users(x) if user.op_type == "Add"]
+    if len(sums) != 1 or {user.op_type for user in r.users(first)} != {"Conv"}:
+        return [node]
+    b = Body(node.name, r)
+    back = b("Transpose", [first], "back", perm=[0, 2, 3, 1])
+    for at, name in enumerate(sums[0].input):
+        sums[0].input[at] = back if name == x else name
+    return [node, *b.nodes]
+
+
 def attention(node: onnx.NodeProto, r: Rewriter) -> list[onnx.NodeProto]:
     """Attention over [B, heads, S, d]; joined heads are split before and joined after."""
     kept = [a for a in node.attribute if a.name not in _UNKNOWN]

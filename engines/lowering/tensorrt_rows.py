@@ -46,6 +46,11 @@ def _in_codes(node: onnx.NodeProto) -> bool:
     return int(attribute(node, "bits")) == 4 or scores
 
 
+def _to_channels_first(node: onnx.NodeProto) -> bool:
+    """Whether a Transpose makes [B, C, H, W] of [B, H, W, C]."""
+    return [n for a in node.attribute if a.name == "perm" for n in a.ints] == [0, 3, 1, 2]
+
+
 _BLOCKED = Row(
     "swap",
     "weights stay in codes: 4 bits in symmetric blocks, and 8 bits of the output layer",
@@ -63,6 +68,14 @@ _BLOCKED = Row(
 ROWS: dict[str, Row] = {
     **_KEEP,
     "Softmax": _swap(rewrites.softmax, "Softmax", "of two axes at least: the parser refuses one"),
+    "Transpose": Row(
+        "swap",
+        "what is added behind a convolution reads its input too: the builder writes it once",
+        rewrites.to_channels_first,
+        "Transpose",
+        fits=_to_channels_first,
+        otherwise=_KEEP["Transpose"],
+    ),
     "Swish": _since(
         _SWISH_SINCE,
         Row("keep", "a standard op that the parser takes"),

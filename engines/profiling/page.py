@@ -85,9 +85,11 @@ def metrics(p: Shown) -> str:
 
 def limits(p: Shown) -> str:
     """The roofline, drawn and as a table."""
+    fp8 = p.roofline.peak_fp8_gflop_s
     return (
         f"<h3>Against the machine's limits (measured: {p.roofline.peak_gflop_s:.0f} GFLOP/s, "
         f"{p.roofline.peak_int8_gop_s:.0f} GOP/s in 8 bits, "
+        f"{f'{fp8:.0f} GFLOP/s in FP8, ' if fp8 else ''}"
         f"{p.roofline.peak_gb_s:.1f} GB/s)</h3>{drawings.roofline([p])}{_roofs(p)}"
     )
 

@@ -64,6 +64,7 @@ class Roofline:
     peak_int8_gop_s: float
     peak_gb_s: float
     stages: tuple[Bound, ...]
+    peak_fp8_gflop_s: float = 0.0
 
 
 def roofline(
@@ -85,7 +86,8 @@ def roofline(
         _bound(_traffic(stage, calls, counter, plans.get(stage, plan), size), peaks, measured_ms)
         for stage, calls, counter in _stages(model, work)
     ]
-    return Roofline(peaks.gflop_s, peaks.int8_gop_s, peaks.gb_s, tuple(bounds))
+    rates = peaks.gflop_s, peaks.int8_gop_s, peaks.gb_s
+    return Roofline(*rates, tuple(bounds), peaks.fp8_gflop_s)
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Floors:
     peak_gflop_s: float
     peak_int8_gop_s: float
     peak_gb_s: float
+    peak_fp8_gflop_s: float = 0.0
 
 
 def floors(model: Model, plan: PrecisionPlan, target: Target, dtype: str) -> Floors:
@@ -121,15 +124,17 @@ def floors_of_devices(
 ) -> dict[str, Floors]:
     """The same for every known device of a target, from its vendor's figures, by name.
 
-    Weights in codes become floats before they are multiplied there.
+    Weights in codes become floats before they are multiplied there, but with static INT8 and FP8.
     """
     found = {}
     computed = capabilities.of(target).computes_in(dtype)
     for name, device in DEVICES.items():
         known = target.backend in (device.target.backend, CUDA)
         if known and target.holds(device.target.arch):
-            rate = 1000 * device.peak_tops["fp16"] / (2 if computed == "fp32" else 1)
-            peaks = Peaks(rate, rate, device.bandwidth_gb_s)
+            tops = {kind: 1000 * rate for kind, rate in device.peak_tops.items()}
+            rate = tops["fp16"] / (2 if computed == "fp32" else 1)
+            int8 = tops["int8"] if "int8" in plan.precisions else rate
+            peaks = Peaks(rate, int8, device.bandwidth_gb_s, tops.get("fp8", 0.0))
             found[name] = _floors(model, plan, target, dtype, peaks)
     return found
 
@@ -189,22 +194,26 @@ def _stages(model: Model, work: Work) -> list[tuple[str, int, Count]]:
 
 @dataclass(frozen=True)
 class _Traffic:
-    """What a stage computes and moves: FLOPs in float and in 8 bits, bytes by use."""
+    """What a stage computes and moves: FLOPs in float, in 8 bits and in FP8, bytes by use."""
 
     stage: str
     flops: int
     int8_ops: int
+    fp8_ops: int
     weights_bytes: float
     kv_bytes: int
 
 
 def _traffic(stage: str, calls: int, counter: Count, plan: PrecisionPlan, size: int) -> _Traffic:
     costs = counter.costs
-    int8_ops = sum(c.flops for c in costs if c.op in _PRODUCTS and weight_bits(c, plan))
+    coded = [c for c in costs if c.op in _PRODUCTS and weight_bits(c, plan)]
+    fp8_ops = sum(c.flops for c in coded if plan.at(c.path) == "fp8")
+    int8_ops = sum(c.flops for c in coded) - fp8_ops
     return _Traffic(
         stage,
-        calls * (counter.flops - int8_ops),
+        calls * (counter.flops - int8_ops - fp8_ops),
         calls * int8_ops,
+        calls * fp8_ops,
         calls * sum(read_bytes(c, plan, size) for c in costs),
         calls * sum(c.kv_elements for c in costs) * size,
     )
@@ -212,12 +221,13 @@ def _traffic(stage: str, calls: int, counter: Count, plan: PrecisionPlan, size: 
 
 def _bound(work: _Traffic, peaks: Peaks, measured_ms: Mapping[str, float]) -> Bound:
     nbytes = work.weights_bytes + work.kv_bytes
-    arithmetic = (work.flops / peaks.gflop_s + work.int8_ops / peaks.int8_gop_s) / 1e6
+    in_float = work.flops / peaks.gflop_s + work.fp8_ops / (peaks.fp8_gflop_s or peaks.gflop_s)
+    arithmetic = (in_float + work.int8_ops / peaks.int8_gop_s) / 1e6
     memory = nbytes / peaks.gb_s / 1e6
     floor, measured = max(arithmetic, memory), measured_ms.get(work.stage, 0.0)
     return Bound(
         work.stage,
-        round((work.flops + work.int8_ops) / 1e9, 3),
+        round((work.flops + work.int8_ops + work.fp8_ops) / 1e9, 3),
         round(nbytes / 1e9, 3),
         round(work.kv_bytes / 1e9, 3),
         round(floor, 3),

@@ -24,12 +24,12 @@ GRID = 16  # prompts are cut at multiples of this: kernels work on so many rows 
 
 
 class Slots:
-    """All slots of a state. Slots can be copied and moved where the state is NumPy's."""
+    """All slots of a state. movable: whether they can be copied and exchanged."""
 
     def __init__(self, state: State, count: int) -> None:
         """count: the slots that can be taken; the state may have more."""
         self.state, self.count = state, count
-        self.movable = all(isinstance(array, np.ndarray) for array in state.arrays.values())
+        self.movable = state.movable
         self._held = [np.zeros(0, np.int64) for _ in range(state.count)]
         self._taken = [False] * state.count  # those beyond `count` are never taken
         self._used = [0] * state.count
@@ -49,7 +49,7 @@ class Slots:
         slot, kept = self._chosen(lengths)
         best = max(range(self.count), key=lengths.__getitem__)
         if reuse and self.movable and lengths[best] > kept:
-            self._copy(best, slot, kept, lengths[best])
+            self.state.copy(best, slot, kept, lengths[best])
             kept = lengths[best]
         self._taken[slot] = True
         kept = kept if reuse else 0
@@ -86,17 +86,10 @@ class Slots:
 
     def swap(self, a: int, b: int, most: int) -> None:
         """Exchange two slots, of which the first `most` positions matter."""
-        for array in self.state.arrays.values():
-            moved = array[a, :, :most].copy()
-            array[a, :, :most] = array[b, :, :most]
-            array[b, :, :most] = moved
+        self.state.exchange(a, b, most)
         tables: tuple[list[Any], ...] = (self._held, self._taken, self._used)
         for table in tables:
             table[a], table[b] = table[b], table[a]
-
-    def _copy(self, source: int, target: int, begin: int, end: int) -> None:
-        for array in self.state.arrays.values():
-            array[target, :, begin:end] = array[source, :, begin:end]
 
 
 def require_memory(session: Session, limits: Limits) -> None:

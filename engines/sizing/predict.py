@@ -15,8 +15,9 @@ from edgevlm.engines.runtime import memory
 from edgevlm.engines.sizing import work as working
 from edgevlm.engines.sizing.rates import Machine
 from edgevlm.engines.sizing.work import Time
-from edgevlm.toolkit.errors import InputError
+from edgevlm.toolkit.errors import InputError, UnsupportedError
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
+from edgevlm.toolkit.target import CUDA, DEVICES, has_fp8
 from edgevlm.toolkit.vlm.components import after_answer
 from edgevlm.toolkit.vlm.config import ModelConfig
 from edgevlm.toolkit.vlm.cost import stored_bytes
@@ -240,17 +241,40 @@ def notes_of(given: Format, machine: Machine, *, caches: bool = True) -> tuple[s
     computed = capabilities.of(machine.target).computes_in(given.dtype)
     if computed != given.dtype:
         notes.append(f"{given.dtype} is computed in {computed} there")
-    if "fp8" in given.plan.precisions and not machine.fp8_gflop_s:
-        notes.append(
-            "it multiplies FP8 as floats"
-            if machine.measured
-            else f"{machine.target.arch} has no FP8, builds for it refuse: take int8-static"
-        )
+    lacking = _lacking(given, machine)
+    if lacking:
+        notes.append(f"{lacking}, builds for it refuse")
+    elif "fp8" in given.plan.precisions and not machine.peaks.fp8_gflop_s:
+        notes.append("it multiplies FP8 as floats")
     if given.prompts is not None:
         notes.append("the language model has a second form for prompts")
     if caches and _two_caches(machine):
         notes.append("this TensorRT keeps the KV cache twice")
     return tuple(notes)
+
+
+def refuse_lacking(given: Format, machine: Machine) -> None:
+    """Raise UnsupportedError for a number format of products that a card has not."""
+    lacking = _lacking(given, machine)
+    if lacking:
+        with_it = [name for name, device in DEVICES.items() if "fp8" in device.peak_tops]
+        raise UnsupportedError(
+            f"{machine.name}: {lacking}",
+            hint="take int8-static, or one of those that have FP8: " + ", ".join(with_it)
+            if machine.target.of_tensorrt
+            else "TensorRT does: name the device, such as rtx-4090 or h100",
+        )
+
+
+def _lacking(given: Format, machine: Machine) -> str:
+    """Why no engine of a format can be built for a card; "" where one can."""
+    target, precisions = machine.target, given.plan.precisions
+    if target.of_tensorrt and "fp8" in precisions and not has_fp8(target.arch):
+        without = [arch for arch in target.arch.split("+") if not has_fp8(arch)]
+        return f"{', '.join(without)} has no FP8"
+    if target.backend == CUDA and {"fp8", "int8"} & precisions:
+        return "ONNX Runtime multiplies no inputs in 8 bits on a card"
+    return ""
 
 
 # -- for people ----------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ _SYSTEM_BYTES = 1_500_000_000  # of a Jetson's memory, which it shares with the 
 @dataclass(frozen=True)
 class Machine:
     """A device to predict for. memory_bytes: of a device, of this machine what is free; measured:
-    whether the peaks were. fp8_gflop_s: the peak of products in FP8, 0 where there are none.
+    whether the peaks were.
     """
 
     name: str
@@ -123,7 +123,6 @@ class Machine:
     memory_bytes: int
     efficiency: Efficiency
     measured: bool
-    fp8_gflop_s: float = 0.0
 
 
 def machines(target: Target, name: str, dtype: str) -> list[Machine]:
@@ -162,12 +161,13 @@ def this_processor() -> Machine:
 def _card(name: str, device: Device, target: Target, dtype: str) -> Machine:
     """A known device by its vendor's figures; float32 has half the rate of float16 (TF32)."""
     slower = 2 if capabilities.of(target).computes_in(dtype) == "fp32" else 1
-    tops = device.peak_tops
-    peaks = Peaks(1000 * tops["fp16"] / slower, 1000 * tops["int8"], device.bandwidth_gb_s)
+    tops = {name: 1000 * rate for name, rate in device.peak_tops.items()}
+    rates = tops["fp16"] / slower, tops["int8"], device.bandwidth_gb_s
+    peaks = Peaks(*rates, fp8_gflop_s=tops.get("fp8", 0.0))
     shared = name.startswith("jetson")
     found = replace(CARD, reserved_bytes=_SYSTEM_BYTES) if shared else CARD
-    size, fp8 = round(1e9 * device.memory_gb), 1000 * tops.get("fp8", 0.0)
-    return Machine(name, target, peaks, size, found, measured=False, fp8_gflop_s=fp8)
+    size = round(1e9 * device.memory_gb)
+    return Machine(name, target, peaks, size, found, measured=False)
 
 
 def product_rate(machine: Machine, precision: str, rows: int) -> float:
@@ -175,8 +175,8 @@ def product_rate(machine: Machine, precision: str, rows: int) -> float:
     share, peaks = machine.efficiency, machine.peaks
     if rows < FEW:
         return share.few[precision] * peaks.gflop_s
-    if precision == "fp8" and machine.fp8_gflop_s:
-        return share.products[precision] * machine.fp8_gflop_s
+    if precision == "fp8" and peaks.fp8_gflop_s:
+        return share.products[precision] * peaks.fp8_gflop_s
     in_float = precision in ("float", "fp8") or _on_card(machine)
     integer = precision == "int8" or not in_float
     return share.products[precision] * (peaks.int8_gop_s if integer else peaks.gflop_s)

@@ -17,7 +17,8 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from edgevlm.engines.backends.tensorrt import kernels
+from benchmarks import rtx_bytes
+from edgevlm.engines.backends.tensorrt import builder, kernels, probes
 from edgevlm.engines.backends.tensorrt.builder import Job
 from edgevlm.engines.backends.tensorrt.flavours import RTX
 from edgevlm.engines.lowering.lower import lower
@@ -106,6 +107,27 @@ def test_every_op_becomes_an_engine(
         assert "CHECK" in result["errors"][0]
     else:
         assert result["plan_bytes"] > 0, result["errors"]
+
+
+def test_the_product_that_measures_fp8_is_computed_in_it(tmp_path: Path) -> None:
+    for kind, cards in (("fp8", FP8_CARDS), ("int8", ("sm_89",))):
+        graph = tmp_path / f"{kind}.onnx"
+        graph.write_bytes(probes.product(kind, 256).SerializeToString())
+        made = Job(**job(graph, cards))
+        builder.build(kind, made, tmp_path)
+        found = kernels.read((tmp_path / "build.log").read_text())
+        named = {"fp8": "FP8", "int8": "Int8"}[kind]
+        assert [k.kind for k in found if named in k.types and k.kind == "gemm"] == ["gemm"]
+
+
+def test_a_residual_beside_a_convolution_is_written_once(tmp_path: Path) -> None:
+    """Of two blocks of ConvNeXt, that of the first: it reads two tensors and writes one."""
+    found = rtx_bytes.built(rtx_bytes.blocks(2, 64, 16), "fp16", "sm_89", tmp_path)
+    one = 2 * 64 * 16 * 16
+    sums = [k for k in found if any(node.endswith("/Add") for node in k["nodes"])]
+    assert [k["moved_bytes"] for k in sums] == [3 * one, 3 * one]
+    convolved = [k for k in found if k["kind"] == "correlation"]
+    assert all(2 * one < k["moved_bytes"] < 2.5 * one for k in convolved)
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS)

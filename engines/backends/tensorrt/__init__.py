@@ -130,6 +130,8 @@ class TensorRT:
 
         # RTX caps nothing for cards that are not here, and ignores what was timed before
         card = device.facts() if self._flavour.needs_device else None
+        if not self._flavour.needs_device:
+            shapes = builder.sharing(shapes, model)
         fixed = builder.fixed_sizes(shapes)
         builder.fix(model, fixed)
         with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -147,7 +149,8 @@ class TensorRT:
                 strip=self._options.strip,
             )
             result = builder.build(record.name, job, Path(name))
-            return builder.Built(result, (Path(name) / "build.log").read_text(), len(job.profiles))
+            log = (Path(name) / "build.log").read_text()
+            return builder.Built(result, log, len(job.profiles), builder.most_rows(shapes))
 
     def marked(
         self,
@@ -197,7 +200,8 @@ class TensorRT:
 
         here = self.here()
         trt = self._flavour.load()
-        return probes.peaks(self._cards, trt, self._flavour.module, _capabilities(here))
+        module, capabilities = self._flavour.module, _capabilities(here)
+        return probes.peaks(self._cards, trt, module, capabilities, here.arch)
 
 
 def _rounded(sites: Mapping[str, str], found: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from edgevlm.toolkit.errors import UnsupportedError
 from edgevlm.toolkit.ops.vocabulary import Array
 
 Shape = tuple[int, ...]
+ROW_AXES = ("batch", "tiles")  # of inputs and outputs: their rows do not depend on one another
 # By the names of trt.DataType; bfloat16, which NumPy lacks, as its bits.
 _STORED = {"FLOAT": "<f4", "HALF": "<f2", "BF16": "<u2", "INT64": "<i8", "INT32": "<i4"}
 
@@ -81,6 +82,18 @@ class DeviceArray:
         row = self.stride or size(self.kind, self.shape[1:])
         shape, at = (max(end - first, 0), *self.shape[1:]), self.offset + first * row
         return DeviceArray(self.card, self.block, self.kind, shape, at, self.stride)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make a row of the first axis what another is."""
+        self.card.use()
+        to, origin = (self[row : row + 1] for row in (target, source))
+        self.card.copy(to.pointer, origin.pointer, origin.nbytes)
+
+    def exchange_rows(self, a: int, b: int) -> None:
+        """Make each of two rows of the first axis what the other was."""
+        self.card.use()
+        first, second = (self[row : row + 1] for row in (a, b))
+        self.card.exchange(first.pointer, second.pointer, first.nbytes)
 
     def joined(self, others: Sequence[DeviceArray]) -> DeviceArray:
         """This and others, one after the other on the first axis."""

@@ -116,6 +116,7 @@ class Call:
         self._calls = 0
 
     def _region(self) -> Region:
+        """Memory for the outputs; for those that are kept, new for each call."""
         return Region(self._lane.card, self._kinds, self._made, staged=not self._keeps)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

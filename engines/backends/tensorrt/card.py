@@ -73,6 +73,7 @@ class Card:
         self._host_memory = self._core.LegacyPinnedMemoryResource()
         self._blocks: WeakSet[Block] = WeakSet()
         self._guard = Lock()
+        self._spare: Block | None = None
         self.arena = Arena(self)
 
     def use(self) -> None:
@@ -104,6 +105,7 @@ class Card:
             )
 
     def _made(self, allocate: Callable[[], Any], nbytes: int, where: str) -> Block:
+        """A block that this card frees when it is closed. Raises OutOfMemory."""
         try:
             block = Block(allocate())
         except Exception as refused:  # cuda-core raises one type for everything
@@ -126,6 +128,19 @@ class Card:
         buffers = self.view(target, nbytes), self.view(source, nbytes)
         buffers[0].copy_from(buffers[1], stream=stream or self._stream)
         if stream is None:
+            self._stream.sync()
+
+    def exchange(self, a: int, b: int, nbytes: int) -> None:
+        """Make the bytes at each of two addresses what the others were; done on return.
+
+        The memory between is kept for the next time.
+        """
+        spare = self._spare
+        if spare is None or spare.nbytes < nbytes:
+            spare = self._spare = self.block(nbytes)
+        with self._guard:
+            for target, source in ((spare.address, a), (a, b), (b, spare.address)):
+                self.copy(target, source, nbytes, self._stream)
             self._stream.sync()
 
     def close(self) -> None:

@@ -67,10 +67,12 @@ class Context:
         return True if ask is None else bool(ask(handle(stream)))
 
     def _do(self, what: str, done: bool) -> None:
+        """Raise BuildError with TensorRT's reason where it says that something was not done."""
         if not done:
             raise BuildError(f"TensorRT refused {what}: {self._said()}")
 
     def _said(self) -> str:
+        """The first error that TensorRT logged since the last one that was told."""
         found = self._log.since(self._errors)
         self._errors = self._log.count
         return str(found[0])[:300] if found else "no reason given"
@@ -93,6 +95,7 @@ class Times:
                 trt.IProfiler.__init__(self)
 
             def report_layer_time(self, layer_name: str, ms: float) -> None:
+                """Called by TensorRT for each kernel of a run."""
                 found[layer_name].append(float(ms))
 
         self._found = found

@@ -85,6 +85,7 @@ def read(trt: Any, file: Path, compiled: Path, graph: Path | None = None) -> Pla
 
 
 def _limits(engine: Any, name: str, profile: int) -> tuple[Shape, Shape]:
+    """The smallest and the largest shape of an input in a profile."""
     shape = tuple(engine.get_tensor_shape(name))
     if -1 not in shape:
         return shape, shape
@@ -100,6 +101,7 @@ def _within(shape: Shape, least: Shape, most: Shape) -> bool:
 
 
 def _elements(limits: Limits) -> int:
+    """How large a profile is beside others: the lengths of all axes together."""
     return sum(sum(most) for _, most in limits.values())
 
 
@@ -117,6 +119,7 @@ def logger(trt: Any) -> Any:
             self._lines: deque[tuple[int, int, str]] = deque(maxlen=200)
 
         def log(self, severity: Any, text: str) -> None:
+            """Called by TensorRT; keeps errors alone, with the thread that made them."""
             if severity.name in ("ERROR", "INTERNAL_ERROR"):
                 self.count += 1
                 self._lines.append((self.count, threading.get_ident(), text))

@@ -18,6 +18,7 @@ from edgevlm.engines.backends.tensorrt.builder import Job
 from edgevlm.engines.backends.tensorrt.card import Card, Cards
 from edgevlm.engines.backends.tensorrt.context import Context
 from edgevlm.toolkit.errors import needing
+from edgevlm.toolkit.target import has_fp8
 
 if TYPE_CHECKING:
     import onnx
@@ -26,34 +27,36 @@ _SIDE = 4096  # of the matrices
 _BYTES = 256_000_000  # that are copied
 
 
-def peaks(cards: Cards, trt: Any, module: str, capabilities: list[str]) -> Peaks:
-    """Products in fp16 and INT8, which TensorRT builds for the purpose, and the rate of copies.
+def peaks(cards: Cards, trt: Any, module: str, capabilities: list[str], arch: str) -> Peaks:
+    """Products in fp16, INT8 and, where the card has it, FP8, which TensorRT builds for the
+    purpose, and the rate of copies.
 
-    Raises MissingExtra, TargetMismatch, or BuildError where one of them cannot be built.
+    capabilities: the card in the words of RTX. arch: the card, as sm_89. Raises MissingExtra,
+    TargetMismatch, or BuildError where one of them cannot be built.
     """
     with ExitStack() as stack:
         card = stack.enter_context(cards.lent())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rates = {}
-        for kind in ("fp16", "int8"):
+        for kind in ("fp16", "int8", *(["fp8"] if has_fp8(arch) else [])):
             graph, made = folder / f"{kind}.onnx", folder / f"{kind}.plan"
             graph.write_bytes(product(kind, _SIDE).SerializeToString())
             job = Job(module, str(graph), str(made), [], capabilities, 0, "")
             builder.build(f"a product in {kind}", job, folder)
             rates[kind] = 2 * _SIDE**3 / _seconds(card, trt, made) / 1e9
-        return Peaks(rates["fp16"], rates["int8"], _copied(card))
+        return Peaks(rates["fp16"], rates["int8"], _copied(card), rates.get("fp8", 0.0))
 
 
 def product(kind: str, side: int) -> onnx.ModelProto:
-    """x [side, side] in fp16 times a constant; both rounded to INT8 before where `kind` says so."""
+    """x [side, side] in fp16 times a constant; both rounded before where `kind` is int8 or fp8."""
     with needing("onnx", "export", purpose="measuring a graphics card"):
         from onnx import TensorProto, helper, numpy_helper
 
-    weight = np.random.default_rng(0).integers(-99, 99, (side, side)).astype(np.int8)
+    weight = 2 * np.random.default_rng(0).integers(-49, 50, (side, side)).astype(np.int8)
     constants: dict[str, Any] = {"w": weight.astype(np.float16)}
     x, w, nodes = "x", "w", []
-    if kind == "int8":
-        constants = {"codes": weight, "scale": np.float16(0.02), "zero": np.int8(0)}
+    if kind != "fp16":
+        constants = {"codes": weight, "scale": np.float16(2**-6), "zero": np.int8(0)}
         nodes += [
             helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["x_codes"]),
             helper.make_node("DequantizeLinear", ["x_codes", "scale", "zero"], ["x_rounded"]),
@@ -63,6 +66,9 @@ def product(kind: str, side: int) -> onnx.ModelProto:
     nodes.append(helper.make_node("MatMul", [x, w], ["y"]))
     ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, [side, side]) for n in ("x", "y")]
     held = [numpy_helper.from_array(np.asarray(a), name) for name, a in constants.items()]
+    for tensor in held:
+        if kind == "fp8" and tensor.data_type == TensorProto.INT8:  # E4M3's two NaN are odd
+            tensor.data_type = TensorProto.FLOAT8E4M3FN
     graph = helper.make_graph(nodes, "product", ends[:1], ends[1:], held)
     opsets = [helper.make_opsetid("", 21)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)

@@ -3,7 +3,8 @@
 A component has a context for each profile, and one for each CUDA graph of single tokens. Its
 outputs are copied to the host, or kept on the card for the component that reads them. States lie
 on the card at fixed addresses. Where the release cannot update a cache in place (before 10.15) a
-state is two buffers, and every call of a slot reads the one that the call before wrote.
+state is two buffers, and every call of a slot reads the one that the call before wrote. Several
+slots decode in one call as far as a profile takes them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from edgevlm.engines.backends import LayerTime, RunnerOptions
 from edgevlm.engines.backends.bindings import Bindings
 from edgevlm.engines.backends.state import Allocation, State, check
 from edgevlm.engines.backends.tensorrt import jit, kernels, plan, refit
-from edgevlm.engines.backends.tensorrt.arrays import DeviceArray, Shape, size
+from edgevlm.engines.backends.tensorrt.arrays import ROW_AXES, DeviceArray, Shape, size
 from edgevlm.engines.backends.tensorrt.call import Call, Lane
 from edgevlm.engines.backends.tensorrt.card import Arena, Card, Cards, aligned
 from edgevlm.engines.backends.tensorrt.context import Context, Times
@@ -32,8 +33,6 @@ from edgevlm.toolkit.ops.vocabulary import Array
 from edgevlm.toolkit.target import Target
 from edgevlm.toolkit.vlm.components import Port
 
-_ROW_AXES = ("batch", "tiles")  # rows of these do not depend on one another
-
 
 class Slots(Allocation):
     """A state's memory. latest: for each slot 0 if what it holds is in the buffers of the inputs,
@@ -42,6 +41,14 @@ class Slots(Allocation):
 
     def __init__(self, slots: int) -> None:
         self.latest = [0] * slots
+
+    def exchanged(self, a: int, b: int) -> None:
+        """Both buffers were."""
+        self.latest[a], self.latest[b] = self.latest[b], self.latest[a]
+
+    def copied(self, source: int, target: int) -> None:
+        """Both buffers were."""
+        self.latest[target] = self.latest[source]
 
 
 def open_runner(
@@ -138,37 +145,54 @@ class TensorRTRunner:
     def _in_rows(
         self, inputs: Mapping[str, Tensor], state: State | None, *, keeps: bool
     ) -> dict[str, Tensor]:
-        """In one call if a profile takes so many rows; else row by row, which is the same."""
+        """In as few calls as profiles take so many rows in: one, or row by row, or between."""
         axis, rows = self._row_axis, 1
         if axis is not None:
             rows = next(inputs[p.name].shape[0] for p in self._plain if p.shape[0] == axis)
         if self._updates:
             state = check(state, list(self._updates.values()), rows, self._record.name)
         state = state or self._stateless
-        if rows == 1 or (self._contiguous(state) and self._profile(inputs, state) is not None):
+        if rows <= 1 or (rows <= self._most_rows and self._together(inputs, state)):
             return self._call(inputs, state, keeps)
         parts: list[dict[str, Tensor]] = []
-        for row in range(rows):
-            one = {
-                port.name: inputs[port.name][row : row + 1]
-                if port.shape[0] == axis
-                else inputs[port.name]
-                for port in self._plain
-            }
-            parts.append(self._call(one, state.slot(row) if self._updates else state, keeps))
+        begin = 0
+        while begin < rows:
+            end = min(begin + self._most_rows, rows)
+            if not self._together(*self._part(inputs, state, begin, end)):
+                end = begin + 1
+            parts.append(self._call(*self._part(inputs, state, begin, end), keeps))
+            begin = end
         return {name: join([part[name] for part in parts]) for name in parts[0]}
 
-    def _contiguous(self, state: State) -> bool:
-        """Whether slots lie side by side, as the rows of one tensor; so does no state at all."""
+    def _part(
+        self, inputs: Mapping[str, Tensor], state: State, begin: int, end: int
+    ) -> tuple[Mapping[str, Tensor], State]:
+        """Some rows of a call, and their slots."""
+        axis = self._row_axis
+        cut = {port.name for port in self._plain if port.shape[0] == axis}
+        some = {n: array[begin:end] if n in cut else array for n, array in inputs.items()}
+        return some, state.slots(begin, end) if self._updates else state
+
+    def _together(self, inputs: Mapping[str, Tensor], state: State) -> bool:
+        """Whether one call takes these rows: a profile does, and their slots lie side by side, as
+        the rows of one tensor.
+        """
         arrays: Iterable[Any] = state.arrays.values()
-        if not self._updates:
-            return True
-        return self._in_place and all(array.contiguous for array in arrays)
+        fits = not self._updates or all(array.contiguous for array in arrays)
+        return fits and self._profile(inputs, state) is not None
+
+    @property
+    def _most_rows(self) -> int:
+        """The most rows that any profile takes in one call."""
+        leading = [port.name for port in self._plain if port.shape[0] == self._row_axis]
+        return max(limits[name][1][0] for limits in self._plan.profiles for name in leading[:1])
 
     def _profile(self, inputs: Mapping[str, Tensor], state: State) -> int | None:
+        """The profile that a call runs in, None where none takes its shapes."""
         return self._plan.profile(self._shapes(inputs, state))
 
     def _shapes(self, inputs: Mapping[str, Tensor], state: State) -> dict[str, Shape]:
+        """Of all inputs of the engine, its caches among them."""
         shapes = {port.name: tuple(inputs[port.name].shape) for port in self._plain}
         return shapes | {past: state.arrays[past].shape for past in self._updates.values()}
 
@@ -179,12 +203,30 @@ class TensorRTRunner:
         return call.seconds(times)
 
     def _call(self, inputs: Mapping[str, Tensor], state: State, keeps: bool) -> dict[str, Tensor]:
+        twice = bool(self._updates) and not self._in_place
+        if twice:
+            self._gather(state)
         call, inputs = self._bound(inputs, state, keeps=keeps)
         outputs = call.run(inputs)
-        if not self._in_place and self._updates:
-            latest = _slots(state).latest
-            latest[state.first] = 1 - latest[state.first]
+        if twice:
+            latest, read = _slots(state).latest, _slots(state).latest[state.first]
+            latest[state.first : state.first + state.count] = [1 - read] * state.count
         return self._cut(outputs, inputs)
+
+    def _gather(self, state: State) -> None:
+        """Have what all slots of a state hold in the same one of its two buffers.
+
+        They change places together, so that copies are due only when a slot joins the others.
+        """
+        latest, slots = _slots(state).latest, range(state.first, state.first + state.count)
+        wanted = int(2 * sum(latest[slot] for slot in slots) > state.count)
+        for slot in (slot for slot in slots if latest[slot] != wanted):
+            own = state.slot(slot - state.first).arrays
+            for present, past in self._updates.items():
+                ends = own[present], own[past]
+                target, source = ends if wanted else ends[::-1]
+                self._card().copy(target.pointer, source.pointer, source.nbytes)
+            latest[slot] = wanted
 
     def _bound(
         self, inputs: Mapping[str, Tensor], state: State, *, keeps: bool
@@ -213,6 +255,10 @@ class TensorRTRunner:
         keeps: bool,
         decode: bool,
     ) -> Call:
+        """Memory and a context for calls with these shapes and slots.
+
+        Raises InputError where no profile takes them, OutOfMemory, or BuildError.
+        """
         shapes, profile = self._shapes(inputs, state), self._profile(inputs, state)
         if profile is None:
             asked = ", ".join(f"{n} {list(inputs[n].shape)}" for n in (p.name for p in self._plain))
@@ -294,6 +340,7 @@ class TensorRTRunner:
         return self._lane.card
 
     def layers(self) -> list[LayerTime]:
+        """Milliseconds by kernel, slowest first, as TensorRT's profiler reports them."""
         return self._times.layers() if self._times else []
 
     def close(self) -> None:
@@ -313,7 +360,7 @@ def _row_axis(inputs: list[Port], outputs: list[Port]) -> str | None:
     """The axis that leads all outputs and some input, if its rows do not depend on one another."""
     leading = {port.shape[0] for port in outputs}
     axis = leading.pop() if len(leading) == 1 else None
-    if axis in _ROW_AXES and any(port.shape[0] == axis for port in inputs):
+    if axis in ROW_AXES and any(port.shape[0] == axis for port in inputs):
         return str(axis)
     return None
 

@@ -36,6 +36,8 @@ def main(job_file: Path) -> int:
 
 
 def _logger(trt: Any, log: TextIO) -> Any:
+    """One that writes a line for all that TensorRT says, severity first."""
+
     class Logger(trt.ILogger):  # type: ignore[misc]
         def log(self, severity: Any, text: str) -> None:
             log.write(f"{severity.name} {text}\n")
@@ -44,6 +46,10 @@ def _logger(trt: Any, log: TextIO) -> Any:
 
 
 def _build(trt: Any, job: dict[str, Any], logger: Any, folder: Path) -> dict[str, Any]:
+    """Parse and build; what builder.report reads. `parsed` false, or plan_bytes 0: there is none.
+
+    parse_s, build_s: seconds. plan_bytes: of the plan, written to job["plan"].
+    """
     if job["plugins"]:
         _register(trt, **job["plugins"])
     builder = trt.Builder(logger)
@@ -91,6 +97,7 @@ def _register(trt: Any, library: str, folders: list[str], sm: int) -> None:
 
 
 def _layer_kind(network: Any, index: int) -> str:
+    """A name of trt.LayerType."""
     layer = network.get_layer(index)
     return str(layer.type.name)
 
@@ -119,6 +126,7 @@ def _let_attention_decompose(trt: Any, network: Any) -> None:
 
 
 def _config(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
+    """The builder's options: kernels listed, memory, cards, what was timed, weights left out."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if job["workspace_bytes"]:

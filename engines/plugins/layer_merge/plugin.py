@@ -1,5 +1,11 @@
 """The merge of levels as a plugin whose kernel lies in the engine. Annotations are read while it
-is registered, so they must not be postponed."""
+is registered, so they must not be postponed.
+
+`describe`: y [B, tokens, output_size] in the format of x [B, tokens, levels * hidden_size]; weight
+[levels * hidden_size, output_size]. `formats`: all tensors in one. `implement`: the kernel's name,
+its PTX, its launch and its scalar, the tokens of all images; raises BuildError where the PTX cannot
+be what a plugin may hold (compile.compiled).
+"""
 
 from edgevlm.engines.plugins import aot
 from edgevlm.engines.plugins.aot import Floats, Ints

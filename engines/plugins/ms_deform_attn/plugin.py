@@ -24,10 +24,14 @@ def define(sm: int) -> None:
         height: Ints,
         width: Ints,
     ) -> trtp.TensorDesc:
+        """y [B, queries, num_heads * head_dim] in the format of value [B, cells, num_heads *
+        head_dim]; offsets [B, queries, num_heads * levels * num_points * 2] in cells.
+        """
         shape = (offsets.shape_expr[0], offsets.shape_expr[1], value.shape_expr[2])
         return trtp.from_shape_expr(shape, value.dtype)
 
     def formats(value, offsets, scores, reference, outputs):  # type: ignore[no-untyped-def]
+        """All tensors in one format, but the reference points always in float32."""
         names = ("value", "offsets", "scores", "reference", "y")
         return aot.combinations(trtp, names, ["reference"])
 
@@ -45,6 +49,10 @@ def define(sm: int) -> None:
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
+        """The kernel's name, its PTX for sm_`sm`, its launch, and its scalar: queries.
+
+        Raises BuildError where PTX cannot be what a plugin may hold (compile.compiled).
+        """
         from edgevlm.engines.plugins.ms_deform_attn.kernel import ms_deform_attn
 
         numbers = (num_heads, num_points, head_dim, levels, height, width)

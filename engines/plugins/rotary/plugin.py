@@ -19,12 +19,16 @@ def define(sm: int) -> None:
         num_heads: Ints,
         head_dim: Ints,
     ) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
+        """q_rotated, k_rotated [B, num_heads, tokens, head_dim] in the formats of q and k [B,
+        tokens, num_heads * head_dim]; angles [tokens, head_dim / 2] in radians.
+        """
         heads, width = aot.number(num_heads), aot.number(head_dim)
         shape = (q.shape_expr[0], heads, q.shape_expr[1], width)
         turned = [trtp.from_shape_expr(shape, x.dtype) for x in (q, k)]
         return turned[0], turned[1]
 
     def formats(q, k, angles, outputs):  # type: ignore[no-untyped-def]
+        """All tensors in one format, but the angles always in float32."""
         return aot.combinations(trtp, "q k angles q_rotated k_rotated".split(), ["angles"])
 
     def implement(
@@ -36,6 +40,10 @@ def define(sm: int) -> None:
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
+        """The kernel's name, its PTX for sm_`sm`, its launch, and its scalar: tokens.
+
+        Raises BuildError where PTX cannot be what a plugin may hold (compile.compiled).
+        """
         from edgevlm.engines.plugins.rotary.kernel import rotary
 
         at, dtype = Attributes(aot.number(num_heads), aot.number(head_dim)), aot.dtype_of(q)

@@ -290,3 +290,20 @@ def test_cards_without_fp8_refuse_it_with_what_mends_it(arch: str) -> None:
     with pytest.raises(UnsupportedError, match="FP8 does not exist on sm_") as caught:
         lower(graph, Target("tensorrt-rtx", (1, 7), arch))
     assert "--to int8-static" in caught.value.hint
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_residual_reads_what_its_convolution_does(release: Release) -> None:
+    """Blocks of ConvNeXt: so the builder writes what both read once, not in two orders of axes."""
+    part = component("encoders", "convnext")
+    model = lower(model_of(part, tensors(part)), target(release))
+    makers = {name: node for node in model.graph.node for name in node.output}
+    convolutions = [n for n in model.graph.node if n.name.endswith("/depthwise")]
+    assert len(convolutions) == 4
+    for node in convolutions:
+        block = node.name.rpartition("/")[0]
+        (first,) = [name for name in node.input if name in makers]
+        backs = [n for n in model.graph.node if n.op_type == "Transpose" and first in n.input]
+        read = {name for n in model.graph.node if n.op_type == "Add" for name in n.input}
+        assert [back.output[0] in read for back in backs] == [True], block
+        assert makers[first].input[0] not in read

@@ -6,11 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from edgevlm.calibration import weight_only
+from edgevlm.calibration import static_plan, weight_only
+from edgevlm.calibration.samples import Settings
 from edgevlm.engines.backends import Peaks
-from edgevlm.engines.profiling.roofline import Bound, Work, question, roofline
+from edgevlm.engines.profiling.roofline import (
+    Bound,
+    Work,
+    floors_of_devices,
+    question,
+    roofline,
+)
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
 from edgevlm.toolkit.systems import find, presets
+from edgevlm.toolkit.target import parse
 from edgevlm.toolkit.vlm.config import ModelConfig
 
 FLOAT = PrecisionPlan()
@@ -50,6 +58,27 @@ def test_a_token_moves_every_weight_and_the_cache(prompt: int, size: int) -> Non
     assert decode.gbytes == round(size * (PARAMETERS + others + cache) / 1e9, 3)
     assert decode.floor_ms == pytest.approx(1000 * decode.gbytes / PEAKS.gb_s, abs=0.02)
     assert decode.limited_by == "memory"
+
+
+def test_products_in_fp8_run_at_their_own_rate_or_that_of_floats() -> None:
+    plan = static_plan.plan_of(preset(MODEL), Settings("fp8"))
+    work = Work(1, 576, 608)
+    slow = bounds(work, peaks=Peaks(1.0, 1e9, 1e9), plan=plan)["prefill"]
+    fast = bounds(work, peaks=Peaks(1.0, 1e9, 1e9, 1e9), plan=plan)["prefill"]
+    floats = bounds(work, peaks=Peaks(1.0, 1.0, 1e9))["prefill"]
+    assert slow.gflops == fast.gflops == floats.gflops
+    assert slow.floor_ms == pytest.approx(floats.floor_ms, rel=0.01)
+    assert fast.floor_ms < 0.2 * floats.floor_ms
+
+
+def test_floors_of_devices_count_static_formats_at_their_rates() -> None:
+    model, target = preset(MODEL), parse("h100")
+    plans = {to: static_plan.plan_of(model, Settings(to)) for to in ("fp8", "int8-static")}
+    found = {n: floors_of_devices(model, p, target, "fp16")["h100"] for n, p in plans.items()}
+    whole = floors_of_devices(model, PrecisionPlan(), target, "fp16")["h100"]
+    assert found["fp8"].peak_fp8_gflop_s == found["int8-static"].peak_int8_gop_s == 1_979_000
+    for floor in found.values():
+        assert floor.time_to_first_token_ms < 0.8 * whole.time_to_first_token_ms
 
 
 def test_only_products_with_weights_in_few_bits_run_at_the_rate_of_8_bits() -> None:

@@ -17,7 +17,7 @@ from edgevlm.engines.sizing.predict import Asked, Format, Planner
 from edgevlm.toolkit import systems
 from edgevlm.toolkit.ops.costs import COSTS, Cost
 from edgevlm.toolkit.quantization.plan import PrecisionPlan
-from edgevlm.toolkit.target import DEVICES, Target
+from edgevlm.toolkit.target import DEVICES, Target, has_fp8
 from edgevlm.toolkit.vlm.config import ModelConfig
 from tests.refusals import check_contract, edgevlm
 
@@ -166,10 +166,48 @@ def test_a_target_stands_for_all_its_devices() -> None:
     )
     assert fp8["weights_bytes"] < int8["weights_bytes"]  # a step for a weight, not for an output
     assert fp8["time_to_first_token_ms"] > int8["time_to_first_token_ms"]  # at half the rate there
-    (orin,) = planned(PRESET, "--target", "jetson-agx-orin", "--precision", "fp8")
-    assert any("sm_87 has no FP8" in note for note in orin["notes"])
+    every = planned(PRESET, "--target", "all", "--precision", "fp8")
+    without = {p["device"] for p in every if any("has no FP8" in note for note in p["notes"])}
+    assert without == {"jetson-orin-nano", "jetson-agx-orin", "a100"}
     every = planned(PRESET, "--target", "all", "--precision", "int4")
     assert [p["device"] for p in every] == list(DEVICES)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "told"),
+    [
+        ("a100", "fp8", "a100: sm_80 has no FP8"),
+        ("jetson-agx-orin", "fp8", "jetson-agx-orin: sm_87 has no FP8"),
+        ("tensorrt-rtx@1.7/sm_86+sm_89", "fp8", "rtx-laptop: sm_86 has no FP8"),
+        ("onnxruntime-cuda@1.31.1/sm_90", "fp8", "h100: ONNX Runtime multiplies no inputs in 8"),
+        ("onnxruntime-cuda@1.31.1/sm_80", "int8-static", "a100: ONNX Runtime multiplies no inputs"),
+    ],
+)
+def test_a_format_that_a_named_device_lacks_is_refused(
+    device: str, precision: str, told: str
+) -> None:
+    ran = edgevlm("plan", PRESET, "--target", device, "--precision", precision)
+    check_contract(ran.err)
+    assert told in ran.err
+    assert ("l4" if device in ("a100", "jetson-agx-orin") else "rtx-4090") in ran.err
+
+
+@pytest.mark.parametrize(
+    ("device", "of_int8"), [("h100", 1.0), ("l4", 1.0), ("jetson-thor", 1.0), ("rtx-4090", 0.5)]
+)
+def test_fp8_has_twice_the_rate_of_fp16(device: str, of_int8: float) -> None:
+    """That of INT8, but on GeForce, whose sums in float32 take twice the time."""
+    (machine,) = rates.machines(DEVICES[device].target, device, "fp16")
+    peaks = machine.peaks
+    assert peaks.fp8_gflop_s == pytest.approx(2 * peaks.gflop_s, rel=0.01)
+    assert peaks.fp8_gflop_s == pytest.approx(of_int8 * peaks.int8_gop_s, rel=0.01)
+    share = machine.efficiency.products["fp8"]
+    assert rates.product_rate(machine, "fp8", 600) == share * peaks.fp8_gflop_s
+
+
+def test_devices_that_have_fp8_have_a_peak_of_it() -> None:
+    for name, device in DEVICES.items():
+        assert has_fp8(device.target.arch) == ("fp8" in device.peak_tops), name
 
 
 def test_this_processor_is_measured() -> None:

@@ -39,7 +39,7 @@ KINDS: dict[int, tuple[str, Any]] = {
     6: ("INT32", np.int32),
 }
 ARENA = {"encoder": 5000, "merger": 3000, "lm": 9000, "arrange": 1000, "fused": 500}
-ARENA |= {"segmenter": 5000, "fp16": 10, "int8": 10}
+ARENA |= {"segmenter": 5000, "fp16": 10, "int8": 10, "fp8": 10}
 
 
 class Made:
