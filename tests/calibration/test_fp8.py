@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx.external_data_helper import load_external_data_for_model
-from onnx.reference import ReferenceEvaluator
 from typer.testing import CliRunner
 
 from edgevlm import api, cli
@@ -32,7 +30,7 @@ from edgevlm.toolkit.quantization.static import FP8, INT8
 from edgevlm.toolkit.target import this_cpu
 from edgevlm.toolkit.vlm.cost import stored_bytes
 from tests.calibration.test_histogram import histogram, normal
-from tests.calibration.test_static import EVERY, draw, stored
+from tests.calibration.test_static import EVERY, draw, share_as_onnx_has_it, stored
 from tests.conftest import HERE
 from tests.engines.build.test_row_quantized import run
 from tests.pipeline import engine_of
@@ -104,12 +102,7 @@ def test_the_graph_means_the_same_to_onnx_itself(tmp_path: Path) -> None:
     for node in rounding:
         assert kinds[node.input[2]].data_type == onnx.TensorProto.FLOAT8E4M3FN
         assert kinds[node.input[1]].dims == kinds[node.input[2]].dims == []
-    file = Tensors(tmp_path / "w.safetensors")
-    expected = part.forward(reference(part.name, file), Weights(file), inputs)["features"]
-    load_external_data_for_model(model, str(tmp_path))
-    (found,) = ReferenceEvaluator(model).run(None, inputs)
-    rows = np.abs(found - expected).max(-1)
-    assert (rows < 1e-5 * np.abs(expected).max()).mean() > 0.9
+    assert share_as_onnx_has_it(part, model, inputs, tmp_path) > 0.9
 
 
 def test_bundle_reference_and_engine_agree(in_fp8: Path, images: Path, tmp_path: Path) -> None:

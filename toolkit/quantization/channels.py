@@ -18,32 +18,24 @@ import numpy as np
 
 from edgevlm.toolkit.ops.vocabulary import Array, Ops, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
+from edgevlm.toolkit.quantization.row_pieces import largest_by_output, row_pieces
 
 SUFFIX = ".int8_channels"
 ZERO_POINT = 128
 LARGEST = 127  # codes are 1 to 255: the zero point, and as many steps on each side
 SMALLEST = 1e-30  # stands for the largest value of a row or channel of zeros
-_PIECE = 1 << 24  # weights that are quantized at a time
 
 
 def scales(weight: Array) -> Array:
     """float32 [outputs]: a step of each output of `weight` [inputs, outputs]."""
-    largest = np.zeros(weight.shape[1], np.float32)
-    for rows in _pieces(weight):
-        np.maximum(largest, np.abs(rows).max(0), out=largest)
+    largest = largest_by_output(weight)
     return np.asarray(np.maximum(largest, np.float32(SMALLEST)) / np.float32(LARGEST))
 
 
 def codes(weight: Array, steps: Array) -> Iterator[Array]:
     """uint8 codes of `weight` in pieces along the inputs, rounded to nearest."""
-    for rows in _pieces(weight):
+    for rows in row_pieces(weight):
         yield (np.rint(rows / steps) + np.float32(ZERO_POINT)).astype(np.uint8)
-
-
-def _pieces(weight: Array) -> Iterator[Array]:
-    step = max(_PIECE // max(weight.shape[1], 1), 1)
-    for start in range(0, weight.shape[0], step):
-        yield weight[start : start + step].astype(np.float32)
 
 
 def dequantize(stored: Array, steps: Array) -> Array:

@@ -25,13 +25,13 @@ from edgevlm.toolkit.ops import float8
 from edgevlm.toolkit.ops.vocabulary import Array, EightBits, Ops, Weights
 from edgevlm.toolkit.ops.wrappers import Wrapper
 from edgevlm.toolkit.quantization.plan import Precision, PrecisionPlan
+from edgevlm.toolkit.quantization.row_pieces import largest_by_output, row_pieces
 
 LARGEST = 127  # codes of INT8 weights are -127 to 127; those of inputs may be -128 too
 INPUT = ".input"
 SCALE = ".scale"
 _SMALLEST = 1e-5  # INT8: stands for smaller ranges: less would be 0 where steps are stored in half
 _LEAST_EXPONENT = -14  # FP8: of a step: half precision has no smaller one in full
-_PIECE = 1 << 24  # weights that are quantized at a time
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,12 @@ def scale_shape(shape: Sequence[int], form: Form) -> tuple[int, ...]:
 
 
 def scales(weight: Array, form: Form = INT8) -> Array:
-    """The steps of `weight`, float32."""
+    """The steps of `weight`, float32 [outputs], or [] of a form with one for all."""
     axis = channel_axis(weight.shape)
     if axis == 0:
         largest = np.abs(weight.astype(np.float32)).reshape(len(weight), -1).max(1)
     else:
-        largest = np.zeros(weight.shape[1], np.float32)
-        for rows in _pieces(weight):
-            np.maximum(largest, np.abs(rows).max(0), out=largest)
+        largest = largest_by_output(weight)
     return form.steps(largest if form.by_channel else np.asarray(largest.max()))
 
 
@@ -117,14 +115,8 @@ def codes(weight: Array, steps: Array, form: Form = INT8) -> Iterator[Array]:
         along = steps.reshape(-1, *[1] * (weight.ndim - 1))
         yield form.codes(weight.astype(np.float32) / along)
         return
-    for rows in _pieces(weight):
+    for rows in row_pieces(weight):
         yield form.codes(rows / steps)
-
-
-def _pieces(weight: Array) -> Iterator[Array]:
-    step = max(_PIECE // max(weight.shape[1], 1), 1)
-    for start in range(0, weight.shape[0], step):
-        yield weight[start : start + step].astype(np.float32)
 
 
 def dequantize(stored: Array, steps: Array, form: Form = INT8) -> Array:

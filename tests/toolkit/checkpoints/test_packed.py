@@ -18,6 +18,7 @@ from edgevlm.toolkit.quantization.coded import Codes
 from edgevlm.toolkit.quantization.plan import PrecisionPlan, Rule
 from tests import packed as published
 from tests.packed import Kind
+from tests.toolkit.checkpoints.memory import Memory
 
 KINDS = {
     "gptq": Kind(),
@@ -38,24 +39,6 @@ KINDS = {
     "awq in one group": Kind("awq", group=-1),
 }
 SIZES = [(384, 8), (96, 24), (160, 16), (48, 16), (24, 8)]
-
-
-class Memory:
-    """Stored tensors; counts what is read."""
-
-    def __init__(self, tensors: dict[str, Array]) -> None:
-        self.tensors = tensors
-        self.seen: list[str] = []
-
-    def keys(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.tensors[key].shape)
-
-    def read(self, key: str) -> Array:
-        self.seen.append(key)
-        return self.tensors[key]
 
 
 def opened(kind: Kind, tensors: dict[str, Array]) -> Checkpoint:

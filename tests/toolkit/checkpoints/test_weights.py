@@ -23,6 +23,7 @@ from edgevlm.toolkit.checkpoints.weights import (
 from edgevlm.toolkit.errors import CheckpointError, ConfigError
 from edgevlm.toolkit.models.recipes import Recipe, flat, flip, keep
 from edgevlm.toolkit.ops.vocabulary import Array
+from tests.toolkit.checkpoints.memory import Memory
 
 STORED = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -31,24 +32,6 @@ STORED = {
 }
 TABLE = {"linear.weight": flip("a.weight"), "linear.bias": keep("a.bias"), "class": flat("token")}
 SHAPES = {"linear.weight": (3, 2), "linear.bias": (2,), "class": (4,)}
-
-
-class Memory:
-    """Stored tensors; counts what is read."""
-
-    def __init__(self, tensors: dict[str, Array]) -> None:
-        self.tensors = tensors
-        self.seen: list[str] = []
-
-    def keys(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.tensors[key].shape)
-
-    def read(self, key: str) -> Array:
-        self.seen.append(key)
-        return self.tensors[key]
 
 
 def checkpoint(tensors: dict[str, Array]) -> Checkpoint:

@@ -9,7 +9,7 @@ import pytest
 
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
-from edgevlm.toolkit.quantization import channels
+from edgevlm.toolkit.quantization import channels, row_pieces
 
 
 def stored(weight: Array) -> tuple[Array, Array]:
@@ -35,7 +35,7 @@ def test_codes_do_not_depend_on_the_pieces(
 ) -> None:
     weight = generator.standard_normal((13, 5)).astype(np.float16)
     whole = stored(weight)
-    monkeypatch.setattr(channels, "_PIECE", 20)
+    monkeypatch.setattr(row_pieces, "_PIECE", 20)
     for found, expected in zip(stored(weight), whole, strict=True):
         np.testing.assert_array_equal(found, expected)
 

@@ -20,7 +20,7 @@ from edgevlm.toolkit.errors import BundleError, CalibrationError
 from edgevlm.toolkit.ops import float8
 from edgevlm.toolkit.ops.numpy_ops import NumpyOps
 from edgevlm.toolkit.ops.vocabulary import Array, Weights
-from edgevlm.toolkit.quantization import static
+from edgevlm.toolkit.quantization import row_pieces, static
 from edgevlm.toolkit.quantization.static import FP8, INT8, Form, RoundInputs
 
 SHAPES = [(40, 7), (6, 3, 2, 2)]
@@ -77,7 +77,7 @@ def test_pieces_make_no_difference(
 ) -> None:
     weight = drawn((13, 5), generator).astype(np.float16)
     whole = [stored(weight, form) for form in static.FORMS.values()]
-    monkeypatch.setattr(static, "_PIECE", 20)
+    monkeypatch.setattr(row_pieces, "_PIECE", 20)
     for form, pair in zip(static.FORMS.values(), whole, strict=True):
         for found, expected in zip(stored(weight, form), pair, strict=True):
             np.testing.assert_array_equal(found, expected)
