@@ -54,7 +54,8 @@ class StaticWeights:
         step = [name + INPUT, zeros(e, form.to, ())]
         codes = e.one("QuantizeLinear", [x, *step], f"{path}/input/quantize")
         rounded = e.one("DequantizeLinear", [codes, *step], f"{path}/input/dequantize")
-        stored = [name, name + SCALE, zeros(e, form.to, static.scale_shape(shape, form))]
+        own = weight if form is static.INT8 else ""
+        stored = [name, name + SCALE, zeros(e, form.to, static.scale_shape(shape, form), own)]
         along = {"axis": static.channel_axis(shape)} if form.by_channel else {}
         w = e.one("DequantizeLinear", stored, f"{path}/weight/dequantize", **along)
         return rounded, w
@@ -84,9 +85,13 @@ class StaticWeights:
         return row_blocks(steps) if tail == SCALE else static.codes(matrix, steps, form)
 
 
-def zeros(e: Emitter, to: EightBits, shape: tuple[int, ...]) -> str:
-    """Zero points of such a shape, shared."""
-    name = static.zero_name(to, shape)
+def zeros(e: Emitter, to: EightBits, shape: tuple[int, ...], weight: str = "") -> str:
+    """Zero points of such a shape, shared unless they are of this weight.
+
+    On x86 without VNNI, ONNX Runtime makes INT8 weights unsigned, each with its zero points, and
+    refuses zero points that it makes so twice.
+    """
+    name = static.zero_name(to, shape) + (f".{weight}" if weight else "")
     content = bytes(math.prod(shape))
     tensor = helper.make_tensor(name, ELEMENT[to], list(shape), content, raw=True)
     e.small.setdefault(name, tensor)

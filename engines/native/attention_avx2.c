@@ -22,6 +22,7 @@
 #define ROWS 6  /* queries at a time: with WIDTH vectors of 8 lanes, 12 of 16 registers */
 #define WIDTH 2
 #define MOST_CHANNELS 512
+#define AHEAD 8
 #define AT_A_TIME 128 /* keys whose weighted values are summed as integers */
 #define MOST_QK 2047.0f
 #define MOST_V 511.0f
@@ -40,7 +41,7 @@ struct work {
   int16_t *k16;          /* [keys / 8][size / 2][8][2] */
   int16_t *v16;          /* [size / 8][keys / 2][8][2] */
   float *step_k, *never; /* for each key; softmax's scale and log2(e) are in the step */
-  float *step_v;
+  float *step_v, *inverse_v;
   int16_t *q16;          /* [ROWS][size] */
   float *scores;         /* [ROWS][keys] */
   int16_t *weights;      /* [ROWS][keys] */
@@ -93,6 +94,13 @@ OF_AVX2 INLINE __m256i in_16_bits(__m256i first, __m256i second) {
   return _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xd8);
 }
 
+/* Rows of one head lie pages apart, where no processor looks for the next by itself. */
+OF_AVX2 INLINE void fetch_ahead(const struct work *w, const float *x, size_t row, size_t rows) {
+  if (row + AHEAD >= rows) return;
+  for (size_t d = 0; d < w->size; d += 16)
+    _mm_prefetch((const char *)(x + (row + AHEAD) * w->stride + d), _MM_HINT_T0);
+}
+
 /* Codes of a row in 12 bits; their step, or -1 where a value is not of usual size. */
 OF_AVX2 static float round_row(const float *x, size_t size, int16_t *codes) {
   integers most = no_bits();
@@ -116,6 +124,7 @@ OF_AVX2 static int pack_keys(struct work *w) {
   for (size_t key = 0; key < w->padded_keys; key++) {
     int16_t *lane = w->k16 + (key / LANES * pairs * LANES + key % LANES) * 2;
     float step = 0.0f;
+    fetch_ahead(w, w->k, key, w->keys);
     if (key < w->keys)
       step = round_row(w->k + key * w->stride, w->size, w->q16);
     else
@@ -133,27 +142,34 @@ OF_AVX2 static int pack_keys(struct work *w) {
 OF_AVX2 static int pack_values(struct work *w) {
   integers most = no_bits();
   for (size_t d = 0; d < w->padded_size; d++) w->step_v[d] = 0.0f;
-  for (size_t t = 0; t < w->keys; t++)
+  for (size_t t = 0; t < w->keys; t++) {
+    fetch_ahead(w, w->v, t, w->keys);
     for (size_t d = 0; d < w->size; d += LANES) {
       vector x = load_some(w->v + t * w->stride + d, w->size - d);
       most = larger_bits(most, x);
       store(w->step_v + d, larger(load(w->step_v + d), magnitude(x)));
     }
+  }
   if (!(largest_of_bits(most) <= LARGEST)) return -1;
   for (size_t d = 0; d < w->size; d += LANES) {
     vector step = times(load(w->step_v + d), all(1.0f / MOST_V));
     vector some = _mm256_cmp_ps(step, all(TINY), _CMP_GT_OQ);
-    vector inverse = _mm256_and_ps(some, reciprocal(step));
-    int16_t *codes = w->v16 + d * w->padded_keys;
     store(w->step_v + d, step);
-    for (size_t t = 0; t < w->padded_keys; t += 2, codes += 2 * LANES) {
+    store(w->inverse_v + d, _mm256_and_ps(some, reciprocal(step)));
+  }
+  for (size_t t = 0; t < w->padded_keys; t += 2) {
+    fetch_ahead(w, w->v, t, w->keys);
+    fetch_ahead(w, w->v, t + 1, w->keys);
+    for (size_t d = 0; d < w->size; d += LANES) {
       const float *x = w->v + t * w->stride + d;
+      vector inverse = load(w->inverse_v + d);
       size_t left = w->size - d;
       vector first = t < w->keys ? load_some(x, left) : all(0.0f);
       vector second = t + 1 < w->keys ? load_some(x + w->stride, left) : all(0.0f);
       __m256i low = _mm256_cvtps_epi32(times(first, inverse));
       __m256i high = _mm256_slli_epi32(_mm256_cvtps_epi32(times(second, inverse)), 16);
-      _mm256_storeu_si256((__m256i *)codes, _mm256_blend_epi16(low, high, 0xaa));
+      __m256i codes = _mm256_blend_epi16(low, high, 0xaa);
+      _mm256_storeu_si256((__m256i *)(w->v16 + d * w->padded_keys + t * LANES), codes);
     }
   }
   return 0;
@@ -265,7 +281,7 @@ static void *reserve(struct work *w) {
       {(void **)&w->step_k, keys * 4},         {(void **)&w->never, keys * 4},
       {(void **)&w->step_v, size * 4},         {(void **)&w->q16, ROWS * size * 2},
       {(void **)&w->scores, ROWS * keys * 4},  {(void **)&w->weights, ROWS * keys * 2},
-      {(void **)&w->sums, ROWS * WIDTH * LANES * 4},
+      {(void **)&w->inverse_v, size * 4},      {(void **)&w->sums, ROWS * WIDTH * LANES * 4},
   };
   size_t count = sizeof parts / sizeof *parts;
   for (size_t i = 0; i < count; i++) total += rounded(parts[i].bytes, line);
