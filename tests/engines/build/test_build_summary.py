@@ -81,9 +81,9 @@ def test_what_was_built_ends_with_both_figures(engine: Engine, tmp_path: Path) -
 
 
 def test_an_engine_that_stayed_in_float_says_so(engine: Engine, tmp_path: Path) -> None:
-    trials = tuple(
-        Trial("lm", "token", precision, ms, chosen)
-        for precision, ms, chosen in (("int8_rows", 2.0, False), ("float", 1.0, True))
+    trials = (
+        Trial("lm", "token", "int8_rows", 2.0, chosen=False),
+        Trial("lm", "token", "float", 1.0, chosen=True),
     )
     stayed = replace(with_errors(engine, {"lm": 1e-7}, {"lm": 2e-7}, None), trials=trials)
     _, lines, _ = summary.built_engine(stayed, tmp_path / "e", True, explain=False)
