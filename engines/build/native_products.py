@@ -7,9 +7,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 
 from edgevlm.engines.backends import Plugin, native, sessions
 from edgevlm.engines.build.timings import Product, Timings
@@ -20,6 +20,9 @@ from edgevlm.engines.native.library import native as library
 from edgevlm.toolkit.quantization.plan import Precision
 from edgevlm.toolkit.target import threads_here
 from edgevlm.toolkit.vlm.components import Component
+
+if TYPE_CHECKING:
+    import onnx
 
 _FASTER_BY = 0.95  # of the other's time: less is not worth a kernel of our own
 _BYTES, _MOST_COPIES = 48_000_000, 24  # of weights: more than caches have
@@ -67,7 +70,7 @@ def _measured(product: Product) -> dict[Precision, float]:
     copies = min(max(_BYTES // (product.inputs * product.outputs), 1), _MOST_COPIES)
     plain = lone_products(product.inputs, product.outputs, copies)
     call_decoder_rows(plain)
-    ours = onnx.ModelProto()
+    ours = type(plain)()
     ours.CopyFrom(plain)
     call_products(ours)
     shape = product.rows, product.inputs
