@@ -15,6 +15,7 @@ from edgevlm.engines.native.library import DOMAIN
 UPCAST = "UpcastMatMul"
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _SUM, _PRODUCT = 1, 2  # of halves.h's joined
+_TURNED = 8  # bytes: whole numbers of every type
 _TRANSPOSED = {"alpha": 1.0, "transA": 0, "transB": 1, "transBatchA": 0, "transBatchB": 0}
 
 
@@ -194,12 +195,14 @@ def lone_products(
 ) -> onnx.ModelProto:
     """A graph of so many products of x [rows, inputs], each by a matrix of its own, to be timed.
 
-    weight: the bytes of every matrix, kind: their type; those in 16 bits are upcast.
+    weight: the bytes of a matrix, kind: their type; those in 16 bits are upcast. The others hold
+    the same numbers in another order: of equal products ONNX Runtime computes one alone.
     """
     shape = [outputs, inputs] if transposed else [inputs, outputs]
     nodes, tensors = list[onnx.NodeProto](), list[onnx.TensorProto]()
     for i in range(copies):
-        tensors.append(helper.make_tensor(f"w.{i}", kind, shape, weight, raw=True))
+        turned = weight[_TURNED * i :] + weight[: _TURNED * i]
+        tensors.append(helper.make_tensor(f"w.{i}", kind, shape, turned, raw=True))
         read = f"w.{i}"
         if kind != TensorProto.FLOAT:
             nodes.append(_cast(read, f"w.{i}/upcast"))

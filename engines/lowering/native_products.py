@@ -117,7 +117,8 @@ def _call(
 
 def lone_products(inputs: int, outputs: int, copies: int) -> onnx.ModelProto:
     """A graph of lowered products of the same rows with weights of their own, to be timed: codes
-    [rows, inputs], steps [rows, 1] -> y.0, y.1, ... [rows, outputs].
+    [rows, inputs], steps [rows, 1] -> y.0, y.1, ... [rows, outputs]. No two weights are equal: of
+    equal products ONNX Runtime computes one alone.
     """
     weight = np.random.default_rng(0).integers(-127, 128, (inputs, outputs), np.int8)
     numbers: dict[str, Any] = {
@@ -128,7 +129,7 @@ def lone_products(inputs: int, outputs: int, copies: int) -> onnx.ModelProto:
     stored = [numpy_helper.from_array(x, name) for name, x in numbers.items()]
     nodes = list[onnx.NodeProto]()
     for i in range(copies):
-        stored.append(numpy_helper.from_array(weight, f"w.{i}"))
+        stored.append(numpy_helper.from_array(np.roll(weight, i), f"w.{i}"))
         rows = ["codes", f"w.{i}", "one", "scale", "zero", ""]
         op = {"op_type": "MatMulIntegerToFloat", "domain": CONTRIB}
         nodes += [
