@@ -183,6 +183,7 @@ def _in_halves(
     """
     if not _runs_here(target):
         return tuning
+    progress("comparing the sizes of the bundle's files")
     bundle.check_sizes()  # as weights are looked at before the build reads them all
     from edgevlm.engines.build import halves
     from edgevlm.engines.build.timings import Timings
