@@ -49,8 +49,6 @@ struct work {
   float step_q[ROWS], total[ROWS];
 };
 
-static size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
 /* In assembly, as compilers compute products ahead and then move sums to the stack and back. */
 OF_AVX2 INLINE void add_products(__m256i *sums, __m256i a, __m256i b, const int vnni) {
 #ifndef EDGEVLM_WITHOUT_AVX_VNNI
@@ -284,11 +282,11 @@ static void *reserve(struct work *w) {
       {(void **)&w->inverse_v, size * 4},      {(void **)&w->sums, ROWS * WIDTH * LANES * 4},
   };
   size_t count = sizeof parts / sizeof *parts;
-  for (size_t i = 0; i < count; i++) total += rounded(parts[i].bytes, line);
+  for (size_t i = 0; i < count; i++) total += rounded_up(parts[i].bytes, line);
   uint8_t *memory = aligned_alloc(line, total), *next = memory;
   for (size_t i = 0; memory != NULL && i < count; i++) {
     *parts[i].where = next;
-    next += rounded(parts[i].bytes, line);
+    next += rounded_up(parts[i].bytes, line);
   }
   if (memory != NULL) memset(w->weights, 0, ROWS * keys * 2);
   return memory;
@@ -299,8 +297,8 @@ int attention_avx2(const struct attention *call, size_t batch, size_t head, size
   struct work w = {.size = call->size, .keys = call->keys, .stride = call->heads * call->size};
   size_t row = batch * call->queries, lane = head * w.size;
   if (w.size > MOST_CHANNELS) return attention_plain(call, batch, head, first, last);
-  w.padded_keys = rounded(w.keys, WIDTH * LANES);
-  w.padded_size = rounded(w.size, WIDTH * LANES);
+  w.padded_keys = rounded_up(w.keys, WIDTH * LANES);
+  w.padded_size = rounded_up(w.size, WIDTH * LANES);
   w.q = call->q + row * w.stride + lane;
   w.k = call->k + batch * w.keys * w.stride + lane;
   w.v = call->v + batch * w.keys * w.stride + lane;

@@ -43,8 +43,6 @@ struct work {
   float step_q[ROWS], total[ROWS];
 };
 
-static size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
 /* Adds the products of words of row r of `left` and of `right`'s groups of 4 lanes. */
 OF_DOTPROD INLINE void multiply(const int8_t *left, size_t row, const int8_t *right, size_t group,
                                 size_t words, int32x4_t sums[ROWS][WIDTH]) {
@@ -234,11 +232,11 @@ static void *reserve(struct work *w) {
       {(void **)&w->low, ROWS * keys},
   };
   size_t count = sizeof parts / sizeof *parts;
-  for (size_t i = 0; i < count; i++) total += rounded(parts[i].bytes, line);
+  for (size_t i = 0; i < count; i++) total += rounded_up(parts[i].bytes, line);
   uint8_t *memory = aligned_alloc(line, total), *next = memory;
   for (size_t i = 0; memory != NULL && i < count; i++) {
     *parts[i].where = next;
-    next += rounded(parts[i].bytes, line);
+    next += rounded_up(parts[i].bytes, line);
   }
   if (memory != NULL) memset(w->high, 0, ROWS * keys), memset(w->low, 0, ROWS * keys);
   return memory;
@@ -249,8 +247,8 @@ int attention_neon(const struct attention *call, size_t batch, size_t head, size
   struct work w = {.size = call->size, .keys = call->keys, .stride = call->heads * call->size};
   size_t row = batch * call->queries, lane = head * w.size;
   if (w.size > MOST_CHANNELS) return attention_plain(call, batch, head, first, last);
-  w.padded_keys = rounded(w.keys, BLOCK);
-  w.padded_size = rounded(w.size, BLOCK);
+  w.padded_keys = rounded_up(w.keys, BLOCK);
+  w.padded_size = rounded_up(w.size, BLOCK);
   w.q = call->q + row * w.stride + lane;
   w.k = call->k + batch * w.keys * w.stride + lane;
   w.v = call->v + batch * w.keys * w.stride + lane;

@@ -23,12 +23,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
-#define BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
+#include "vector_avx512.h"
+
+#define VNNI OF_AVX512_VNNI
+#define BF16 OF_AVX512_BF16
 
 #define ROWS 6     /* queries at a time: with WIDTH vectors of 16, 24 of 32 registers */
 #define WIDTH 4    /* vectors of 16 keys, or of 16 channels */
-#define LANES 16
 #define LARGEST 1e12f /* beyond it, and for NaN and infinity, the plain form answers */
 #define NEVER -1e30f  /* the score of keys that pad the last vector */
 
@@ -46,19 +47,9 @@ struct work {
   int32_t offset[ROWS];
 };
 
-static size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
 /* As the intrinsic, around which compilers have moved accumulators to the stack and back. */
 VNNI INLINE void add_products(__m512i *sums, __m512i bytes, __m512i signed_bytes) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(bytes), "v"(signed_bytes));
-}
-
-VNNI static __mmask16 lanes_left(size_t n) {
-  return n >= LANES ? (__mmask16)0xffff : (__mmask16)((1u << n) - 1);
-}
-
-VNNI INLINE __m512i magnitude_bits(__m512 x) {
-  return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
 }
 
 /* Whether all values are of usual size; their sum over rows divided by the count in `mean`. */
@@ -70,7 +61,7 @@ VNNI static int means(const float *x, size_t rows, const struct work *w, float *
     for (size_t d = 0; d < w->size; d += LANES) {
       __m512 value = _mm512_maskz_loadu_ps(lanes_left(w->size - d), x + d);
       _mm512_storeu_ps(mean + d, _mm512_add_ps(_mm512_loadu_ps(mean + d), value));
-      largest = _mm512_max_epi32(largest, magnitude_bits(value));
+      largest = larger_bits(largest, value);
     }
   for (size_t d = 0; d < w->size; d += LANES)
     _mm512_storeu_ps(mean + d, _mm512_mul_ps(_mm512_loadu_ps(mean + d), share));
@@ -395,11 +386,11 @@ static void *reserve(struct work *w) {
       {(void **)&w->q8, ROWS * w->size},
   };
   size_t count = sizeof parts / sizeof *parts;
-  for (size_t i = 0; i < count; i++) total += rounded(parts[i].bytes, line);
+  for (size_t i = 0; i < count; i++) total += rounded_up(parts[i].bytes, line);
   uint8_t *memory = aligned_alloc(line, total), *next = memory;
   for (size_t i = 0; memory != NULL && i < count; i++) {
     *parts[i].where = next;
-    next += rounded(parts[i].bytes, line);
+    next += rounded_up(parts[i].bytes, line);
   }
   return memory;
 }
@@ -408,8 +399,8 @@ VNNI int attention_vnni(const struct attention *call, size_t batch, size_t head,
                         size_t last, int bf16) {
   struct work w = {.size = call->size, .keys = call->keys, .stride = call->heads * call->size};
   size_t row = batch * call->queries, lane = head * w.size;
-  w.padded_keys = rounded(w.keys, LANES);
-  w.padded_size = rounded(w.size, LANES);
+  w.padded_keys = rounded_up(w.keys, LANES);
+  w.padded_size = rounded_up(w.size, LANES);
   w.q = call->q + row * w.stride + lane;
   w.k = call->k + batch * w.keys * w.stride + lane;
   w.v = call->v + batch * w.keys * w.stride + lane;

@@ -7,7 +7,8 @@
 
 #if defined(__x86_64__)
 
-#include "avx512.h"
+#include "vector_avx512.h"
+#include "vector_functions.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -16,7 +17,7 @@
 #define WIDE 4  /* vectors of channels at a time */
 #define NEVER -1e30f
 
-AVX512 void rotate(const struct cached_attention *call, const float *x, size_t position, float *y) {
+OF_AVX512 void rotate(const struct cached_attention *call, const float *x, size_t position, float *y) {
   size_t half = call->size / 2;
   const float *cos = call->cos + position * half, *sin = call->sin + position * half;
   for (size_t i = 0; i < half; i += LANES) {
@@ -32,7 +33,7 @@ AVX512 void rotate(const struct cached_attention *call, const float *x, size_t p
 }
 
 /* The sums of 16 vectors, as one. */
-AVX512 INLINE __m512 sums_of(const __m512 *x) {
+OF_AVX512 INLINE __m512 sums_of(const __m512 *x) {
   __m512 pairs[8], fours[4], eights[2];
   for (int i = 0; i < 8; i++)
     pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]),
@@ -51,7 +52,7 @@ AVX512 INLINE __m512 sums_of(const __m512 *x) {
 }
 
 /* Scores of `heads` heads with 16 keys, `known` of which there are; in log2. */
-AVX512 INLINE void score_keys(const float *q, const float *k, size_t size, size_t known,
+OF_AVX512 INLINE void score_keys(const float *q, const float *k, size_t size, size_t known,
                               const int heads, float scale, float *scores, size_t stride,
                               __m512 *most) {
   __m512 parts[HEADS][LANES];
@@ -73,7 +74,7 @@ AVX512 INLINE void score_keys(const float *q, const float *k, size_t size, size_
 }
 
 /* Weighted sums of `width` vectors of channels. */
-AVX512 INLINE void sum_values(const float *weights, size_t stride, const float *v, size_t size,
+OF_AVX512 INLINE void sum_values(const float *weights, size_t stride, const float *v, size_t size,
                               size_t keys, const int heads, const int width, const float *shares,
                               float *out) {
   __m512 sums[HEADS][WIDE];
@@ -101,7 +102,7 @@ AVX512 INLINE void sum_values(const float *weights, size_t stride, const float *
 }
 
 /* `heads` heads of one token, q of which are rotated, over `keys` keys. */
-AVX512 INLINE void attend_heads(const struct cached_attention *call, const float *q, const float *k,
+OF_AVX512 INLINE void attend_heads(const struct cached_attention *call, const float *q, const float *k,
                                 const float *v, size_t keys, const int heads, float *scores,
                                 float *out) {
   size_t size = call->size, stride = rounded_up(keys, LANES);
@@ -139,7 +140,7 @@ static void add_to_cache(const struct cached_attention *call, size_t batch, size
   }
 }
 
-AVX512 int attend_few(const struct cached_attention *call, size_t batch, size_t kv_head) {
+OF_AVX512 int attend_few(const struct cached_attention *call, size_t batch, size_t kv_head) {
   size_t size = call->size, group = call->heads / call->kv_heads;
   size_t begin = (size_t)call->last[batch] + 1 - call->queries;
   size_t stride = rounded_up(begin + call->queries, LANES);

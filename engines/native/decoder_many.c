@@ -10,12 +10,13 @@
 
 #if defined(__x86_64__)
 
-#include "avx512.h"
+#include "vector_avx512.h"
+#include "vector_functions.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define BF16 OF_AVX512_BF16
 #define ROWS 6  /* queries at a time: with WIDTH vectors of 16, 24 of 32 registers */
 #define WIDTH 4 /* vectors of 16 keys, or of 16 channels */
 #define NEVER -1e30f

@@ -5,7 +5,8 @@
 
 #if defined(__x86_64__)
 
-#include "avx512.h"
+#include "vector_avx512.h"
+#include "vector_functions.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -21,20 +22,19 @@ static float *row_of(size_t width) {
 }
 
 /* The codes of a row and its step, of its largest magnitude. */
-AVX512 INLINE void round_row(const float *row, float most, float smallest, uint8_t *codes,
+OF_AVX512 INLINE void round_row(const float *row, float most, float smallest, uint8_t *codes,
                              float *step, size_t width) {
   if (most < smallest) most = smallest;
   *step = most / LARGEST;
   __m512 inverse = _mm512_set1_ps(1.0f / *step);
   for (size_t i = 0; i < width; i += LANES) {
-    __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(row + i), inverse));
-    code = _mm512_max_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(128)), _mm512_setzero_si512());
-    _mm512_mask_cvtusepi32_storeu_epi8(codes + i, lanes_left(width - i), code);
+    __m512 code = _mm512_mul_ps(_mm512_load_ps(row + i), inverse);
+    store_codes(codes + i, code, width - i);
   }
 }
 
 /* y of a row in `row` and, where it is a sum, in memory; the sum of its squares. */
-AVX512 INLINE float summed(const struct normed_rows *call, size_t r, float *row) {
+OF_AVX512 INLINE float summed(const struct normed_rows *call, size_t r, float *row) {
   size_t width = call->width, at = r * width;
   const float *x = call->x + at, *other = call->other + at;
   __m512 squares = _mm512_setzero_ps();
@@ -52,7 +52,7 @@ AVX512 INLINE float summed(const struct normed_rows *call, size_t r, float *row)
   return _mm512_reduce_add_ps(squares);
 }
 
-AVX512 int norm_rows(const struct normed_rows *call, size_t first, size_t last) {
+OF_AVX512 int norm_rows(const struct normed_rows *call, size_t first, size_t last) {
   size_t width = call->width;
   float *row = row_of(width);
   if (row == NULL) return -1;
@@ -64,16 +64,16 @@ AVX512 int norm_rows(const struct normed_rows *call, size_t first, size_t last) 
       __m512 weight = _mm512_maskz_loadu_ps(lanes_left(width - i), call->weight + i);
       __m512 z = _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(row + i), inverse), weight);
       _mm512_store_ps(row + i, z);
-      most = _mm512_max_epi32(most, magnitude_bits(z));
+      most = larger_bits(most, z);
     }
-    round_row(row, largest_of(most), call->smallest, call->codes + r * width, call->steps + r,
+    round_row(row, largest_of_bits(most), call->smallest, call->codes + r * width, call->steps + r,
               width);
   }
   free(row);
   return 0;
 }
 
-AVX512 int gate_rows(const struct gated_rows *call, size_t first, size_t last) {
+OF_AVX512 int gate_rows(const struct gated_rows *call, size_t first, size_t last) {
   size_t width = call->width;
   float *row = row_of(width);
   if (row == NULL) return -1;
@@ -87,9 +87,9 @@ AVX512 int gate_rows(const struct gated_rows *call, size_t first, size_t last) {
       __m512 z = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, up + i), scale);
       z = _mm512_mul_ps(open, z);
       _mm512_store_ps(row + i, z);
-      most = _mm512_max_epi32(most, magnitude_bits(z));
+      most = larger_bits(most, z);
     }
-    round_row(row, largest_of(most), call->smallest, call->codes + r * width, call->steps + r,
+    round_row(row, largest_of_bits(most), call->smallest, call->codes + r * width, call->steps + r,
               width);
   }
   free(row);

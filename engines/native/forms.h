@@ -18,6 +18,8 @@
 #ifndef EDGEVLM_FORMS_H
 #define EDGEVLM_FORMS_H
 
+#include <stddef.h>
+
 /* Of one architecture the later is the better; library.py has their names in this order. */
 enum form {
   FORM_PLAIN,
@@ -33,6 +35,10 @@ enum form {
 #if defined(__x86_64__)
 #define OF_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define OF_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
+#define OF_AVX512_VNNI \
+  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define OF_AVX512_BF16 \
+  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
 #elif defined(__aarch64__) && defined(__clang__)
 #define OF_DOTPROD __attribute__((target("dotprod")))
 #elif defined(__aarch64__)
@@ -41,6 +47,9 @@ enum form {
 
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORTED __attribute__((visibility("default")))
+
+/* n, or the next multiple of `to`. */
+INLINE size_t rounded_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 /* Whether this processor has what a form needs, and the system saves its registers. */
 int form_is_here(enum form form);

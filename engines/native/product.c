@@ -5,12 +5,13 @@
 
 #if defined(__x86_64__)
 
-#include "avx512.h"
+#include "vector_avx512.h"
+#include "vector_functions.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define VNNI OF_AVX512_VNNI
 #define ROWS 6
 #define WIDTH 4
 #define LARGEST 127.0f
@@ -164,17 +165,14 @@ VNNI void round_gated(const struct gated_product *call, size_t first, size_t las
     const float *row = call->values + r * width;
     __m512i largest = _mm512_setzero_si512();
     for (size_t i = 0; i < width; i += LANES) /* behind the last output there are zeros */
-      largest = _mm512_max_epi32(largest, magnitude_bits(_mm512_load_ps(row + i)));
-    float most = largest_of(largest);
+      largest = larger_bits(largest, _mm512_load_ps(row + i));
+    float most = largest_of_bits(largest);
     if (most < call->smallest) most = call->smallest;
     call->rounded_steps[r] = most / LARGEST;
     __m512 inverse = _mm512_set1_ps(1.0f / call->rounded_steps[r]);
     for (size_t i = 0; i < outputs; i += LANES) {
-      __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(row + i), inverse));
-      code = _mm512_add_epi32(code, _mm512_set1_epi32(128));
-      code = _mm512_max_epi32(code, _mm512_setzero_si512());
-      uint8_t *to = call->codes + r * outputs + i;
-      _mm512_mask_cvtusepi32_storeu_epi8(to, lanes_left(outputs - i), code);
+      __m512 code = _mm512_mul_ps(_mm512_load_ps(row + i), inverse);
+      store_codes(call->codes + r * outputs + i, code, outputs - i);
     }
   }
 }

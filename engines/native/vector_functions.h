@@ -24,6 +24,8 @@ OF_FORM INLINE vector gated(vector x, vector z) {
   return times(x, times(above, reciprocal(plus(all(1.0f), e))));
 }
 
+OF_FORM INLINE vector silu(vector x) { return gated(x, x); }
+
 /* x * Phi(x), with Abramowitz and Stegun's 7.1.26 for erf, right to 1.5e-7. */
 OF_FORM INLINE vector gelu(vector x) {
   vector z = times(magnitude(x), all(0.70710678f));
