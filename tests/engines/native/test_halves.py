@@ -112,9 +112,8 @@ def random_calls(shape: tuple[int, int, int], kind: str, transposed: bool) -> li
 
 
 def forms() -> list[int]:
-    with open("/proc/cpuinfo", encoding="ascii") as cpus:
-        flags = cpus.read()
-    return [PLAIN, *[AVX2] * (" avx2" in flags), *[AVX512] * ("avx512vl" in flags)]
+    here = library.native().form
+    return [PLAIN, *[AVX2] * (here in halves._VECTORS), *[AVX512] * (here in library.AVX512)]
 
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])

@@ -103,6 +103,7 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(NOT_HERE, reason="there are no kernels of ours here")
 def test_a_form_can_be_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(library.SWITCH, raising=False)
     best = library.native()
     here = library.forms_here(best)
     assert here[0] == "plain" and here[-1] == best.form
